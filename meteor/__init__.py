@@ -1,0 +1,3 @@
+"""LLaVA-Meteor's library: slicing, frozen encoder, feature cache, projectors, model, training, scoring. Never imports Ray."""
+
+__version__ = "0.1.0"

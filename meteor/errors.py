@@ -1,0 +1,104 @@
+"""Every error of the project that a user can meet, in one tree.
+
+MeteorError
+├── SettingsError            a setting is unknown, of the wrong type, or contradicts another
+├── MissingPackageError      an optional package is needed and not installed
+├── StorageError             a file or object cannot be read or written
+│   ├── NotFoundError
+│   └── AlreadyExistsError   a conditional put lost the race
+├── DataError                a sample cannot be used
+│   ├── ConversationError    its turns or placeholders are wrong
+│   ├── TokenisationError    template and tokenizer disagree
+│   └── ImagePathError       its image path leaves the configured roots
+├── BadImageError            a picture goes to the quarantine table; carries a reason code
+├── QuarantineLimitError     too many bad pictures
+├── CacheError               the feature cache is damaged or incomplete
+│   ├── CacheMismatchError   the cache was made with other settings than the model wants
+│   └── CorruptPayloadError  a checksum does not match
+├── CheckpointError          a checkpoint is incomplete, damaged, or does not fit
+├── TrainingError            training cannot go on (a loss that is not finite, say)
+└── TrackingError            the tracking server refused
+"""
+
+
+class MeteorError(Exception):
+    """Base of all errors of this project. The message says what is wrong, the value, and what to do."""
+
+
+class SettingsError(MeteorError):
+    pass
+
+
+class MissingPackageError(MeteorError):
+    pass
+
+
+class StorageError(MeteorError):
+    pass
+
+
+class NotFoundError(StorageError):
+    pass
+
+
+class AlreadyExistsError(StorageError):
+    pass
+
+
+class DataError(MeteorError):
+    pass
+
+
+class ConversationError(DataError):
+    pass
+
+
+class TokenisationError(DataError):
+    pass
+
+
+class ImagePathError(DataError):
+    pass
+
+
+class BadImageError(MeteorError):
+    """A picture that cannot be used.
+
+    Attributes:
+        reason: a short stable code for the quarantine table, for example ``"truncated"``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.reason, str(self))
+
+
+class QuarantineLimitError(MeteorError):
+    pass
+
+
+class CacheError(MeteorError):
+    pass
+
+
+class CacheMismatchError(CacheError):
+    pass
+
+
+class CorruptPayloadError(CacheError):
+    pass
+
+
+class CheckpointError(MeteorError):
+    pass
+
+
+class TrainingError(MeteorError):
+    pass
+
+
+class TrackingError(MeteorError):
+    pass
