@@ -1,0 +1,220 @@
+"""One image's features in memory, and as the row of a feature file.
+
+Letters: P patches of a sub-image, C vision width, A attention layers, S sub-images of the image.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from meteor.cache.codec import Codec, tensor_bytes, tensor_over
+from meteor.errors import CacheError, CorruptPayloadError
+
+
+def _list_of_int32(name: str) -> pa.Field:
+    return pa.field(name, pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False)
+
+
+# What a row says about its image: the same columns in feature files and in the key index.
+IMAGE_FIELDS = (
+    pa.field("image_key", pa.string(), nullable=False),
+    pa.field("width", pa.int32(), nullable=False),
+    pa.field("height", pa.int32(), nullable=False),
+    # 0, 0 when the image is not sliced.
+    pa.field("grid_columns", pa.int32(), nullable=False),
+    pa.field("grid_rows", pa.int32(), nullable=False),
+    # Hu, Wu of the global view, then of each slice.
+    _list_of_int32("patch_grids"),
+    _list_of_int32("attention_layers"),
+    # Over the bytes of features, cls_attention and cls, in this order.
+    pa.field("crc32", pa.uint32(), nullable=False),
+)
+# Last and in this order, so that one range of a file holds all three.
+PAYLOAD_COLUMNS = ("features", "cls_attention", "cls")
+FEATURE_SCHEMA = pa.schema([*IMAGE_FIELDS, *(pa.field(name, pa.binary(), nullable=False) for name in PAYLOAD_COLUMNS)])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """What the frozen encoder sees in one image. Sub-images: the global view first, then the slices row by row.
+
+    Attributes:
+        image_key: sha256 of the image file's bytes.
+        width, height: pixels of the image as a viewer shows it.
+        grid: (columns, rows) of slices, None when there are none.
+        patch_grids: (Hu, Wu) of each sub-image.
+        attention_layers: the hidden states whose block's attention ``cls_attention`` holds.
+        features: (P_u, C) for each sub-image.
+        cls_attention: (A, P_u) float32 for each sub-image.
+        cls: (S, C), the class tokens.
+
+    Raises:
+        CacheError: the shapes contradict each other.
+    """
+
+    image_key: str
+    width: int
+    height: int
+    grid: tuple[int, int] | None
+    patch_grids: tuple[tuple[int, int], ...]
+    attention_layers: tuple[int, ...]
+    features: list[torch.Tensor]
+    cls_attention: list[torch.Tensor]
+    cls: torch.Tensor
+
+    def __post_init__(self) -> None:
+        num_slices = self.grid[0] * self.grid[1] if self.grid else 0
+        if len(self.patch_grids) != 1 + num_slices:
+            raise CacheError(f"image {self.image_key}: grid {self.grid} contradicts the patch grids {self.patch_grids}")
+        num_patches = [rows * columns for rows, columns in self.patch_grids]
+        vision_width, num_layers = self.cls.shape[-1], len(self.attention_layers)
+        self._check_shapes("features", self.features, [(count, vision_width) for count in num_patches])
+        self._check_shapes("cls_attention", self.cls_attention, [(num_layers, count) for count in num_patches])
+        self._check_shapes("cls", [self.cls], [(len(num_patches), vision_width)])
+
+    def _check_shapes(self, name: str, tensors: Sequence[torch.Tensor], wanted: Sequence[tuple[int, int]]) -> None:
+        if (found := [tuple(tensor.shape) for tensor in tensors]) != wanted:
+            raise CacheError(f"image {self.image_key}: {name} must have the shapes {wanted}, got {found}")
+
+    @property
+    def num_sub_images(self) -> int:
+        """S."""
+        return len(self.patch_grids)
+
+    def with_attention(self, layers: Sequence[int]) -> "ImageFeatures":
+        """The same image with the attention of ``layers`` alone, in that order.
+
+        Raises:
+            CacheError: a layer was not cached.
+        """
+        if missing := [layer for layer in layers if layer not in self.attention_layers]:
+            raise CacheError(
+                f"image {self.image_key}: the cache holds the attention of layers {list(self.attention_layers)}, "
+                f"not of {missing}; run cache_features with vision.attention_layers containing them"
+            )
+        rows = [self.attention_layers.index(layer) for layer in layers]
+        attention = [attention_AP[rows] for attention_AP in self.cls_attention]
+        return replace(self, attention_layers=tuple(layers), cls_attention=attention)
+
+
+def encode_row(image: ImageFeatures, codec: Codec) -> pa.RecordBatch:
+    """The image as one row of `FEATURE_SCHEMA`.
+
+    Raises:
+        BadImageError: a value is not finite, or too large for the codec.
+    """
+    payloads = (
+        b"".join(codec.encode(feature_PC) for feature_PC in image.features),
+        b"".join(tensor_bytes("cls_attention", attention_AP, torch.float32) for attention_AP in image.cls_attention),
+        tensor_bytes("cls", image.cls, torch.float32),
+    )
+    columns, rows = image.grid or (0, 0)
+    fields = {
+        "image_key": image.image_key,
+        "width": image.width,
+        "height": image.height,
+        "grid_columns": columns,
+        "grid_rows": rows,
+        "patch_grids": [side for patch_grid in image.patch_grids for side in patch_grid],
+        "attention_layers": list(image.attention_layers),
+        "crc32": payload_crc32(*payloads),
+        **dict(zip(PAYLOAD_COLUMNS, payloads, strict=True)),
+    }
+    return pa.RecordBatch.from_pylist([fields], schema=FEATURE_SCHEMA)
+
+
+def read_row(rows: pa.Table | pa.RecordBatch, position: int, codec: Codec) -> ImageFeatures:
+    """The image in one row of a table of `FEATURE_SCHEMA`.
+
+    Raises:
+        CorruptPayloadError: the row's checksum does not match.
+    """
+    fields = {field.name: rows[field.name][position].as_py() for field in IMAGE_FIELDS}
+    features, cls_attention, cls = (bytearray(rows[name][position].as_buffer()) for name in PAYLOAD_COLUMNS)
+    if payload_crc32(features, cls_attention, cls) != fields["crc32"]:
+        raise CorruptPayloadError(f"image {fields['image_key']}: the payload's checksum does not match")
+    return decode_payload(fields, features, cls_attention, cls, codec)
+
+
+def decode_payload(
+    fields: Mapping[str, Any],
+    features: bytearray | memoryview,
+    cls_attention: bytearray | memoryview,
+    cls: bytearray | memoryview,
+    codec: Codec,
+) -> ImageFeatures:
+    """The image behind a row's fields (those of `IMAGE_FIELDS`) and payloads, whose memory the tensors share.
+
+    Raises:
+        CacheError: the payloads have other sizes than the fields and the codec say.
+    """
+    layout = payload_layout(fields, (len(features), len(cls_attention), len(cls)), codec)
+    return ImageFeatures(
+        image_key=fields["image_key"],
+        width=fields["width"],
+        height=fields["height"],
+        grid=(fields["grid_columns"], fields["grid_rows"]) if fields["grid_columns"] else None,
+        patch_grids=layout.patch_grids,
+        attention_layers=tuple(fields["attention_layers"]),
+        features=[
+            codec.decode(part, count, layout.vision_width)
+            for part, count in zip(_split(features, layout.feature_sizes), layout.num_patches, strict=True)
+        ],
+        cls_attention=[
+            tensor_over(part, torch.float32, (len(fields["attention_layers"]), count))
+            for part, count in zip(_split(cls_attention, layout.attention_sizes), layout.num_patches, strict=True)
+        ],
+        cls=tensor_over(cls, torch.float32, (len(layout.patch_grids), layout.vision_width)),
+    )
+
+
+@dataclass(frozen=True)
+class PayloadLayout:
+    """How a row's payloads divide: patches and bytes of each sub-image, and C."""
+
+    patch_grids: tuple[tuple[int, int], ...]
+    num_patches: list[int]
+    vision_width: int
+    feature_sizes: list[int]
+    attention_sizes: list[int]
+
+
+def payload_layout(fields: Mapping[str, Any], sizes_bytes: tuple[int, int, int], codec: Codec) -> PayloadLayout:
+    """The layout of payloads of these sizes (in the order of `PAYLOAD_COLUMNS`).
+
+    Raises:
+        CacheError: the sizes contradict the fields or the codec.
+    """
+    sides = fields["patch_grids"]
+    patch_grids = tuple(zip(sides[::2], sides[1::2], strict=True))
+    num_patches = [rows * columns for rows, columns in patch_grids]
+    vision_width = sizes_bytes[2] // 4 // max(len(patch_grids), 1)
+    feature_sizes = [codec.size_bytes(count, vision_width) for count in num_patches]
+    attention_sizes = [4 * len(fields["attention_layers"]) * count for count in num_patches]
+    wanted = (sum(feature_sizes), sum(attention_sizes), 4 * vision_width * len(patch_grids))
+    if wanted != sizes_bytes:
+        raise CacheError(
+            f"image {fields['image_key']}: with patch grids {list(patch_grids)} and codec {codec.name} the payloads "
+            f"{list(PAYLOAD_COLUMNS)} take {list(wanted)} bytes, found {list(sizes_bytes)}"
+        )
+    return PayloadLayout(patch_grids, num_patches, vision_width, feature_sizes, attention_sizes)
+
+
+def payload_crc32(*payloads: bytes | bytearray | memoryview) -> int:
+    """The crc32 over the payloads one after the other."""
+    checksum = 0
+    for payload in payloads:
+        checksum = zlib.crc32(payload, checksum)
+    return checksum
+
+
+def _split(payload: bytearray | memoryview, sizes: Sequence[int]) -> list[memoryview]:
+    view, parts, start = memoryview(payload), [], 0
+    for size in sizes:
+        parts.append(view[start : start + size])
+        start += size
+    return parts

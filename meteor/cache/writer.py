@@ -1,0 +1,138 @@
+"""Feature files: many images in one immutable Parquet file, each payload a known byte range of it."""
+
+import io
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meteor import storage
+from meteor.cache.codec import Codec, get_codec
+from meteor.cache.folder import DATA, LEDGER, read_cache_info
+from meteor.cache.row import FEATURE_SCHEMA, IMAGE_FIELDS, PAYLOAD_COLUMNS, payload_crc32, payload_layout
+from meteor.cache.table import table_bytes, versioned
+from meteor.constants import CACHE_SCHEMA_VERSION
+from meteor.errors import CacheError, StorageError
+
+_IMAGE_COLUMNS = [field.name for field in IMAGE_FIELDS]
+_RANGE_FIELDS = [
+    pa.field(f"{name}_{part}", pa.int64(), nullable=False) for name in PAYLOAD_COLUMNS for part in ("offset", "size")
+]
+# Where each image's payloads are: the columns of ledger records and of the key index.
+KEY_SCHEMA = versioned(
+    pa.schema(
+        [
+            *IMAGE_FIELDS,
+            pa.field("file", pa.string(), nullable=False),
+            pa.field("row_group", pa.int32(), nullable=False),
+            *_RANGE_FIELDS,
+        ]
+    ),
+    CACHE_SCHEMA_VERSION,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FileRecord:
+    """A finished data file.
+
+    Attributes:
+        file: its name below the cache's URI.
+        size_bytes: its size.
+        rows: where each image is, by `KEY_SCHEMA`.
+    """
+
+    file: str
+    size_bytes: int
+    rows: pa.Table
+
+    @property
+    def num_images(self) -> int:
+        """Images in the file."""
+        return self.rows.num_rows
+
+
+def write_feature_file(cache_uri: str, rows: Iterable[pa.RecordBatch | pa.Table]) -> FileRecord:
+    """Write one data file and then its ledger record, which makes the next commit adopt it.
+
+    Args:
+        cache_uri: a cache that `create_cache` made.
+        rows: rows of `FEATURE_SCHEMA`, as `encode_row` makes them, in pieces of any size. The file is built in memory.
+
+    Raises:
+        CacheError: no rows, or rows of another codec than the cache's.
+    """
+    info = read_cache_info(cache_uri)
+    file_id = uuid.uuid4().hex
+    file = f"{DATA}/{file_id}.parquet"
+    metadata = {"cache_key": info.identity.key, "codec": info.codec}
+    data, sizes = _parquet_bytes(rows, metadata)
+    record = FileRecord(file, len(data), _locate(file, data, sizes, get_codec(info.codec)))
+    uri = storage.join(cache_uri, file)
+    storage.write_bytes(uri, data)
+    # The content was checked in memory, so the size tells whether all of it arrived.
+    if (stored := storage.stat(uri).size_bytes) != len(data):
+        raise StorageError(f"{uri} has {stored} bytes after {len(data)} were written; the store lost some, write again")
+    storage.write_bytes(storage.join(cache_uri, LEDGER, f"features-{file_id}.parquet"), table_bytes(record.rows))
+    return record
+
+
+def _parquet_bytes(
+    rows: Iterable[pa.RecordBatch | pa.Table], metadata: dict[str, str]
+) -> tuple[bytes, list[tuple[int, int, int]]]:
+    """The file, and each row's payload sizes in the order of `PAYLOAD_COLUMNS`."""
+    sink, sizes = io.BytesIO(), []
+    schema = versioned(FEATURE_SCHEMA.with_metadata(metadata), CACHE_SCHEMA_VERSION)
+    # One value is one plain, uncompressed page without levels: the payload is the end of its column chunk.
+    with pq.ParquetWriter(
+        sink,
+        schema,
+        use_dictionary=False,
+        compression="NONE",
+        write_statistics=False,
+        write_page_checksum=True,
+        data_page_version="1.0",
+    ) as writer:
+        for row in _single_rows(rows):
+            writer.write_table(row.replace_schema_metadata(schema.metadata), row_group_size=1)
+            features, cls_attention, cls = (len(row[name][0].as_buffer()) for name in PAYLOAD_COLUMNS)
+            sizes.append((features, cls_attention, cls))
+    return sink.getvalue(), sizes
+
+
+def _single_rows(pieces: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[pa.Table]:
+    for piece in pieces:
+        table = piece if isinstance(piece, pa.Table) else pa.Table.from_batches([piece])
+        if missing := set(FEATURE_SCHEMA.names) - set(table.column_names):
+            raise CacheError(f"these are not feature rows: the columns {sorted(missing)} are missing")
+        # Ray's blocks may come with other nullability or larger offsets.
+        table = table.select(FEATURE_SCHEMA.names).cast(FEATURE_SCHEMA)
+        for position in range(table.num_rows):
+            yield table.slice(position, 1)
+
+
+def _locate(file: str, data: bytes, sizes: list[tuple[int, int, int]], codec: Codec) -> pa.Table:
+    """The byte range of every payload in the file, proved by its checksum."""
+    if not sizes:
+        raise CacheError("a feature file needs at least one row")
+    parquet = pq.ParquetFile(pa.BufferReader(data))
+    chunks = {parquet.metadata.schema.column(i).path: i for i in range(parquet.metadata.num_columns)}
+    view, located = memoryview(data), []
+    for group, fields in enumerate(parquet.read(columns=_IMAGE_COLUMNS).to_pylist()):
+        payload_layout(fields, sizes[group], codec)
+        fields |= {"file": file, "row_group": group}
+        payloads = []
+        for name, size in zip(PAYLOAD_COLUMNS, sizes[group], strict=True):
+            chunk = parquet.metadata.row_group(group).column(chunks[name])
+            end = chunk.data_page_offset + chunk.total_compressed_size
+            fields |= {f"{name}_offset": end - size, f"{name}_size": size}
+            payloads.append(view[end - size : end])
+        if payload_crc32(*payloads) != fields["crc32"]:
+            raise CacheError(
+                f"image {fields['image_key']}: the bytes in the file do not match the row's checksum: the row was "
+                "changed after encoding, or this pyarrow lays values out in another way"
+            )
+        located.append(fields)
+    return pa.Table.from_pylist(located, schema=KEY_SCHEMA)

@@ -1,0 +1,273 @@
+"""Reading a cache: equal content, one range, checksums, and what verify finds."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from meteor import storage
+from meteor.cache import (
+    FEATURE_SCHEMA,
+    FeatureCache,
+    ImageFeatures,
+    QuarantineRow,
+    commit,
+    create_cache,
+    encode_row,
+    get_codec,
+    read_pin,
+    read_row,
+    record_quarantine,
+    write_feature_file,
+)
+from meteor.errors import CacheError, CorruptPayloadError, StorageError
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@pytest.fixture
+def make_cache(make_identity, tmp_path: Path) -> Callable[..., str]:
+    """A cache of one committed file, and its data file."""
+
+    def make(images: list[ImageFeatures], *, codec: str = "float16", root: str = "") -> str:
+        uri = create_cache(root or str(tmp_path / "caches"), make_identity(), codec)
+        write_feature_file(uri, [encode_row(image, get_codec(codec)) for image in images])
+        commit(uri)
+        return uri
+
+    return make
+
+
+def assert_same_image(got: ImageFeatures, image: ImageFeatures, dtype: torch.dtype) -> None:
+    for name in ("image_key", "width", "height", "grid", "patch_grids", "attention_layers"):
+        assert getattr(got, name) == getattr(image, name)
+    for stored, original in zip(got.features, image.features, strict=True):
+        assert torch.equal(stored, original.to(dtype))
+    for stored, original in zip(got.cls_attention, image.cls_attention, strict=True):
+        assert torch.equal(stored, original)
+    assert torch.equal(got.cls, image.cls)
+
+
+def data_file(uri: str) -> Path:
+    return next(Path(uri, "data").iterdir())
+
+
+@pytest.mark.parametrize("codec", DTYPES)
+def test_images_of_mixed_grids_come_back(make_cache, make_image, codec: str) -> None:
+    images = [make_image(str(i), shape=i, layers=(-2, -4)) for i in range(7)]
+    cache = FeatureCache.open(make_cache(images, codec=codec))
+    assert cache.keys() == sorted(image.image_key for image in images)
+    assert len(cache) == 7
+    assert (cache.codec, cache.version) == (codec, 1)
+    for image in images:
+        assert image.image_key in cache
+        assert_same_image(cache.get(image.image_key), image, DTYPES[codec])
+    assert cache.verify() == []
+
+
+def test_a_cache_on_s3_gives_the_same(make_cache, make_image, s3_root: str) -> None:
+    images = [make_image(str(i), shape=i) for i in range(3)]
+    cache = FeatureCache.open(make_cache(images, root=s3_root))
+    for image in images:
+        assert_same_image(cache.get(image.image_key), image, torch.float16)
+    assert cache.verify() == []
+
+
+def test_get_reads_one_range_and_no_more_than_the_images_bytes(make_cache, make_image, monkeypatch) -> None:
+    images = [make_image(str(i), shape=i) for i in range(5)]
+    cache = FeatureCache.open(make_cache(images))
+    ranges, read_range_into = [], storage.read_range_into
+
+    def counted(uri: str, start: int, buffer: bytearray) -> None:
+        ranges.append(len(buffer))
+        read_range_into(uri, start, buffer)
+
+    monkeypatch.setattr(storage, "read_range_into", counted)
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: pytest.fail(f"reads all of {uri}"))
+    for image in images:
+        cache.get(image.image_key)
+    payloads = [
+        2 * sum(part.numel() for part in image.features)
+        + 4 * sum(part.numel() for part in image.cls_attention)
+        + 4 * image.cls.numel()
+        for image in images
+    ]
+    assert len(ranges) == len(images)
+    # Two page headers and value lengths lie between the three payloads.
+    assert all(size <= read <= size + 150 for read, size in zip(ranges, payloads, strict=True))
+    assert cache.num_bytes == sum(payloads)
+
+
+def test_feature_tensors_share_the_memory_that_was_read(make_cache, make_image) -> None:
+    image = make_image("a", shape=1)
+    got = FeatureCache.open(make_cache([image])).get(image.image_key)
+    pointers = [part.untyped_storage().data_ptr() for part in got.features]
+    assert [pointer - pointers[0] for pointer in pointers] == [0, 2 * 6 * 9, 2 * 6 * (9 + 8)]
+
+
+def test_the_file_is_plain_parquet_with_the_same_content(make_cache, make_image) -> None:
+    images = [make_image(str(i), shape=i) for i in range(4)]
+    parquet = pq.ParquetFile(data_file(make_cache(images)), page_checksum_verification=True)
+    assert parquet.num_row_groups == 4
+    table = parquet.read()
+    assert table.schema.equals(FEATURE_SCHEMA)
+    assert table.schema.metadata[b"codec"] == b"float16"
+    for i, image in enumerate(images):
+        assert_same_image(read_row(table, i, get_codec("float16")), image, torch.float16)
+    for column in range(parquet.metadata.num_columns):
+        chunk = parquet.metadata.row_group(0).column(column)
+        assert not chunk.has_dictionary_page
+        assert not chunk.is_stats_set
+
+
+def test_blocks_of_many_rows_with_loose_types_are_written_too(make_identity, make_image, tmp_path: Path) -> None:
+    images = [make_image(str(i), shape=i) for i in range(3)]
+    rows = pa.Table.from_batches([encode_row(image, get_codec("float16")) for image in images])
+    loose = pa.schema(
+        [
+            pa.field(field.name, pa.large_binary() if field.type == pa.binary() else field.type)
+            for field in FEATURE_SCHEMA
+        ]
+    )
+    uri = create_cache(str(tmp_path), make_identity(), "float16")
+    record = write_feature_file(uri, [rows.cast(loose), encode_row(make_image("last"), get_codec("float16"))])
+    assert record.num_images == 4
+    assert record.size_bytes == data_file(uri).stat().st_size
+    commit(uri)
+    cache = FeatureCache.open(uri)
+    for image in [*images, make_image("last")]:
+        assert_same_image(cache.get(image.image_key), image, torch.float16)
+
+
+def test_rows_of_another_codec_and_no_rows_are_refused(make_identity, make_image, tmp_path: Path) -> None:
+    uri = create_cache(str(tmp_path), make_identity(), "float16")
+    with pytest.raises(CacheError, match="float16"):
+        write_feature_file(uri, [encode_row(make_image("a"), get_codec("float32"))])
+    with pytest.raises(CacheError, match="at least one row"):
+        write_feature_file(uri, [])
+    with pytest.raises(CacheError, match="cls_attention"):
+        write_feature_file(uri, [pa.table({"image_key": ["a"], "features": [b""]})])
+    with pytest.raises(CacheError, match="no feature cache"):
+        write_feature_file(str(tmp_path / "elsewhere"), [encode_row(make_image("a"), get_codec("float16"))])
+    assert commit(uri) == 0
+
+
+def test_a_row_changed_after_encoding_is_not_written(make_identity, make_image, tmp_path: Path) -> None:
+    row = encode_row(make_image("a"), get_codec("float16")).to_pylist()[0]
+    uri = create_cache(str(tmp_path), make_identity(), "float16")
+    with pytest.raises(CacheError, match="checksum"):
+        write_feature_file(uri, [pa.Table.from_pylist([{**row, "crc32": 1}], schema=FEATURE_SCHEMA)])
+    assert storage.list_objects(storage.join(uri, "data")) == []
+
+
+@pytest.mark.parametrize("payload", ["features", "cls_attention", "cls"])
+def test_a_flipped_byte_is_found_by_get_and_by_verify(make_cache, make_image, payload: str) -> None:
+    images = [make_image(str(i), shape=i) for i in range(3)]
+    uri = make_cache(images)
+    ledger = pq.read_table(next(Path(uri, "ledger").iterdir())).to_pylist()
+    damaged = bytearray(data_file(uri).read_bytes())
+    damaged[ledger[1][f"{payload}_offset"] + 3] ^= 0x10
+    data_file(uri).write_bytes(damaged)
+    cache = FeatureCache.open(uri)
+    with pytest.raises(CorruptPayloadError, match=f"{images[1].image_key}.*{data_file(uri).name}"):
+        cache.get(images[1].image_key)
+    for image in (images[0], images[2]):
+        assert_same_image(cache.get(image.image_key), image, torch.float16)
+    problems = cache.verify()
+    assert problems
+    assert all(images[1].image_key in problem and data_file(uri).name in problem for problem in problems)
+
+
+def test_verify_reports_files_that_are_missing_cut_or_not_what_the_index_says(make_cache, make_image) -> None:
+    uri = make_cache([make_image("a"), make_image("b", shape=1)])
+    cache, file = FeatureCache.open(uri), data_file(uri)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    assert ["2 images are lost" in problem for problem in cache.verify()] == [True]
+    file.unlink()
+    assert ["does not exist" in problem for problem in cache.verify()] == [True]
+    with pytest.raises(StorageError, match=file.name):
+        cache.get(make_image("a").image_key)
+    other = make_cache([make_image("a", shape=2), make_image("b")], root=str(file.parent.parent / "other"))
+    file.write_bytes(data_file(other).read_bytes())
+    problems = "\n".join(cache.verify())
+    assert f"image {make_image('a').image_key}: the key index says height" in problems
+    assert f"image {make_image('b').image_key}: the bytes in the ranges" in problems
+    file.write_bytes(whole)
+    assert cache.verify() == []
+
+
+def test_verify_finds_a_damaged_column_that_get_never_reads(make_cache, make_image) -> None:
+    uri = make_cache([make_image("a")])
+    content = bytearray(data_file(uri).read_bytes())
+    content[content.index(make_image("a").image_key.encode()) + 5] ^= 1
+    data_file(uri).write_bytes(content)
+    cache = FeatureCache.open(uri)
+    assert_same_image(cache.get(make_image("a").image_key), make_image("a"), torch.float16)
+    assert len(cache.verify()) == 1
+
+
+def test_asking_for_attention_layers_gives_those(make_cache, make_image) -> None:
+    image = make_image("a", shape=1, layers=(-2, -5))
+    cache = FeatureCache.open(make_cache([image]))
+    got = cache.get(image.image_key, attention_layers=[-5])
+    assert torch.equal(got.cls_attention[2], image.cls_attention[2][1:])
+    with pytest.raises(CacheError, match="-9"):
+        cache.get(image.image_key, attention_layers=[-9])
+    assert cache.keys_with_attention([-5]) == [image.image_key]
+    assert cache.keys_with_attention([-5, -9]) == []
+
+
+def test_a_missing_image_says_what_to_do(make_cache, make_image) -> None:
+    uri = make_cache([make_image("a")])
+    record_quarantine(uri, [QuarantineRow("f" * 64, "images/f.png", "truncated", "the file ends early")])
+    commit(uri)
+    cache = FeatureCache.open(uri)
+    assert "0" * 64 not in cache
+    with pytest.raises(CacheError, match=r"0{64}.*run cache_features"):
+        cache.get("0" * 64)
+    with pytest.raises(CacheError, match=r"quarantined.*truncated"):
+        cache.get("f" * 64)
+
+
+def test_a_cache_that_is_not_there_or_not_committed_says_what_to_do(make_identity, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"no feature cache.*cache_features"):
+        FeatureCache.open(str(tmp_path / "nothing"))
+    uri = create_cache(str(tmp_path), make_identity(), "float16")
+    with pytest.raises(CacheError, match="no committed version"):
+        FeatureCache.open(uri)
+    with pytest.raises(CacheError, match="no version 3"):
+        FeatureCache.open(uri, version=3)
+
+
+def test_a_cache_of_a_newer_release_is_refused(make_cache, make_image) -> None:
+    uri = make_cache([make_image("a")])
+    manifest = Path(uri, "manifests/v00000001.json")
+    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(CacheError, match=r"99.*newer"):
+        FeatureCache.open(uri)
+
+
+def test_a_pickled_cache_is_small_and_opens_the_same_version(make_cache, make_image) -> None:
+    uri = make_cache([make_image(str(i)) for i in range(50)])
+    pickled = pickle.dumps(FeatureCache.open(uri))
+    assert len(pickled) < 500
+    write_feature_file(uri, [encode_row(make_image("new"), get_codec("float16"))])
+    assert commit(uri) == 2
+    assert make_image("new").image_key in FeatureCache.open(uri)
+    assert len(pickle.loads(pickled)) == 50
+
+
+def test_the_first_pin_of_a_run_stays(make_cache, make_image) -> None:
+    uri = make_cache([make_image("a")])
+    assert read_pin(uri, "abc") is None
+    pin = FeatureCache.open(uri).pin("abc", {"index_digest": "1"})
+    write_feature_file(uri, [encode_row(make_image("b"), get_codec("float16"))])
+    commit(uri)
+    assert pin == {"index_digest": "1", "manifest_version": 1}
+    assert FeatureCache.open(uri).pin("abc", {"index_digest": "2"}) == pin
+    assert read_pin(uri, "abc") == pin
