@@ -1,0 +1,1 @@
+"""Samples, their pictures' places, the order of training, and batches."""

@@ -1,0 +1,214 @@
+"""What a check of the data found, as a value for programs and as a table for people."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meteor.data.pictures import Picture
+from meteor.data.samples import SampleProblem
+from meteor.data.sources import Source
+
+_NUM_EXAMPLES = 3
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """The distinct pictures of one source that a set names, and those of them that cannot be used."""
+
+    source: Source
+    num_pictures: int
+    bad: tuple[Picture, ...]
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        return dict(Counter(picture.reason for picture in self.bad))
+
+    @property
+    def advice(self) -> str:
+        """From where missing pictures are to be had, and what is known to be odd; "" if none is missing."""
+        missing = [picture for picture in self.bad if picture.reason == "missing"]
+        if not missing:
+            return ""
+        advice = [f"{len(missing)} of {self.num_pictures} pictures of {self.source.name} are missing."]
+        advice += [f"Get them from {self.source.origin}."] if self.source.origin else []
+        advice += [f"Known: {self.source.trap}."] if self.source.trap else []
+        elsewhere = [picture for picture in missing if picture.found_as]
+        if elsewhere:
+            advice.append(
+                f"{len(elsewhere)} of them are there under another ending ({elsewhere[0].found_as} for "
+                f"{elsewhere[0].name}): rename them, the format is read from the content."
+            )
+        return " ".join(advice)
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """What was found in one annotation file.
+
+    Attributes:
+        name: of the set.
+        num_samples: records of the file, usable or not.
+        num_text_only: samples without pictures.
+        num_without_pictures: samples of which a picture cannot be used.
+        problems: records that cannot be used for what they say themselves.
+        sources: pictures by source.
+        max_length: tokens above which the text of a sample is cut.
+        over_long: ids of samples that are cut.
+        sub_images: number of sub-images of a picture -> number of distinct pictures.
+        tokens: power of two -> number of samples with at most so many tokens, and more than half.
+    """
+
+    name: str
+    num_samples: int
+    num_text_only: int
+    num_without_pictures: int
+    problems: tuple[SampleProblem, ...]
+    sources: tuple[SourceReport, ...]
+    max_length: int
+    over_long: tuple[str, ...]
+    sub_images: dict[int, int]
+    tokens: dict[int, int]
+
+    @property
+    def num_usable(self) -> int:
+        return self.num_samples - self.num_without_pictures - len(self.problems)
+
+    @property
+    def ok(self) -> bool:
+        return self.num_usable == self.num_samples > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "ok": self.ok,
+            "num_samples": self.num_samples,
+            "num_usable": self.num_usable,
+            "num_text_only": self.num_text_only,
+            "num_without_pictures": self.num_without_pictures,
+            "problems": [vars(problem) for problem in self.problems],
+            "sources": [
+                {
+                    "source": source.source.name,
+                    "num_pictures": source.num_pictures,
+                    "bad": source.reasons,
+                    "bad_pictures": [
+                        {"name": picture.name, "reason": picture.reason, "message": picture.message}
+                        for picture in source.bad
+                    ],
+                    "advice": source.advice,
+                }
+                for source in self.sources
+            ],
+            "max_length": self.max_length,
+            "over_long": list(self.over_long),
+            "sub_images": {str(count): number for count, number in self.sub_images.items()},
+            "tokens": {str(bound): number for bound, number in self.tokens.items()},
+        }
+
+    def to_text(self) -> str:
+        lines = [
+            f"{self.name}: {self.num_samples:,} samples ({self.num_text_only:,} without pictures), "
+            f"{self.num_usable:,} can be used",
+            *self._problem_lines(),
+            *_picture_table(self.sources),
+            *(f"  {source.advice}" for source in self.sources if source.advice),
+            *_histogram("sub-images a picture", self.sub_images, "{}"),
+            *_histogram("tokens a sample, up to", self.tokens, "{:,}"),
+        ]
+        if self.over_long:
+            lines.append(
+                f"  {len(self.over_long):,} samples are longer than {self.max_length:,} tokens and will be cut: "
+                f"{_examples(self.over_long)}"
+            )
+        return "\n".join(lines)
+
+    def _problem_lines(self) -> list[str]:
+        by_reason: dict[str, list[SampleProblem]] = {}
+        for problem in self.problems:
+            by_reason.setdefault(problem.reason, []).append(problem)
+        lines = []
+        for reason, found in by_reason.items():
+            ids = _examples(problem.sample_id for problem in found)
+            lines.append(f"  {reason}: {len(found):,} samples: {ids} ({found[0].message})")
+        if self.num_without_pictures:
+            lines.append(f"  {self.num_without_pictures:,} samples lack a picture that can be used")
+        return lines
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a check of the data found.
+
+    Attributes:
+        sets: one report an annotation file.
+        duplicates: groups of names with the same content, or None if contents were not read.
+    """
+
+    sets: tuple[SetReport, ...]
+    duplicates: tuple[tuple[str, ...], ...] | None
+
+    @property
+    def ok(self) -> bool:
+        """False if a sample or a picture cannot be used, or a set is empty.
+
+        Over-long samples (they are cut) and duplicates (they are encoded once) are only told.
+        """
+        return all(one.ok for one in self.sets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``: every sample and picture that cannot be used is named."""
+        duplicates = None if self.duplicates is None else [list(names) for names in self.duplicates]
+        return {"ok": self.ok, "sets": [one.to_dict() for one in self.sets], "duplicates": duplicates}
+
+    def to_text(self) -> str:
+        """For a terminal: counts, and a few examples of each problem."""
+        blocks = [one.to_text() for one in self.sets]
+        if self.duplicates:
+            num_names = sum(map(len, self.duplicates))
+            blocks.append(
+                f"{num_names:,} names share {len(self.duplicates):,} contents; each is encoded once: "
+                f"{' = '.join(self.duplicates[0][:_NUM_EXAMPLES])}"
+            )
+        blocks.append("The data can be used as they are." if self.ok else "Some of the data cannot be used.")
+        return "\n\n".join(blocks)
+
+
+def _picture_table(sources: Sequence[SourceReport]) -> list[str]:
+    if not sources:
+        return []
+    reasons = sorted({reason for source in sources for reason in source.reasons})
+    rows = [["pictures of", "distinct", *reasons]]
+    rows += [
+        [source.source.name, f"{source.num_pictures:,}", *(f"{source.reasons.get(reason, 0):,}" for reason in reasons)]
+        for source in sources
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    for source in sources:
+        for reason in source.reasons:
+            found = [picture for picture in source.bad if picture.reason == reason]
+            lines.append(f"  {reason}: {_examples(picture.name for picture in found)} ({found[0].message})")
+    return lines
+
+
+def _histogram(title: str, counts: Mapping[int, int], label: str) -> list[str]:
+    if not counts:
+        return []
+    longest = max(counts.values())
+    labels = [label.format(value) for value in counts]
+    width = max(map(len, labels))
+    return [f"  {title}"] + [
+        f"    {text.rjust(width)}  {'#' * max(1, _BAR_WIDTH * number // longest)} {number:,}"
+        for text, number in zip(labels, counts.values(), strict=True)
+    ]
+
+
+def _examples(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - _NUM_EXAMPLES
+    return ", ".join(names[:_NUM_EXAMPLES]) + (f" and {more:,} more" if more > 0 else "")

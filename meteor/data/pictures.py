@@ -1,0 +1,88 @@
+"""Looks at one picture of an annotation file: is it there, can it be read, how is it sliced?"""
+
+import hashlib
+import io
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from PIL import ExifTags, Image
+
+from meteor import storage
+from meteor.data.features import PixelSettings
+from meteor.data.roots import resolve_image
+from meteor.data.sources import other_spelling
+from meteor.errors import BadImageError, ImagePathError, NotFoundError, StorageError
+from meteor.image.decode import decode_image
+from meteor.image.slicing import SlicePlan
+
+# Enough for the size of nearly every JPEG (the EXIF block before it is at most 64 KiB) and of every PNG, GIF and BMP.
+_HEADER_BYTES = 1 << 17
+_HEADER_FORMATS = ("JPEG", "PNG", "GIF", "BMP")
+_ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What was found out about a picture.
+
+    Attributes:
+        name: as the samples give it.
+        reason: "" if it can be used; else "missing", "outside_roots", "storage", or the reason of a `BadImageError`.
+        message: what is wrong, "" if nothing.
+        plan: its slices, or None if it cannot be used.
+        sha256: of the file's bytes where they were all read, else "".
+        found_as: the other name under which a missing picture is there, else "".
+    """
+
+    name: str
+    reason: str
+    message: str
+    plan: SlicePlan | None
+    sha256: str = ""
+    found_as: str = ""
+
+
+def inspect_picture(name: str, roots: Mapping[str, str], pixels: PixelSettings, *, full: bool) -> Picture:
+    """Look at a picture: its header alone, or with ``full`` all of it, decoded as for the encoder."""
+    try:
+        uri = resolve_image(name, roots)
+        size, sha256 = _read_whole(uri, pixels) if full else (_read_size(uri, pixels), "")
+        if size[0] * size[1] > pixels.max_pixels:
+            raise BadImageError("too_many_pixels", f"{size[0]}x{size[1]} pixels; the limit is {pixels.max_pixels}")
+        return Picture(name, "", "", pixels.plan(*size), sha256)
+    except ImagePathError as error:
+        return Picture(name, "outside_roots", str(error), None)
+    except BadImageError as error:
+        return Picture(name, error.reason, str(error), None)
+    except NotFoundError as error:
+        return Picture(name, "missing", str(error), None, found_as=_found_as(name, roots))
+    except StorageError as error:
+        return Picture(name, "storage", str(error), None)
+
+
+def _found_as(name: str, roots: Mapping[str, str]) -> str:
+    other = other_spelling(name)
+    return other if other is not None and storage.exists(resolve_image(other, roots)) else ""
+
+
+def _read_whole(uri: str, pixels: PixelSettings) -> tuple[tuple[int, int], str]:
+    data = storage.read_bytes(uri)
+    return decode_image(data, max_pixels=pixels.max_pixels).size, hashlib.sha256(data).hexdigest()
+
+
+def _read_size(uri: str, pixels: PixelSettings) -> tuple[int, int]:
+    """(width, height) as displayed, from the header if it tells, else by decoding, which knows why if it cannot."""
+    header = storage.read_range(uri, 0, min(_HEADER_BYTES, storage.stat(uri).size_bytes))
+    return _header_size(header) or decode_image(storage.read_bytes(uri), max_pixels=pixels.max_pixels).size
+
+
+def _header_size(header: bytes) -> tuple[int, int] | None:
+    try:
+        with Image.open(io.BytesIO(header), formats=_HEADER_FORMATS) as image:
+            # Asked without need, Pillow decodes a PNG to look for EXIF data behind the pixels.
+            exif = image.getexif() if _ORIENTATION_KEYS & image.info.keys() else {}
+            width, height = image.size
+            return (height, width) if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (width, height)
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
+        return None

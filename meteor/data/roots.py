@@ -1,0 +1,86 @@
+"""Where a picture is: its name in the annotation file, joined to the configured roots and kept inside them."""
+
+import os
+import posixpath
+from collections.abc import Mapping
+from functools import lru_cache
+
+from meteor import storage
+from meteor.errors import ImagePathError
+
+
+def resolve_image(name: str, roots: Mapping[str, str]) -> str:
+    """The URI of a picture. Whether it exists is not looked at.
+
+    Args:
+        name: as a sample gives it: relative to a root, or an absolute path or s3:// URI inside one.
+        roots: prefix of a name -> folder or s3:// URI that holds what follows the prefix; "" is the default. The
+            longest prefix that fits wins, and a prefix ends at a slash (``coco`` is ``coco/``): with
+            ``{"coco/": "s3://bucket/coco", "": "/data"}`` the name ``coco/train2017/1.jpg`` is
+            ``s3://bucket/coco/train2017/1.jpg``.
+
+    Raises:
+        ImagePathError: no root fits, or the place is outside its root: by "..", by another bucket, by an absolute path,
+            or, on local disk, by a symbolic link inside the root.
+    """
+    if not name or "\0" in name:
+        raise ImagePathError(f"{name!r} is no image name.")
+    if "://" in name or name.startswith(("/", "~")):
+        return _resolve_absolute(name, roots)
+    prefixes = [prefix for prefix in roots if name.startswith(_as_folder(prefix))]
+    if not prefixes:
+        raise ImagePathError(
+            f"No root is configured for the image {name!r}; prefixes known: {sorted(roots)}. Add its prefix, or '' for "
+            f"all others, to the roots."
+        )
+    prefix = max(prefixes, key=len)
+    below = posixpath.normpath(name[len(_as_folder(prefix)) :])
+    if below.split("/")[0] in ("..", "") or below == ".":
+        raise ImagePathError(f"The image name {name!r} leaves its root {roots[prefix]!r}: name a file inside it.")
+    root = storage.absolute(roots[prefix])
+    return _checked(name, storage.join(root, below), root)
+
+
+def _resolve_absolute(name: str, roots: Mapping[str, str]) -> str:
+    uri = _normalised(name)
+    for root in map(storage.absolute, roots.values()):
+        if _is_inside(uri, root):
+            return _checked(name, uri, root)
+    raise ImagePathError(
+        f"The image {name!r} is outside every root ({sorted(set(roots.values()))}): add its folder to the roots."
+    )
+
+
+def _checked(name: str, uri: str, root: str) -> str:
+    """The URI, unless a symbolic link in it leads out of the root. A root that is itself a link is fine."""
+    if "://" in uri:
+        return uri
+    folder, base = os.path.split(uri)
+    place = os.path.realpath(uri) if os.path.islink(uri) else os.path.join(_real_folder(folder), base)
+    if not _is_inside(place, _real_folder(root)):
+        raise ImagePathError(
+            f"The image {name!r} is a link, or behind a link, to {place!r}, outside its root {root!r}: give the linked "
+            f"folder a root of its own (prefix -> folder)."
+        )
+    return uri
+
+
+def _normalised(name: str) -> str:
+    scheme, separator, path = name.partition("://")
+    if not separator:
+        return storage.absolute(name)
+    return f"{scheme}://{posixpath.normpath(path)}"
+
+
+def _is_inside(uri: str, root: str) -> bool:
+    return uri.startswith(_as_folder(root))
+
+
+def _as_folder(prefix: str) -> str:
+    return prefix if not prefix or prefix.endswith("/") else prefix + "/"
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    # Remembered: hundreds of thousands of pictures share a few folders, and every component costs a system call.
+    return os.path.realpath(folder)

@@ -1,0 +1,1 @@
+"""Conversations, prompt templates, and the token ids and labels they become."""

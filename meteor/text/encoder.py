@@ -1,0 +1,91 @@
+"""Text to token ids and character spans, with nothing in the text ever read as a special token."""
+
+import json
+from functools import lru_cache
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from meteor.errors import SettingsError
+from meteor.text.segments import Span
+
+
+class TextEncoder:
+    """Encodes runs of text with private copies of a fast tokenizer's backend.
+
+    Copies, because the switch that keeps special tokens apart (``encode_special_tokens``, transformers'
+    ``split_special_tokens``) is a state of the backend: setting it on the caller's tokenizer would change the caller's
+    own calls, and race with other threads.
+    """
+
+    def __init__(self, backend: Tokenizer) -> None:
+        description = json.loads(backend.to_str())
+        self._opening = _copy(description)
+        # Vicuna 1.5 and Llama 2 ("legacy": false) put "▁" before a text, but not before text after a special token:
+        # "</s>USER" must give "US", not "▁US", although the text after "</s>" is encoded alone here.
+        self._following = _copy(_without_first_prefix(description))
+
+    def encode(self, text: str, *, after_special: bool) -> tuple[list[int], list[Span]]:
+        """Token ids, and for each the characters [start, end) of ``text`` it stands for.
+
+        Args:
+            text: what looks like a special token in it is encoded as ordinary characters.
+            after_special: the text follows a special token instead of opening a prompt or following a picture.
+        """
+        encoding = (self._following if after_special else self._opening).encode(text, add_special_tokens=False)
+        return encoding.ids, _without_gaps(encoding.offsets)
+
+    def token_id(self, token: str) -> int:
+        """The id of a special token."""
+        found = self._opening.token_to_id(token)
+        assert found is not None, f"{token!r} was found among the tokenizer's own added tokens"
+        return found
+
+
+@lru_cache(maxsize=8)
+def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> TextEncoder:
+    """The encoder of a tokenizer. ``vocabulary_size`` is ``len(tokenizer)``: one that has grown is copied again.
+
+    Raises:
+        SettingsError: not a fast tokenizer, so there are no character positions to find the answers by.
+    """
+    if not tokenizer.is_fast:
+        raise SettingsError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so it gives no character positions: load it with "
+            "meteor.text.tokens.load_tokenizer."
+        )
+    return TextEncoder(tokenizer.backend_tokenizer)
+
+
+def _copy(description: dict) -> Tokenizer:
+    copy = Tokenizer.from_str(json.dumps(description))
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _without_first_prefix(description: dict) -> dict:
+    def change(pre_tokenizer: dict) -> dict:
+        if pre_tokenizer["type"] == "Sequence":
+            return pre_tokenizer | {"pretokenizers": [change(step) for step in pre_tokenizer["pretokenizers"]]}
+        if pre_tokenizer.get("prepend_scheme") == "first":
+            return pre_tokenizer | {"prepend_scheme": "never"}
+        return pre_tokenizer
+
+    pre_tokenizer = description["pre_tokenizer"]
+    return description | {"pre_tokenizer": change(pre_tokenizer) if pre_tokenizer else None}
+
+
+def _without_gaps(offsets: list[Span]) -> list[Span]:
+    """Let every token begin where the one before it ended, or earlier.
+
+    Byte-level tokenizers trim spaces off the offsets, so that a lone "Ġ" stands for no character at all; the bytes of
+    one character share its offsets.
+    """
+    spans = []
+    previous_end = 0
+    for start, end in offsets:
+        spans.append((min(start, previous_end), end))
+        previous_end = end
+    return spans

@@ -1,0 +1,73 @@
+"""The pieces a rendered prompt is made of, and the writer that joins text while it remembers where the answers are."""
+
+from dataclasses import dataclass
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that is tokenised in one go.
+
+    Attributes:
+        text: never contains a picture or a special token; what looks like one is text.
+        answers: character spans [start, end) of ``text`` that are labels.
+    """
+
+    text: str
+    answers: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Image:
+    """The place of one picture."""
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A special token that a chat template writes; a label where it closes an answer."""
+
+    token: str
+    is_answer: bool = False
+
+
+@dataclass(frozen=True)
+class EndOfSequence:
+    """The tokenizer's end token after an answer; always a label."""
+
+
+Segment = Text | Image | SpecialToken | EndOfSequence
+
+
+class SegmentWriter:
+    """Collects segments; text written piece by piece becomes one ``Text`` until something else comes."""
+
+    def __init__(self) -> None:
+        self._segments: list[Segment] = []
+        self._text = ""
+        self._answers: list[Span] = []
+
+    def text(self, text: str, *, is_answer: bool = False) -> None:
+        if is_answer and text:
+            self._answers.append((len(self._text), len(self._text) + len(text)))
+        self._text += text
+
+    def images(self, num_images: int, *, text_follows: bool) -> None:
+        """Pictures in a row, each followed by a newline, the last one only if text follows (LLaVA strips the turn)."""
+        for number in range(num_images):
+            self.add(Image())
+            if text_follows or number + 1 < num_images:
+                self.text("\n")
+
+    def add(self, segment: Segment) -> None:
+        self._close_text()
+        self._segments.append(segment)
+
+    def finish(self) -> list[Segment]:
+        self._close_text()
+        return self._segments
+
+    def _close_text(self) -> None:
+        if self._text:
+            self._segments.append(Text(self._text, tuple(self._answers)))
+        self._text, self._answers = "", []

@@ -1,0 +1,186 @@
+"""Token ids and labels of a sample: each run of text is tokenised once, and labels come from character positions."""
+
+import os
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.errors import SettingsError, TokenisationError
+from meteor.optional import import_optional
+from meteor.text.conversation import Conversation
+from meteor.text.encoder import text_encoder
+from meteor.text.segments import EndOfSequence, Image, Segment, Span, SpecialToken, Text
+from meteor.text.template import render
+
+# A newline in the vocabularies of SentencePiece with byte fallback, of byte-level BPE, and of plain text.
+_NEWLINE_TOKENS = ("<0x0A>", "Ċ", "\n")
+
+
+@dataclass(frozen=True)
+class TokenisedSample:
+    """A sample ready for a batch.
+
+    Attributes:
+        input_ids: token ids, with one ``IMAGE_TOKEN_ID`` in the place of each picture.
+        labels: of the same length; the token's id in answers and their end tokens, else ``IGNORE_INDEX``.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Separators:
+    """Token ids put after the slices of a picture: ``slice_id`` inside a row, ``row_id`` after its last slice."""
+
+    slice_id: int
+    row_id: int
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer; no code of the model's repository is run.
+
+    A tokenizer without a padding token gets one in memory (its end token, else its unknown one): batches need an id to
+    fill up with, which the attention mask hides.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub.
+
+    Raises:
+        SettingsError: no such folder, no tokenizer in it, or not a fast one.
+        MissingPackageError: the folder has a SentencePiece model alone, and a package to convert it is missing.
+    """
+    folder = os.path.expanduser(path)
+    if not os.path.isdir(folder) and _looks_local(path):
+        raise SettingsError(f"The tokenizer's folder {folder!r} does not exist: check the path of the language model.")
+    if os.path.isdir(folder):
+        _check_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder if os.path.isdir(folder) else path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"No tokenizer can be loaded from {path!r}: {error} Give a folder with tokenizer.json or tokenizer.model, "
+            f"or a name on the hub."
+        ) from error
+    if not tokenizer.is_fast:
+        raise SettingsError(
+            f"{path!r} has no fast tokenizer ({type(tokenizer).__name__}); answers cannot be located in it."
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None and tokenizer.unk_token is None:
+            raise SettingsError(
+                f"The tokenizer of {path!r} has no padding, end or unknown token: set one in its config."
+            )
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def tokenise(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    for_generation: bool = False,
+    sample_id: str = "",
+) -> TokenisedSample:
+    """Turn a conversation into ids and labels.
+
+    Text between pictures and end tokens is tokenised as one chunk, as LLaVA does, so a picture is followed by what the
+    tokenizer puts before a text (``▁`` in Vicuna's). The beginning token comes once, where the tokenizer has one and
+    the template is not ``chat``, which writes its own. A token that overlaps an answer is a label.
+
+    Args:
+        conversation: the turns.
+        tokenizer: a fast tokenizer; it is left as it is.
+        template: ``plain``, ``vicuna_v1`` or ``chat``.
+        for_generation: the prompt alone, up to where the last answer begins; labels are all ``IGNORE_INDEX``.
+        sample_id: for the error.
+
+    Raises:
+        SettingsError: the tokenizer does not fit (not a fast one, no end token, no chat template).
+        TokenisationError: the conversation does not fit the template, or nothing in it would be learnt.
+    """
+    try:
+        segments = render(conversation, template, tokenizer=tokenizer, for_generation=for_generation)
+    except TokenisationError as error:
+        raise TokenisationError(f"Sample {sample_id!r}: {error}") from error
+    input_ids, labels = _encode(segments, tokenizer)
+    if template != "chat" and tokenizer.bos_token_id is not None:
+        input_ids.insert(0, tokenizer.bos_token_id)
+        labels.insert(0, IGNORE_INDEX)
+    if for_generation:
+        return TokenisedSample(input_ids, [IGNORE_INDEX] * len(input_ids))
+    if all(label == IGNORE_INDEX for label in labels):
+        raise TokenisationError(
+            f"Sample {sample_id!r} has no answer token under the template {template!r}, so nothing would be learnt "
+            f"from it: give it a turn from 'gpt', or check that the chat template closes answers with an end token."
+        )
+    return TokenisedSample(input_ids, labels)
+
+
+def visual_separators(tokenizer: PreTrainedTokenizerBase) -> Separators:
+    """The ids of "," and of the newline byte: 29892 and 13 in Vicuna's vocabulary (spec section 6).
+
+    They are looked up as tokens: ``tokenizer(",")`` would give Vicuna's id of ``▁,``.
+
+    Raises:
+        SettingsError: the vocabulary has no such token.
+    """
+    vocabulary: Tokenizer = tokenizer.backend_tokenizer
+    slice_id = vocabulary.token_to_id(",")
+    newline_ids = [vocabulary.token_to_id(token) for token in _NEWLINE_TOKENS]
+    row_id = next((found for found in newline_ids if found is not None), None)
+    if slice_id is None or row_id is None:
+        missing = "','" if slice_id is None else f"a newline (tried {', '.join(map(repr, _NEWLINE_TOKENS))})"
+        raise SettingsError(
+            f"The tokenizer's vocabulary has no token for {missing}: give the separators' ids explicitly."
+        )
+    return Separators(slice_id, row_id)
+
+
+def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    encoder = text_encoder(tokenizer, len(tokenizer))
+    input_ids: list[int] = []
+    labels: list[int] = []
+    previous: Segment | None = None
+    for segment in segments:
+        if isinstance(segment, Text):
+            ids, spans = encoder.encode(segment.text, after_special=isinstance(previous, EndOfSequence | SpecialToken))
+            is_answer = _overlaps(spans, segment.answers)
+        elif isinstance(segment, Image):
+            ids, is_answer = [IMAGE_TOKEN_ID], [False]
+        elif isinstance(segment, SpecialToken):
+            ids, is_answer = [encoder.token_id(segment.token)], [segment.is_answer]
+        else:
+            ids, is_answer = [_end_id(tokenizer)], [True]
+        input_ids += ids
+        labels += [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_answer, strict=True)]
+        previous = segment
+    return input_ids, labels
+
+
+def _overlaps(spans: list[Span], answers: tuple[Span, ...]) -> list[bool]:
+    return [
+        any(start < answer_end and end > answer_start for answer_start, answer_end in answers) for start, end in spans
+    ]
+
+
+def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise SettingsError("The tokenizer has no end token, and answers end with one: set its eos_token.")
+    return tokenizer.eos_token_id
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+
+
+def _check_folder(folder: str) -> None:
+    names = os.listdir(folder)
+    if "tokenizer.model" in names and "tokenizer.json" not in names:
+        # Without these transformers asks, misleadingly, for tiktoken.
+        needed_for = f"Reading the SentencePiece model in {folder!r}"
+        import_optional("sentencepiece", needed_for=needed_for, install="pip install sentencepiece")
+        import_optional("google.protobuf", needed_for=needed_for, install="pip install protobuf")

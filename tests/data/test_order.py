@@ -1,0 +1,125 @@
+import hashlib
+import random
+import time
+
+import pytest
+
+from meteor.data.order import assign, epoch_order, steps_per_epoch
+
+
+def make_lengths(num_samples, seed=0):
+    rng = random.Random(seed)
+    return [rng.choice([rng.randrange(30, 300), rng.randrange(700, 1300)]) for _ in range(num_samples)]
+
+
+def order(lengths, *, global_batch_size=8, seed=0, epoch=0, index_digest="d", group=True):
+    return epoch_order(
+        lengths, global_batch_size=global_batch_size, seed=seed, epoch=epoch, index_digest=index_digest, group=group
+    )
+
+
+def padding_share(batches, lengths):
+    padded = sum(max(lengths[sample] for sample in batch) * len(batch) for batch in batches)
+    return 1 - sum(lengths) / padded
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 7, 8, 9, 1000, 1003])
+@pytest.mark.parametrize("group", [True, False])
+def test_every_sample_comes_exactly_once_and_only_the_last_batch_is_short(num_samples, group):
+    batches = order(make_lengths(num_samples), group=group)
+    assert sorted(sample for batch in batches for sample in batch) == list(range(num_samples))
+    assert len(batches) == steps_per_epoch(num_samples, 8)
+    assert [len(batch) for batch in batches[:-1]] == [8] * (len(batches) - 1)
+
+
+def test_the_order_is_pinned_down():
+    """The rule of the docstring, with hashlib alone: an order that changes breaks the resuming of older runs."""
+
+    def key(purpose, number):
+        return hashlib.blake2b(f"3/1/d/{purpose}/{number}".encode(), digest_size=16).digest()
+
+    lengths = [50, 10, 40, 20, 30, 60, 70, 55, 15, 45, 25, 35, 65, 75, 5, 80, 1]
+    shuffled = sorted(range(17), key=lambda sample: key("sample", sample))
+    # 8 batches of 2: runs of two batches.
+    runs = [sorted(shuffled[start : start + 4], key=lambda sample: -lengths[sample]) for start in (0, 4, 8, 12)]
+    batches = [half for run in runs for half in (run[:2], run[2:])]
+    expected = [batches[batch] for batch in sorted(range(8), key=lambda batch: key("batch", batch))]
+    assert order(lengths, global_batch_size=2, seed=3, epoch=1) == [*expected, shuffled[16:]]
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_seed_epoch_and_digest_each_change_the_order(group):
+    lengths = make_lengths(200)
+    orders = [
+        order(lengths, group=group, **change) for change in ({}, {"seed": 1}, {"epoch": 1}, {"index_digest": "e"})
+    ]
+    assert all(first != second for n, first in enumerate(orders) for second in orders[:n])
+    assert order(lengths, group=group) == orders[0]
+    compositions = [{frozenset(batch) for batch in batches} for batches in orders]
+    assert all(len(first & second) < 5 for n, first in enumerate(compositions) for second in compositions[:n])
+
+
+def test_grouping_saves_padding():
+    lengths = make_lengths(4000)
+    grouped, ungrouped = (padding_share(order(lengths, group=group), lengths) for group in (True, False))
+    assert ungrouped > 0.4
+    assert grouped < 0.05
+
+
+def test_batches_of_a_length_are_spread_over_the_epoch():
+    lengths = make_lengths(4000)
+    means = [sum(lengths[sample] for sample in batch) / 8 for batch in order(lengths)]
+    half = len(means) // 2
+    assert sum(means[:half]) == pytest.approx(sum(means[half:]), rel=0.1)
+
+
+def test_the_short_last_batch_favours_no_length():
+    lengths = list(range(1003))
+    remainders = [order(lengths, epoch=epoch)[-1] for epoch in range(200)]
+    assert {len(batch) for batch in remainders} == {3}
+    mean = sum(lengths[sample] for batch in remainders for sample in batch) / 600
+    assert mean == pytest.approx(501, abs=50)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 31, 128])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_a_batch_is_divided_whole_with_equal_steps_for_every_rank(batch_size, world_size, micro_batch_size):
+    lengths = make_lengths(batch_size + 10)
+    batch = list(range(batch_size + 9, 9, -1))
+    ranks = assign(batch, lengths, world_size=world_size, micro_batch_size=micro_batch_size)
+    steps = [step for rank in ranks for step in rank]
+    assert sorted(sample for step in steps for sample in step) == sorted(batch)
+    assert len(ranks) == world_size
+    assert {len(rank) for rank in ranks} == {-(-batch_size // (world_size * micro_batch_size))}
+    assert max(map(len, steps)) <= micro_batch_size
+    assert all(step for rank in ranks for step in rank[:-1])
+    assert all(sorted(step, key=batch.index) == step for step in steps)
+    again = assign(batch, lengths, world_size=world_size, micro_batch_size=micro_batch_size)
+    assert ranks == again
+
+
+def test_ranks_and_steps_carry_even_lengths():
+    lengths = make_lengths(4000)
+    for batch in order(lengths, global_batch_size=128)[:-1]:
+        ranks = assign(batch, lengths, world_size=4, micro_batch_size=4)
+        totals = [[sum(lengths[sample] for sample in step) for step in rank] for rank in ranks]
+        per_rank = [sum(rank) for rank in totals]
+        assert max(per_rank) < 1.05 * min(per_rank)
+        for step in zip(*totals, strict=True):
+            assert max(step) < 1.2 * min(step)
+
+
+def test_a_batch_divided_by_hand():
+    lengths = [9, 1, 8, 2, 7]
+    # Slots of at most 2: 9 | 8 | 7, then 2 joins 7, 1 joins 8: {0}, {2, 1}, {4, 3} and one slot left for nobody.
+    assert assign([0, 1, 2, 3, 4], lengths, world_size=3, micro_batch_size=2) == [[[0]], [[1, 2]], [[3, 4]]]
+    assert assign([1], lengths, world_size=2, micro_batch_size=2) == [[[1]], [[]]]
+    assert assign([], lengths, world_size=2, micro_batch_size=2) == [[[]], [[]]]
+
+
+def test_an_order_of_the_full_mixture_takes_seconds():
+    lengths = make_lengths(665_000)
+    start = time.perf_counter()
+    order(lengths, global_batch_size=128)
+    assert time.perf_counter() - start < 10
