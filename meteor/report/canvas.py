@@ -1,0 +1,95 @@
+"""The look all figures share: sizes, inks, one colour a variant, PNG out. Draws with Agg objects, never pyplot."""
+
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.typing import LineStyleType
+
+# A figure of this width is shown at CSS_PIXELS_PER_INCH, so that a 10 pt text reads as about 14 px.
+WIDTH_INCHES = 9.0
+CSS_PIXELS_PER_INCH = 100
+TEXT_POINTS = 10.0
+INK = "#222222"
+FAINT_INK = "#d8d8d8"
+
+# Okabe and Ito's colours, told apart by colour-blind readers; their yellow is too pale on white and is left out.
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+_LINE_STYLES: tuple[LineStyleType, ...] = ("-", "--", ":", "-.")
+_HATCHES = ("", "///", "...", "xxx")
+
+
+@dataclass(frozen=True)
+class Look:
+    """A variant's colour, and what tells it from another of the same colour in lines and in bars."""
+
+    colour: str
+    line_style: LineStyleType
+    hatch: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished figure.
+
+    Attributes:
+        name: file stem, unique in a report.
+        png: the file's bytes.
+        width, height: size on the page in CSS pixels.
+        alt: what it shows, for those who cannot see it.
+        caption: how to read it.
+    """
+
+    name: str
+    png: bytes
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+def variant_looks(names: Sequence[str]) -> dict[str, Look]:
+    """One look for each variant, the same in every figure; lines and hatches change once the colours are used up."""
+    looks = itertools.cycle(
+        Look(colour, line_style, hatch)
+        for line_style, hatch in zip(_LINE_STYLES, _HATCHES, strict=True)
+        for colour in _PALETTE
+    )
+    return {name: next(looks) for name in names}
+
+
+def new_figure(width_inches: float, height_inches: float) -> Figure:
+    figure = Figure(figsize=(width_inches, height_inches), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain_axes(axes: Axes, *, grid: str | None) -> None:
+    """Only the frame's left and bottom side, a faint grid along ``grid`` ("x", "y" or None), readable ticks."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.tick_params(labelsize=TEXT_POINTS, colors=INK, length=3)
+    axes.set_axisbelow(True)
+    if grid == "x":
+        axes.grid(axis="x", color=FAINT_INK, linewidth=0.8)
+    elif grid == "y":
+        axes.grid(axis="y", color=FAINT_INK, linewidth=0.8)
+
+
+def to_picture(figure: Figure, *, name: str, alt: str, caption: str, dpi: int = 170) -> Picture:
+    """Render; ``dpi`` beyond the page's own keeps print and dense screens sharp."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    width, height = figure.get_size_inches()
+    return Picture(
+        name=name,
+        png=buffer.getvalue(),
+        width=round(width * CSS_PIXELS_PER_INCH),
+        height=round(height * CSS_PIXELS_PER_INCH),
+        alt=alt,
+        caption=caption,
+    )

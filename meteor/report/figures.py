@@ -1,0 +1,171 @@
+"""Charts of numbers: loss over steps, throughput bars, scores by type."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from meteor.report.canvas import (
+    INK,
+    TEXT_POINTS,
+    WIDTH_INCHES,
+    Look,
+    Picture,
+    new_figure,
+    plain_axes,
+    to_picture,
+)
+from meteor.report.data import StageRun, VariantResult
+from meteor.report.formatting import format_number, format_share
+from meteor.report.measures import column, final_loss, median_rate, smooth
+
+_RATES = (("num_samples", "samples/s"), ("num_visual_tokens", "visual tokens/s"))
+
+
+def loss_figure(stage: str, runs: Mapping[str, StageRun], looks: Mapping[str, Look]) -> Picture:
+    """Loss of one stage over steps, all variants overlaid (raw thin, smoothed thick), and the learning rate below."""
+    figure = new_figure(WIDTH_INCHES, 5.2)
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
+    for name, run in runs.items():
+        _draw_curve(loss_axes, rate_axes, run, looks[name])
+    loss_axes.set_ylabel("loss", fontsize=TEXT_POINTS)
+    rate_axes.set_ylabel("lr", fontsize=TEXT_POINTS)
+    rate_axes.set_xlabel("step", fontsize=TEXT_POINTS)
+    for axes in (loss_axes, rate_axes):
+        plain_axes(axes, grid="y")
+    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    rate_axes.yaxis.get_offset_text().set_fontsize(TEXT_POINTS - 1)
+    _add_legend(figure, list(runs), looks, lines=True)
+    ends = {name: final_loss(run) for name, run in runs.items()}
+    described = ", ".join(f"{name} {format_number(loss)}" for name, loss in ends.items() if loss is not None)
+    return to_picture(
+        figure,
+        name=f"loss_{stage}",
+        alt=f"Loss of stage {stage} over steps. At the last step: {described}.",
+        caption="Thin: the loss of each reported step. Thick: smoothed. Below: the learning rate.",
+    )
+
+
+def throughput_figure(runs: Mapping[str, Mapping[str, StageRun]], looks: Mapping[str, Look]) -> Picture:
+    """Bars of samples/s and visual tokens/s; ``runs`` is stage -> variant -> run. One row of panels a stage."""
+    num_bars = max(len(stage_runs) for stage_runs in runs.values())
+    figure = new_figure(WIDTH_INCHES, len(runs) * (1.0 + 0.3 * num_bars))
+    grid = figure.subplots(len(runs), len(_RATES), squeeze=False)
+    described = []
+    for row, (stage, stage_runs) in zip(grid, runs.items(), strict=True):
+        for axes, (key, label) in zip(row, _RATES, strict=True):
+            rates = {name: median_rate(run.metrics, key) for name, run in stage_runs.items()}
+            _draw_bars(axes, rates, looks, show_names=key == _RATES[0][0])
+            axes.set_title(f"{stage}: {label}", fontsize=TEXT_POINTS, loc="left", color=INK, parse_math=False)
+            values = ", ".join(f"{name} {format_number(rate)}" for name, rate in rates.items() if rate is not None)
+            described.append(f"{stage}, {label}: {values or 'not recorded'}.")
+    return to_picture(
+        figure,
+        name="throughput",
+        alt="Throughput by variant. " + " ".join(described),
+        caption="Median over the reported steps.",
+    )
+
+
+def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Mapping[str, Look]) -> Picture:
+    """Exact match of all questions and of each type, one bar a variant, with 95 % intervals and the majority answer.
+
+    Args:
+        name: file stem.
+        scores: variant -> the table of `meteor.evaluation.scoring.score_table`.
+    """
+    types = sorted({type_name for table in scores.values() for type_name in table["by_type"]})
+    labels = ["all questions", *(types if len(types) > 1 else [])]
+    bar_height = 0.8 / len(scores)
+    figure = new_figure(WIDTH_INCHES, 1.1 + len(labels) * (0.22 * len(scores) + 0.2))
+    axes = figure.subplots()
+    for row, label in enumerate(labels):
+        entries = {variant: table if row == 0 else table["by_type"].get(label) for variant, table in scores.items()}
+        for position, (variant, entry) in enumerate(entries.items()):
+            if entry is not None:
+                y = row - 0.4 + bar_height * (position + 0.5)
+                _draw_score(axes, entry, y, bar_height, looks[variant])
+    axes.set_yticks(range(len(labels)), labels=labels, parse_math=False)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("exact match, %", fontsize=TEXT_POINTS)
+    plain_axes(axes, grid="x")
+    axes.tick_params(axis="y", length=0)
+    _add_legend(figure, list(scores), looks, lines=False, extra=[_majority_line([], [])])
+    values = ", ".join(f"{variant} {format_share(table['exact_match'])}" for variant, table in scores.items())
+    return to_picture(
+        figure,
+        name=name,
+        alt=f"Exact match by type of question. All questions: {values}.",
+        caption="Whiskers: 95 % intervals (Wilson). Dashed: what always giving the most frequent answer would score.",
+    )
+
+
+def _draw_curve(loss_axes: Axes, rate_axes: Axes, run: StageRun, look: Look) -> None:
+    steps, losses = column(run.metrics, "step"), column(run.metrics, "loss")
+    smoothed = smooth(losses)
+    if smoothed is not losses:
+        loss_axes.plot(steps, losses, color=look.colour, alpha=0.3, linewidth=0.8)
+    marker = "o" if smoothed is losses else ""
+    loss_axes.plot(steps, smoothed, color=look.colour, linestyle=look.line_style, linewidth=2, marker=marker, ms=4)
+    rate_axes.plot(steps, column(run.metrics, "lr"), color=look.colour, linestyle=look.line_style, linewidth=1.5)
+
+
+def _draw_bars(axes: Axes, rates: Mapping[str, float | None], looks: Mapping[str, Look], *, show_names: bool) -> None:
+    names = list(rates)
+    for row, name in enumerate(names):
+        rate, look = rates[name], looks[name]
+        axes.barh(row, rate or 0, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+        text = "not recorded" if rate is None else format_number(rate)
+        axes.annotate(text, (rate or 0, row), (5, 0), textcoords="offset points", va="center", fontsize=TEXT_POINTS)
+    axes.set_yticks(range(len(names)), labels=names if show_names else [], parse_math=False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    # Room to the right for the longest bar's number.
+    axes.set_xlim(0, 1.25 * max([rate or 0 for rate in rates.values()]) or 1)
+    plain_axes(axes, grid=None)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="x", bottom=False, labelbottom=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _draw_score(axes: Axes, entry: Mapping[str, Any], y: float, height: float, look: Look) -> None:
+    share, (low, high) = 100 * entry["exact_match"], (100 * end for end in entry["interval"])
+    axes.barh(y, share, height=0.9 * height, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+    axes.plot([low, high], [y, y], color=INK, linewidth=1.4, marker="|", markersize=6)
+    majority = 100 * entry["majority_share"]
+    axes.add_line(_majority_line([majority, majority], [y - height / 2, y + height / 2]))
+
+
+def _majority_line(x: Sequence[float], y: Sequence[float]) -> Line2D:
+    # A white edge keeps it readable on dark bars.
+    edge = [patheffects.withStroke(linewidth=3.4, foreground="white")]
+    return Line2D(x, y, color="black", linestyle=(0, (2, 1)), linewidth=1.6, path_effects=edge, label="majority answer")
+
+
+def _add_legend(
+    figure: Figure, names: Sequence[str], looks: Mapping[str, Look], *, lines: bool, extra: Sequence[Line2D] = ()
+) -> None:
+    handles: list[Line2D | Patch] = []
+    for name in names:
+        look = looks[name]
+        line = Line2D([], [], color=look.colour, linestyle=look.line_style, linewidth=2, label=name)
+        handles.append(
+            line
+            if lines
+            else Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0, label=name)
+        )
+    legend = figure.legend(
+        handles=[*handles, *extra], loc="outside upper left", ncols=4, frameon=False, fontsize=TEXT_POINTS
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def comparable_runs(variants: Sequence[VariantResult], stage: str) -> dict[str, StageRun]:
+    """Variant -> its run of a stage, of those that reported at least one step."""
+    runs = {variant.name: variant.stages[stage] for variant in variants if stage in variant.stages}
+    return {name: run for name, run in runs.items() if run.metrics}

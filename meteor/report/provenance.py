@@ -1,0 +1,99 @@
+"""What is needed to make the same numbers again: digests, versions, full settings; and what a report lacks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meteor.report.data import EVALUATION_STAGE, TRAINING_STAGES, StageRun, VariantResult
+from meteor.report.formatting import format_count, format_value, humanise
+from meteor.report.tables import Table, flatten
+
+_STAGES = (*TRAINING_STAGES, EVALUATION_STAGE)
+_LABELS = {"digest": "run digest", "uri": "folder"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Facts that all runs share, said once; those that differ, one row a run; package versions."""
+
+    shared: Table
+    by_run: Table
+    versions: Table
+
+
+@dataclass(frozen=True)
+class SettingsBlock:
+    """Resolved settings as JSON, and which runs they belong to."""
+
+    title: str
+    text: str
+
+
+def provenance(variants: Sequence[VariantResult]) -> Provenance:
+    """Lay out ``run.json``'s facts of every run of every variant."""
+    runs = _runs(variants)
+    facts = {title: _facts(run) for title, run in runs.items()}
+    keys = list(dict.fromkeys(["digest", *(key for of_run in facts.values() for key in of_run)]))
+    cells = {key: [of_run.get(key, "none") for of_run in facts.values()] for key in keys}
+    # One run has nothing to share with another: its facts stay together.
+    shared = [key for key in keys if len(runs) > 1 and len(set(cells[key])) == 1]
+    differing = [key for key in keys if key not in shared]
+    rows = zip(facts, *(cells[key] for key in differing), strict=True)
+    return Provenance(
+        shared=Table(("Fact", "Value"), tuple((_label(key), cells[key][0]) for key in shared), numeric=False),
+        by_run=Table(("Run", *map(_label, differing)), tuple(rows), numeric=False),
+        versions=_versions(list(runs.values())),
+    )
+
+
+def settings_blocks(variants: Sequence[VariantResult]) -> list[SettingsBlock]:
+    """Every distinct settings document once, under the names of the runs that used it."""
+    titles: dict[str, list[str]] = {}
+    for title, run in _runs(variants).items():
+        text = json.dumps(run.settings, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+        titles.setdefault(text, []).append(title)
+    return [SettingsBlock("; ".join(names), text) for text, names in titles.items()]
+
+
+def missing_pieces(variants: Sequence[VariantResult], cache: Mapping[str, Any] | None) -> list[str]:
+    """One sentence for each thing a reader would expect and not find."""
+    sentences = [] if cache is not None else ["No facts about the feature cache were given."]
+    for variant in variants:
+        for stage in _STAGES:
+            run = variant.stages.get(stage)
+            if run is None:
+                sentences.append(f"{variant.name}: stage {stage} was not run.")
+            elif not run.finished:
+                reached = (
+                    f"it had reached step {format_count(run.metrics[-1]['step'])}" if run.metrics else "no step yet"
+                )
+                sentences.append(f"{variant.name}: stage {stage} has not finished; {reached}.")
+        if EVALUATION_STAGE in variant.stages and variant.scores is None:
+            sentences.append(f"{variant.name}: stage {EVALUATION_STAGE} left no scores.")
+    return sentences
+
+
+def _runs(variants: Sequence[VariantResult]) -> dict[str, StageRun]:
+    return {f"{v.name}, {stage}": v.stages[stage] for v in variants for stage in _STAGES if stage in v.stages}
+
+
+def _facts(run: StageRun) -> dict[str, str]:
+    recorded = {key: value for key, value in run.identity.items() if key not in ("versions", "variant", "name")}
+    facts = flatten({"uri": run.uri, **recorded})
+    return {key: format_value(value) for key, value in facts.items() if value is not None}
+
+
+def _versions(runs: Sequence[StageRun]) -> Table:
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        versions: Mapping[str, Any] = run.identity.get("versions", {})
+        for package, version in versions.items():
+            found.setdefault(package, {})[str(version)] = None
+    return Table(
+        ("Package", "Version"), tuple((package, ", ".join(found[package])) for package in sorted(found)), numeric=False
+    )
+
+
+def _label(key: str) -> str:
+    return _LABELS.get(key, humanise(key).replace(".", " "))

@@ -1,0 +1,246 @@
+"""The report's tables: what each variant costs and scores, how it trained, where its settings differ."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meteor.report.data import TRAINING_STAGES, StageRun, VariantResult
+from meteor.report.formatting import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_interval,
+    format_number,
+    format_parameters,
+    format_share,
+    format_value,
+    humanise,
+)
+from meteor.report.measures import final_loss, median_rate, step_seconds, total, training_seconds
+
+NOT_RUN = "not run"
+NOT_FINISHED = "not finished"
+NOT_RECORDED = "not recorded"
+NOT_SET = "not set"
+GAPS = (NOT_RUN, NOT_FINISHED, NOT_RECORDED, NOT_SET)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column names the row. ``numeric`` tables align the others to the right."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: bool = True
+
+
+def headline_table(variants: Sequence[VariantResult]) -> Table:
+    """One row a variant: cost in tokens, parameters and time beside the score."""
+    sets = question_sets(variants)
+    score_columns = [f"Exact match, {name}" if len(sets) > 1 else "Exact match" for name in sets] or ["Exact match"]
+    columns = (
+        "Variant",
+        "Visual tokens per image",
+        "Projector parameters",
+        *score_columns,
+        "Training time",
+        "Samples/s",
+    )
+    rows = []
+    for variant in variants:
+        parameters = variant.num_projector_parameters
+        rows.append(
+            (
+                variant.name,
+                format_tokens(variant.num_visual_tokens_per_image),
+                NOT_RECORDED if parameters is None else format_parameters(parameters),
+                *(_score_cell(variant, name) for name in sets or [""]),
+                format_training_time(variant),
+                _rate_cell(variant.stages.get("finetune"), "num_samples"),
+            )
+        )
+    return Table(columns, tuple(rows))
+
+
+def stage_table(variants: Sequence[VariantResult], stage: str) -> Table:
+    """How one training stage went for each variant."""
+    columns = (
+        "Variant",
+        "Steps",
+        "Samples",
+        "Last loss",
+        "Time",
+        "Samples/s",
+        "Visual tokens/s",
+        "Text tokens/s",
+    )
+    rows = []
+    for variant in variants:
+        run = variant.stages.get(stage)
+        if run is None:
+            rows.append((variant.name, *[NOT_RUN] * (len(columns) - 1)))
+            continue
+        loss, num_samples = final_loss(run), total(run.metrics, "num_samples")
+        rows.append(
+            (
+                variant.name,
+                format_count(run.metrics[-1]["step"]) if run.metrics else NOT_RECORDED,
+                NOT_RECORDED if num_samples is None else format_count(num_samples),
+                NOT_RECORDED if loss is None else f"{loss:#.4g}",
+                _stage_time(run),
+                _rate_cell(run, "num_samples"),
+                _rate_cell(run, "num_visual_tokens"),
+                _rate_cell(run, "num_text_tokens"),
+            )
+        )
+    return Table(columns, tuple(rows))
+
+
+def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
+    """Exact match with its 95 % interval, all questions first, then each type."""
+    tables = {variant.name: (variant.scores or {}).get(question_set) for variant in variants}
+    types = sorted({name for table in tables.values() if table is not None for name in table["by_type"]})
+    rows = []
+    for label in ["all questions", *types]:
+        entries = {name: _entry(table, label, types) for name, table in tables.items()}
+        scored = [entry for entry in entries.values() if entry is not None]
+        rows.append(
+            (
+                label,
+                _distinct(format_count(entry["num_questions"]) for entry in scored),
+                _distinct(format_share(entry["majority_share"]) for entry in scored),
+                *(NOT_RUN if entry is None else _score_text(entry) for entry in entries.values()),
+            )
+        )
+    return Table(("Type", "Questions", "Majority answer", *tables), tuple(rows))
+
+
+def difference_table(variants: Sequence[VariantResult]) -> Table | None:
+    """Settings in which variants differ, without those that only repeat the variant's name; None if there are none."""
+    values = _settings_by_stage(variants)
+    names = tuple(variant.name for variant in variants)
+    rows = []
+    for key in sorted({key for stages in values.values() for flat in stages.values() for key in flat}):
+        for label, cells in _setting_rows(key, values):
+            if len({cell for cell in cells if cell != NOT_RUN}) > 1 and cells != names:
+                rows.append((label, *cells))
+    if not rows:
+        return None
+    table = Table(("Setting", *names), tuple(rows), numeric=False)
+    # Many variants that differ in few settings read better down than across.
+    return _transpose(table) if len(variants) > max(4, len(rows)) else table
+
+
+def cache_table(cache: Mapping[str, Any]) -> Table:
+    """Facts about the feature cache; ``quarantine_reasons`` {reason: count} becomes one row a reason."""
+    rows: list[tuple[str, str]] = []
+    for key, value in cache.items():
+        if isinstance(value, Mapping):
+            rows.extend((f"{humanise(key)}: {name}", _fact(name, count)) for name, count in value.items())
+        else:
+            rows.append((_CACHE_LABELS.get(key, humanise(key)), _fact(key, value)))
+    return Table(("Fact", "Value"), tuple(rows), numeric=False)
+
+
+def format_training_time(variant: VariantResult) -> str:
+    """Both training stages together; says so if only one finished."""
+    seconds = training_seconds(variant)
+    if not seconds:
+        return NOT_FINISHED if any(stage in variant.stages for stage in TRAINING_STAGES) else NOT_RUN
+    text = format_duration(sum(seconds.values()))
+    return text if len(seconds) == len(TRAINING_STAGES) else f"{text} ({', '.join(seconds)} only)"
+
+
+def format_tokens(num_visual_tokens_per_image: float | None) -> str:
+    return (
+        NOT_RECORDED
+        if num_visual_tokens_per_image is None
+        else f"{num_visual_tokens_per_image:,.1f}".removesuffix(".0")
+    )
+
+
+def question_sets(variants: Sequence[VariantResult]) -> list[str]:
+    return list(dict.fromkeys(name for variant in variants for name in variant.scores or {}))
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys, the form overrides are written in; an empty mapping sets nothing."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _settings_by_stage(variants: Sequence[VariantResult]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Variant -> stage -> flat settings."""
+    return {v.name: {stage: flatten(run.settings) for stage, run in v.stages.items()} for v in variants}
+
+
+def _setting_rows(key: str, values: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(label, one cell a variant) of one setting; one row a stage if a variant ran its stages with different values."""
+    cells = {
+        name: {stage: format_value(flat.get(key, NOT_SET)) for stage, flat in stages.items()}
+        for name, stages in values.items()
+    }
+    if all(len(set(by_stage.values())) <= 1 for by_stage in cells.values()):
+        yield key, tuple(next(iter(by_stage.values()), NOT_RUN) for by_stage in cells.values())
+        return
+    for stage in dict.fromkeys(stage for by_stage in cells.values() for stage in by_stage):
+        yield f"{key} ({stage})", tuple(by_stage.get(stage, NOT_RUN) for by_stage in cells.values())
+
+
+_CACHE_LABELS = {
+    "num_pictures": "pictures named by the samples",
+    "num_distinct": "distinct pictures encoded",
+    "size_bytes": "size",
+}
+
+
+def _fact(key: str, value: Any) -> str:
+    if key.endswith("bytes") and isinstance(value, int):
+        return format_bytes(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return format_count(value)
+    return format_value(value)
+
+
+def _transpose(table: Table) -> Table:
+    turned = list(zip(table.columns, *table.rows, strict=True))
+    return Table(("Variant", *turned[0][1:]), tuple(turned[1:]), table.numeric)
+
+
+def _score_cell(variant: VariantResult, question_set: str) -> str:
+    entry = (variant.scores or {}).get(question_set)
+    return NOT_RUN if entry is None else _score_text(entry)
+
+
+def _score_text(entry: Mapping[str, Any]) -> str:
+    return f"{format_share(entry['exact_match'])} ({format_interval(*entry['interval'])})"
+
+
+def _entry(table: Mapping[str, Any] | None, label: str, types: Sequence[str]) -> Mapping[str, Any] | None:
+    if table is None:
+        return None
+    return table["by_type"].get(label) if label in types else table
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    """One text if all are equal, else all of them: variants may have been asked different numbers of questions."""
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _stage_time(run: StageRun) -> str:
+    seconds = step_seconds(run)
+    if not run.finished:
+        return NOT_FINISHED
+    return NOT_RECORDED if seconds is None else format_duration(seconds)
+
+
+def _rate_cell(run: StageRun | None, count_key: str) -> str:
+    if run is None:
+        return NOT_RUN
+    rate = median_rate(run.metrics, count_key)
+    return NOT_RECORDED if rate is None else format_number(rate)
