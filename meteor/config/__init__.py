@@ -1,0 +1,15 @@
+"""Settings of a run: strict, frozen, from YAML with `extends` and dotted overrides."""
+
+from meteor.config.digest import mathematical_settings, settings_digest
+from meteor.config.load import load_run, parse_overrides, resolve_paths
+from meteor.config.settings import RunSettings, StageSettings
+
+__all__ = [
+    "RunSettings",
+    "StageSettings",
+    "load_run",
+    "mathematical_settings",
+    "parse_overrides",
+    "resolve_paths",
+    "settings_digest",
+]

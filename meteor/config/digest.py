@@ -1,0 +1,25 @@
+"""Which settings change the mathematics, and one digest of them."""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def mathematical_settings(settings: BaseModel) -> dict[str, Any]:
+    """The settings without the operational ones: no paths, worker counts, micro batch sizes, logging."""
+    result: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("operational"):
+            continue
+        value = getattr(settings, name)
+        result[name] = mathematical_settings(value) if isinstance(value, BaseModel) else value
+    return result
+
+
+def settings_digest(content: Any) -> str:
+    """SHA-256 of the canonical JSON of ``content``: independent of key order, of machine and of process."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,161 @@
+"""From a YAML file and dotted overrides to `RunSettings`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from meteor.config.settings import RunSettings
+from meteor.errors import SettingsError
+
+
+def load_run(path: str, overrides: Sequence[str] = ()) -> RunSettings:
+    """Read a run file, follow its ``extends``, apply overrides, validate.
+
+    Args:
+        path: YAML file, or the bare name of one under jobs/runs/.
+        overrides: ``a.b=value``; the value is read as YAML (``train.lr=2e-5``, ``projector.settings={k: 64}``).
+
+    Raises:
+        SettingsError: the file is missing or malformed, a key is unknown, a type is wrong.
+    """
+    merged = _merge(_read(_find(path), ()), parse_overrides(overrides))
+    try:
+        return RunSettings.model_validate(merged)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {_explain(error)}") from error
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``["a.b=1", "c=x"]`` -> ``{"a": {"b": 1}, "c": "x"}``."""
+    result: dict[str, Any] = {}
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise SettingsError(f"override {override!r} is not of the form a.b=value")
+        value = _yaml(text, override)
+        for key in reversed(dotted.split(".")):
+            value = {key: value}
+        result = _merge(result, value)
+    return result
+
+
+def _find(path: str) -> Path:
+    candidates = [Path(path), Path("jobs/runs") / f"{path}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise SettingsError(f"there is no run file {path!r} (looked for {', '.join(map(str, candidates))})")
+
+
+def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    file = file.resolve()
+    if file in seen:
+        raise SettingsError(f"extends goes in a circle: {' -> '.join(str(f) for f in (*seen, file))}")
+    try:
+        content = _yaml(file.read_text(), str(file)) or {}
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{file} must hold a mapping of settings, not {type(content).__name__}")
+    parent = content.pop("extends", None)
+    return content if parent is None else _merge(_read(file.parent / parent, (*seen, file)), content)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where} is not valid YAML: {error}") from error
+    # YAML 1.1 reads 2e-5 as a string; people mean a number.
+    return _numbers(value)
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` wins; mappings merge key by key, but `projector.settings` of another projector does not linger."""
+    merged = dict(base)
+    for key, value in over.items():
+        if key == "projector" and isinstance(value, dict) and value.get("name", _name(base)) != _name(base):
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _name(settings: dict[str, Any]) -> Any:
+    projector = settings.get("projector")
+    return projector.get("name") if isinstance(projector, dict) else None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "settings"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {where} = {problem['input']!r}{_suggest(problem['loc'])}")
+        else:
+            lines.append(f"{where} = {problem['input']!r}: {problem['msg']}" if problem["loc"] else problem["msg"])
+    return "; ".join(lines)
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    """The settings that exist at the place where an unknown one was given."""
+    model: Any = RunSettings
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part)) if hasattr(model, "model_fields") else None
+        if field is None:
+            return ""
+        model = field.annotation
+    return f" (known here: {', '.join(sorted(model.model_fields))})" if hasattr(model, "model_fields") else ""
+
+
+def resolve_paths(settings: RunSettings) -> RunSettings:
+    """Make every local path absolute: Ray's workers run in folders of their own."""
+    data = settings.data
+    update = {
+        "output": _absolute(settings.output),
+        "data": data.model_copy(
+            update={
+                "roots": {prefix: _absolute(root) for prefix, root in data.roots.items()},
+                "pretrain": data.pretrain and _absolute(data.pretrain),
+                "finetune": data.finetune and _absolute(data.finetune),
+                "evaluate": {name: _absolute(uri) for name, uri in data.evaluate.items()},
+            }
+        ),
+        "cache": settings.cache.model_copy(update={"uri": settings.cache.uri and _absolute(settings.cache.uri)}),
+        "vision": settings.vision.model_copy(update={"path": _model_path(settings.vision.path)}),
+        "llm": settings.llm.model_copy(update={"path": _model_path(settings.llm.path)}),
+        "finetune": settings.finetune.model_copy(
+            update={"pretrained": settings.finetune.pretrained and _absolute(settings.finetune.pretrained)}
+        ),
+        "evaluate": settings.evaluate.model_copy(
+            update={"model": settings.evaluate.model and _absolute(settings.evaluate.model)}
+        ),
+    }
+    return settings.model_copy(update=update)
+
+
+def _model_path(path: str) -> str:
+    """A local directory becomes absolute; a hub id stays as it is."""
+    return _absolute(path) if Path(path).expanduser().is_dir() else path
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())

@@ -1,0 +1,197 @@
+"""Every setting of a run with its default and its meaning; unknown keys and wrong types are refused.
+
+A field marked `operational` says where or how fast something runs, not what is computed: it stays out of the run digest.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def operational(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that does not change the mathematics (see `meteor.config.digest`)."""
+    return Field(default, description=description, json_schema_extra={"operational": True}, **constraints)
+
+
+def setting(default: Any, description: str, **constraints: Any) -> Any:
+    return Field(default, description=description, **constraints)
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataSettings(_Settings):
+    """Where samples and pictures are, and which pictures are refused."""
+
+    roots: dict[str, str] = operational({"": "."}, "image folders: prefix of an image name -> folder or s3:// URI")
+    pretrain: str | None = operational(None, "LLaVA JSON / JSONL of stage 1")
+    finetune: str | None = operational(None, "LLaVA JSON / JSONL of stage 2")
+    evaluate: dict[str, str] = operational({}, "name -> LLaVA JSON / JSONL to answer and score")
+    max_aspect_ratio: float = setting(24.0, "a picture longer than this, either way, is quarantined", ge=1)
+    max_pixels: int = setting(178_956_970, "a picture with more pixels is quarantined (a decompression bomb)", gt=0)
+    max_bad_share: Fraction = operational(0.01, "the job fails, after publishing, above this share of bad pictures ...")
+    min_bad_images: int = operational(10, "... if at least so many are bad", ge=0)
+
+
+class SlicingSettings(_Settings):
+    """LLaVA-UHD's slicing rule."""
+
+    max_slices: int = setting(6, "most slices of a picture, the global view not counted", ge=1)
+    resolution: int = setting(336, "side in pixels of the square whose area a sub-image has", ge=14)
+    patch_size: int = setting(14, "side of a patch in pixels; the encoder's", ge=1)
+
+
+class VisionSettings(_Settings):
+    """The frozen encoder."""
+
+    path: str = operational("openai/clip-vit-large-patch14-336", "CLIP: local directory or hub id")
+    select_layer: int = setting(-2, "which hidden state is cached; LLaVA takes the last but one")
+    attention_layers: tuple[int, ...] = setting((-2,), "hidden states whose block's class-token attention is cached")
+    dtype: Dtype = setting("bfloat16", "type the encoder computes in")
+
+
+class CacheSettings(_Settings):
+    """The feature cache."""
+
+    uri: str | None = operational(None, "root of the caches; <output>/cache if not given")
+    codec: str = setting("float16", "how feature values are stored: float16, bfloat16, float32")
+    rows_per_file: int = operational(32, "pictures in one Parquet file, at least; one takes up to 8 MB", ge=1)
+
+
+class ProjectorSettings(_Settings):
+    """Which projector, and its own settings (`meteor.projector`)."""
+
+    name: str = setting("meteor", "a name of meteor.projector.build_projector")
+    settings: dict[str, Any] = setting({}, "arguments of that projector, for example {k: 64}")
+
+
+class LLMSettings(_Settings):
+    """The language model: any Hugging Face causal LM."""
+
+    path: str = operational("lmsys/vicuna-7b-v1.5", "local directory or hub id")
+    dtype: Dtype = setting("bfloat16", "type of the weights while training and answering")
+    gradient_checkpointing: bool = operational(True, "recompute activations in the backward pass")
+
+
+class StageSettings(_Settings):
+    """One training stage."""
+
+    lr: float = setting(1e-3, "peak learning rate", gt=0)
+    global_batch_size: int = setting(256, "samples per optimiser step, over all workers", ge=1)
+    epochs: int = setting(1, "passes over the samples", ge=1)
+    warmup_ratio: Fraction = setting(0.03, "share of the steps in which the learning rate rises linearly")
+    weight_decay: Literal[0] = setting(0, "0 as in LLaVA; one parameter group under ZeRO-3 allows nothing else")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
+    seed: int = setting(0, "seed of the order of samples and of new weights")
+    template: Literal["plain", "vicuna_v1", "chat"] = setting("plain", "how turns become text")
+    sub_images: Literal["all", "global"] = setting("all", "LLaVA-UHD pretrains on the global view alone: `global`")
+    max_length: int = setting(2048, "tokens of a sample, visual ones included; text beyond is cut and counted", ge=8)
+    native_warmup: Fraction = setting(0.0, "share of the steps in which the native expert's weight rises from 0")
+    aux_loss_coefficient: float = setting(0.01, "weight of the projector's own loss where it has one", ge=0)
+    group_by_length: bool = setting(True, "samples of similar length share a batch")
+    fraction: float = setting(1.0, "share of the samples to train on: a rehearsal", gt=0, le=1)
+    features: Literal["cache", "live"] = setting("cache", "from the cache, or from the encoder inside the worker")
+    micro_batch_size: int = operational(16, "samples of one forward pass on one worker", ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = operational(2, "DeepSpeed's ZeRO stage")
+    checkpoint_every_steps: int = operational(500, "steps between checkpoints", ge=1)
+    keep_checkpoints: int = operational(2, "how many of the newest checkpoints stay", ge=1)
+    report_every_steps: int = operational(1, "steps between reported metrics", ge=1)
+
+
+class PretrainSettings(StageSettings):
+    """Stage 1: the projector alone learns from captions (paper, section 4.1)."""
+
+    native_warmup: Fraction = setting(0.3, "share of the steps in which the native expert's weight rises from 0")
+
+
+class FinetuneSettings(StageSettings):
+    """Stage 2: projector and language model learn from instructions (paper, section 4.1)."""
+
+    lr: float = setting(2e-5, "peak learning rate", gt=0)
+    global_batch_size: int = setting(128, "samples per optimiser step, over all workers", ge=1)
+    template: Literal["plain", "vicuna_v1", "chat"] = setting("vicuna_v1", "how turns become text")
+    micro_batch_size: int = operational(4, "samples of one forward pass on one worker", ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = operational(3, "DeepSpeed's ZeRO stage")
+    pretrained: str | None = operational(None, "URI of the stage-1 projector; this run's own stage 1 if not given")
+
+
+class EvaluateSettings(_Settings):
+    """Answering and scoring."""
+
+    max_new_tokens: int = setting(32, "longest answer", ge=1)
+    template: Literal["vicuna_v1", "chat"] = setting("vicuna_v1", "how the question becomes a prompt")
+    limit: int | None = setting(None, "answer only so many questions of a set")
+    batch_size: int = operational(16, "questions answered together", ge=1)
+    model: str | None = operational(None, "a finished model directory; this run's own stage 2 if not given")
+    features: Literal["cache", "live"] = setting("cache", "from the cache, or encoded on the fly")
+
+
+class ReportSettings(_Settings):
+    """What the report shows."""
+
+    num_figures: int = operational(4, "pictures whose selection is drawn", ge=0)
+    compare: tuple[str, ...] = operational((), "other run files whose results stand beside this run's")
+
+
+class RuntimeSettings(_Settings):
+    """How many processes, with what. Nothing here changes a result."""
+
+    ray_address: str | None = operational(None, "an existing cluster; RAY_ADDRESS or a local Ray if not given")
+    num_workers: int = operational(1, "training workers", ge=1)
+    cpus_per_worker: float = operational(1, "CPU cores of a training worker", gt=0)
+    gpus_per_worker: float = operational(0, "GPUs of a training worker", ge=0)
+    max_failures: int = operational(2, "restarts of the worker group before a stage gives up", ge=0)
+    num_encoders: int = operational(1, "encoder actors", ge=1)
+    cpus_per_encoder: float = operational(1, "CPU cores of an encoder actor", gt=0)
+    gpus_per_encoder: float = operational(0, "GPUs of an encoder actor; fractions share one", ge=0)
+    encoder_batch_size: int = operational(16, "pictures handed to an encoder at a time", ge=1)
+    num_evaluators: int = operational(1, "answering actors", ge=1)
+
+
+class TrackingSettings(_Settings):
+    """MLflow."""
+
+    uri: str | None = operational(None, "tracking server; MLFLOW_TRACKING_URI or SQLite under <output> if not given")
+    experiment: str = operational("llava-meteor", "experiment name")
+
+
+class RunSettings(_Settings):
+    """A whole run: one YAML file under jobs/runs/."""
+
+    name: str = operational("run", "name of the run and of its variant in reports", pattern=r"^[A-Za-z0-9._-]+$")
+    output: str = operational("outputs", "root of everything the run writes: folder or s3:// URI")
+    data: DataSettings = DataSettings()
+    slicing: SlicingSettings = SlicingSettings()
+    vision: VisionSettings = VisionSettings()
+    cache: CacheSettings = CacheSettings()
+    projector: ProjectorSettings = ProjectorSettings()
+    llm: LLMSettings = LLMSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    report: ReportSettings = ReportSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @field_validator("output")
+    @classmethod
+    def _no_trailing_slash(cls, value: str) -> str:
+        return value.rstrip("/") or "/"
+
+    @model_validator(mode="after")
+    def _layers_of_the_cache_serve_the_selection(self) -> "RunSettings":
+        if self.vision.select_layer not in self.vision.attention_layers:
+            raise ValueError(
+                f"vision.attention_layers={list(self.vision.attention_layers)} must contain "
+                f"vision.select_layer={self.vision.select_layer}: the projector reads that block's attention"
+            )
+        return self
+
+    @property
+    def cache_root(self) -> str:
+        return self.cache.uri or f"{self.output}/cache"

@@ -1,0 +1,89 @@
+import pytest
+
+from meteor.config import RunSettings, load_run, mathematical_settings, resolve_paths, settings_digest
+from meteor.errors import SettingsError
+
+
+def make_run(folder, text, name="run.yaml"):
+    file = folder / name
+    file.write_text(text)
+    return str(file)
+
+
+def test_defaults_are_the_papers_recipe():
+    settings = RunSettings()
+    assert (settings.pretrain.lr, settings.pretrain.global_batch_size, settings.pretrain.template) == (
+        1e-3,
+        256,
+        "plain",
+    )
+    assert (settings.finetune.lr, settings.finetune.global_batch_size) == (2e-5, 128)
+    assert settings.finetune.template == "vicuna_v1"
+    assert (settings.pretrain.warmup_ratio, settings.pretrain.native_warmup) == (0.03, 0.3)
+    assert settings.finetune.native_warmup == 0
+
+
+def test_extends_and_overrides_merge_key_by_key(tmp_path):
+    make_run(tmp_path, "pretrain: {lr: 2e-3, seed: 5}\nprojector: {name: meteor, settings: {k: 64}}\n", "base.yaml")
+    run = make_run(tmp_path, "extends: base.yaml\npretrain: {seed: 7}\n")
+    settings = load_run(run, ["pretrain.micro_batch_size=3", "projector.settings.window=5"])
+    assert (settings.pretrain.lr, settings.pretrain.seed, settings.pretrain.micro_batch_size) == (2e-3, 7, 3)
+    assert settings.projector.settings == {"k": 64, "window": 5}
+
+
+def test_another_projector_does_not_inherit_the_settings_of_the_first(tmp_path):
+    make_run(tmp_path, "projector: {name: meteor, settings: {k: 64}}\n", "base.yaml")
+    assert load_run(make_run(tmp_path, "extends: base.yaml\nprojector: {name: mlp}\n")).projector.settings == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pretrain: {learning_rate: 1}", r"unknown setting pretrain\.learning_rate = 1.*lr"),
+        ("pretrain: {lr: fast}", r"pretrain\.lr = 'fast'"),
+        ("pretrain: {lr: -1}", r"pretrain\.lr = -1"),
+        ("finetune: {weight_decay: 0.1}", r"finetune\.weight_decay"),
+        ("vision: {attention_layers: [3]}", "must contain"),
+        ("extends: run.yaml", "circle"),
+        ("extends: nothing.yaml", "cannot be read"),
+        ("- a\n- b", "mapping"),
+        ("a: [", "not valid YAML"),
+        ("name: 'a b'", "name = 'a b'"),
+    ],
+)
+def test_a_wrong_run_file_is_refused_with_the_place_and_the_value(tmp_path, text, message):
+    with pytest.raises(SettingsError, match=message):
+        load_run(make_run(tmp_path, text))
+
+
+def test_a_wrong_override_and_a_missing_file_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"a\.b=value"):
+        load_run(make_run(tmp_path, ""), ["pretrain.lr"])
+    with pytest.raises(SettingsError, match="no run file 'nothing'"):
+        load_run("nothing")
+
+
+def test_the_digest_ignores_where_and_how_fast_but_not_what():
+    def digest(**changes):
+        return settings_digest(mathematical_settings(RunSettings.model_validate(changes)))
+
+    base = digest()
+    assert digest(output="elsewhere", runtime={"num_workers": 8}, llm={"path": "other"}) == base
+    assert digest(pretrain={"micro_batch_size": 1, "checkpoint_every_steps": 3, "zero_stage": 0}) == base
+    assert digest(pretrain={"lr": 2e-3}) != base
+    assert digest(slicing={"max_slices": 4}) != base
+    assert digest(projector={"settings": {"k": 32}}) != base
+
+
+def test_local_paths_become_absolute_and_uris_and_hub_ids_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip").mkdir()
+    settings = resolve_paths(
+        RunSettings.model_validate(
+            {"output": "out", "data": {"roots": {"": "s3://bucket/images"}}, "vision": {"path": "clip"}}
+        )
+    )
+    assert settings.output == str(tmp_path / "out")
+    assert settings.data.roots == {"": "s3://bucket/images"}
+    assert settings.vision.path == str(tmp_path / "clip")
+    assert settings.llm.path == "lmsys/vicuna-7b-v1.5"

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+
+from meteor.errors import SettingsError
+from meteor.vision.digest import weights_digest
+from meteor.vision.encoder import FrozenClip
+
+
+def make_tower(num_layers: int = 4, seed: int = 0) -> CLIPVisionModel:
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+    )
+    return CLIPVisionModel(config).eval()
+
+
+def make_pixels(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(3, h, w, generator=generator) for h, w in sizes]
+
+
+@pytest.mark.parametrize("layer", [-2, -1, 2])
+def test_features_and_attention_equal_the_eager_tower_with_all_its_maps(layer):
+    tower = make_tower()
+    (pixels,) = make_pixels((42, 70))
+    eager = make_tower()
+    eager.load_state_dict(tower.state_dict())
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        truth = eager(pixels[None], interpolate_pos_encoding=True, output_hidden_states=True, output_attentions=True)
+    (got,) = FrozenClip(tower, select_layer=layer, attention_layers=(layer,)).encode([pixels])
+    block = (layer if layer > 0 else 5 + layer) - 1
+    torch.testing.assert_close(got.features, truth.hidden_states[layer][0, 1:])
+    torch.testing.assert_close(got.cls, truth.hidden_states[layer][0, 0])
+    torch.testing.assert_close(got.cls_attention[0], truth.attentions[block][0, :, 0, 1:].mean(0))
+    assert got.grid == (3, 5)
+
+
+def test_a_batch_of_mixed_grids_gives_what_each_gives_alone_in_the_order_given():
+    clip = FrozenClip(make_tower())
+    pixels = make_pixels((56, 56), (28, 84), (56, 56), (84, 28), (28, 84))
+    together = clip.encode(pixels)
+    for one, alone in zip(together, (clip.encode([p])[0] for p in pixels), strict=True):
+        assert one.grid == alone.grid
+        torch.testing.assert_close(one.features, alone.features)
+        torch.testing.assert_close(one.cls_attention, alone.cls_attention)
+
+
+def test_several_attention_layers_come_in_the_order_asked_for():
+    (pixels,) = make_pixels((56, 56))
+    tower = make_tower()
+    (both,) = FrozenClip(tower, attention_layers=(-1, 2)).encode([pixels])
+    for row, layer in enumerate((-1, 2)):
+        (one,) = FrozenClip(tower, attention_layers=(layer,)).encode([pixels])
+        torch.testing.assert_close(both.cls_attention[row], one.cls_attention[0])
+
+
+def test_blocks_after_the_last_needed_one_are_not_run():
+    tower = make_tower()
+    (pixels,) = make_pixels((56, 56))
+    expected = FrozenClip(tower).encode([pixels])[0].features
+    for parameter in tower.encoder.layers[3].parameters():
+        parameter.fill_(float("nan"))
+    torch.testing.assert_close(FrozenClip(tower).encode([pixels])[0].features, expected)
+
+
+def test_bin_and_safetensors_full_clip_and_tower_have_one_digest(tmp_path):
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
+    model = CLIPModel(CLIPConfig(vision_config={**vision, "image_size": 56, "patch_size": 14}, text_config=text))
+    model.save_pretrained(tmp_path / "full")
+    model.config.save_pretrained(tmp_path / "bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    model.vision_model.save_pretrained(tmp_path / "tower")
+    digests = {FrozenClip.from_pretrained(str(tmp_path / name)).weights_digest for name in ("full", "bin", "tower")}
+    assert digests == {weights_digest(model.vision_model.state_dict())}
+    half = FrozenClip.from_pretrained(str(tmp_path / "full"), dtype=torch.bfloat16)
+    assert half.weights_digest in digests
+
+
+def test_the_digest_depends_on_values_names_and_types():
+    base = {"a": torch.zeros(2), "b": torch.ones(2)}
+    others = [
+        {"a": torch.zeros(2), "b": torch.full((2,), 1.5)},
+        {"a": torch.zeros(2), "c": torch.ones(2)},
+        {"a": torch.zeros(2), "b": torch.ones(2, dtype=torch.float64)},
+        {"a": torch.zeros(2), "b": torch.ones(1, 2)},
+    ]
+    assert len({weights_digest(tensors) for tensors in [base, *others]}) == 5
+
+
+def test_missing_and_wrong_checkpoints_say_so(tmp_path):
+    with pytest.raises(SettingsError, match=r"vision\.path"):
+        FrozenClip.from_pretrained(str(tmp_path / "nothing"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(SettingsError, match="CLIP"):
+        FrozenClip.from_pretrained(str(tmp_path))
+    with pytest.raises(SettingsError, match="layer 7"):
+        FrozenClip(make_tower(), select_layer=7)
