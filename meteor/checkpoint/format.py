@@ -1,0 +1,201 @@
+"""Checkpoint files: fragments of named tensors as safetensors, one set of files a rank, and a manifest written last.
+
+Layout of one checkpoint:
+    step_00000040/rank_00000_000.safetensors    tensors "weights/<name>@<offset>", "exp_avg/...", "exp_avg_sq/..."
+    step_00000040/parts/rank_00000.json         what that rank wrote, with a crc32 for every fragment
+    step_00000040/manifest.json                 its existence means: complete
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from meteor import storage
+from meteor.constants import CHECKPOINT_FORMAT_VERSION
+from meteor.errors import CheckpointError, NotFoundError
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
+_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of one flattened fp32 tensor.
+
+    Attributes:
+        kind: "weights", "exp_avg" or "exp_avg_sq".
+        name: the parameter.
+        offset: first element in the flattened parameter.
+        values: (n,) float32.
+    """
+
+    kind: str
+    name: str
+    offset: int
+    values: torch.Tensor
+
+
+def checkpoint_uri(root: str, step: int) -> str:
+    return storage.join(root, f"step_{step:08d}")
+
+
+def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment]) -> None:
+    """Write this rank's share; files of about 1 GiB, so that a fragment is in memory once, not the whole state."""
+    parts: list[dict[str, Any]] = []
+    pending: dict[str, torch.Tensor] = {}
+    num_files = pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal num_files, pending_bytes
+        if pending:
+            storage.write_bytes(storage.join(uri, f"rank_{rank:05d}_{num_files:03d}.safetensors"), save(pending))
+            num_files += 1
+        pending.clear()
+        pending_bytes = 0
+
+    for fragment in fragments:
+        values = fragment.values.detach().to("cpu", torch.float32).reshape(-1).contiguous()
+        key = f"{fragment.kind}/{fragment.name}@{fragment.offset}"
+        parts.append(
+            {
+                "kind": fragment.kind,
+                "name": fragment.name,
+                "offset": fragment.offset,
+                "num_elements": values.numel(),
+                "crc32": zlib.crc32(values.numpy()),
+                "key": key,
+                "file": f"rank_{rank:05d}_{num_files:03d}.safetensors",
+            }
+        )
+        pending[key] = values
+        pending_bytes += values.numel() * 4
+        if pending_bytes >= _FILE_BYTES:
+            flush()
+    flush()
+    storage.write_json(storage.join(uri, "parts", f"rank_{rank:05d}.json"), parts)
+
+
+def publish(uri: str, *, world_size: int, shapes: dict[str, list[int]], state: dict[str, Any]) -> None:
+    """Write the manifest after every rank has written its fragments: from now on the checkpoint exists.
+
+    Args:
+        uri: the checkpoint.
+        world_size: how many ranks wrote.
+        shapes: parameter -> shape, all trained parameters.
+        state: order state, fingerprints; JSON.
+
+    Raises:
+        CheckpointError: a parameter is not covered by the fragments.
+    """
+    fragments = [
+        part
+        for rank in range(world_size)
+        for part in storage.read_json(storage.join(uri, "parts", f"rank_{rank:05d}.json"))
+    ]
+    for kind in KINDS:
+        covered: dict[str, int] = dict.fromkeys(shapes, 0)
+        for part in fragments:
+            if part["kind"] == kind:
+                covered[part["name"]] += part["num_elements"]
+        for name, shape in shapes.items():
+            if covered[name] != torch.Size(shape).numel():
+                raise CheckpointError(f"{uri}: {kind} of {name} has {covered[name]} elements, its shape is {shape}")
+    manifest = {
+        "format": CHECKPOINT_FORMAT_VERSION,
+        "world_size": world_size,
+        "shapes": shapes,
+        "fragments": fragments,
+        "state": state,
+    }
+    storage.write_json(storage.join(uri, "manifest.json"), manifest)
+
+
+class Checkpoint:
+    """A complete checkpoint; reads tensors by range, only those asked for.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint at the URI.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        try:
+            manifest = storage.read_json(storage.join(uri, "manifest.json"))
+        except NotFoundError as error:
+            raise CheckpointError(f"{uri} is not a complete checkpoint: it has no manifest.json") from error
+        if manifest["format"] > CHECKPOINT_FORMAT_VERSION:
+            raise CheckpointError(
+                f"{uri} has format {manifest['format']}; this version reads {CHECKPOINT_FORMAT_VERSION}"
+            )
+        self.shapes: dict[str, list[int]] = manifest["shapes"]
+        self.state: dict[str, Any] = manifest["state"]
+        self._fragments: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for part in manifest["fragments"]:
+            self._fragments.setdefault((part["kind"], part["name"]), []).append(part)
+        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
+
+    def read(self, kind: str, name: str) -> torch.Tensor:
+        """One whole tensor, float32, in its shape.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor, or a checksum does not match.
+        """
+        if (kind, name) not in self._fragments:
+            raise CheckpointError(f"{self.uri} has no {kind} of {name}")
+        flat = torch.empty(torch.Size(self.shapes[name]).numel())
+        for part in self._fragments[kind, name]:
+            flat[part["offset"] : part["offset"] + part["num_elements"]] = self._read_fragment(part)
+        return flat.view(self.shapes[name])
+
+    def _read_fragment(self, part: dict[str, Any]) -> torch.Tensor:
+        uri = storage.join(self.uri, part["file"])
+        base, header = self._header(uri)
+        start, end = header[part["key"]]["data_offsets"]
+        data = bytearray(storage.read_range(uri, base + start, end - start)) if end > start else bytearray()
+        if zlib.crc32(data) != part["crc32"]:
+            raise CheckpointError(
+                f"{uri}: {part['key']} is damaged (its crc32 does not match); use an older checkpoint"
+            )
+        return torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+
+    def _header(self, uri: str) -> tuple[int, dict[str, Any]]:
+        """(first byte of the tensors, header) of a safetensors file."""
+        if uri not in self._headers:
+            size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
+            self._headers[uri] = (8 + size, json.loads(storage.read_range(uri, 8, size)))
+        return self._headers[uri]
+
+
+def complete_checkpoints(root: str) -> list[str]:
+    """URIs of the complete checkpoints under ``root``, oldest first."""
+    suffix = "/manifest.json"
+    return sorted(info.uri.removesuffix(suffix) for info in storage.list_objects(root) if info.uri.endswith(suffix))
+
+
+def prune(root: str, *, keep: int) -> list[str]:
+    """Delete all but the newest ``keep`` complete checkpoints, and what crashed attempts older than those left behind.
+
+    The manifest goes first, so that a crash in between leaves an incomplete checkpoint, never a damaged one.
+    """
+    kept = complete_checkpoints(root)[-keep:]
+    removed: list[str] = []
+    for uri, files in _by_checkpoint(root):
+        if not kept or uri in kept or uri > kept[-1]:
+            continue
+        for file in sorted(files, key=lambda file: not file.endswith("manifest.json")):
+            storage.delete(file)
+        removed.append(uri)
+    return removed
+
+
+def _by_checkpoint(root: str) -> Iterator[tuple[str, list[str]]]:
+    files: dict[str, list[str]] = {}
+    for info in storage.list_objects(root):
+        step = info.uri.removeprefix(root).lstrip("/").partition("/")[0]
+        files.setdefault(storage.join(root, step), []).append(info.uri)
+    yield from files.items()

@@ -1,0 +1,156 @@
+"""MLflow, the one door to it: runs found by tag, metrics that never stop a job, lineage from caches to runs."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from meteor.errors import TrackingError
+from meteor.optional import import_optional
+
+_LOG = logging.getLogger(__name__)
+_DIGEST_TAG = "meteor.digest"
+_PARENT_TAG = "mlflow.parentRunId"
+_MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``: parameters as MLflow's comparison shows them best."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = str(value)[:_MAX_PARAM_LENGTH]
+    return flat
+
+
+class Tracker:
+    """One experiment on one tracking server or database.
+
+    Runs are found by a digest tag, so that a stage that starts again continues its own run. An outage is logged once and
+    never raised while metrics are logged: they are in the run's JSONL already, and `backfill` adds what is missing.
+
+    Args:
+        uri: ``sqlite:///...``, ``http(s)://...``.
+        experiment: made if absent.
+
+    Raises:
+        TrackingError: the server cannot be reached when runs are made.
+    """
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        mlflow = import_optional("mlflow", needed_for="tracking", install="pip install mlflow")
+        # MLflow announces every database migration at INFO.
+        for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        self.uri, self.experiment = uri, experiment
+        self._entities = mlflow.entities
+        self._outage = False
+        with self._reaching():
+            self._client = mlflow.MlflowClient(tracking_uri=uri)
+            self.experiment_id = self._experiment_id(experiment)
+
+    def run(self, name: str, digest: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
+        """The id of the run with this digest tag; made if there is none, set to running if it had ended."""
+        with self._reaching():
+            found = self._client.search_runs(
+                [self.experiment_id], filter_string=f"tags.`{_DIGEST_TAG}` = '{digest}'", max_results=1
+            )
+            if found:
+                run_id = found[0].info.run_id
+                self._client.update_run(run_id, status="RUNNING")
+            else:
+                all_tags = {_DIGEST_TAG: digest, **(tags or {}), **({_PARENT_TAG: parent} if parent else {})}
+                run_id = self._client.create_run(self.experiment_id, run_name=name, tags=all_tags).info.run_id
+            return run_id
+
+    def log_params(self, run_id: str, settings: Mapping[str, Any]) -> None:
+        """Log settings flattened with dots; those logged before keep their first value (MLflow's rule)."""
+        with self._reaching():
+            present = self._client.get_run(run_id).data.params
+            new = [(key, value) for key, value in flatten(settings).items() if key not in present]
+            for start in range(0, len(new), _MAX_PARAMS):
+                params = [self._entities.Param(key, value) for key, value in new[start : start + _MAX_PARAMS]]
+                self._client.log_batch(run_id, params=params)
+
+    def log_dataset(self, run_id: str, *, name: str, digest: str, source: str, context: str) -> None:
+        """Record a cache or sample file as an input of the run: ``dataset.digest = '...'`` then finds all its runs."""
+        dataset = self._entities.Dataset(
+            name=name[:500], digest=digest[:_MAX_DATASET_DIGEST], source_type="local", source=source
+        )
+        tag = self._entities.InputTag(key="mlflow.data.context", value=context)
+        with self._reaching():
+            self._client.log_inputs(run_id, datasets=[self._entities.DatasetInput(dataset, tags=[tag])])
+
+    def log_metrics(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log rows with a ``step``; numbers only. An outage is reported once and forgiven."""
+        metrics = [
+            self._entities.Metric(key, float(value), int(row.get("time_ms", 0)), int(row["step"]))
+            for row in rows
+            for key, value in row.items()
+            if key not in {"step", "time_ms"} and isinstance(value, int | float)
+        ]
+        try:
+            for start in range(0, len(metrics), _MAX_METRICS):
+                self._client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
+            self._outage = False
+        except self._failures() as error:
+            if not self._outage:
+                _LOG.warning(
+                    "MLflow at %s cannot be reached (%s); metrics stay in the run's files and are sent later",
+                    self.uri,
+                    error,
+                )
+            self._outage = True
+
+    def backfill(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Log those rows whose step MLflow does not have yet; returns how many."""
+        with self._reaching():
+            known = {metric.step for metric in self._client.get_metric_history(run_id, "loss")}
+        missing = [row for row in rows if row["step"] not in known]
+        self.log_metrics(run_id, missing)
+        return len(missing)
+
+    def log_file(self, run_id: str, name: str, data: bytes) -> None:
+        """Store a small file as an artifact of the run."""
+        with tempfile.TemporaryDirectory() as folder, self._reaching():
+            file = Path(folder) / Path(name).name
+            file.write_bytes(data)
+            parent = str(Path(name).parent)
+            self._client.log_artifact(run_id, str(file), artifact_path=None if parent == "." else parent)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        with self._reaching():
+            for key, value in tags.items():
+                self._client.set_tag(run_id, key, value)
+
+    def finish(self, run_id: str, *, failed: bool = False) -> None:
+        with self._reaching():
+            self._client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
+
+    def _experiment_id(self, name: str) -> str:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None:
+            return experiment.experiment_id
+        # Artifacts of the default SQLite store belong beside the database, not in the caller's working directory.
+        folder = self.uri.removeprefix("sqlite:///")
+        location = str(Path(folder).parent / "mlartifacts" / name) if folder != self.uri else None
+        return self._client.create_experiment(name, artifact_location=location)
+
+    def _failures(self) -> tuple[type[Exception], ...]:
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+
+        return MlflowException, RequestException, OSError
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except self._failures() as error:
+            raise TrackingError(f"MLflow at {self.uri} refused or cannot be reached: {error}") from error
