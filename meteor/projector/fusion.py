@@ -1,0 +1,116 @@
+"""Flash Global Fusion: gives every token its whole sub-image as context, in time linear in the number of tokens.
+
+Letters: B sub-images, P patches, M = P + 1 rows (tokens, then INS), X width of the tokens.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from meteor.projector.checks import check_choice, check_count
+from meteor.projector.windows import PatchMaps, WindowConv, WindowMean
+from meteor.ssm import BidirectionalSSM, ScanIndex, scan_index
+
+WINDOWS = (3, 5, 7)
+LOCAL_SUMMARIES = ("mean", "conv")
+# The sequences each setting of `scan` runs over.
+SCANS = {
+    "single": ("single",),
+    "local_to_single": ("local_to_single",),
+    "both": ("single", "local_to_single"),
+}
+
+
+class FlashGlobalFusion(nn.Module):
+    """Pre-norm, local-to-single bidirectional scan, residual (LLaVA-Meteor, section 3.2, equations 1 and 2).
+
+    Where the paper is silent: the local summary is taken of the normalised, projected tokens. The input projection has
+    no bias, so the mean of projected tokens is the projected mean, and P rows are projected instead of 2 P. The
+    depth-wise convolution (``local="conv"``) works in the same place for the same reason. ``scan="both"`` runs both
+    sequences through the same parameters and sums their outputs.
+
+    Args:
+        width: X.
+        inner_width: channels of each direction's scan.
+        state_size: scan state.
+        dt_rank: rank of Delta; ``ceil(width / 16)`` when None.
+        window: side of the local window, 3, 5 or 7.
+        local: ``"mean"`` or ``"conv"``.
+        scan: ``"single"``, ``"local_to_single"`` or ``"both"``.
+        shared_projections: whether the two directions share input and output projection.
+        affine_norm: whether the LayerNorm has weight and bias.
+        scan_backend: see `meteor.ssm.selective_scan`.
+
+    Raises:
+        SettingsError: a setting has another value than listed.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        inner_width: int,
+        state_size: int = 16,
+        dt_rank: int | None = None,
+        window: int = 3,
+        local: str = "mean",
+        scan: str = "local_to_single",
+        shared_projections: bool = True,
+        affine_norm: bool = True,
+        scan_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("window", window, WINDOWS)
+        check_choice("local", local, LOCAL_SUMMARIES)
+        check_choice("scan", scan, SCANS)
+        check_count("state_size", state_size)
+        self.modes = SCANS[scan]
+        self.norm = nn.LayerNorm(width, elementwise_affine=affine_norm)
+        self.ssm = BidirectionalSSM(
+            width,
+            inner_width=inner_width,
+            state_size=state_size,
+            dt_rank=dt_rank,
+            shared_projections=shared_projections,
+            backend=scan_backend,
+        )
+        # A scan over single tokens alone reads no summary: no parameters that would never get a gradient.
+        self.local: WindowMean | WindowConv | None = None
+        if "local_to_single" in self.modes:
+            self.local = WindowMean(window) if local == "mean" else WindowConv(self.ssm.projected_width, window)
+
+    def forward(
+        self, token_BPX: Tensor, instruction_1X: Tensor, mask_BP: Tensor, grids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse the tokens of each sub-image with each other and with the instruction token.
+
+        Args:
+            token_BPX: (B, P, X); finite at padding, where its values do not matter.
+            instruction_1X: (1, X), INS, the same for every sub-image.
+            mask_BP: (B, P) bool, True at real patches.
+            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
+
+        Returns:
+            Fused tokens F (B, P, X), meaningless at padding, and INS as the scan left it (B, X).
+        """
+        num_sub_images, max_patches, width = token_BPX.shape
+        row_BMX = torch.cat([token_BPX, instruction_1X.expand(num_sub_images, 1, width)], dim=1)
+        out_BMX = row_BMX + self.ssm(self.norm(row_BMX), self._summariser(mask_BP, grids), self._indices(mask_BP))
+        return out_BMX[:, :max_patches], out_BMX[:, max_patches]
+
+    def _indices(self, mask_BP: Tensor) -> list[tuple[ScanIndex, ScanIndex]]:
+        num_patches_B, max_patches = mask_BP.sum(dim=1), mask_BP.shape[1]
+        return [
+            (
+                scan_index(num_patches_B, max_patches, mode, "forward"),
+                scan_index(num_patches_B, max_patches, mode, "backward"),
+            )
+            for mode in self.modes
+        ]
+
+    def _summariser(self, mask_BP: Tensor, grids: Tensor) -> Callable[[Tensor], Tensor] | None:
+        if self.local is None:
+            return None
+        return partial(self.local, maps=PatchMaps.of(grids, mask_BP))

@@ -1,0 +1,182 @@
+"""LLaVA-Meteor's projector: Flash Global Fusion, Visual-Native Selection, then the LLM's width.
+
+Letters: B sub-images, P patches, K kept tokens, C vision width, X width of fusion, D LLM width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from meteor.projector.checks import check_choice, check_count, check_fraction
+from meteor.projector.fusion import FlashGlobalFusion
+from meteor.projector.inputs import prepare_features
+from meteor.projector.mlp import two_layer_mlp
+from meteor.projector.output import Projector, ProjectorOutput
+from meteor.projector.selection import EXPERTS, Selection, select_tokens
+from meteor.ssm.tensors import gather_rows
+
+SELECTION_GRADIENTS = ("none", "straight_through")
+LAYOUTS = ("mlp_after_selection", "llm_width")
+INSTRUCTION_STD = 0.02
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How tokens are chosen; see `build_meteor`."""
+
+    k: int
+    visual_weight: float
+    experts: str
+    gradient: str
+
+    def __post_init__(self) -> None:
+        check_count("k", self.k)
+        check_fraction("visual_weight", self.visual_weight)
+        check_choice("experts", self.experts, EXPERTS)
+        check_choice("selection_gradient", self.gradient, SELECTION_GRADIENTS)
+
+
+class MeteorProjector(Projector):
+    """Fuse all tokens of a sub-image, keep the best k of them, bring them to the LLM's width.
+
+    Args:
+        entry: C to X, before fusion, for tokens and INS alike.
+        fusion: at width X.
+        head: X to D, on kept tokens.
+        vision_width: C.
+        selection: how tokens are chosen.
+    """
+
+    def __init__(
+        self,
+        entry: nn.Module,
+        fusion: FlashGlobalFusion,
+        head: nn.Module,
+        *,
+        vision_width: int,
+        selection: SelectionSettings,
+    ) -> None:
+        super().__init__()
+        self.vision_width = vision_width
+        self.selection = selection
+        self.instruction = nn.Parameter(INSTRUCTION_STD * torch.randn(1, vision_width))
+        self.entry = entry
+        self.fusion = fusion
+        self.head = head
+
+    def forward(
+        self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
+    ) -> ProjectorOutput:
+        """Compress a batch of sub-images; none sees another. B may be 0, and then P too.
+
+        Args:
+            features: (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: (B, P), the class token's attention over patches; padding may hold anything.
+            grids: (B, 2) integer, (Hu, Wu) of each sub-image. Best on the CPU: its values are read on the host.
+            native_weight: 0-d, the native expert's weight during warm-up; 1 - visual_weight when None.
+
+        Returns:
+            Tokens (B, K, D) in the weights' dtype, K = min(k, P), in map order, with both experts' scores.
+
+        Raises:
+            ValueError: a shape is wrong, or a grid does not fit P.
+        """
+        feature_BPC, mask_BP = prepare_features(
+            features, cls_attention, grids, vision_width=self.vision_width, dtype=self.instruction.dtype
+        )
+        fused_BPX, instruction_BX = self.fusion(self.entry(feature_BPC), self.entry(self.instruction), mask_BP, grids)
+        selection = select_tokens(
+            fused_BPX,
+            instruction_BX,
+            cls_attention,
+            mask_BP,
+            k=self.selection.k,
+            visual_weight=self.selection.visual_weight,
+            native_weight=native_weight,
+            experts=self.selection.experts,
+        )
+        kept_BKX = gather_rows(fused_BPX, selection.indices)
+        if self.selection.gradient == "straight_through":
+            kept_BKX = _let_scores_learn(kept_BKX, selection)
+        return ProjectorOutput(
+            tokens=torch.where(selection.mask.unsqueeze(-1), self.head(kept_BKX), 0),
+            mask=selection.mask,
+            indices=selection.indices,
+            visual_scores=selection.visual_scores.detach(),
+            native_scores=selection.native_scores.detach(),
+        )
+
+
+def _let_scores_learn(kept_BKX: Tensor, selection: Selection) -> Tensor:
+    """Multiply by 1 + AS_i - stop_gradient(AS_i): exactly 1 in value, with the gradient of the score."""
+    score_BK = selection.scores.gather(1, selection.indices)
+    # The difference first: 1 + a - a need not be 1 in floating point.
+    factor_BK = 1 + (score_BK - score_BK.detach())
+    return kept_BKX * factor_BK.unsqueeze(-1).to(kept_BKX.dtype)
+
+
+def build_meteor(
+    layout: str,
+    /,
+    vision_width: int,
+    llm_width: int,
+    *,
+    k: int = 144,
+    visual_weight: float = 0.8,
+    experts: str = "visual_native",
+    selection_gradient: str = "none",
+    window: int = 3,
+    local: str = "mean",
+    scan: str = "local_to_single",
+    state_size: int = 16,
+    scan_backend: str = "auto",
+) -> MeteorProjector:
+    """Build one of the two layouts.
+
+    ``"mlp_after_selection"`` (the preset ``meteor``): fusion at the vision width, expand 1, shared projections, then
+    the MLP on kept tokens; 34,991,104 parameters at 1024 and 5120. ``"llm_width"`` (the preset ``meteor_37m``): Linear
+    C to D, then one whole SSM block a direction at width D with C scan channels, no further projection; 37,081,088
+    parameters, the paper's 37.08 M, which does not make it the authors' layout.
+
+    Args:
+        layout: ``"mlp_after_selection"`` or ``"llm_width"``.
+        vision_width: C.
+        llm_width: D.
+        k: most tokens kept of a sub-image.
+        visual_weight: lambda.
+        experts: ``"visual_native"``, ``"visual"`` or ``"native"``.
+        selection_gradient: ``"none"`` (the paper) or ``"straight_through"`` (kept tokens are multiplied by
+            1 + AS_i - stop_gradient(AS_i), so that the native expert is trained directly).
+        window: side of the local window, 3, 5 or 7.
+        local: ``"mean"`` or ``"conv"``.
+        scan: ``"single"``, ``"local_to_single"`` or ``"both"``.
+        state_size: scan state.
+        scan_backend: see `meteor.ssm.selective_scan`.
+
+    Raises:
+        SettingsError: a setting has another value than listed.
+    """
+    check_choice("layout", layout, LAYOUTS)
+    selection = SelectionSettings(k, visual_weight, experts, selection_gradient)
+    at_llm_width = layout == "llm_width"
+    fusion = FlashGlobalFusion(
+        llm_width if at_llm_width else vision_width,
+        inner_width=vision_width,
+        state_size=state_size,
+        dt_rank=math.ceil(vision_width / 16),
+        window=window,
+        local=local,
+        scan=scan,
+        shared_projections=not at_llm_width,
+        affine_norm=not at_llm_width,
+        scan_backend=scan_backend,
+    )
+    return MeteorProjector(
+        nn.Linear(vision_width, llm_width) if at_llm_width else nn.Identity(),
+        fusion,
+        nn.Identity() if at_llm_width else two_layer_mlp(vision_width, llm_width),
+        vision_width=vision_width,
+        selection=selection,
+    )

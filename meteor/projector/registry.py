@@ -1,0 +1,51 @@
+"""The table of projectors by name, and how one is built from settings."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from meteor.errors import SettingsError
+from meteor.projector.meteor import build_meteor
+from meteor.projector.mlp import MLPProjector
+from meteor.projector.output import Projector
+
+# Each takes (vision_width, llm_width, *, settings with defaults); the signature is what is allowed in settings.
+PROJECTORS: dict[str, Callable[..., Projector]] = {
+    "mlp": MLPProjector,
+    "meteor": partial(build_meteor, "mlp_after_selection"),
+    "meteor_37m": partial(build_meteor, "llm_width"),
+}
+
+
+def build_projector(name: str, *, vision_width: int, llm_width: int, **settings: Any) -> Projector:
+    """Build a projector by name.
+
+    Args:
+        name: a key of `PROJECTORS`.
+        vision_width: C, width of the cached features.
+        llm_width: D, width of the LLM's embeddings.
+        **settings: the projector's own; what is not given takes its default.
+
+    Returns:
+        The module; its ``settings`` hold the name, both widths and every setting, so that
+        ``build_projector(**projector.settings)`` makes an equal one.
+
+    Raises:
+        SettingsError: an unknown name or setting, or a value out of range.
+    """
+    if name not in PROJECTORS:
+        raise SettingsError(f"There is no projector {name!r}; choose one of: {', '.join(PROJECTORS)}.")
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(PROJECTORS[name]).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    unknown = sorted(settings.keys() - defaults.keys())
+    if unknown:
+        allowed = f"its settings are: {', '.join(defaults)}" if defaults else "it has no settings"
+        raise SettingsError(f"Projector {name!r} does not know {', '.join(map(repr, unknown))}; {allowed}.")
+    resolved = {**defaults, **settings}
+    projector = PROJECTORS[name](vision_width, llm_width, **resolved)
+    projector.settings = {"name": name, "vision_width": vision_width, "llm_width": llm_width, **resolved}
+    return projector

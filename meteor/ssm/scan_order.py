@@ -1,0 +1,110 @@
+"""The order in which a scan visits a sub-image: local summaries (TL), tokens (T) and the instruction token (INS).
+
+Letters: B sub-images, P patches (the most of the batch), L steps of the scan.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCAN_MODES = ("single", "local_to_single")
+DIRECTIONS = ("forward", "backward")
+
+
+class ScanIndex(NamedTuple):
+    """Where each step of a scan finds its row, and where the scan's results are.
+
+    Attributes:
+        order: (B, L) long, the row visited at each step, an index into the concatenation
+            ``[TL (P) | T (P) | INS (1)]``. Steps that are padding point at INS.
+        valid: (B, L) bool, True at real steps. Padding comes only after the last real step, so that a causal scan
+            cannot carry it into a real one.
+        token_steps: (B, P) long, the step at which T_i is visited; 0 for patches that are padding.
+        instruction_step: (B,) long, the step at which INS is visited.
+    """
+
+    order: Tensor
+    valid: Tensor
+    token_steps: Tensor
+    instruction_step: Tensor
+
+
+def scan_sequence(
+    num_patches: int, *, mode: str = "local_to_single", direction: str = "forward"
+) -> list[tuple[str, int]]:
+    """Spell out the visiting order of one sub-image (LLaVA-Meteor, section 3.2, equation 1).
+
+    The backward order is not the flip of the forward one: in both directions TL_i comes right before T_i. INS stands
+    at the same place of the map in both, between the patches ``num_patches // 2 - 1`` and ``num_patches // 2``.
+
+    Args:
+        num_patches: P, at least 0.
+        mode: ``"single"`` (T alone) or ``"local_to_single"``.
+        direction: ``"forward"`` or ``"backward"``.
+
+    Returns:
+        ``(kind, patch)`` in visiting order; kind is ``"TL"``, ``"T"`` or ``"INS"``, patch is 0-based and -1 for INS.
+
+    Raises:
+        ValueError: for another mode (``"both"`` names two sequences), another direction, or a negative count.
+    """
+    _check(mode, direction)
+    if num_patches < 0:
+        raise ValueError(f"num_patches is {num_patches}; a sub-image has at least 0 patches.")
+    kinds = ("TL", "T") if mode == "local_to_single" else ("T",)
+    halves = [range(num_patches // 2), range(num_patches // 2, num_patches)]
+    if direction == "backward":
+        halves = [half[::-1] for half in reversed(halves)]
+    before, after = ([(kind, patch) for patch in half for kind in kinds] for half in halves)
+    return [*before, ("INS", -1), *after]
+
+
+def scan_index(num_patches_B: Tensor, max_patches: int, mode: str, direction: str) -> ScanIndex:
+    """Compute the visiting orders of a batch of sub-images at once; each equals its `scan_sequence`.
+
+    Args:
+        num_patches_B: (B,) integer, patches of each sub-image, each at most ``max_patches``. Nothing is read back to
+            the host.
+        max_patches: P, the padded number of patches.
+        mode: ``"single"`` or ``"local_to_single"``.
+        direction: ``"forward"`` or ``"backward"``.
+
+    Returns:
+        `ScanIndex` with L = P + 1 (``"single"``) or 2 P + 1 (``"local_to_single"``) steps.
+
+    Raises:
+        ValueError: for another mode or direction.
+    """
+    _check(mode, direction)
+    steps_per_patch = 2 if mode == "local_to_single" else 1
+    num_B1 = num_patches_B.to(torch.long).unsqueeze(1)
+    num_before_B1 = num_B1 // 2 if direction == "forward" else num_B1 - num_B1 // 2
+    instruction_B1 = steps_per_patch * num_before_B1
+    device = num_patches_B.device
+
+    step_L = torch.arange(steps_per_patch * max_patches + 1, device=device)
+    # The steps without INS, numbered through: patch after patch, steps_per_patch of them each.
+    slot_BL = step_L - (step_L > instruction_B1).long()
+    rank_BL = slot_BL // steps_per_patch
+    patch_BL = rank_BL if direction == "forward" else num_B1 - 1 - rank_BL
+    is_token_BL = slot_BL % steps_per_patch == steps_per_patch - 1
+    valid_BL = step_L < steps_per_patch * num_B1 + 1
+    is_patch_BL = valid_BL & (step_L != instruction_B1)
+    order_BL = torch.where(is_patch_BL, patch_BL + is_token_BL.long() * max_patches, 2 * max_patches)
+
+    patch_P = torch.arange(max_patches, device=device)
+    rank_BP = patch_P.expand(len(num_B1), -1) if direction == "forward" else num_B1 - 1 - patch_P
+    token_slot_BP = steps_per_patch * rank_BP + steps_per_patch - 1
+    token_step_BP = token_slot_BP + (token_slot_BP >= instruction_B1).long()
+    token_step_BP = torch.where(patch_P < num_B1, token_step_BP, 0)
+    return ScanIndex(order_BL, valid_BL, token_step_BP, instruction_B1.squeeze(1))
+
+
+def _check(mode: str, direction: str) -> None:
+    if mode == "both":
+        raise ValueError("mode 'both' is two sequences: ask for 'single' and 'local_to_single', one after the other.")
+    if mode not in SCAN_MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(SCAN_MODES)}.")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}; it must be one of {', '.join(DIRECTIONS)}.")
