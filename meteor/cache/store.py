@@ -72,6 +72,11 @@ class FeatureCache:
         """Bytes of all images' payloads, shadowed rows not counted."""
         return self.manifest.payload_bytes
 
+    @property
+    def num_sub_images(self) -> int:
+        """Sub-images of all images."""
+        return len(self._index.column("patch_grids").flatten()) // 2
+
     def keys(self) -> list[str]:
         """The image keys, sorted."""
         return self._index.column("image_key").to_pylist()

@@ -4,6 +4,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from meteor.data.check_report import DataReport, SetReport, SourceReport
 from meteor.data.features import PixelSettings
@@ -19,13 +20,27 @@ _PICTURES_AT_A_TIME = 4096
 TokenCounter = Callable[[Sample, Sequence[SlicePlan]], int]
 
 
+@dataclass(frozen=True)
+class CheckedSet:
+    """An annotation file as a stage would use it.
+
+    Attributes:
+        samples, problems: what ``load_samples`` gave for it.
+        max_length: tokens of a sample above which its text is cut.
+        count_tokens: (sample, the slices of its pictures in order) -> tokens, those of its pictures included.
+    """
+
+    samples: Sequence[Sample]
+    problems: Sequence[SampleProblem]
+    max_length: int
+    count_tokens: TokenCounter
+
+
 def check_data(
-    sets: Mapping[str, tuple[Sequence[Sample], Sequence[SampleProblem]]],
+    sets: Mapping[str, CheckedSet],
     *,
     roots: Mapping[str, str],
     pixels: PixelSettings,
-    max_length: int,
-    count_tokens: TokenCounter,
     full: bool = False,
     num_threads: int = 32,
     on_progress: Callable[[int, int], None] | None = None,
@@ -33,11 +48,9 @@ def check_data(
     """Look at every sample and, once each, at every picture.
 
     Args:
-        sets: name -> what ``load_samples`` gave for its annotation file.
+        sets: name -> samples and the limits of their stage.
         roots: prefix of an image name -> folder or s3:// URI.
         pixels: slicing, and which pictures are refused.
-        max_length: tokens of a sample above which its text is cut.
-        count_tokens: (sample, the slices of its pictures in order) -> tokens, those of its pictures included.
         full: read and decode whole pictures, which finds truncated ones and duplicates; by default headers alone.
         num_threads: pictures read at the same time.
         on_progress: called with (pictures done, pictures in all).
@@ -45,7 +58,7 @@ def check_data(
     Returns:
         The report; nothing that is wrong with samples or pictures raises.
     """
-    names = list(dict.fromkeys(name for samples, _ in sets.values() for sample in samples for name in sample.images))
+    names = list(dict.fromkeys(name for one in sets.values() for sample in one.samples for name in sample.images))
     pictures: dict[str, Picture] = {}
     with warnings.catch_warnings():
         # Pillow warns of what it repairs or skips, for each picture; what counts comes out as a reason.
@@ -54,10 +67,7 @@ def check_data(
             pictures[picture.name] = picture
             if on_progress is not None:
                 on_progress(len(pictures), len(names))
-    reports = tuple(
-        _check_set(name, samples, problems, pictures, max_length, count_tokens)
-        for name, (samples, problems) in sets.items()
-    )
+    reports = tuple(_check_set(name, one, pictures) for name, one in sets.items())
     return DataReport(reports, _duplicates(pictures.values()) if full else None)
 
 
@@ -70,14 +80,8 @@ def _inspect(
             yield from pool.map(lambda name: inspect_picture(name, roots, pixels, full=full), some)
 
 
-def _check_set(
-    name: str,
-    samples: Sequence[Sample],
-    problems: Sequence[SampleProblem],
-    pictures: Mapping[str, Picture],
-    max_length: int,
-    count_tokens: TokenCounter,
-) -> SetReport:
+def _check_set(name: str, checked: CheckedSet, pictures: Mapping[str, Picture]) -> SetReport:
+    samples, problems, max_length = checked.samples, checked.problems, checked.max_length
     token_counts: dict[str, int] = {}
     found = list(problems)
     num_without_pictures = 0
@@ -87,7 +91,7 @@ def _check_set(
             num_without_pictures += 1
             continue
         try:
-            token_counts[sample.id] = count_tokens(sample, plans)
+            token_counts[sample.id] = checked.count_tokens(sample, plans)
         except TokenisationError as error:
             found.append(SampleProblem(sample.id, "tokenisation", str(error)))
     own = [pictures[image] for image in dict.fromkeys(image for sample in samples for image in sample.images)]

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.errors import BadImageError, SettingsError
+from meteor.pretrained import load_pretrained
 from meteor.vision.digest import weights_digest
 
 
@@ -87,22 +88,16 @@ class FrozenClip:
         Raises:
             SettingsError: there is no CLIP checkpoint at ``path``.
         """
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            vision_config = getattr(config, "vision_config", config)
-            if not isinstance(vision_config, CLIPVisionConfig):
-                raise SettingsError(
-                    f"vision.path={path!r} holds a {config.model_type!r} model; a CLIP vision encoder is needed"
-                )
-            # torch.load with weights_only=True is transformers' default for .bin files.
-            model = CLIPVisionModel.from_pretrained(
-                path, config=vision_config, dtype="auto", attn_implementation="sdpa", trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"vision.path={path!r} cannot be loaded ({error}). Give a local directory with config.json and weights, "
-                "or a hub id that this machine can reach, such as openai/clip-vit-large-patch14-336"
-            ) from error
+        vision_config = read_vision_config(path)
+        model = load_pretrained(
+            CLIPVisionModel,
+            path,
+            setting="vision.path",
+            example="openai/clip-vit-large-patch14-336",
+            config=vision_config,
+            dtype="auto",
+            attn_implementation="sdpa",
+        )
         digest = weights_digest(model.state_dict())
         mean, std = read_normalisation(path)
         model = model.to(device=device, dtype=dtype)
@@ -185,6 +180,27 @@ class FrozenClip:
             SubImageFeatures(tokens_TC[1:], attention_AP, tokens_TC[0], (rows, columns))
             for tokens_TC, attention_AP in zip(selected_BTC, attention_BAP, strict=True)
         ]
+
+
+def read_vision_config(path: str) -> CLIPVisionConfig:
+    """Configuration of the vision tower of a CLIP checkpoint, whole or tower alone.
+
+    Raises:
+        SettingsError: nothing there, or another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"vision.path={path!r} has no configuration that can be read ({error}). Give a local directory with config.json "
+            "and weights, or a hub id that this machine can reach, such as openai/clip-vit-large-patch14-336"
+        ) from error
+    vision_config = getattr(config, "vision_config", config)
+    if not isinstance(vision_config, CLIPVisionConfig):
+        raise SettingsError(
+            f"vision.path={path!r} holds a {config.model_type!r} model; a CLIP vision encoder is needed"
+        )
+    return vision_config
 
 
 def class_token_attention(block: nn.Module, hidden_BTC: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from meteor import storage
-from meteor.data.check import check_data
+from meteor.data.check import CheckedSet, check_data
 from meteor.data.features import PixelSettings
 from meteor.data.samples import Sample, SampleProblem
 from meteor.data.sources import find_source
@@ -32,8 +32,9 @@ def make_sample(sample_id, *images):
 
 
 def check(samples, roots, problems=(), **kwargs):
-    settings = {"pixels": PixelSettings(), "max_length": 100, "count_tokens": lambda sample, plans: 10} | kwargs
-    return check_data({"finetune": (samples, problems)}, roots=roots, num_threads=2, **settings)
+    count_tokens = kwargs.pop("count_tokens", lambda sample, plans: 10)
+    one = CheckedSet(samples, problems, max_length=100, count_tokens=count_tokens)
+    return check_data({"finetune": one}, roots=roots, num_threads=2, **({"pixels": PixelSettings()} | kwargs))
 
 
 def bad_pictures(report):
@@ -154,11 +155,12 @@ def test_a_picture_of_many_samples_and_sets_is_read_once(tmp_path):
     samples = [make_sample("a", "1.png"), make_sample("b", "1.png", "1.png")]
     progress = []
     report = check_data(
-        {"pretrain": (samples, ()), "finetune": (samples[:1], ())},
+        {
+            "pretrain": CheckedSet(samples, (), 100, lambda sample, plans: 10),
+            "finetune": CheckedSet(samples[:1], (), 100, lambda sample, plans: 10),
+        },
         roots=roots,
         pixels=PixelSettings(),
-        max_length=100,
-        count_tokens=lambda sample, plans: 10,
         on_progress=lambda done, total: progress.append((done, total)),
     )
     assert progress == [(1, 1)]

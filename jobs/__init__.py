@@ -1,0 +1,1 @@
+"""What to run where: run files in jobs/runs/."""

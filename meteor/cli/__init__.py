@@ -1,0 +1,1 @@
+"""The `meteor` command: one file a subcommand."""

@@ -1,0 +1,80 @@
+"""`meteor config`: show, validate, diff."""
+
+import argparse
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from meteor.cli.options import add_run, read_run
+from meteor.config import RunSettings, load_run
+from meteor.image.budget import visual_token_budget
+from meteor.projector import build_projector
+
+
+def add_commands(commands: Any) -> None:
+    actions = commands.add_parser("config", help="show, validate or compare run files").add_subparsers(required=True)
+    show = actions.add_parser("show", help="print all settings of a run as YAML")
+    add_run(show)
+    show.set_defaults(command=_show)
+    explain = actions.add_parser("explain", help="print every setting with its type, default and meaning")
+    explain.set_defaults(command=_explain)
+    validate = actions.add_parser("validate", help="check a run file, its projector's settings included")
+    add_run(validate)
+    validate.set_defaults(command=_validate)
+    diff = actions.add_parser("diff", help="print the settings in which two run files differ")
+    diff.add_argument("first", metavar="FILE")
+    diff.add_argument("second", metavar="FILE")
+    diff.set_defaults(command=_diff)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    print(yaml.safe_dump(read_run(arguments).model_dump(mode="json"), sort_keys=False), end="")
+    return 0
+
+
+def _explain(_: argparse.Namespace) -> int:
+    for line in explain(RunSettings):
+        print(line)
+    return 0
+
+
+def explain(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line a setting: dotted name, default, meaning; those that change no result are marked."""
+    lines = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += explain(field.annotation, f"{prefix}{name}.")
+            continue
+        extra = field.json_schema_extra
+        mark = "  [changes no result]" if isinstance(extra, dict) and extra.get("operational") else ""
+        lines.append(f"{prefix}{name} = {field.default!r}\n    {field.description}{mark}")
+    return lines
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    settings = read_run(arguments)
+    projector = settings.projector
+    build_projector(projector.name, vision_width=8, llm_width=8, **projector.settings)
+    visual_token_budget(projector.name, projector.settings)
+    print(f"{arguments.run}: valid, run {settings.name!r}, projector {projector.name!r}")
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    first, second = (flat(load_run(file).model_dump(mode="json")) for file in (arguments.first, arguments.second))
+    for key in sorted(first.keys() | second.keys()):
+        if first.get(key) != second.get(key):
+            print(f"{key}: {first.get(key)!r} -> {second.get(key)!r}")
+    return 0
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    result: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[f"{prefix}{key}"] = value
+    return result

@@ -1,0 +1,83 @@
+"""`meteor data check`: are samples and pictures of a run there, readable, and short enough?"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from meteor.cli.options import add_run, read_run
+from meteor.config import RunSettings
+from meteor.data.check import CheckedSet, check_data
+from meteor.data.check_report import DataReport
+from meteor.data.collate import ImageLayout, num_image_tokens
+from meteor.data.features import PixelSettings
+from meteor.data.samples import Sample, load_samples
+from meteor.errors import SettingsError
+from meteor.image.budget import visual_token_budget
+from meteor.image.slicing import SlicePlan
+from meteor.text.tokens import load_tokenizer, tokenise
+
+
+def add_commands(commands: Any) -> None:
+    actions = commands.add_parser("data", help="check a run's samples and pictures").add_subparsers(required=True)
+    check = actions.add_parser("check", help="missing, unreadable and duplicate pictures, bad records, lengths")
+    add_run(check)
+    check.add_argument("--full", action="store_true", help="decode every picture: finds truncated ones and duplicates")
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    check.set_defaults(command=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    report = check_run(read_run(arguments), full=arguments.full, progress=not arguments.json)
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report.to_text())
+    return 0 if report.ok else 1
+
+
+def check_run(settings: RunSettings, *, full: bool = False, progress: bool = False) -> DataReport:
+    """Check all sample sets that a run names, each with the template and length limit of its stage.
+
+    Raises:
+        SettingsError: the run names no samples.
+    """
+    data = settings.data
+    uris = {"pretrain": data.pretrain, "finetune": data.finetune, **data.evaluate}
+    sets = {name: _checked(settings, name, uri) for name, uri in uris.items() if uri}
+    if not sets:
+        raise SettingsError("the run names no samples: set data.pretrain, data.finetune or data.evaluate")
+    slicing = settings.slicing
+    return check_data(
+        sets,
+        roots=data.roots,
+        pixels=PixelSettings(
+            max_slices=slicing.max_slices,
+            resolution=slicing.resolution,
+            patch_size=slicing.patch_size,
+            max_aspect_ratio=data.max_aspect_ratio,
+            max_pixels=data.max_pixels,
+        ),
+        full=full,
+        on_progress=_show_progress if progress and sys.stderr.isatty() else None,
+    )
+
+
+def _checked(settings: RunSettings, name: str, uri: str) -> CheckedSet:
+    stage = settings.pretrain if name == "pretrain" else settings.finetune
+    template = settings.evaluate.template if name in settings.data.evaluate else stage.template
+    tokenizer = load_tokenizer(settings.llm.path)
+    budget = visual_token_budget(settings.projector.name, settings.projector.settings)
+
+    def count_tokens(sample: Sample, plans: Sequence[SlicePlan]) -> int:
+        tokens = tokenise(sample.conversation, tokenizer, template, sample_id=sample.id)
+        layouts = [ImageLayout(plan.grid, plan.patch_grids) for plan in plans]
+        if stage.sub_images == "global":
+            layouts = [layout.only_global() for layout in layouts]
+        return len(tokens.input_ids) - len(plans) + sum(num_image_tokens(layout, budget) for layout in layouts)
+
+    samples, problems = load_samples(uri)
+    return CheckedSet(samples, problems, stage.max_length, count_tokens)
+
+
+def _show_progress(done: int, total: int) -> None:
+    if done % 500 == 0 or done == total:
+        print(f"\r{done} of {total} pictures", end="\n" if done == total else "", file=sys.stderr, flush=True)

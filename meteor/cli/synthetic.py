@@ -1,0 +1,38 @@
+"""`meteor synthetic`: generated pictures with questions, and tiny models that see them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from meteor.synthetic.dataset import write_dataset
+from meteor.synthetic.models import make_tiny_models
+
+
+def add_commands(commands: Any) -> None:
+    actions = commands.add_parser("synthetic", help="generate pictures, questions and tiny models").add_subparsers(
+        required=True
+    )
+    data = actions.add_parser("data", help="pictures and LLaVA JSON: captions, questions, held-out questions")
+    data.add_argument("folder", type=Path)
+    data.add_argument("--scenes", type=int, default=240, help="training pictures (default: %(default)s)")
+    data.add_argument("--held-out", type=int, default=60, help="pictures to evaluate on (default: %(default)s)")
+    data.add_argument("--seed", type=int, default=0)
+    data.set_defaults(command=_data)
+    models = actions.add_parser("models", help="a tiny CLIP trained on generated scenes, a tiny Llama, a tokenizer")
+    models.add_argument("folder", type=Path)
+    models.add_argument("--seed", type=int, default=0)
+    models.set_defaults(command=_models)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    dataset = write_dataset(
+        arguments.folder, num_scenes=arguments.scenes, num_held_out=arguments.held_out, seed=arguments.seed
+    )
+    print(f"pictures and questions: {dataset.folder}")
+    return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    models = make_tiny_models(arguments.folder, seed=arguments.seed)
+    print(f"models: {models.clip} and {models.llm}")
+    return 0

@@ -1,0 +1,211 @@
+"""From tokenised samples and cached features to one padded batch.
+
+Letters: B samples, L sequence, S sub-images of all samples, P patches (largest), C vision width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+
+from meteor.cache.row import ImageFeatures
+from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.text.tokens import Separators, TokenisedSample
+
+PatchGrids = Sequence[tuple[int, int]]
+VisualTokenBudget = Callable[[PatchGrids], list[int]]
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """What the prompt needs to know of a picture: slice grid (columns, rows) and patch grids, global view first."""
+
+    grid: tuple[int, int] | None
+    patch_grids: tuple[tuple[int, int], ...]
+
+    def only_global(self) -> "ImageLayout":
+        return ImageLayout(None, self.patch_grids[:1])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward pass.
+
+    Attributes:
+        input_ids: (B, L) long; `IMAGE_TOKEN_ID` at every visual slot.
+        attention_mask: (B, L) bool, False at padding.
+        labels: (B, L) long, `IGNORE_INDEX` outside answers.
+        features: (S, P, C) in the cache's type, zero at padding; at least one sub-image, so that every batch, text-only
+            ones too, runs the projector on every rank.
+        cls_attention: (S, P) float32.
+        grids: (S, 2) long, patch rows and columns.
+        num_slots: (S,) long, how many visual slots each sub-image has in ``input_ids``.
+        num_samples: B, or 0 for the batch that stands in where a worker has no sample left.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    features: torch.Tensor
+    cls_attention: torch.Tensor
+    grids: torch.Tensor
+    num_slots: torch.Tensor
+    num_samples: int
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return int((self.input_ids == IMAGE_TOKEN_ID).sum())
+
+    @property
+    def num_text_tokens(self) -> int:
+        return int(self.attention_mask.sum()) - self.num_visual_tokens
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return replace(
+            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self.as_inputs().items()}
+        )
+
+    def as_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of `MeteorForConditionalGeneration.forward`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_samples"}
+
+
+def expand_images(
+    sample: TokenisedSample, layouts: Sequence[ImageLayout], budget: VisualTokenBudget, separators: Separators
+) -> tuple[TokenisedSample, list[int]]:
+    """Replace each image's single placeholder by its visual slots and separators (spec: the prompt, section 6).
+
+    Global view first, then the slices row by row; after each slice one separator, the row's one after the last of a row;
+    none after the global view. A sub-image for which the projector gives no tokens has no separator either.
+
+    Returns:
+        The longer sample, and the number of slots of every sub-image in order.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    num_slots: list[int] = []
+    images = iter(layouts)
+    for token, label in zip(sample.input_ids, sample.labels, strict=True):
+        if token != IMAGE_TOKEN_ID:
+            input_ids.append(token)
+            labels.append(label)
+            continue
+        layout = next(images)
+        slots = budget(layout.patch_grids)
+        visual = [IMAGE_TOKEN_ID] * slots[0]
+        for i, n in enumerate(slots[1:]):
+            if n:
+                assert layout.grid is not None
+                last_of_row = (i + 1) % layout.grid[0] == 0
+                visual += [IMAGE_TOKEN_ID] * n + [separators.row_id if last_of_row else separators.slice_id]
+        input_ids += visual
+        labels += [IGNORE_INDEX] * len(visual)
+        num_slots += slots
+    assert next(images, None) is None
+    return TokenisedSample(input_ids, labels), num_slots
+
+
+def num_image_tokens(layout: ImageLayout, budget: VisualTokenBudget) -> int:
+    """Length of a picture in the sequence: slots and separators."""
+    slots = budget(layout.patch_grids)
+    return sum(slots) + sum(1 for n in slots[1:] if n)
+
+
+def cut_text(sample: TokenisedSample, max_text_tokens: int) -> TokenisedSample:
+    """Drop text after ``max_text_tokens``; pictures are never cut, not even those after the limit."""
+    kept_ids, kept_labels, num_text = [], [], 0
+    for token, label in zip(sample.input_ids, sample.labels, strict=True):
+        num_text += token != IMAGE_TOKEN_ID
+        if token == IMAGE_TOKEN_ID or num_text <= max_text_tokens:
+            kept_ids.append(token)
+            kept_labels.append(label)
+    return TokenisedSample(kept_ids, kept_labels)
+
+
+def collate(
+    samples: Sequence[tuple[TokenisedSample, Sequence[ImageFeatures]]],
+    *,
+    budget: VisualTokenBudget,
+    separators: Separators,
+    pad_id: int,
+    vision_width: int,
+    select_layer: int,
+    sub_images: Literal["all", "global"] = "all",
+    padding_side: Literal["left", "right"] = "right",
+) -> Batch:
+    """Pad samples to one batch; no sample at all gives a batch of weight zero that still touches every parameter.
+
+    Args:
+        samples: tokens with one placeholder an image, and the features of those images in order.
+        budget: patch grids -> tokens of each sub-image, the projector's (`meteor.image.budget`).
+        separators: token ids after slices and rows.
+        pad_id: token id at padding.
+        vision_width: C.
+        select_layer: which of the cached attention rows the projector gets.
+        sub_images: ``global`` drops the slices.
+        padding_side: left for generation.
+    """
+    expanded: list[TokenisedSample] = []
+    num_slots: list[int] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] = []
+    for sample, images in samples:
+        layouts = [ImageLayout(image.grid, tuple(image.patch_grids)) for image in images]
+        if sub_images == "global":
+            layouts = [layout.only_global() for layout in layouts]
+        longer, slots = expand_images(sample, layouts, budget, separators)
+        expanded.append(longer)
+        num_slots += slots
+        for image, layout in zip(images, layouts, strict=True):
+            row = image.attention_layers.index(select_layer)
+            for i, grid in enumerate(layout.patch_grids):
+                parts.append((image.features[i], image.cls_attention[i][row], grid))
+    if not expanded:
+        expanded.append(TokenisedSample([pad_id], [IGNORE_INDEX]))
+    if not parts:
+        parts.append(empty_sub_image(vision_width))
+        num_slots.append(0)
+    features_SPC, cls_attention_SP = pad_sub_images(parts)
+    return Batch(
+        *pad_tokens(expanded, pad_id, padding_side),
+        features=features_SPC,
+        cls_attention=cls_attention_SP,
+        grids=torch.tensor([grid for _, _, grid in parts]),
+        num_slots=torch.tensor(num_slots),
+        num_samples=len(samples),
+    )
+
+
+def empty_sub_image(vision_width: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """A sub-image of one blank patch without a slot: what a batch without pictures gives the projector."""
+    return torch.zeros(1, vision_width), torch.ones(1), (1, 1)
+
+
+def pad_sub_images(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (P_u, C), attention (P_u,) and grid of each sub-image -> (S, P, C) and (S, P) float32, zero at padding."""
+    num_patches = max(features_PC.shape[0] for features_PC, _, _ in parts)
+    features_SPC = parts[0][0].new_zeros(len(parts), num_patches, parts[0][0].shape[1])
+    cls_attention_SP = features_SPC.new_zeros(len(parts), num_patches, dtype=torch.float32)
+    for i, (features_PC, attention_P, _) in enumerate(parts):
+        features_SPC[i, : features_PC.shape[0]] = features_PC
+        cls_attention_SP[i, : attention_P.shape[0]] = attention_P
+    return features_SPC, cls_attention_SP
+
+
+def pad_tokens(
+    samples: Sequence[TokenisedSample], pad_id: int, side: Literal["left", "right"]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, mask and labels, each (B, L)."""
+    length = max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.full((len(samples), length), pad_id)
+    attention_mask = torch.zeros(len(samples), length, dtype=torch.bool)
+    labels = torch.full((len(samples), length), IGNORE_INDEX)
+    for i, sample in enumerate(samples):
+        n = len(sample.input_ids)
+        span = slice(0, n) if side == "right" else slice(length - n, length)
+        input_ids[i, span] = torch.tensor(sample.input_ids)
+        attention_mask[i, span] = True
+        labels[i, span] = torch.tensor(sample.labels)
+    return input_ids, attention_mask, labels

@@ -1,0 +1,194 @@
+"""The sample table: everything a training worker needs of the data set, planned once on the driver, stored with the run.
+
+Workers read this table and the feature cache; they never open the annotation file, the tokenizer or a picture.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meteor import storage
+from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE, IGNORE_INDEX
+from meteor.data.collate import ImageLayout, VisualTokenBudget, cut_text, num_image_tokens
+from meteor.data.features import PixelSettings
+from meteor.data.samples import Sample, SampleProblem
+from meteor.errors import BadImageError, DataError, TokenisationError
+from meteor.text.tokens import TokenisedSample
+
+_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("image_keys", pa.list_(pa.string())),
+        ("num_sub_images", pa.int32()),
+        ("num_visual_tokens", pa.int32()),
+        ("grouping_length", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class IndexedImage:
+    """What the dataset index says about one picture."""
+
+    image_key: str
+    width: int
+    height: int
+    reason: str  # "" where the picture is good
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A sample that does not take part, and why."""
+
+    sample_id: str
+    reason: str
+    message: str
+
+
+class SampleTable:
+    """Rows of tokens, labels and image keys; opened by every worker of a run."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self._columns = {name: table.column(name).combine_chunks() for name in ("input_ids", "labels", "image_keys")}
+        self.grouping_lengths: list[int] = table.column("grouping_length").to_pylist()
+        self.sample_ids: list[str] = table.column("sample_id").to_pylist()
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def tokens(self, position: int) -> TokenisedSample:
+        """Tokens and labels of a sample, one placeholder an image."""
+        ids, labels = (self._columns[name][position].as_py() for name in ("input_ids", "labels"))
+        return TokenisedSample(ids, labels)
+
+    def image_keys(self, position: int) -> list[str]:
+        return self._columns["image_keys"][position].as_py()
+
+    def num_answer_tokens(self, position: int) -> int:
+        """Labels that the loss counts; the first token of a row has nothing before it and is never one."""
+        labels = self._columns["labels"][position].values.to_numpy()
+        return int((labels != IGNORE_INDEX).sum())
+
+    def totals(self) -> dict[str, int]:
+        """Counts for plans and summaries."""
+        columns = {name: self._table.column(name).to_numpy() for name in ("num_sub_images", "num_visual_tokens")}
+        num_text = sum(len(ids) for ids in self._columns["input_ids"]) - sum(map(len, self._columns["image_keys"]))
+        return {
+            "samples": len(self),
+            "sub_images": int(columns["num_sub_images"].sum()),
+            "visual_tokens": int(columns["num_visual_tokens"].sum()),
+            "text_tokens": num_text,
+            "images": len(self.all_image_keys()),
+            "distinct_images": len(set(self.all_image_keys())),
+        }
+
+    def all_image_keys(self) -> list[str]:
+        return self._columns["image_keys"].flatten().to_pylist()
+
+    def write(self, uri: str) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(self._table, sink, compression="zstd")
+        storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+    @classmethod
+    def read(cls, uri: str) -> "SampleTable":
+        return cls(pq.read_table(pa.BufferReader(storage.read_bytes(uri))))
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """A sample table and what did not get into it."""
+
+    table: SampleTable
+    excluded: tuple[Exclusion, ...]
+    num_cut: int
+
+    def reasons(self) -> dict[str, int]:
+        """Number of excluded samples by reason."""
+        return dict(Counter(exclusion.reason for exclusion in self.excluded))
+
+
+def plan_table(
+    samples: Sequence[Sample],
+    problems: Sequence[SampleProblem],
+    images: Mapping[str, IndexedImage],
+    *,
+    tokenise: Callable[[Sample], TokenisedSample],
+    budget: VisualTokenBudget,
+    pixels: PixelSettings,
+    max_length: int,
+    sub_images: str = "all",
+) -> TablePlan:
+    """Tokenise every sample, lay out its pictures, cut its text to ``max_length``.
+
+    Args:
+        samples: in the order of the annotation file.
+        problems: samples that could not be read; they are carried into the exclusions.
+        images: image name as samples give it -> what the dataset index knows.
+        tokenise: a sample -> tokens with one placeholder an image.
+        budget: patch grids -> visual tokens of each sub-image.
+        pixels: slicing, and which aspect ratios are refused.
+        max_length: tokens of a sample; only text is cut.
+        sub_images: ``global`` counts the global view alone.
+
+    Raises:
+        DataError: a picture is not in the index, or a sample has no room left for an answer.
+    """
+    excluded = [Exclusion(problem.sample_id, problem.reason, problem.message) for problem in problems]
+    rows: list[dict[str, Any]] = []
+    num_cut = 0
+    for sample in samples:
+        try:
+            layouts = [_layout(sample, name, images, pixels) for name in sample.images]
+        except BadImageError as error:
+            excluded.append(Exclusion(sample.id, error.reason, str(error)))
+            continue
+        # The grouping length counts all sub-images whatever is trained on, so that variants share their batches.
+        num_sub_images = sum(len(layout.patch_grids) for layout in layouts)
+        used = [layout.only_global() for layout in layouts] if sub_images == "global" else layouts
+        num_visual = sum(num_image_tokens(layout, budget) for layout in used)
+        try:
+            tokens = tokenise(sample)
+        except TokenisationError as error:
+            excluded.append(Exclusion(sample.id, "tokenisation", str(error)))
+            continue
+        num_text = len(tokens.input_ids) - len(layouts)
+        if num_text + num_visual > max_length:
+            tokens = cut_text(tokens, max_length - num_visual)
+            num_cut += 1
+            if all(label == IGNORE_INDEX for label in tokens.labels):
+                message = (
+                    f"its pictures take {num_visual} of {max_length} tokens and its question the rest: no room for an answer; "
+                    "raise max_length or keep fewer visual tokens"
+                )
+                excluded.append(Exclusion(sample.id, "too_long", message))
+                continue
+        rows.append(
+            {
+                "sample_id": sample.id,
+                "input_ids": tokens.input_ids,
+                "labels": tokens.labels,
+                "image_keys": [images[name].image_key for name in sample.images],
+                "num_sub_images": sum(len(layout.patch_grids) for layout in used),
+                "num_visual_tokens": num_visual,
+                "grouping_length": num_text + GROUPING_TOKENS_PER_SUB_IMAGE * num_sub_images,
+            }
+        )
+    return TablePlan(SampleTable(pa.Table.from_pylist(rows, _SCHEMA)), tuple(excluded), num_cut)
+
+
+def _layout(sample: Sample, name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings) -> ImageLayout:
+    image = images.get(name)
+    if image is None:
+        raise DataError(f"sample {sample.id!r}: picture {name!r} is not in the dataset index; run cache_features first")
+    if image.reason:
+        raise BadImageError(image.reason, f"picture {name!r} is quarantined: {image.reason}")
+    plan = pixels.plan(image.width, image.height)
+    return ImageLayout(plan.grid, plan.patch_grids)

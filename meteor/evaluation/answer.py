@@ -1,0 +1,115 @@
+"""Greedy answers to questions about pictures, batched, from cached or live features."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from meteor import storage
+from meteor.cache import CacheIdentity, FeatureCache
+from meteor.data.collate import collate
+from meteor.data.features import FeatureSource
+from meteor.data.samples import Sample
+from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.pretrained import load_pretrained
+from meteor.text.conversation import Turn
+from meteor.text.tokens import tokenise
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: the sample's turns up to its last answer, which is what the model should say.
+
+    Attributes:
+        id: unique in its set.
+        sample: turns and image names.
+        answer: the reference.
+        image_keys: of its pictures, in order.
+    """
+
+    id: str
+    sample: Sample
+    answer: str
+    image_keys: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return next(turn.text for turn in reversed(self.sample.turns) if turn.role == "human")
+
+
+def last_answer(turns: Sequence[Turn]) -> str:
+    """The reference answer: the last turn's, "" where the sample ends with a question."""
+    return turns[-1].text if turns[-1].role == "gpt" else ""
+
+
+class Answerer:
+    """A finished model that answers batches of questions.
+
+    Args:
+        model_uri: directory of a finished model, local or S3.
+        device: "cpu" or "cuda".
+        dtype: of the weights.
+    """
+
+    def __init__(self, model_uri: str, *, device: str, dtype: torch.dtype) -> None:
+        with local_copy(model_uri) as folder:
+            self.model = load_pretrained(
+                MeteorForConditionalGeneration,
+                folder,
+                setting="evaluate.model",
+                example="the directory that finetune leaves",
+                dtype=dtype,
+            )
+            self.model.to(device).eval()
+            self.processor = MeteorProcessor.from_pretrained(folder)
+        self.device = device
+
+    def check(self, cache: FeatureCache) -> None:
+        """Refuse features that the model was not trained on; `CacheMismatchError` names the field that differs."""
+        cache.identity.require_match(CacheIdentity.from_dict(self.model.config.cache_identity))
+
+    def answer(self, questions: Sequence[Question], source: FeatureSource, *, max_new_tokens: int) -> list[str]:
+        """Greedy answers, in the order given."""
+        processor = self.processor
+        samples = []
+        for question in questions:
+            tokens = tokenise(
+                question.sample.conversation,
+                processor.tokenizer,
+                processor.template,
+                for_generation=True,
+                sample_id=question.id,
+            )
+            samples.append((tokens, [source.get(key) for key in question.image_keys]))
+        batch = collate(
+            samples,
+            budget=processor.budget,
+            separators=processor.separators,
+            pad_id=processor.tokenizer.pad_token_id,
+            vision_width=self.model.config.vision_config.hidden_size,
+            select_layer=self.model.config.select_layer,
+            padding_side="left",
+        )
+        tokens = self.model.generate(
+            **batch.to(self.device).as_inputs(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        return processor.batch_decode(tokens)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[str]:
+    """The directory itself where it is local; else a copy that is gone when the block ends."""
+    if "://" not in uri:
+        yield uri
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for info in storage.list_objects(uri):
+            storage.download_file(info.uri, str(Path(folder) / info.uri.rpartition("/")[2]))
+        yield folder

@@ -1,0 +1,49 @@
+"""What a model's projector keeps of a picture, and the scores by which it chose (the paper's Figure 4)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from meteor.cache import ImageFeatures
+from meteor.data.collate import pad_sub_images
+from meteor.model import MeteorForConditionalGeneration
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedPatches:
+    """One sub-image: scores over its P patches, row-major, and the indices of the K kept ones; None where it has none."""
+
+    visual: np.ndarray | None
+    native: np.ndarray | None
+    combined: np.ndarray | None
+    kept: np.ndarray
+
+
+@torch.inference_mode()
+def select_patches(model: MeteorForConditionalGeneration, image: ImageFeatures) -> list[SelectedPatches]:
+    """Run the projector over a picture's sub-images.
+
+    Returns:
+        One for each sub-image, the global view first; a projector that does not select keeps every patch.
+    """
+    row = image.attention_layers.index(model.config.select_layer)
+    parts = [
+        (features_PC, attention_AP[row], grid)
+        for features_PC, attention_AP, grid in zip(image.features, image.cls_attention, image.patch_grids, strict=True)
+    ]
+    features_SPC, attention_SP = pad_sub_images(parts)
+    grids_S2 = torch.tensor(image.patch_grids)
+    device = model.device
+    output = model.projector(features_SPC.to(device), attention_SP.to(device), grids_S2.to(device), None)
+    weight = model.projector.settings.get("visual_weight", 1.0)
+    result = []
+    for i, (rows, columns) in enumerate(image.patch_grids):
+        visual, native = (
+            None if scores is None else scores[i, : rows * columns].float().cpu().numpy()
+            for scores in (output.visual_scores, output.native_scores)
+        )
+        combined = visual if native is None else native if visual is None else weight * visual + (1 - weight) * native
+        kept = np.arange(rows * columns) if output.indices is None else output.indices[i][output.mask[i]].cpu().numpy()
+        result.append(SelectedPatches(visual, native, combined, kept))
+    return result

@@ -1,0 +1,195 @@
+"""The model: features of sub-images -> projector -> visual tokens in the prompt -> language model.
+
+Letters: B samples, L sequence, S sub-images of all samples, P patches, C vision width, K tokens of a sub-image, D LLM width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.data.collate import empty_sub_image, pad_sub_images
+from meteor.errors import DataError
+from meteor.model.configuration import MeteorConfig
+from meteor.projector import ProjectorOutput, build_projector
+from meteor.vision.encoder import FrozenClip
+
+
+class MeteorForConditionalGeneration(PreTrainedModel):
+    """LLaVA-Meteor: a language model that reads projected vision features.
+
+    Training feeds it cached features and leaves the vision tower out (``vision_tower=False``); a finished model holds the
+    tower whose digest its cache names, so that it sees pictures by itself.
+    """
+
+    config_class = MeteorConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012  (transformers reads a plain list)
+    _keys_to_ignore_on_load_unexpected = [r"^vision_tower\."]  # noqa: RUF012
+
+    def __init__(self, config: MeteorConfig, *, vision_tower: bool = True, language_model: nn.Module | None = None):
+        super().__init__(config)
+        self.vision_tower = CLIPVisionModel(config.vision_config) if vision_tower else None
+        self.projector = build_projector(
+            **config.projector,
+            vision_width=config.vision_config.hidden_size,
+            llm_width=config.text_config.hidden_size,
+        )
+        self.language_model = (
+            language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part initialises itself; transformers' default would overwrite the scan's."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def frozen_clip(self) -> FrozenClip:
+        """The vision tower as an encoder; `DataError` where the model was loaded without it."""
+        if self.vision_tower is None:
+            raise DataError("this model was built without its vision tower; load it with vision_tower=True")
+        return FrozenClip(
+            self.vision_tower, select_layer=self.config.select_layer, attention_layers=(self.config.select_layer,)
+        )
+
+    def encode(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features (S, P, C), class-token attention (S, P) and patch grids (S, 2) of normalised sub-images (3, h, w)."""
+        clip = self.frozen_clip()
+        encoded = [(one.features, one.cls_attention[0], one.grid) for one in clip.encode(pixel_values)]
+        if not encoded:
+            encoded = [empty_sub_image(clip.width)]
+        features_SPC, cls_attention_SP = pad_sub_images(encoded)
+        grids_S2 = torch.tensor([grid for _, _, grid in encoded])
+        return features_SPC.to(self.device), cls_attention_SP.to(self.device), grids_S2.to(self.device)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_slots: torch.Tensor,
+        features: torch.Tensor | None = None,
+        cls_attention: torch.Tensor | None = None,
+        grids: torch.Tensor | None = None,
+        pixel_values: Sequence[torch.Tensor] | None = None,
+        native_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, ProjectorOutput]:
+        """Put the visual tokens into their slots.
+
+        Args:
+            input_ids: (B, L), `IMAGE_TOKEN_ID` at visual slots.
+            attention_mask: (B, L) bool.
+            num_slots: (S,), visual slots of each sub-image.
+            features, cls_attention, grids: of the S sub-images, see `meteor.data.collate.Batch`; or instead
+            pixel_values: S normalised sub-images (3, h, w), which the vision tower encodes here.
+            native_weight: 0-d, weight of the native expert; the projector's own where None.
+
+        Returns:
+            Embeddings (B, L, D); the mask with the projector's unused slots taken out; the projector's output.
+        """
+        if features is None:
+            features, cls_attention, grids = self.encode(pixel_values or [])
+        projected = self.projector(features, cls_attention, grids, native_weight)
+        slot_SK = torch.arange(projected.tokens.shape[1], device=num_slots.device) < num_slots[:, None]
+        visual_BL = input_ids == IMAGE_TOKEN_ID
+        embeds_BLD = self.get_input_embeddings()(input_ids.masked_fill(visual_BL, 0))
+        tokens_ND = projected.tokens[slot_SK].to(embeds_BLD.dtype)
+        if tokens_ND.shape[0] != int(visual_BL.sum()):
+            raise DataError(
+                f"the prompt has {int(visual_BL.sum())} visual slots, the projector gives {tokens_ND.shape[0]} tokens: "
+                "collate with this projector's token budget"
+            )
+        embeds_BLD = embeds_BLD.masked_scatter(visual_BL[..., None], tokens_ND)
+        # A text-only batch must touch the projector as well: under ZeRO every rank takes part in every reduction.
+        embeds_BLD = embeds_BLD + 0.0 * projected.tokens.sum().to(embeds_BLD.dtype)
+        attention_mask = attention_mask.clone()
+        attention_mask[visual_BL] = projected.mask[slot_SK]
+        return embeds_BLD, attention_mask, projected
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_slots: torch.Tensor,
+        features: torch.Tensor | None = None,
+        cls_attention: torch.Tensor | None = None,
+        grids: torch.Tensor | None = None,
+        pixel_values: Sequence[torch.Tensor] | None = None,
+        labels: torch.Tensor | None = None,
+        native_weight: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        aux_loss_coefficient: float = 0.0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass over a batch (`meteor.data.collate.Batch.as_inputs`).
+
+        Args:
+            labels: (B, L), `IGNORE_INDEX` outside answers. Logits are computed only where some row has an answer.
+            num_items_in_batch: what the summed cross-entropy is divided by: the answer tokens of the *global* batch;
+                those of this batch when None.
+            aux_loss_coefficient: weight of the projector's own loss.
+
+        Returns:
+            ``loss`` (0-d float32, with labels) and ``logits`` (B, L', vocabulary).
+        """
+        embeds_BLD, attention_mask, projected = self.embed(
+            input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values, native_weight
+        )
+        inputs = {
+            "inputs_embeds": embeds_BLD,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+            "use_cache": False,
+            **kwargs,
+        }
+        if labels is None:
+            return self.language_model(**inputs)
+        next_labels_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        kept_L = (next_labels_BL != IGNORE_INDEX).any(dim=0).nonzero().squeeze(-1)
+        output = self.language_model(**inputs, logits_to_keep=kept_L)
+        loss = F.cross_entropy(
+            output.logits.flatten(0, 1).float(),
+            next_labels_BL[:, kept_L].flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (next_labels_BL != IGNORE_INDEX).sum().clamp(min=1)
+        loss = loss / num_items_in_batch
+        if projected.aux_loss is not None:
+            loss = loss + aux_loss_coefficient * projected.aux_loss
+        return CausalLMOutputWithPast(loss=loss, logits=output.logits)
+
+    @torch.inference_mode()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_slots: torch.Tensor,
+        features: torch.Tensor | None = None,
+        cls_attention: torch.Tensor | None = None,
+        grids: torch.Tensor | None = None,
+        pixel_values: Sequence[torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Answer prompts, padded on the left; everything else is an argument of Hugging Face's ``generate``.
+
+        Returns:
+            (B, new tokens), the answers alone.
+        """
+        kwargs.pop("labels", None)
+        embeds_BLD, attention_mask, _ = self.embed(
+            input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
+        )
+        return self.language_model.generate(inputs_embeds=embeds_BLD, attention_mask=attention_mask.long(), **kwargs)
+
+
+AutoModelForImageTextToText.register(MeteorConfig, MeteorForConditionalGeneration)

@@ -1,0 +1,132 @@
+"""From questions and pictures to the model's inputs, and from its tokens back to text."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from meteor.constants import IMAGE_PLACEHOLDER
+from meteor.data.collate import ImageLayout, expand_images, pad_tokens
+from meteor.data.features import PixelSettings
+from meteor.errors import ConversationError, SettingsError
+from meteor.image.budget import visual_token_budget
+from meteor.image.transform import normalise, slice_image
+from meteor.model.configuration import MeteorConfig
+from meteor.text.conversation import Conversation, parse_turns
+from meteor.text.tokens import Separators, load_tokenizer, tokenise, visual_separators
+
+_FILE = "processor_config.json"
+
+
+class MeteorProcessor:
+    """Tokenizer, slicing and prompt of one model.
+
+    Args:
+        tokenizer: the language model's.
+        projector: ``{"name": ..., **settings}``: how many tokens a sub-image takes.
+        pixels: slicing and limits.
+        mean, std: normalisation of the vision tower.
+        template: prompt template of stage 2.
+        separators: token ids after slices and rows; found in the vocabulary where None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        projector: dict[str, Any],
+        pixels: PixelSettings,
+        mean: Sequence[float],
+        std: Sequence[float],
+        template: str = "vicuna_v1",
+        separators: Separators | None = None,
+    ) -> None:
+        self.tokenizer, self.projector, self.pixels = tokenizer, dict(projector), pixels
+        self.mean, self.std, self.template = tuple(mean), tuple(std), template
+        self.separators = separators or visual_separators(tokenizer)
+        settings = dict(projector)
+        self.budget = visual_token_budget(settings.pop("name"), settings)
+
+    def __call__(
+        self, text: str | Sequence[str], images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] = ()
+    ) -> dict[str, Any]:
+        """Inputs of `MeteorForConditionalGeneration.generate` for one question or several.
+
+        Args:
+            text: the question, or several; an ``<image>`` for each picture may be left out, pictures come first anyway.
+            images: the pictures of the question; a list of lists for several questions.
+
+        Returns:
+            input_ids and attention_mask (B, L), padded on the left; num_slots (S,); pixel_values, S tensors (3, h, w).
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        groups = [list(images)] if isinstance(text, str) else [list(group) for group in images] or [[] for _ in texts]
+        samples, num_slots, pixel_values = [], [], []
+        for question, group in zip(texts, groups, strict=True):
+            plans = [self.pixels.plan(image.width, image.height) for image in group]
+            for image, plan in zip(group, plans, strict=True):
+                sub_images = slice_image(image.convert("RGB"), plan)
+                pixel_values += [normalise(sub_image, self.mean, self.std) for sub_image in sub_images]
+            tokens = tokenise(
+                self._conversation(question, len(group)), self.tokenizer, self.template, for_generation=True
+            )
+            layouts = [ImageLayout(plan.grid, plan.patch_grids) for plan in plans]
+            longer, slots = expand_images(tokens, layouts, self.budget, self.separators)
+            samples.append(longer)
+            num_slots += slots
+        input_ids, attention_mask, _ = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "num_slots": torch.tensor(num_slots or [0]),
+            "pixel_values": pixel_values,
+        }
+
+    def batch_decode(self, tokens: torch.Tensor) -> list[str]:
+        """Answers as text, without special tokens and surrounding white space."""
+        return [answer.strip() for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _conversation(self, question: str, num_images: int) -> Conversation:
+        given = question.count(IMAGE_PLACEHOLDER)
+        if given not in (0, num_images):
+            raise ConversationError(
+                f"the question has {given} {IMAGE_PLACEHOLDER} for {num_images} pictures: {question!r}"
+            )
+        placeholders = "" if given else f"{IMAGE_PLACEHOLDER}\n" * num_images
+        turns = [{"from": "human", "value": placeholders + question}]
+        return Conversation(
+            parse_turns(turns, num_images=num_images, sample_id="question", for_generation=True), system=None
+        )
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the tokenizer's files and ``processor_config.json``."""
+        self.tokenizer.save_pretrained(folder)
+        content = {
+            "processor_class": type(self).__name__,
+            "projector": self.projector,
+            "pixels": vars(self.pixels),
+            "mean": self.mean,
+            "std": self.std,
+            "template": self.template,
+            "separators": vars(self.separators),
+        }
+        (Path(folder) / _FILE).write_text(json.dumps(content, indent=2))
+
+    @classmethod
+    def from_pretrained(cls, path: str, **kwargs: Any) -> "MeteorProcessor":
+        """Load from a local directory or a hub id."""
+        file = cached_file(path, _FILE, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            raise SettingsError(f"{path!r} has no {_FILE}: not the directory of a finished model")
+        content = json.loads(Path(file).read_text())
+        content.pop("processor_class")
+        pixels, separators = PixelSettings(**content.pop("pixels")), Separators(**content.pop("separators"))
+        return cls(load_tokenizer(path), pixels=pixels, separators=separators, **content)
+
+
+AutoProcessor.register(MeteorConfig, MeteorProcessor)

@@ -1,0 +1,122 @@
+"""Boxes for the things of a scene: inside the picture, each within its named part, none touching another."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import ImageFont
+
+from meteor.errors import SettingsError
+from meteor.synthetic.vocabulary import place_bounds, places_of
+
+Box = tuple[int, int, int, int]
+
+MIN_FONT_PX = 14
+# Font size of a text over the extent a shape would have had: its ink is then about two thirds as high as a shape.
+_FONT_TO_SHAPE = 0.9
+_NUM_LAYOUTS = 150
+_NUM_TRIES_PER_THING = 30
+_SHRINK = 0.985
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A thing to be placed: a shape, or a text if there is a ``word``. An empty ``place`` leaves the part open."""
+
+    shape: str
+    colour: str
+    place: str = ""
+    word: str = ""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a thing went; ``place`` is ``""`` and ``font_px`` is set for a text."""
+
+    box: Box
+    place: str = ""
+    font_px: int = 0
+
+
+@cache
+def font(size_px: int) -> ImageFont.FreeTypeFont:
+    """Pillow's built-in scalable font."""
+    loaded = ImageFont.load_default(size=size_px)
+    assert isinstance(loaded, ImageFont.FreeTypeFont)
+    return loaded
+
+
+def place_all(
+    rng: np.random.Generator, width: int, height: int, wanted: list[Wanted], scale: tuple[float, float]
+) -> list[Placed]:
+    """Find room for everything wanted, in the order given.
+
+    Layouts that do not work out are thrown away; from one to the next the things shrink a little.
+
+    Raises:
+        SettingsError: the picture is too small for that many things.
+    """
+    for attempt in range(_NUM_LAYOUTS):
+        low, high = (bound * _SHRINK**attempt for bound in scale)
+        layout = _try_layout(rng, width, height, wanted, (low, high))
+        if layout is not None:
+            return layout
+    raise SettingsError(f"{len(wanted)} things do not fit into {width} x {height} pixels; use a larger picture.")
+
+
+def _try_layout(
+    rng: np.random.Generator, width: int, height: int, wanted: list[Wanted], scale: tuple[float, float]
+) -> list[Placed] | None:
+    places = places_of(width, height)
+    x0, y0, x1, y1 = place_bounds(places[0], width, height)
+    unit = min(x1 - x0, y1 - y0)
+    gap = max(2, round(0.06 * unit))
+    placed: list[Placed] = []
+    for want in wanted:
+        for _ in range(_NUM_TRIES_PER_THING):
+            extent = unit * rng.uniform(*scale)
+            if want.word:
+                candidate = _place_text(rng, width, height, want.word, extent, gap)
+            else:
+                place = want.place or places[rng.integers(len(places))]
+                candidate = _place_shape(rng, place_bounds(place, width, height), round(extent), gap, place)
+            if candidate and not any(_touch(candidate.box, other.box, gap) for other in placed):
+                placed.append(candidate)
+                break
+        else:
+            return None
+    return placed
+
+
+def _place_shape(
+    rng: np.random.Generator, bounds: tuple[float, float, float, float], extent: int, gap: int, place: str
+) -> Placed | None:
+    corner = _random_corner(rng, bounds, extent, extent, gap)
+    return corner and Placed((corner[0], corner[1], corner[0] + extent, corner[1] + extent), place)
+
+
+def _place_text(
+    rng: np.random.Generator, width: int, height: int, word: str, extent: float, gap: int
+) -> Placed | None:
+    font_px = max(MIN_FONT_PX, round(extent * _FONT_TO_SHAPE))
+    left, top, right, bottom = font(font_px).getbbox(word)
+    ink_width, ink_height = int(right - left) + 1, int(bottom - top) + 1
+    corner = _random_corner(rng, (0, 0, width, height), ink_width, ink_height, gap)
+    return corner and Placed((corner[0], corner[1], corner[0] + ink_width, corner[1] + ink_height), font_px=font_px)
+
+
+def _random_corner(
+    rng: np.random.Generator, bounds: tuple[float, float, float, float], width: int, height: int, gap: int
+) -> tuple[int, int] | None:
+    """Upper left corner of a box of this size at least ``gap`` pixels within ``bounds``, or None if it cannot fit."""
+    low_x, low_y = int(np.ceil(bounds[0])) + gap, int(np.ceil(bounds[1])) + gap
+    high_x, high_y = int(bounds[2]) - gap - width, int(bounds[3]) - gap - height
+    if high_x < low_x or high_y < low_y:
+        return None
+    return int(rng.integers(low_x, high_x + 1)), int(rng.integers(low_y, high_y + 1))
+
+
+def _touch(one: Box, other: Box, gap: int) -> bool:
+    return (
+        one[0] < other[2] + gap and other[0] < one[2] + gap and one[1] < other[3] + gap and other[1] < one[3] + gap
+    )

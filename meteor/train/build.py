@@ -1,0 +1,138 @@
+"""Put the model of a stage together: language model, projector, what trains and what is frozen."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from meteor import storage
+from meteor.errors import CheckpointError
+from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+from meteor.pretrained import load_pretrained
+
+Stage = Literal["pretrain", "finetune"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_model(
+    *,
+    llm_path: str,
+    vision_config: PretrainedConfig,
+    projector: dict[str, Any],
+    select_layer: int,
+    cache_identity: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int,
+) -> MeteorForConditionalGeneration:
+    """A language model with pretrained weights and a new projector; no vision tower (training reads features).
+
+    Args:
+        llm_path: local directory or hub id of any Hugging Face causal LM.
+        vision_config: the encoder's, for its width and for the finished model.
+        projector: ``{"name": ..., **settings}``.
+        select_layer: hidden state the features come from.
+        cache_identity: which caches the model may read.
+        dtype: of all weights.
+        seed: of the projector's initial weights.
+    """
+    language_model = load_llm(llm_path, dtype)
+    config = MeteorConfig(
+        text_config=language_model.config,
+        vision_config=vision_config,
+        projector=projector,
+        select_layer=select_layer,
+        cache_identity=cache_identity,
+    )
+    torch.manual_seed(seed)
+    model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=language_model)
+    model.projector.to(dtype)
+    return model
+
+
+def load_llm(path: str, dtype: torch.dtype) -> nn.Module:
+    """Weights of a causal LM from a local directory or a hub id; code from a repository is never run.
+
+    Raises:
+        SettingsError: nothing loadable there.
+    """
+    return load_pretrained(
+        AutoModelForCausalLM,
+        path,
+        setting="llm.path",
+        example="lmsys/vicuna-7b-v1.5",
+        dtype=dtype,
+        attn_implementation="sdpa",
+    )
+
+
+def freeze_for(model: MeteorForConditionalGeneration, stage: Stage) -> None:
+    """Stage 1 trains the projector; stage 2 the projector and the language model (paper, section 4.1)."""
+    model.requires_grad_(False)
+    model.projector.requires_grad_(True)
+    if stage == "finetune":
+        model.language_model.requires_grad_(True)
+
+
+def llm_fingerprint(path: str) -> str:
+    """A quick identity of a language model: configuration and tensor names, shapes, types and sizes, first bytes of each file.
+
+    Hashing 26 GB at every start would cost minutes; a fine-tuned copy of the same shape differs in the sampled bytes.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return hashlib.sha256(f"{path}@{getattr(config, '_commit_hash', None)}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".safetensors", ".bin", ".json", ".model"} and file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(1 << 20))
+                stream.seek(max(file.stat().st_size - (1 << 16), 0))
+                digest.update(stream.read(1 << 16))
+    return digest.hexdigest()
+
+
+def load_projector(model: MeteorForConditionalGeneration, uri: str) -> None:
+    """Take over stage 1's projector.
+
+    Args:
+        model: built with the settings of this run.
+        uri: ``projector.safetensors`` of a pretrain run.
+
+    Raises:
+        CheckpointError: it was trained with other settings; the message names what differs.
+    """
+    data = storage.read_bytes(uri)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    stored = json.loads(header.get("__metadata__", {}).get("meteor", "{}"))
+    wanted = projector_metadata(model.config)
+    differing = [
+        f"{name}: {stored.get(name)!r} there, {wanted[name]!r} here"
+        for name in wanted
+        if stored.get(name) != wanted[name]
+    ]
+    if differing:
+        raise CheckpointError(f"{uri} does not fit this run: {'; '.join(differing)}. Run pretrain with these settings")
+    weights = load_safetensors(data)
+    own = model.projector.state_dict()
+    if weights.keys() != own.keys() or any(weights[name].shape != own[name].shape for name in own):
+        odd = sorted(weights.keys() ^ own.keys()) or [name for name in own if weights[name].shape != own[name].shape]
+        raise CheckpointError(f"{uri} does not fit this run's projector: {', '.join(odd[:3])}")
+    model.projector.load_state_dict(weights)
+
+
+def projector_metadata(config: MeteorConfig) -> dict[str, Any]:
+    """What a projector file says about itself."""
+    return {
+        "projector": config.projector,
+        "vision_width": config.vision_config.hidden_size,
+        "llm_width": config.text_config.hidden_size,
+        "select_layer": config.select_layer,
+        "cache_identity": config.cache_identity,
+    }

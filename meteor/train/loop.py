@@ -1,0 +1,208 @@
+"""The one training loop: batches in planned order, the global loss, metrics, checkpoints."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from meteor.checkpoint.format import checkpoint_uri, prune, publish, write_fragments
+from meteor.data.collate import Batch
+from meteor.data.order import assign, epoch_order
+from meteor.data.table import SampleTable
+from meteor.errors import TrainingError
+from meteor.train.engine import Engine, all_reduce_sum, barrier
+from meteor.train.schedule import learning_rate, native_weight
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done with the samples; see `meteor.config.StageSettings` for the meaning of each.
+
+    ``native_weight_full`` is the native expert's weight after the warm-up, None for projectors without one.
+    """
+
+    lr: float
+    global_batch_size: int
+    micro_batch_size: int
+    epochs: int
+    warmup_ratio: float
+    seed: int
+    native_warmup: float
+    native_weight_full: float | None
+    aux_loss_coefficient: float
+    group_by_length: bool
+    checkpoint_every_steps: int
+    keep_checkpoints: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step of the plan: position in the whole stage, and the samples of its global batch."""
+
+    index: int
+    epoch: int
+    positions: Sequence[int]
+
+
+class StepPlan:
+    """All steps of a stage as arithmetic: f(seed, epoch, index digest); the same on every worker and after every crash."""
+
+    def __init__(self, table: SampleTable, recipe: Recipe, index_digest: str) -> None:
+        self._table, self._recipe, self._index_digest = table, recipe, index_digest
+        self.steps_per_epoch = math.ceil(len(table) / recipe.global_batch_size)
+        self.num_steps = self.steps_per_epoch * recipe.epochs
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """Steps ``start`` ... ``num_steps`` - 1."""
+        for epoch in range(start // max(self.steps_per_epoch, 1), self._recipe.epochs):
+            batches = epoch_order(
+                self._table.grouping_lengths,
+                global_batch_size=self._recipe.global_batch_size,
+                seed=self._recipe.seed,
+                epoch=epoch,
+                index_digest=self._index_digest,
+                group=self._recipe.group_by_length,
+            )
+            first = epoch * self.steps_per_epoch
+            for i in range(max(start - first, 0), len(batches)):
+                yield Step(first + i, epoch, batches[i])
+
+    def micro_steps(self, step: Step, rank: int, world_size: int) -> list[list[int]]:
+        """This worker's micro batches; every worker has equally many, some may be empty."""
+        return assign(
+            step.positions,
+            self._table.grouping_lengths,
+            world_size=world_size,
+            micro_batch_size=self._recipe.micro_batch_size,
+        )[rank]
+
+    def num_answer_tokens(self, step: Step) -> int:
+        """What the loss of the global batch is divided by."""
+        return sum(self._table.num_answer_tokens(position) for position in step.positions)
+
+
+def train(
+    engine: Engine,
+    plan: StepPlan,
+    recipe: Recipe,
+    *,
+    load_batch: Callable[[list[int]], Batch],
+    checkpoints: str,
+    start_step: int,
+    on_step: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run the steps from ``start_step`` to the end of the plan.
+
+    Args:
+        engine: model and optimiser, already at ``start_step``.
+        plan: which samples when.
+        recipe: learning rate and the like.
+        load_batch: table positions -> a collated batch; runs one step ahead in a thread.
+        checkpoints: root URI; one is written every ``checkpoint_every_steps`` and at the end.
+        start_step: first step to do.
+        on_step: gets the metrics of each step, the same on all workers.
+
+    Raises:
+        TrainingError: the loss is not finite; the weights are those before the step.
+    """
+    steps = plan.steps(start_step)
+    batches = _one_ahead(
+        steps, lambda step: [load_batch(p) for p in plan.micro_steps(step, engine.rank, engine.world_size)]
+    )
+    while True:
+        started = time.perf_counter()
+        try:
+            step, micro_batches = next(batches)
+        except StopIteration:
+            return
+        wait_s = time.perf_counter() - started
+        lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
+        loss, counts = _accumulate(engine, plan, recipe, step, micro_batches)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {step.index + 1}: the loss is {loss}. Samples at table rows {list(step.positions)[:8]} ... of "
+                "samples.parquet; lower the learning rate, or use bfloat16 or float32"
+            )
+        grad_norm = engine.step(lr)
+        done = step.index + 1
+        seconds = time.perf_counter() - started
+        if done % recipe.checkpoint_every_steps == 0 or done == plan.num_steps:
+            save_checkpoint(engine, checkpoints, done, epoch=step.epoch, keep=recipe.keep_checkpoints)
+        on_step(
+            {
+                "step": done,
+                "num_steps": plan.num_steps,
+                "epoch": step.epoch + (done - step.epoch * plan.steps_per_epoch) / plan.steps_per_epoch,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "num_samples": len(step.positions),
+                **counts,
+                "seconds": seconds,
+                "loader_wait_s": wait_s,
+                "samples_per_s": len(step.positions) / seconds,
+                "visual_tokens_per_s": counts["num_visual_tokens"] / seconds,
+                "text_tokens_per_s": counts["num_text_tokens"] / seconds,
+            }
+        )
+
+
+def _accumulate(
+    engine: Engine, plan: StepPlan, recipe: Recipe, step: Step, micro_batches: Sequence[Batch]
+) -> tuple[float, dict[str, int]]:
+    """Forward and backward of one global batch; the loss and token counts are sums over all workers."""
+    num_answer_tokens = plan.num_answer_tokens(step)
+    extra: dict[str, Any] = {}
+    if recipe.native_weight_full is not None:
+        weight = native_weight(step.index, plan.num_steps, full=recipe.native_weight_full, warmup=recipe.native_warmup)
+        extra["native_weight"] = torch.tensor(weight, device=engine.device)
+    totals = torch.zeros(3, dtype=torch.float64)
+    for i, batch in enumerate(micro_batches):
+        num_samples = batch.num_samples
+        inputs = batch.to(engine.device).as_inputs()
+        loss = engine.forward_backward(
+            {
+                **inputs,
+                **extra,
+                "num_items_in_batch": num_answer_tokens,
+                # A mean over samples, like the loss is one over tokens: empty batches add nothing.
+                "aux_loss_coefficient": recipe.aux_loss_coefficient * num_samples / len(step.positions),
+            },
+            last=i == len(micro_batches) - 1,
+        )
+        totals += torch.tensor([float(loss), batch.num_visual_tokens, batch.num_text_tokens], dtype=torch.float64)
+    totals = all_reduce_sum(totals.to(engine.device)).cpu()
+    counts = {
+        "num_visual_tokens": int(totals[1]),
+        "num_text_tokens": int(totals[2]),
+        "num_answer_tokens": num_answer_tokens,
+    }
+    return float(totals[0]), counts
+
+
+def save_checkpoint(engine: Engine, root: str, step: int, *, epoch: int, keep: int) -> None:
+    """Every worker writes its fragments; the manifest comes last, then older checkpoints go."""
+    uri = checkpoint_uri(root, step)
+    write_fragments(uri, engine.rank, engine.fragments())
+    barrier()
+    if engine.rank == 0:
+        publish(uri, world_size=engine.world_size, shapes=engine.shapes(), state={"step": step, "epoch": epoch})
+        prune(root, keep=keep)
+    barrier()
+
+
+def _one_ahead(steps: Iterator[Step], load: Callable[[Step], list[Batch]]) -> Iterator[tuple[Step, list[Batch]]]:
+    """Load the next step's batches in a thread while the current one trains."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = None
+        for step in steps:
+            following = (step, pool.submit(load, step))
+            if pending is not None:
+                yield pending[0], pending[1].result()
+            pending = following
+        if pending is not None:
+            yield pending[0], pending[1].result()

@@ -1,0 +1,1 @@
+"""Stages on Ray: each is `python -m pipelines.<stage> --run <yaml>`."""

@@ -1,0 +1,22 @@
+"""Stage 1: the projector learns from captions; everything else is frozen."""
+
+import sys
+
+from meteor.config import RunSettings
+from pipelines.stage import Summary, stage_main
+from pipelines.training import plan_text, run_stage
+
+_DESCRIPTION = """Train the projector on captions from cached features (paper, section 4.1). Started again with the same
+settings it resumes from its last checkpoint, or says that it is finished."""
+
+
+def run(settings: RunSettings) -> Summary:
+    return run_stage(settings, "pretrain")
+
+
+def plan(settings: RunSettings) -> str:
+    return plan_text(settings, "pretrain")
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main("pretrain", _DESCRIPTION, run, plan))

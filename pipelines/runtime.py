@@ -1,0 +1,129 @@
+"""All Ray wiring that is not one stage's own: the session, the workers' environment, progress of long work."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.data
+from transformers.utils import logging as transformers_logging
+
+from meteor.config.settings import RuntimeSettings
+
+_LOG = logging.getLogger(__name__)
+
+# Set before the packages that read them are imported, in the driver and in every worker.
+WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+
+
+def worker_environment(num_gpus: float) -> dict[str, str]:
+    """Environment of workers; without a GPU, DeepSpeed must be told before it is imported."""
+    return WORKER_ENVIRONMENT if num_gpus else {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cpu"}
+
+
+@contextmanager
+def ray_session(settings: RuntimeSettings) -> Iterator[None]:
+    """Join the cluster of ``RAY_ADDRESS`` or of the settings, or start a local Ray and stop it afterwards.
+
+    Inside another session (several stages in one process) it does nothing.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.update(WORKER_ENVIRONMENT)
+    address = settings.ray_address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the new default, without its notice
+    # Every actor of Ray Data whose constructor takes arguments makes the core print an error line.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if address:
+        ray.init(address=address, logging_level=logging.WARNING)
+    else:
+        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def configure_logging() -> None:
+    """Our own lines at INFO with the time; other packages at WARNING."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in ("meteor", "pipelines"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    # Ray Data warns that a job "will hang" whenever all CPUs are busy for a moment.
+    for name in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Our own lines tell of progress, in the same form with and without a terminal.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(
+    what: str, total: int, count: Callable[[], int], *, detail: Callable[[], str] = str, every_s: float = 5.0
+) -> Iterator[None]:
+    """Log ``count()`` of ``total`` with rate and time left every few seconds while the block runs.
+
+    Args:
+        what: unit, for example "pictures encoded".
+        total: when it is done.
+        count: how many are done; called from a thread.
+        detail: more text for the line, for example the loss.
+        every_s: seconds between lines.
+    """
+    stop = threading.Event()
+    started = time.perf_counter()
+
+    def watch() -> None:
+        while not stop.wait(every_s):
+            done = count()
+            seconds = time.perf_counter() - started
+            rate = done / seconds
+            left = f", {duration((total - done) / rate)} left" if rate else ""
+            _LOG.info("%s: %d of %d, %.1f a second%s%s", what, done, total, rate, left, detail())
+
+    thread = threading.Thread(target=watch, name=f"progress of {what}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def duration(seconds: float) -> str:
+    """``95`` -> ``1 min 35 s``."""
+    seconds = round(seconds)
+    if seconds < 90:
+        return f"{seconds} s"
+    if seconds < 5400:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    """How many items the workers of a job have finished."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, number: int) -> None:
+        self._count += number
+
+    def count(self) -> int:
+        return self._count
+
+
+def num_blocks(num_items: int, items_per_block: int) -> int:
+    """Blocks for `ray.data.from_items`: enough to stream and to spread, not so many that tasks are all overhead."""
+    return max(1, min(num_items // items_per_block, 4096))

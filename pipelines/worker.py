@@ -1,0 +1,204 @@
+"""What runs inside a Ray Train worker: build the model, resume, train, leave the result."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from meteor import storage
+from meteor.cache import CacheIdentity
+from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.config import RunSettings, StageSettings
+from meteor.data.collate import Batch, collate
+from meteor.data.table import SampleTable
+from meteor.image.budget import visual_token_budget
+from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.text.tokens import Separators, load_tokenizer
+from meteor.train.build import DTYPES, Stage, build_model, freeze_for, load_projector
+from meteor.train.engine import barrier, make_engine
+from meteor.train.export import export_model, export_projector
+from meteor.train.loop import Recipe, StepPlan, train
+from meteor.vision.encoder import FrozenClip, read_vision_config
+from pipelines.inputs import open_features, pixel_settings
+from pipelines.metrics import MetricsSegment
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """Everything a worker is told; made on the driver, small, without secrets."""
+
+    settings: RunSettings
+    stage: Stage
+    run_uri: str
+    index_digest: str
+    cache_uri: str
+    cache_version: int
+    cache_identity: dict[str, Any]
+    separators: Separators
+    pad_id: int
+    projector_uri: str | None
+    image_uris: dict[str, str]
+
+    @property
+    def stage_settings(self) -> StageSettings:
+        return self.settings.pretrain if self.stage == "pretrain" else self.settings.finetune
+
+    @property
+    def projector(self) -> dict[str, Any]:
+        return {"name": self.settings.projector.name, **self.settings.projector.settings}
+
+    @property
+    def result_uri(self) -> str:
+        """Stage 1 leaves a projector file, stage 2 a model directory."""
+        model = storage.join(self.run_uri, "model")
+        return storage.join(model, "projector.safetensors") if self.stage == "pretrain" else model
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of `ray.train.torch.TorchTrainer`."""
+    task: WorkerTask = config["task"]
+    settings, stage = task.settings, task.stage_settings
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
+    table = SampleTable.read(storage.join(task.run_uri, "samples.parquet"))
+    load_batch = _batch_loader(task, table, str(device))
+    model = _build(task)
+    checkpoints = storage.join(task.run_uri, "checkpoints")
+    done = complete_checkpoints(checkpoints)
+    resumed = Checkpoint(done[-1]) if done else None
+    recipe = make_recipe(stage, model)
+    plan = StepPlan(table, recipe, task.index_digest)
+    start_step = resumed.state["step"] if resumed else 0
+    if start_step < plan.num_steps:
+        engine = make_engine(
+            model,
+            zero_stage=stage.zero_stage,
+            dtype=DTYPES[settings.llm.dtype],
+            device=device,
+            max_grad_norm=stage.max_grad_norm,
+            empty_inputs=load_batch([]).to(device).as_inputs(),
+            checkpoint=resumed,
+        )
+        reporter = _Reporter(task, start_step, plan.num_steps, engine.rank)
+        train(
+            engine,
+            plan,
+            recipe,
+            load_batch=load_batch,
+            checkpoints=checkpoints,
+            start_step=start_step,
+            on_step=reporter,
+        )
+    if ray.train.get_context().get_world_rank() == 0:
+        export(task, complete_checkpoints(checkpoints)[-1])
+    barrier()
+
+
+def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> Recipe:
+    """The stage's settings as the loop wants them; the warm-up's end is the projector's own native weight."""
+    visual_weight = model.projector.settings.get("visual_weight")
+    warmed = model.projector.settings.get("experts") == "visual_native" and visual_weight is not None
+    return Recipe(
+        lr=stage.lr,
+        global_batch_size=stage.global_batch_size,
+        micro_batch_size=stage.micro_batch_size,
+        epochs=stage.epochs,
+        warmup_ratio=stage.warmup_ratio,
+        seed=stage.seed,
+        native_warmup=stage.native_warmup,
+        native_weight_full=1.0 - visual_weight if warmed else None,
+        aux_loss_coefficient=stage.aux_loss_coefficient,
+        group_by_length=stage.group_by_length,
+        checkpoint_every_steps=stage.checkpoint_every_steps,
+        keep_checkpoints=stage.keep_checkpoints,
+    )
+
+
+def export(task: WorkerTask, checkpoint_uri: str) -> None:
+    """Write the stage's result from its last checkpoint, on the CPU."""
+    model, checkpoint = _build(task, training=False), Checkpoint(checkpoint_uri)
+    if task.stage == "pretrain":
+        export_projector(model, checkpoint, task.result_uri)
+        return
+    encoder = FrozenClip.from_pretrained(task.settings.vision.path, select_layer=task.settings.vision.select_layer)
+    processor = MeteorProcessor(
+        load_tokenizer(task.settings.llm.path),
+        projector=task.projector,
+        pixels=pixel_settings(task.settings),
+        mean=encoder.mean,
+        std=encoder.std,
+        template=task.settings.evaluate.template,
+        separators=task.separators,
+    )
+    export_model(model, checkpoint, encoder, processor, task.result_uri, DTYPES[task.settings.llm.dtype])
+
+
+def _build(task: WorkerTask, *, training: bool = True) -> MeteorForConditionalGeneration:
+    settings = task.settings
+    model = build_model(
+        llm_path=settings.llm.path,
+        vision_config=read_vision_config(settings.vision.path),
+        projector=task.projector,
+        select_layer=settings.vision.select_layer,
+        cache_identity=task.cache_identity,
+        dtype=DTYPES[settings.llm.dtype],
+        seed=task.stage_settings.seed,
+    )
+    if task.projector_uri is not None:
+        load_projector(model, task.projector_uri)
+    freeze_for(model, task.stage)
+    if training and settings.llm.gradient_checkpointing:
+        model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    return model
+
+
+def _batch_loader(task: WorkerTask, table: SampleTable, device: str) -> Any:
+    settings, stage = task.settings, task.stage_settings
+    source = open_features(
+        settings,
+        stage.features,
+        cache=task.cache_uri,
+        version=task.cache_version,
+        uris=task.image_uris,
+        device=device,
+    )
+    if stage.features == "cache":
+        source.identity.require_match(CacheIdentity.from_dict(task.cache_identity))  # type: ignore[union-attr]
+    budget = visual_token_budget(settings.projector.name, settings.projector.settings)
+    width = read_vision_config(settings.vision.path).hidden_size
+
+    def load_batch(positions: list[int]) -> Batch:
+        return collate(
+            [(table.tokens(i), [source.get(key) for key in table.image_keys(i)]) for i in positions],
+            budget=budget,
+            separators=task.separators,
+            pad_id=task.pad_id,
+            vision_width=width,
+            select_layer=settings.vision.select_layer,
+            sub_images=stage.sub_images,
+        )
+
+    return load_batch
+
+
+class _Reporter:
+    """Metrics of each step: first to the run's files, then to the controller, which logs them to MLflow."""
+
+    def __init__(self, task: WorkerTask, start_step: int, num_steps: int, rank: int) -> None:
+        self._every, self._num_steps, self._rank = task.stage_settings.report_every_steps, num_steps, rank
+        self._segment = MetricsSegment(task.run_uri, start_step)
+        self._rows: list[dict[str, Any]] = []
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self._rows.append({**row, "time_ms": int(time.time() * 1000)})
+        if row["step"] % self._every and row["step"] != self._num_steps:
+            return
+        if self._rank == 0:
+            self._segment.add(self._rows)
+        ray.train.report({"rows": self._rows})  # a barrier: every worker reports at the same steps
+        self._rows = []
