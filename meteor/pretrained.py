@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from meteor.errors import SettingsError
 
 
-def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, **kwargs: Any) -> nn.Module:
+def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, **kwargs: Any) -> Any:
     """``model_class.from_pretrained(path)``, refusing a checkpoint that lacks a weight; no repository's code is run.
 
     Weights of other parts (the text half of CLIP, say) are left out without a word. ``.bin`` files are read with

@@ -357,7 +357,7 @@ def _good(row: pa.RecordBatch) -> pa.Table:
 
 
 def _failed(row: Mapping[str, Any]) -> pa.Table:
-    blank = {
+    blank: dict[str, Any] = {
         field.name: "" if pa.types.is_string(field.type) else b"" if pa.types.is_binary(field.type) else 0
         for field in _ROW_SCHEMA
     }

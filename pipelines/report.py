@@ -76,7 +76,7 @@ def collect(settings: RunSettings) -> VariantResult:
     """Everything that one run's stages left behind; a stage that has not run is left out."""
     stages: dict[str, StageRun] = {}
     for stage in ("pretrain", "finetune"):
-        found = _find(lambda stage=stage: prepare(settings, stage).run.uri)  # type: ignore[misc]
+        found = _find(lambda stage=stage: prepare(settings, stage).run.uri)
         if found and storage.exists(storage.join(found, "run.json")):
             stages[stage] = read_stage_run(found)
     found = _find(lambda: evaluate.find_run(settings).uri)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
@@ -110,8 +111,7 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-@ray.remote(num_cpus=0)
-class Counter:
+class _Counter:
     """How many items the workers of a job have finished."""
 
     def __init__(self) -> None:
@@ -122,6 +122,9 @@ class Counter:
 
     def count(self) -> int:
         return self._count
+
+
+Counter: Any = ray.remote(num_cpus=0)(_Counter)
 
 
 def num_blocks(num_items: int, items_per_block: int) -> int:

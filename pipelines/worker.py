@@ -100,8 +100,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> Recipe:
     """The stage's settings as the loop wants them; the warm-up's end is the projector's own native weight."""
-    visual_weight = model.projector.settings.get("visual_weight")
-    warmed = model.projector.settings.get("experts") == "visual_native" and visual_weight is not None
+    projector = model.projector.settings
+    full = 1.0 - projector["visual_weight"] if projector.get("experts") == "visual_native" else None
     return Recipe(
         lr=stage.lr,
         global_batch_size=stage.global_batch_size,
@@ -110,7 +110,7 @@ def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> 
         warmup_ratio=stage.warmup_ratio,
         seed=stage.seed,
         native_warmup=stage.native_warmup,
-        native_weight_full=1.0 - visual_weight if warmed else None,
+        native_weight_full=full,
         aux_loss_coefficient=stage.aux_loss_coefficient,
         group_by_length=stage.group_by_length,
         checkpoint_every_steps=stage.checkpoint_every_steps,

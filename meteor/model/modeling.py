@@ -16,7 +16,7 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import empty_sub_image, pad_sub_images
 from meteor.errors import DataError
 from meteor.model.configuration import MeteorConfig
-from meteor.projector import ProjectorOutput, build_projector
+from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.vision.encoder import FrozenClip
 
 
@@ -37,12 +37,12 @@ class MeteorForConditionalGeneration(PreTrainedModel):
     def __init__(self, config: MeteorConfig, *, vision_tower: bool = True, language_model: nn.Module | None = None):
         super().__init__(config)
         self.vision_tower = CLIPVisionModel(config.vision_config) if vision_tower else None
-        self.projector = build_projector(
+        self.projector: Projector = build_projector(
             **config.projector,
             vision_width=config.vision_config.hidden_size,
             llm_width=config.text_config.hidden_size,
         )
-        self.language_model = (
+        self.language_model: Any = (
             language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
         )
         self.post_init()
@@ -57,9 +57,11 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         """The vision tower as an encoder; `DataError` where the model was loaded without it."""
         if self.vision_tower is None:
             raise DataError("this model was built without its vision tower; load it with vision_tower=True")
-        return FrozenClip(
-            self.vision_tower, select_layer=self.config.select_layer, attention_layers=(self.config.select_layer,)
-        )
+        select_layer, identity = self.config.select_layer, self.config.cache_identity or {}
+        # The digest is the cache's: hashing the weights takes a second, and those here may have been cast.
+        known = {"digest": identity.get("encoder_digest")}
+        known |= {name: identity["preprocessing"][name] for name in ("mean", "std") if identity}
+        return FrozenClip(self.vision_tower, select_layer=select_layer, attention_layers=(select_layer,), **known)
 
     def encode(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features (S, P, C), class-token attention (S, P) and patch grids (S, 2) of normalised sub-images (3, h, w)."""
@@ -109,7 +111,8 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             )
         embeds_BLD = embeds_BLD.masked_scatter(visual_BL[..., None], tokens_ND)
         # A text-only batch must touch the projector as well: under ZeRO every rank takes part in every reduction.
-        embeds_BLD = embeds_BLD + 0.0 * projected.tokens.sum().to(embeds_BLD.dtype)
+        # The sum in float32: in float16 it overflows, and 0 x infinity is NaN.
+        embeds_BLD = embeds_BLD + (0.0 * projected.tokens.sum(dtype=torch.float32)).to(embeds_BLD.dtype)
         attention_mask = attention_mask.clone()
         attention_mask[visual_BL] = projected.mask[slot_SK]
         return embeds_BLD, attention_mask, projected
@@ -169,7 +172,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         return CausalLMOutputWithPast(loss=loss, logits=output.logits)
 
     @torch.inference_mode()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,

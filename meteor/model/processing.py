@@ -15,6 +15,7 @@ from meteor.data.collate import ImageLayout, expand_images, pad_tokens
 from meteor.data.features import PixelSettings
 from meteor.errors import ConversationError, SettingsError
 from meteor.image.budget import visual_token_budget
+from meteor.image.decode import as_shown
 from meteor.image.transform import normalise, slice_image
 from meteor.model.configuration import MeteorConfig
 from meteor.text.conversation import Conversation, parse_turns
@@ -68,10 +69,10 @@ class MeteorProcessor:
         groups = [list(images)] if isinstance(text, str) else [list(group) for group in images] or [[] for _ in texts]
         samples, num_slots, pixel_values = [], [], []
         for question, group in zip(texts, groups, strict=True):
-            plans = [self.pixels.plan(image.width, image.height) for image in group]
-            for image, plan in zip(group, plans, strict=True):
-                sub_images = slice_image(image.convert("RGB"), plan)
-                pixel_values += [normalise(sub_image, self.mean, self.std) for sub_image in sub_images]
+            shown = [as_shown(image) for image in group]
+            plans = [self.pixels.plan(image.width, image.height) for image in shown]
+            for image, plan in zip(shown, plans, strict=True):
+                pixel_values += [normalise(sub_image, self.mean, self.std) for sub_image in slice_image(image, plan)]
             tokens = tokenise(
                 self._conversation(question, len(group)), self.tokenizer, self.template, for_generation=True
             )

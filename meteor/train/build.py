@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as load_safetensors
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from meteor import storage
@@ -16,6 +15,7 @@ from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.pretrained import load_pretrained
 
 Stage = Literal["pretrain", "finetune"]
+_NUM_SAMPLED_BLOCKS, _BLOCK_BYTES = 1024, 1 << 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,7 +54,7 @@ def build_model(
     return model
 
 
-def load_llm(path: str, dtype: torch.dtype) -> nn.Module:
+def load_llm(path: str, dtype: torch.dtype) -> Any:
     """Weights of a causal LM from a local directory or a hub id; code from a repository is never run.
 
     Raises:
@@ -79,9 +79,11 @@ def freeze_for(model: MeteorForConditionalGeneration, stage: Stage) -> None:
 
 
 def llm_fingerprint(path: str) -> str:
-    """A quick identity of a language model: configuration and tensor names, shapes, types and sizes, first bytes of each file.
+    """A quick identity of a language model: names and sizes of its files, and 1,024 blocks of 64 KiB from each.
 
-    Hashing 26 GB at every start would cost minutes; a fine-tuned copy of the same shape differs in the sampled bytes.
+    Hashing 26 GB at every start would cost minutes. The blocks lie evenly, at most 10 MB apart in the usual files of
+    10 GB: of every large matrix something is read, so that a copy in which only some were tuned differs. Files up to
+    64 MiB are read whole. A hub id stands for its commit.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -90,11 +92,12 @@ def llm_fingerprint(path: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in {".safetensors", ".bin", ".json", ".model"} and file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as stream:
-                digest.update(stream.read(1 << 20))
-                stream.seek(max(file.stat().st_size - (1 << 16), 0))
-                digest.update(stream.read(1 << 16))
+                for start in range(0, size, max(size // _NUM_SAMPLED_BLOCKS, _BLOCK_BYTES)):
+                    stream.seek(start)
+                    digest.update(stream.read(_BLOCK_BYTES))
     return digest.hexdigest()
 
 
@@ -109,7 +112,10 @@ def load_projector(model: MeteorForConditionalGeneration, uri: str) -> None:
         CheckpointError: it was trained with other settings; the message names what differs.
     """
     data = storage.read_bytes(uri)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except ValueError as error:
+        raise CheckpointError(f"{uri} is no safetensors file ({error}); name the projector.safetensors of pretrain") from error
     stored = json.loads(header.get("__metadata__", {}).get("meteor", "{}"))
     wanted = projector_metadata(model.config)
     differing = [

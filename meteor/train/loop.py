@@ -130,8 +130,7 @@ def train(
         grad_norm = engine.step(lr)
         done = step.index + 1
         seconds = time.perf_counter() - started
-        if done % recipe.checkpoint_every_steps == 0 or done == plan.num_steps:
-            save_checkpoint(engine, checkpoints, done, epoch=step.epoch, keep=recipe.keep_checkpoints)
+        # Before the checkpoint: a run resumed from it does not come back to this step, and its row would be lost.
         on_step(
             {
                 "step": done,
@@ -149,6 +148,8 @@ def train(
                 "text_tokens_per_s": counts["num_text_tokens"] / seconds,
             }
         )
+        if done % recipe.checkpoint_every_steps == 0 or done == plan.num_steps:
+            save_checkpoint(engine, checkpoints, done, epoch=step.epoch, keep=recipe.keep_checkpoints)
 
 
 def _accumulate(

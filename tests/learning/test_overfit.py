@@ -1,0 +1,177 @@
+"""It learns, and it looks: the same question has different answers for different pictures, and only the picture tells.
+
+Real parts from file to answer: decode, slice, encode, cache, table, order, projector, splice, labels, loss, engine, checkpoint,
+export, load, generate. Only Ray is left out (tests/pipelines has it).
+"""
+
+import hashlib
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
+from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.data.collate import collate
+from meteor.data.features import PixelSettings, encode_sliced, slice_bytes
+from meteor.data.samples import load_samples
+from meteor.data.table import IndexedImage, plan_table
+from meteor.evaluation.answer import Answerer, Question, last_answer
+from meteor.evaluation.scoring import exact_match
+from meteor.image.budget import visual_token_budget
+from meteor.model import MeteorProcessor
+from meteor.synthetic.contrast import make_contrast_set
+from meteor.synthetic.models import make_tiny_models
+from meteor.text.tokens import load_tokenizer, tokenise, visual_separators
+from meteor.train.build import build_model, freeze_for
+from meteor.train.engine import make_engine
+from meteor.train.export import export_model
+from meteor.train.loop import Recipe, StepPlan, train
+from meteor.vision.encoder import FrozenClip
+
+PIXELS = PixelSettings(resolution=112)
+PROJECTOR = {"name": "meteor", "k": 8, "state_size": 4}
+NUM_ANSWERS = 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_learns_what_only_the_picture_tells_and_fails_when_pictures_are_swapped(tmp_path):
+    torch.set_num_threads(2)
+    models = make_tiny_models(tmp_path / "models", train_steps=120)
+    contrast = make_contrast_set(tmp_path / "contrast", num_samples=64, num_answers=NUM_ANSWERS)
+    encoder = FrozenClip.from_pretrained(str(models.clip))
+    samples, problems = load_samples(str(contrast.samples))
+    assert not problems and len(samples) == 64
+    images, cache = fill_cache(tmp_path, contrast.images, samples, encoder)
+    assert {bool(cache.get(image.image_key).grid) for image in images.values()} == {True, False}
+
+    model_uri = train_on(tmp_path, samples, images, cache, encoder, str(models.llm))
+
+    answerer = Answerer(model_uri, device="cpu", dtype=torch.float32)
+    questions = [
+        Question(one.id, one, last_answer(one.turns), tuple(images[name].image_key for name in one.images)) for one in samples
+    ]
+    assert len({question.text for question in questions}) == 1
+    seen = score(answerer, questions, cache)
+    swapped = score(answerer, questions, SwappedFeatures(cache))
+    assert seen >= 0.95
+    assert swapped <= 1 / NUM_ANSWERS + 0.2, "with the pictures exchanged only chance is left (three standard errors)"
+
+
+def fill_cache(folder: Path, pictures: Path, samples, encoder) -> tuple[dict[str, IndexedImage], FeatureCache]:
+    identity = CacheIdentity(
+        encoder_digest=encoder.weights_digest,
+        select_layer=-2,
+        preprocessing=encoder.preprocessing,
+        slicing={"max_slices": PIXELS.max_slices, "resolution": PIXELS.resolution, "patch_size": PIXELS.patch_size},
+    )
+    uri = create_cache(str(folder / "cache"), identity, "float16")
+    images, rows = {}, []
+    for name in sorted({name for sample in samples for name in sample.images}):
+        data = (pictures / name).read_bytes()
+        sliced = slice_bytes(data, hashlib.sha256(data).hexdigest(), PIXELS)
+        images[name] = IndexedImage(sliced.image_key, sliced.width, sliced.height, "")
+        rows.append(encode_row(encode_sliced([sliced], encoder)[0], get_codec("float16")))
+    write_feature_file(uri, rows)
+    commit(uri)
+    return images, FeatureCache.open(uri)
+
+
+def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: FrozenClip, llm: str) -> str:
+    tokenizer = load_tokenizer(llm)
+    settings = {key: value for key, value in PROJECTOR.items() if key != "name"}
+    budget, separators = visual_token_budget("meteor", settings), visual_separators(tokenizer)
+    plan = plan_table(
+        samples,
+        [],
+        images,
+        tokenise=lambda sample: tokenise(sample.conversation, tokenizer, "vicuna_v1", sample_id=sample.id),
+        budget=budget,
+        pixels=PIXELS,
+        max_length=512,
+    )
+    table = plan.table
+
+    def load_batch(positions):
+        return collate(
+            [(table.tokens(i), [cache.get(key) for key in table.image_keys(i)]) for i in positions],
+            budget=budget,
+            separators=separators,
+            pad_id=tokenizer.pad_token_id,
+            vision_width=encoder.width,
+            select_layer=-2,
+        )
+
+    options = {
+        "llm_path": llm,
+        "vision_config": encoder.model.config,
+        "projector": PROJECTOR,
+        "select_layer": -2,
+        "cache_identity": cache.identity.to_dict(),
+        "dtype": torch.float32,
+        "seed": 0,
+    }
+    model = build_model(**options)
+    freeze_for(model, "finetune")
+    recipe = Recipe(
+        lr=2e-3,
+        global_batch_size=16,
+        micro_batch_size=16,
+        epochs=40,
+        warmup_ratio=0.05,
+        seed=0,
+        native_warmup=0.3,
+        native_weight_full=0.2,
+        aux_loss_coefficient=0.0,
+        group_by_length=False,
+        checkpoint_every_steps=1000,
+        keep_checkpoints=1,
+    )
+    engine = make_engine(
+        model,
+        zero_stage=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        max_grad_norm=1.0,
+        empty_inputs=load_batch([]).as_inputs(),
+    )
+    checkpoints = str(folder / "checkpoints")
+    losses: list[float] = []
+    train(
+        engine,
+        StepPlan(table, recipe, "digest"),
+        recipe,
+        load_batch=load_batch,
+        checkpoints=checkpoints,
+        start_step=0,
+        on_step=lambda row: losses.append(row["loss"]),
+    )
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.4f} in {len(losses)} steps")
+    fresh = build_model(**options)
+    freeze_for(fresh, "finetune")
+    processor = MeteorProcessor(tokenizer, projector=PROJECTOR, pixels=PIXELS, mean=encoder.mean, std=encoder.std)
+    export_model(
+        fresh, Checkpoint(complete_checkpoints(checkpoints)[-1]), encoder, processor, str(folder / "model"), torch.float32
+    )
+    return str(folder / "model")
+
+
+class SwappedFeatures:
+    """Gives another picture's features under each key."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        keys = cache.keys()
+        others = random.Random(0).sample(keys, len(keys))
+        self._cache, self._other = cache, dict(zip(keys, others, strict=True))
+
+    def get(self, image_key: str):
+        return self._cache.get(self._other[image_key])
+
+
+def score(answerer: Answerer, questions: list[Question], source) -> float:
+    answers = answerer.answer(questions, source, max_new_tokens=8)
+    right = sum(exact_match(answer, question.answer) for answer, question in zip(answers, questions, strict=True))
+    print(f"{type(source).__name__}: {right / len(questions):.0%} right")
+    return right / len(questions)
