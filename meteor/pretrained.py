@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from meteor.errors import SettingsError
@@ -27,10 +29,8 @@ def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, 
     """
     try:
         with _without_report():
-            model, info = model_class.from_pretrained(
-                path, output_loading_info=True, trust_remote_code=False, **kwargs
-            )
-    except (OSError, ValueError, RuntimeError) as error:
+            model, info = model_class.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise SettingsError(
             f"{setting}={path!r} cannot be loaded ({error}). Give a local directory with config.json and weights, or a hub "
             f"id that this machine can reach, such as {example}"

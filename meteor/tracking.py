@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from meteor.optional import import_optional
 _LOG = logging.getLogger(__name__)
 _DIGEST_TAG = "meteor.digest"
 _PARENT_TAG = "mlflow.parentRunId"
+# MLflow's own (7 retries of up to 120 s) would hold up training for minutes at every report while the server is away.
+_HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_OUTAGE_PAUSE_S = 60.0
 _MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
 
 
@@ -32,7 +36,8 @@ class Tracker:
     """One experiment on one tracking server or database.
 
     Runs are found by a digest tag, so that a stage that starts again continues its own run. An outage is logged once and
-    never raised while metrics are logged: they are in the run's JSONL already, and `backfill` adds what is missing.
+    never raised while metrics are logged, and metrics are tried again once a minute: they are in the run's JSONL already,
+    and `backfill` adds what is missing.
 
     Args:
         uri: ``sqlite:///...``, ``http(s)://...``.
@@ -43,14 +48,15 @@ class Tracker:
     """
 
     def __init__(self, uri: str, experiment: str) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_HTTP_SETTINGS}.items():
+            os.environ.setdefault(name, value)
         mlflow = import_optional("mlflow", needed_for="tracking", install="pip install mlflow")
         # MLflow announces every database migration at INFO.
         for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self.uri, self.experiment = uri, experiment
         self._entities = mlflow.entities
-        self._outage = False
+        self._outage_until: float | None = None
         with self._reaching():
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self.experiment_id = self._experiment_id(experiment)
@@ -88,32 +94,31 @@ class Tracker:
             self._client.log_inputs(run_id, datasets=[self._entities.DatasetInput(dataset, tags=[tag])])
 
     def log_metrics(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log rows with a ``step``; numbers only. An outage is reported once and forgiven."""
-        metrics = [
-            self._entities.Metric(key, float(value), int(row.get("time_ms", 0)), int(row["step"]))
-            for row in rows
-            for key, value in row.items()
-            if key not in {"step", "time_ms"} and isinstance(value, int | float)
-        ]
+        """Log rows with a ``step`` and, as they like, ``time_ms``; numbers only. An outage is reported once and forgiven."""
+        if self._outage_until is not None and time.monotonic() < self._outage_until:
+            return
         try:
-            for start in range(0, len(metrics), _MAX_METRICS):
-                self._client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
-            self._outage = False
+            self._send(run_id, rows)
+            self._outage_until = None
         except self._failures() as error:
-            if not self._outage:
+            if self._outage_until is None:
                 _LOG.warning(
                     "MLflow at %s cannot be reached (%s); metrics stay in the run's files and are sent later",
                     self.uri,
                     error,
                 )
-            self._outage = True
+            self._outage_until = time.monotonic() + _OUTAGE_PAUSE_S
 
     def backfill(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Log those rows whose step MLflow does not have yet; returns how many."""
+        """Log those rows whose step MLflow does not have yet; returns how many.
+
+        Raises:
+            TrackingError: the server cannot be reached.
+        """
         with self._reaching():
             known = {metric.step for metric in self._client.get_metric_history(run_id, "loss")}
-        missing = [row for row in rows if row["step"] not in known]
-        self.log_metrics(run_id, missing)
+            missing = [row for row in rows if row["step"] not in known]
+            self._send(run_id, missing)
         return len(missing)
 
     def log_file(self, run_id: str, name: str, data: bytes) -> None:
@@ -132,6 +137,17 @@ class Tracker:
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         with self._reaching():
             self._client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
+
+    def _send(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        now_ms = int(time.time() * 1000)
+        metrics = [
+            self._entities.Metric(key, float(value), int(row.get("time_ms", now_ms)), int(row["step"]))
+            for row in rows
+            for key, value in row.items()
+            if key not in {"step", "time_ms"} and isinstance(value, int | float)
+        ]
+        for start in range(0, len(metrics), _MAX_METRICS):
+            self._client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
 
     def _experiment_id(self, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)

@@ -72,7 +72,7 @@ def run(settings: RunSettings) -> Summary:
         if before and not missing and not num_read:
             return before
         stage.start(cache=cache_uri, cache_key=identity.key, sample_sets={one.name: one.uri for one in sets})
-        with stage.tracked(canonical(mathematical_settings(settings))) as (tracker, run_id):
+        with stage.tracked(canonical(mathematical_settings(settings))) as (tracker, run_id, _):
             if missing:
                 encode_missing(settings, cache_uri, missing)
             record_quarantine(cache_uri, _new_refusals(cache_uri, refused))
@@ -144,7 +144,7 @@ def plan(settings: RunSettings) -> str:
     lines = [
         "cache_features: plan",
         *(
-            f"  {one.name}: {len(one.samples):,} samples, {len(one.image_names):,} pictures, {len(one.problems)} unusable records"
+            f"  {one.name}: {len(one.samples):,} samples, {len(one.image_names):,} pictures, {len(one.problems)} unusable"
             for one in sets
         ),
         f"  pictures named         {len(names):,}",
@@ -198,7 +198,7 @@ def read_pictures(places: list[dict[str, str]], max_pixels: int) -> list[IndexRo
     rows: list[IndexRow] = []
     with progress("pictures indexed", len(places), lambda: len(rows)):
         for row in dataset.iter_rows():
-            rows.append(IndexRow(**row))  # noqa: PERF402  (the progress thread counts while it grows)
+            rows.append(IndexRow(**row))
     return rows
 
 
@@ -293,7 +293,7 @@ class Encoder:
         self._counter = counter
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        sliced = [pickle.loads(data) for data in batch["sliced"].to_pylist() if data]  # noqa: S301
+        sliced = [pickle.loads(data) for data in batch["sliced"].to_pylist() if data]
         rows = [
             _failed(row) for row in batch.select(["image_key", "uri", "reason", "message"]).to_pylist() if row["reason"]
         ]
@@ -403,8 +403,8 @@ def _check_share_of_bad(settings: RunSettings, num_pictures: int, bad: list[Quar
             f"{count} {reason}" for reason, count in collections.Counter(row.reason for row in bad).most_common()
         )
         raise QuarantineLimitError(
-            f"{len(bad)} of {num_pictures} pictures are bad ({reasons}), for example {bad[0].name or bad[0].image_key}. The good ones "
-            "are cached. See `meteor data check`, repair the files and run again, or raise data.max_bad_share"
+            f"{len(bad)} of {num_pictures} pictures are bad ({reasons}), for example {bad[0].name or bad[0].image_key}. "
+            "The good ones are cached. See `meteor data check`, repair the files and run again, or raise data.max_bad_share"
         )
 
 

@@ -53,7 +53,11 @@ def run(settings: RunSettings) -> Summary:
             return finished
         index, cache = _index(settings), FeatureCache.open(find_cache(settings))
         stage.start(parent={"uri": model_uri, "digest": model_digest}, cache=cache.uri, cache_key=cache.identity.key)
-        with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate)})) as (tracker, run_id):
+        with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate)})) as (
+            tracker,
+            run_id,
+            parent,
+        ):
             questions, quarantined = find_questions(settings, sets, index, cache)
             predictions = answer(settings, questions, model_uri, cache, uris_by_key(index.rows()))
             rows = [_row(name, q, predictions[name, q.id], "") for name, q in questions]
@@ -66,7 +70,8 @@ def run(settings: RunSettings) -> Summary:
                 for name, score in scores.items()
                 for kind, part in score["by_type"].items()
             }
-            tracker.log_metrics(run_id, [{"step": 0, **metrics}])
+            for one in (run_id, parent):
+                tracker.log_metrics(one, [{"step": 0, **metrics}])
             tracker.log_dataset(
                 run_id,
                 name=f"features {cache.identity.key[:12]}",

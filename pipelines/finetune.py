@@ -6,8 +6,8 @@ from meteor.config import RunSettings
 from pipelines.stage import Summary, stage_main
 from pipelines.training import plan_text, run_stage
 
-_DESCRIPTION = """Train projector and language model on instructions from cached features (paper, section 4.1). Started again with the same
-settings it resumes from its last checkpoint, or says that it is finished."""
+_DESCRIPTION = """Train projector and language model on instructions from cached features (paper, section 4.1). Started again
+with the same settings it resumes from its last checkpoint, or says that it is finished."""
 
 
 def run(settings: RunSettings) -> Summary:

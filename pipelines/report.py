@@ -28,7 +28,7 @@ from meteor.report import (
     write_report,
 )
 from pipelines import cache_features, evaluate
-from pipelines.inputs import index_uri, load_sets, pixel_settings
+from pipelines.inputs import index_uri, pixel_settings
 from pipelines.stage import Summary, make_tracker, pipeline_digest, stage_main, timed
 from pipelines.training import prepare
 

@@ -86,16 +86,22 @@ class StageRun:
         return summary
 
     @contextmanager
-    def tracked(self, params: dict[str, Any]) -> Iterator[tuple[Tracker, str]]:
-        """The stage's MLflow run under the pipeline's, with its parameters; ends as finished or failed."""
+    def tracked(self, params: dict[str, Any]) -> Iterator[tuple[Tracker, str, str]]:
+        """The stage's MLflow run under the pipeline's, with its parameters; ends as finished or failed.
+
+        Yields:
+            The tracker, the stage's run id and the pipeline's.
+        """
         tracker = make_tracker(self.settings)
         parent = tracker.run(self.settings.name, pipeline_digest(self.settings), tags={"meteor.kind": "pipeline"})
         tags = {"meteor.kind": "stage", "meteor.stage": self.stage, "meteor.variant": self.settings.name}
         tags |= {"meteor.folder": self.uri, "mlflow.source.git.commit": git_commit() or "unknown"}
         run_id = tracker.run(f"{self.settings.name} {self.stage}", self.digest, parent=parent, tags=tags)
-        tracker.log_params(run_id, params)
+        # On the pipeline's run as well: comparing two variants in MLflow then needs no search for their stages.
+        for one in (run_id, parent):
+            tracker.log_params(one, params)
         try:
-            yield tracker, run_id
+            yield tracker, run_id, parent
         except BaseException:
             tracker.finish(run_id, failed=True)
             raise

@@ -226,7 +226,7 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
         task = _task(settings, stage, prepared)
         run.start(pin=vars(prepared.pin), parent=prepared.parent, cache=task.cache_uri, cache_key=prepared.identity.key)
         params = {stage: mathematical_settings(stage_settings(settings, stage)), **_shared_params(settings)}
-        with run.tracked(canonical(params)) as (tracker, run_id):
+        with run.tracked(canonical(params)) as (tracker, run_id, _):
             tracker.log_dataset(
                 run_id,
                 name=f"features {prepared.identity.key[:12]}",
@@ -251,14 +251,16 @@ def plan_text(settings: RunSettings, stage: Stage) -> str:
     prepared = prepare(settings, stage)
     plan, options = plan_samples(settings, stage, prepared), stage_settings(settings, stage)
     totals = plan.table.totals()
+    num_steps = _num_steps(options, plan.table)
     state = "finished" if prepared.run.finished() else "to run or resume"
     lines = [
         f"{stage}: plan",
         f"  run                {prepared.run.uri} ({state})",
-        f"  samples            {totals['samples']:,} used, {len(plan.excluded)} excluded {plan.reasons() or ''}, {plan.num_cut} cut",
+        f"  samples            {totals['samples']:,} used, {len(plan.excluded)} excluded {plan.reasons() or ''}",
+        f"  cut to max_length  {plan.num_cut:,}",
         f"  sub-images         {totals['sub_images']:,} of {totals['distinct_images']:,} distinct pictures",
         f"  tokens             {totals['visual_tokens']:,} visual, {totals['text_tokens']:,} text",
-        f"  steps              {_num_steps(options, plan.table):,} of {options.global_batch_size} samples, {options.epochs} epochs",
+        f"  steps              {num_steps:,} of {options.global_batch_size} samples, {options.epochs} epochs",
         f"  workers            {settings.runtime.num_workers}, ZeRO stage {options.zero_stage}, features: {options.features}",
         f"  pinned             index version {prepared.pin.index_version}, cache version {prepared.pin.cache_version}",
     ]

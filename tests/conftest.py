@@ -1,9 +1,18 @@
-"""Fixtures that several rooms share: a tiny model without training, and batches for it."""
+"""Fixtures that several rooms share: tiny models without training, a tokenizer of letters, batches, pictures, an S3."""
 
-from collections.abc import Callable
+import io
+import json
+import os
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from meteor.cache import ImageFeatures
 from meteor.data.collate import Batch, collate
@@ -11,6 +20,25 @@ from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.text.tokens import Separators, TokenisedSample
 
+# On tensors this small threads wait for each other more than they compute: 6x slower on a busy machine.
+torch.set_num_threads(1)
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
 IDENTITY = {
     "encoder_digest": "0" * 64,
     "select_layer": -2,
@@ -22,26 +50,13 @@ IDENTITY = {
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., MeteorForConditionalGeneration]:
-    def make(projector: dict | None = None, *, seed: int = 0, vision_tower: bool = False) -> MeteorForConditionalGeneration:
+    def make(
+        projector: dict | None = None, *, seed: int = 0, vision_tower: bool = False, **text: object
+    ) -> MeteorForConditionalGeneration:
         torch.manual_seed(seed)
         config = MeteorConfig(
-            text_config={
-                "model_type": "llama",
-                "vocab_size": 64,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "max_position_embeddings": 256,
-            },
-            vision_config={
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-                "image_size": 56,
-                "patch_size": 14,
-            },
+            text_config={"model_type": "llama", **TEXT, **text},
+            vision_config=VISION,
             projector=projector or {"name": "meteor", "k": 4},
             cache_identity=IDENTITY,
         )
@@ -73,7 +88,9 @@ def make_features() -> Callable[..., ImageFeatures]:
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
-    def make(samples: list[tuple[TokenisedSample, list[ImageFeatures]]], projector: dict | None = None, **options) -> Batch:
+    def make(
+        samples: list[tuple[TokenisedSample, list[ImageFeatures]]], projector: dict | None = None, **options
+    ) -> Batch:
         settings = dict(projector or {"name": "meteor", "k": 4})
         return collate(
             samples,
@@ -86,3 +103,85 @@ def make_batch() -> Callable[..., Batch]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer of single characters, ids 0 to 56: <unk>, <s>, </s>, "," is 3, the newline is 4."""
+    characters = [",", "\n", " ", *".:'?!-", *string.ascii_lowercase, *string.digits, *"USERAITNH"]
+    tokens = ["<unk>", "<s>", "</s>", *dict.fromkeys(characters)]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    folder = str(tmp_path_factory.mktemp("models") / "tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vision tower of `make_model`'s shape with random weights."""
+    torch.manual_seed(11)
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A language model of `make_model`'s shape with random weights."""
+    torch.manual_seed(12)
+    folder = str(tmp_path_factory.mktemp("models") / "llm")
+    LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_picture() -> Callable[..., Image.Image]:
+    """Noise of a size and mode."""
+
+    def make(width: int, height: int, *, mode: str = "RGB", seed: int = 0) -> Image.Image:
+        channels = len(mode)
+        noise = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+        return Image.fromarray(noise, mode)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def png() -> Callable[..., bytes]:
+    """A picture as the bytes of a PNG file."""
+
+    def encode(image: Image.Image, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", **options)
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_root(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    import boto3
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    boto3.session.Session().client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+    return f"s3://bucket/{tmp_path.name}"

@@ -21,6 +21,7 @@ from meteor.errors import CheckpointError, NotFoundError
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 _FILE_BYTES = 1 << 30
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment]) -> None:
                 "name": fragment.name,
                 "offset": fragment.offset,
                 "num_elements": values.numel(),
-                "crc32": zlib.crc32(values.numpy()),
+                "crc32": zlib.crc32(values.numpy().data),
                 "key": key,
                 "file": f"rank_{rank:05d}_{num_files:03d}.safetensors",
             }
@@ -97,14 +98,14 @@ def publish(uri: str, *, world_size: int, shapes: dict[str, list[int]], state: d
         for rank in range(world_size)
         for part in storage.read_json(storage.join(uri, "parts", f"rank_{rank:05d}.json"))
     ]
-    for kind in KINDS:
-        covered: dict[str, int] = dict.fromkeys(shapes, 0)
-        for part in fragments:
-            if part["kind"] == kind:
-                covered[part["name"]] += part["num_elements"]
-        for name, shape in shapes.items():
-            if covered[name] != torch.Size(shape).numel():
-                raise CheckpointError(f"{uri}: {kind} of {name} has {covered[name]} elements, its shape is {shape}")
+    spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for part in fragments:
+        spans.setdefault((part["kind"], part["name"]), []).append((part["offset"], part["num_elements"]))
+    for name, shape in shapes.items():
+        for kind in KINDS:
+            covered = _num_covered(spans.get((kind, name), []))
+            if covered != torch.Size(shape).numel():
+                raise CheckpointError(f"{uri}: {kind} of {name} is whole up to element {covered}, its shape is {shape}")
     manifest = {
         "format": CHECKPOINT_FORMAT_VERSION,
         "world_size": world_size,
@@ -113,6 +114,16 @@ def publish(uri: str, *, world_size: int, shapes: dict[str, list[int]], state: d
         "state": state,
     }
     storage.write_json(storage.join(uri, "manifest.json"), manifest)
+
+
+def _num_covered(spans: list[tuple[int, int]]) -> int:
+    """Elements that (offset, length) spans cover from 0 on, up to the first gap or overlap."""
+    end = 0
+    for offset, num_elements in sorted(spans):
+        if offset != end:
+            break
+        end += num_elements
+    return end
 
 
 class Checkpoint:
@@ -154,8 +165,11 @@ class Checkpoint:
 
     def _read_fragment(self, part: dict[str, Any]) -> torch.Tensor:
         uri = storage.join(self.uri, part["file"])
-        base, header = self._header(uri)
-        start, end = header[part["key"]]["data_offsets"]
+        try:
+            base, header = self._header(uri)
+            start, end = header[part["key"]]["data_offsets"]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{uri}: its header is damaged ({error}); use an older checkpoint") from error
         data = bytearray(storage.read_range(uri, base + start, end - start)) if end > start else bytearray()
         if zlib.crc32(data) != part["crc32"]:
             raise CheckpointError(
@@ -167,6 +181,8 @@ class Checkpoint:
         """(first byte of the tensors, header) of a safetensors file."""
         if uri not in self._headers:
             size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
+            if size > _MAX_HEADER_BYTES:
+                raise ValueError(f"it would have {size} bytes")
             self._headers[uri] = (8 + size, json.loads(storage.read_range(uri, 8, size)))
         return self._headers[uri]
 
@@ -182,6 +198,7 @@ def prune(root: str, *, keep: int) -> list[str]:
 
     The manifest goes first, so that a crash in between leaves an incomplete checkpoint, never a damaged one.
     """
+    root = storage.absolute(root)
     kept = complete_checkpoints(root)[-keep:]
     removed: list[str] = []
     for uri, files in _by_checkpoint(root):

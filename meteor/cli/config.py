@@ -17,7 +17,7 @@ def add_commands(commands: Any) -> None:
     show = actions.add_parser("show", help="print all settings of a run as YAML")
     add_run(show)
     show.set_defaults(command=_show)
-    explain = actions.add_parser("explain", help="print every setting with its type, default and meaning")
+    explain = actions.add_parser("explain", help="print every setting with its default and meaning")
     explain.set_defaults(command=_explain)
     validate = actions.add_parser("validate", help="check a run file, its projector's settings included")
     add_run(validate)

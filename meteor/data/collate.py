@@ -4,7 +4,7 @@ Letters: B samples, L sequence, S sub-images of all samples, P patches (largest)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -62,9 +62,8 @@ class Batch:
         return int(self.attention_mask.sum()) - self.num_visual_tokens
 
     def to(self, device: torch.device | str) -> "Batch":
-        return replace(
-            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self.as_inputs().items()}
-        )
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.as_inputs().items()}
+        return Batch(**tensors, num_samples=self.num_samples)
 
     def as_inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of `MeteorForConditionalGeneration.forward`."""
@@ -85,6 +84,7 @@ def expand_images(
     input_ids: list[int] = []
     labels: list[int] = []
     num_slots: list[int] = []
+    assert sample.input_ids.count(IMAGE_TOKEN_ID) == len(layouts), "one placeholder an image"
     images = iter(layouts)
     for token, label in zip(sample.input_ids, sample.labels, strict=True):
         if token != IMAGE_TOKEN_ID:
@@ -102,7 +102,6 @@ def expand_images(
         input_ids += visual
         labels += [IGNORE_INDEX] * len(visual)
         num_slots += slots
-    assert next(images, None) is None
     return TokenisedSample(input_ids, labels), num_slots
 
 

@@ -1,5 +1,6 @@
 """Features are a source: from the cache, or made on the spot by the same code that fills the cache."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -109,7 +110,9 @@ class LiveFeatures:
         """
         uri = self.uris[image_key]
         try:
-            sliced = slice_bytes(storage.read_bytes(uri), image_key, self.settings)
-            return encode_sliced([sliced], self.encoder)[0]
+            data = storage.read_bytes(uri)
+            if hashlib.sha256(data).hexdigest() != image_key:
+                raise DataError(f"{uri} has changed since it was indexed as {image_key}: run cache_features again")
+            return encode_sliced([slice_bytes(data, image_key, self.settings)], self.encoder)[0]
         except (BadImageError, NotFoundError) as error:
             raise DataError(f"{uri} was readable when it was indexed and is not now ({error})") from error

@@ -27,6 +27,7 @@ _SCHEMA = pa.schema(
         ("image_keys", pa.list_(pa.string())),
         ("num_sub_images", pa.int32()),
         ("num_visual_tokens", pa.int32()),
+        ("num_text_tokens", pa.int32()),
         ("grouping_length", pa.int32()),
     ]
 )
@@ -77,14 +78,11 @@ class SampleTable:
         return int((labels != IGNORE_INDEX).sum())
 
     def totals(self) -> dict[str, int]:
-        """Counts for plans and summaries."""
-        columns = {name: self._table.column(name).to_numpy() for name in ("num_sub_images", "num_visual_tokens")}
-        num_text = sum(len(ids) for ids in self._columns["input_ids"]) - sum(map(len, self._columns["image_keys"]))
+        """Counts for plans and summaries; the separators after slices are text, as in `Batch.num_text_tokens`."""
+        names = ("sub_images", "visual_tokens", "text_tokens")
         return {
             "samples": len(self),
-            "sub_images": int(columns["num_sub_images"].sum()),
-            "visual_tokens": int(columns["num_visual_tokens"].sum()),
-            "text_tokens": num_text,
+            **{name: int(self._table.column(f"num_{name}").to_numpy().sum()) for name in names},
             "images": len(self.all_image_keys()),
             "distinct_images": len(set(self.all_image_keys())),
         }
@@ -139,7 +137,7 @@ def plan_table(
         sub_images: ``global`` counts the global view alone.
 
     Raises:
-        DataError: a picture is not in the index, or a sample has no room left for an answer.
+        DataError: a picture is not in the index.
     """
     excluded = [Exclusion(problem.sample_id, problem.reason, problem.message) for problem in problems]
     rows: list[dict[str, Any]] = []
@@ -150,38 +148,50 @@ def plan_table(
         except BadImageError as error:
             excluded.append(Exclusion(sample.id, error.reason, str(error)))
             continue
-        # The grouping length counts all sub-images whatever is trained on, so that variants share their batches.
-        num_sub_images = sum(len(layout.patch_grids) for layout in layouts)
         used = [layout.only_global() for layout in layouts] if sub_images == "global" else layouts
-        num_visual = sum(num_image_tokens(layout, budget) for layout in used)
+        image_length = sum(num_image_tokens(layout, budget) for layout in used)
         try:
             tokens = tokenise(sample)
         except TokenisationError as error:
             excluded.append(Exclusion(sample.id, "tokenisation", str(error)))
             continue
+        # The grouping length counts all text and all sub-images, whatever is trained on: variants share their batches.
         num_text = len(tokens.input_ids) - len(layouts)
-        if num_text + num_visual > max_length:
-            tokens = cut_text(tokens, max_length - num_visual)
-            num_cut += 1
+        grouping_length = num_text + GROUPING_TOKENS_PER_SUB_IMAGE * sum(len(layout.patch_grids) for layout in layouts)
+        is_cut = num_text + image_length > max_length
+        if is_cut:
+            tokens = cut_text(tokens, max_length - image_length)
             if all(label == IGNORE_INDEX for label in tokens.labels):
                 message = (
-                    f"its pictures take {num_visual} of {max_length} tokens and its question the rest: no room for an answer; "
-                    "raise max_length or keep fewer visual tokens"
+                    f"its pictures take {image_length} of {max_length} tokens and its question the rest: no room for an "
+                    "answer; raise max_length or keep fewer visual tokens"
                 )
                 excluded.append(Exclusion(sample.id, "too_long", message))
                 continue
-        rows.append(
-            {
-                "sample_id": sample.id,
-                "input_ids": tokens.input_ids,
-                "labels": tokens.labels,
-                "image_keys": [images[name].image_key for name in sample.images],
-                "num_sub_images": sum(len(layout.patch_grids) for layout in used),
-                "num_visual_tokens": num_visual,
-                "grouping_length": num_text + GROUPING_TOKENS_PER_SUB_IMAGE * num_sub_images,
-            }
-        )
+        num_cut += is_cut
+        keys = [images[name].image_key for name in sample.images]
+        rows.append({**_row(sample.id, tokens, keys, used, budget), "grouping_length": grouping_length})
     return TablePlan(SampleTable(pa.Table.from_pylist(rows, _SCHEMA)), tuple(excluded), num_cut)
+
+
+def _row(
+    sample_id: str,
+    tokens: TokenisedSample,
+    image_keys: list[str],
+    layouts: Sequence[ImageLayout],
+    budget: VisualTokenBudget,
+) -> dict[str, Any]:
+    num_visual = sum(sum(budget(layout.patch_grids)) for layout in layouts)
+    num_separators = sum(num_image_tokens(layout, budget) for layout in layouts) - num_visual
+    return {
+        "sample_id": sample_id,
+        "input_ids": tokens.input_ids,
+        "labels": tokens.labels,
+        "image_keys": image_keys,
+        "num_sub_images": sum(len(layout.patch_grids) for layout in layouts),
+        "num_visual_tokens": num_visual,
+        "num_text_tokens": len(tokens.input_ids) - len(layouts) + num_separators,
+    }
 
 
 def _layout(sample: Sample, name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings) -> ImageLayout:

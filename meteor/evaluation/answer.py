@@ -13,6 +13,7 @@ from meteor.cache import CacheIdentity, FeatureCache
 from meteor.data.collate import collate
 from meteor.data.features import FeatureSource
 from meteor.data.samples import Sample
+from meteor.errors import NotFoundError
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.pretrained import load_pretrained
 from meteor.text.conversation import Turn
@@ -109,7 +110,10 @@ def local_copy(uri: str) -> Iterator[str]:
     if "://" not in uri:
         yield uri
         return
+    files = storage.list_objects(uri)
+    if not files:
+        raise NotFoundError(f"there is no model at {uri}: give the directory that finetune leaves")
     with tempfile.TemporaryDirectory() as folder:
-        for info in storage.list_objects(uri):
+        for info in files:
             storage.download_file(info.uri, str(Path(folder) / info.uri.rpartition("/")[2]))
         yield folder

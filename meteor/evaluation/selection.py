@@ -1,6 +1,8 @@
 """What a model's projector keeps of a picture, and the scores by which it chose (the paper's Figure 4)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,14 +38,22 @@ def select_patches(model: MeteorForConditionalGeneration, image: ImageFeatures) 
     grids_S2 = torch.tensor(image.patch_grids)
     device = model.device
     output = model.projector(features_SPC.to(device), attention_SP.to(device), grids_S2.to(device), None)
-    weight = model.projector.settings.get("visual_weight", 1.0)
     result = []
     for i, (rows, columns) in enumerate(image.patch_grids):
         visual, native = (
             None if scores is None else scores[i, : rows * columns].float().cpu().numpy()
             for scores in (output.visual_scores, output.native_scores)
         )
-        combined = visual if native is None else native if visual is None else weight * visual + (1 - weight) * native
+        combined = _combined(model.projector.settings, visual, native)
         kept = np.arange(rows * columns) if output.indices is None else output.indices[i][output.mask[i]].cpu().numpy()
         result.append(SelectedPatches(visual, native, combined, kept))
     return result
+
+
+def _combined(settings: Mapping[str, Any], visual: np.ndarray | None, native: np.ndarray | None) -> np.ndarray | None:
+    """The scores that the choice goes by: both experts are computed even where only one of them chooses."""
+    if native is None or settings.get("experts") == "visual":
+        return visual
+    if visual is None or settings.get("experts") == "native":
+        return native
+    return settings["visual_weight"] * visual + (1 - settings["visual_weight"]) * native

@@ -73,13 +73,22 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         with _pillow_warnings.tamed(), _open(data) as image:
             _check_num_pixels(image, max_pixels)
             image.load()
-            transpose = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
-            rgb = _to_rgb(image)
-            upright = rgb if transpose is None else rgb.transpose(transpose)
+            return as_shown(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("too_many_pixels", f"{error} (Pillow's limit, whatever max_pixels is)") from error
     except _DECODING_ERRORS as error:
         _refuse(data, error)
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """An open picture of any mode as a viewer shows it: upright, transparency on white, deep greyscale scaled.
+
+    Returns:
+        A new image of mode RGB.
+    """
+    transpose = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
+    rgb = _to_rgb(image)
+    upright = rgb if transpose is None else rgb.transpose(transpose)
     # The EXIF block would make the next reader turn the picture a second time.
     upright.info.clear()
     return upright

@@ -19,6 +19,8 @@ class MeteorConfig(PretrainedConfig):
     """
 
     model_type = "meteor"
+    # Lets from_pretrained pass dtype and attn_implementation on to the parts.
+    sub_configs = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
 
     def __init__(
         self,

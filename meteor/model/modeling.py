@@ -45,6 +45,9 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         self.language_model: Any = (
             language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
         )
+        # transformers hands its choice of attention to a model's own layers alone, and clears it in the parts' configs.
+        for part in filter(None, (self.language_model, self.vision_tower)):
+            part.set_attn_implementation(self.config._attn_implementation)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -59,7 +62,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             raise DataError("this model was built without its vision tower; load it with vision_tower=True")
         select_layer, identity = self.config.select_layer, self.config.cache_identity or {}
         # The digest is the cache's: hashing the weights takes a second, and those here may have been cast.
-        known = {"digest": identity.get("encoder_digest")}
+        known: dict[str, Any] = {"digest": identity.get("encoder_digest")}
         known |= {name: identity["preprocessing"][name] for name in ("mean", "std") if identity}
         return FrozenClip(self.vision_tower, select_layer=select_layer, attention_layers=(select_layer,), **known)
 
@@ -109,10 +112,9 @@ class MeteorForConditionalGeneration(PreTrainedModel):
                 f"the prompt has {int(visual_BL.sum())} visual slots, the projector gives {tokens_ND.shape[0]} tokens: "
                 "collate with this projector's token budget"
             )
+        # Without any slot too, the projector stays in the graph, with zero gradients: under ZeRO every rank takes part in
+        # every reduction.
         embeds_BLD = embeds_BLD.masked_scatter(visual_BL[..., None], tokens_ND)
-        # A text-only batch must touch the projector as well: under ZeRO every rank takes part in every reduction.
-        # The sum in float32: in float16 it overflows, and 0 x infinity is NaN.
-        embeds_BLD = embeds_BLD + (0.0 * projected.tokens.sum(dtype=torch.float32)).to(embeds_BLD.dtype)
         attention_mask = attention_mask.clone()
         attention_mask[visual_BL] = projected.mask[slot_SK]
         return embeds_BLD, attention_mask, projected

@@ -66,7 +66,7 @@ class MeteorProcessor:
             input_ids and attention_mask (B, L), padded on the left; num_slots (S,); pixel_values, S tensors (3, h, w).
         """
         texts = [text] if isinstance(text, str) else list(text)
-        groups = [list(images)] if isinstance(text, str) else [list(group) for group in images] or [[] for _ in texts]
+        groups: Any = [images] if isinstance(text, str) else images or [[] for _ in texts]
         samples, num_slots, pixel_values = [], [], []
         for question, group in zip(texts, groups, strict=True):
             shown = [as_shown(image) for image in group]

@@ -119,7 +119,7 @@ def write_images(folder: Path, scenes: dict[str, Scene]) -> None:
     for name, scene in scenes.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"quality": _JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
+        options: dict[str, Any] = {"quality": _JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
         draw(scene).save(path, **options)
 
 
@@ -174,12 +174,8 @@ def _evaluate_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> lis
     return samples + _other_samples(scenes, rng)
 
 
-def _single_question_samples(
-    prefix: str, name: str, scene: Scene, rng: np.random.Generator
-) -> list[dict[str, Any]]:
-    return [
-        make_sample(f"{prefix}-{question.type}", [name], [question], question.type) for question in ask(scene, rng)
-    ]
+def _single_question_samples(prefix: str, name: str, scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
+    return [make_sample(f"{prefix}-{question.type}", [name], [question], question.type) for question in ask(scene, rng)]
 
 
 def _other_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[dict[str, Any]]:

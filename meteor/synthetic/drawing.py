@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from meteor.synthetic.layout import Box, font
+from meteor.synthetic.layout import Box, font, ink_box
 from meteor.synthetic.scenes import Scene, SceneObject
 from meteor.synthetic.streams import random_stream
 from meteor.synthetic.vocabulary import COLOURS, TEXT
@@ -81,7 +81,6 @@ def shape_outline(shape: str, box: Box) -> list[tuple[float, float]]:
 
 
 def _draw_text(image: Image.Image, thing: SceneObject) -> None:
-    face = font(thing.font_px)
-    left, top, _, _ = face.getbbox(thing.word)
-    pen = ImageDraw.Draw(image)
-    pen.text((thing.box[0] - left, thing.box[1] - top), thing.word, font=face, fill=COLOURS[thing.colour])
+    left, top, _, _ = ink_box(thing.word, thing.font_px)
+    pen, origin = ImageDraw.Draw(image), (thing.box[0] - left, thing.box[1] - top)
+    pen.text(origin, thing.word, font=font(thing.font_px), fill=COLOURS[thing.colour])

@@ -17,6 +17,8 @@ _FONT_TO_SHAPE = 0.9
 _NUM_LAYOUTS = 150
 _NUM_TRIES_PER_THING = 30
 _SHRINK = 0.985
+# Space kept free around a thing, as share of the shorter side of a picture's part.
+_GAP_SHARE = 0.06
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ def font(size_px: int) -> ImageFont.FreeTypeFont:
     return loaded
 
 
+@cache
+def ink_box(word: str, size_px: int) -> Box:
+    """The pixels that the letters colour, however faintly, when drawn at (0, 0).
+
+    ``getbbox`` would count the pen's advance after the last letter too, up to a tenth of the size.
+    """
+    mask, (left, top) = font(size_px).getmask2(word, mode="L")
+    x0, y0, x1, y1 = mask.getbbox()
+    return x0 + left, y0 + top, x1 + left, y1 + top
+
+
 def place_all(
     rng: np.random.Generator, width: int, height: int, wanted: list[Wanted], scale: tuple[float, float]
 ) -> list[Placed]:
@@ -67,25 +80,29 @@ def place_all(
 def _try_layout(
     rng: np.random.Generator, width: int, height: int, wanted: list[Wanted], scale: tuple[float, float]
 ) -> list[Placed] | None:
-    places = places_of(width, height)
-    x0, y0, x1, y1 = place_bounds(places[0], width, height)
+    x0, y0, x1, y1 = place_bounds(places_of(width, height)[0], width, height)
     unit = min(x1 - x0, y1 - y0)
-    gap = max(2, round(0.06 * unit))
+    gap = max(2, round(_GAP_SHARE * unit))
     placed: list[Placed] = []
     for want in wanted:
         for _ in range(_NUM_TRIES_PER_THING):
-            extent = unit * rng.uniform(*scale)
-            if want.word:
-                candidate = _place_text(rng, width, height, want.word, extent, gap)
-            else:
-                place = want.place or places[rng.integers(len(places))]
-                candidate = _place_shape(rng, place_bounds(place, width, height), round(extent), gap, place)
+            candidate = _place_once(rng, width, height, want, unit * rng.uniform(*scale), gap)
             if candidate and not any(_touch(candidate.box, other.box, gap) for other in placed):
                 placed.append(candidate)
                 break
         else:
             return None
     return placed
+
+
+def _place_once(
+    rng: np.random.Generator, width: int, height: int, want: Wanted, extent: float, gap: int
+) -> Placed | None:
+    if want.word:
+        return _place_text(rng, width, height, want.word, extent, gap)
+    places = places_of(width, height)
+    place = want.place or places[rng.integers(len(places))]
+    return _place_shape(rng, place_bounds(place, width, height), round(extent), gap, place)
 
 
 def _place_shape(
@@ -95,12 +112,10 @@ def _place_shape(
     return corner and Placed((corner[0], corner[1], corner[0] + extent, corner[1] + extent), place)
 
 
-def _place_text(
-    rng: np.random.Generator, width: int, height: int, word: str, extent: float, gap: int
-) -> Placed | None:
+def _place_text(rng: np.random.Generator, width: int, height: int, word: str, extent: float, gap: int) -> Placed | None:
     font_px = max(MIN_FONT_PX, round(extent * _FONT_TO_SHAPE))
-    left, top, right, bottom = font(font_px).getbbox(word)
-    ink_width, ink_height = int(right - left) + 1, int(bottom - top) + 1
+    left, top, right, bottom = ink_box(word, font_px)
+    ink_width, ink_height = right - left, bottom - top
     corner = _random_corner(rng, (0, 0, width, height), ink_width, ink_height, gap)
     return corner and Placed((corner[0], corner[1], corner[0] + ink_width, corner[1] + ink_height), font_px=font_px)
 
@@ -117,6 +132,4 @@ def _random_corner(
 
 
 def _touch(one: Box, other: Box, gap: int) -> bool:
-    return (
-        one[0] < other[2] + gap and other[0] < one[2] + gap and one[1] < other[3] + gap and other[1] < one[3] + gap
-    )
+    return one[0] < other[2] + gap and other[0] < one[2] + gap and one[1] < other[3] + gap and other[1] < one[3] + gap

@@ -59,7 +59,8 @@ class Scene:
     Attributes:
         width, height: pixels.
         objects: 1 to 4 shapes, then the text if there is one. No other shape equals the first one's, no other colour
-            the second one's: so "what colour is the <first shape>" and "what shape is <second colour>" have one answer.
+            (the text's included) the second one's or the lone one's: so "what colour is the <first shape>" and "what
+            shape is the <second colour> thing" have one answer.
         texture_seed: of the background.
     """
 
@@ -79,7 +80,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """For example ``"a red circle at the top left and a blue star at the bottom right, with the text sun"``."""
-        phrases = [f"{thing.name_with_article} {preposition(thing.place)} {thing.place}" for thing in self.shapes]
+        phrases = [f"{thing.name_with_article} {_preposition(thing.place)} {thing.place}" for thing in self.shapes]
         listed = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
         return listed if self.text is None else f"{listed}, with the text {self.text.word}"
 
@@ -89,7 +90,7 @@ class Scene:
         return {"width": self.width, "height": self.height, "caption": self.caption, "objects": objects}
 
 
-def preposition(place: str) -> str:
+def _preposition(place: str) -> str:
     return "on the" if place in SIDES else "at the"
 
 
@@ -115,7 +116,9 @@ class SceneDealer:
         self._colours = Deck(tuple(COLOURS), rng)
         self._shapes = Deck(SHAPES, rng)
         self._counts = Deck(tuple(range(1, MAX_COUNT + 1)), rng)
-        self._places = {places: Deck(places, rng) for places in (CORNERS, SIDES, ENDS)}
+        self._places: dict[tuple[str, ...], Deck[str]] = {
+            places: Deck(places, rng) for places in (CORNERS, SIDES, ENDS)
+        }
         self._words = Deck(WORDS, rng)
         self._has_text = Deck((True, False), rng)
 
@@ -128,7 +131,11 @@ class SceneDealer:
         width, height = sizes[self._rng.integers(len(sizes))]
         word = self._words.deal() if self._has_text.deal() else ""
         place = self._places[places_of(width, height)].deal()
-        wanted = [*self._shapes_wanted(place), *([Wanted(TEXT, self._ink(), word=word)] if word else [])]
+        wanted = self._shapes_wanted(place)
+        if word:
+            # Not in the second shape's colour, or "which shape is white" would have two answers.
+            ink = self._other(("black", "white"), wanted[min(1, len(wanted) - 1)].colour)
+            wanted.append(Wanted(TEXT, ink, word=word))
         placed = place_all(self._rng, width, height, wanted, self._scale)
         objects = tuple(
             SceneObject(want.shape, want.colour, at.box, at.place, want.word, at.font_px)
@@ -148,9 +155,6 @@ class SceneDealer:
             for _ in range(count - 2)
         ]
         return [first, second, *rest]
-
-    def _ink(self) -> str:
-        return ("black", "white")[self._rng.integers(2)]
 
     def _other(self, names: tuple[str, ...], excluded: str) -> str:
         remaining = [name for name in names if name != excluded]

@@ -14,7 +14,8 @@ from meteor.synthetic.streams import random_stream
 from meteor.text.template import VICUNA_SYSTEM
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-VOCABULARY_SIZE = 512
+# 512 pieces hold either the answers or the words of Vicuna's long system line whole, not both.
+VOCABULARY_SIZE = 640
 MAX_LENGTH = 2048
 _NUM_SCENES = 400
 
@@ -23,7 +24,7 @@ def tokenizer_text(seed: int) -> list[str]:
     """Lines that the generator and Vicuna's template would write."""
     rng = random_stream(seed, "tokenizer")
     scenes = list(islice(SceneDealer(rng), _NUM_SCENES))
-    lines = [VICUNA_SYSTEM, "USER: Describe the picture. ASSISTANT:", "Give a short description. What is in it?"] * 20
+    lines = [VICUNA_SYSTEM, "USER: Describe the picture. ASSISTANT:", "Give a short description. What is in it?"] * 400
     lines += [scene.caption for scene in scenes]
     questions = [question for scene in scenes for question in ask(scene, rng)]
     questions += [question for _, _, question in islice(PairDealer(scenes, rng), _NUM_SCENES)]

@@ -32,10 +32,6 @@ class Views:
     pixels: np.ndarray
     scenes: tuple[Scene, ...]
 
-    @property
-    def captions(self) -> list[str]:
-        return [scene.caption for scene in self.scenes]
-
 
 def make_views(grid: tuple[int, int], num_views: int, seed: int, split: str) -> Views:
     """Draw ``num_views`` views of ``grid`` = (rows, columns) patches, half of them crops."""
@@ -48,7 +44,7 @@ def make_views(grid: tuple[int, int], num_views: int, seed: int, split: str) -> 
     large = SceneDealer(rng, size_mix=large_sizes, scale=_SCALE)
     while len(scenes) < num_views:
         scene = large.deal()
-        x0, y0 = rng.integers(scene.width - width + 1), rng.integers(scene.height - height + 1)
+        x0, y0 = int(rng.integers(scene.width - width + 1)), int(rng.integers(scene.height - height + 1))
         cropped = crop(scene, (x0, y0, x0 + width, y0 + height))
         if cropped.shapes:
             pixels.append(np.asarray(draw(scene))[y0 : y0 + height, x0 : x0 + width])

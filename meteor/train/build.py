@@ -115,7 +115,9 @@ def load_projector(model: MeteorForConditionalGeneration, uri: str) -> None:
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except ValueError as error:
-        raise CheckpointError(f"{uri} is no safetensors file ({error}); name the projector.safetensors of pretrain") from error
+        raise CheckpointError(
+            f"{uri} is no safetensors file ({error}); name the projector.safetensors of pretrain"
+        ) from error
     stored = json.loads(header.get("__metadata__", {}).get("meteor", "{}"))
     wanted = projector_metadata(model.config)
     differing = [

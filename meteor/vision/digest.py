@@ -19,5 +19,5 @@ def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
             continue
         tensor = canonical[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

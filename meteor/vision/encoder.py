@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import cached_file
 
@@ -203,7 +202,7 @@ def read_vision_config(path: str) -> CLIPVisionConfig:
     return vision_config
 
 
-def class_token_attention(block: nn.Module, hidden_BTC: torch.Tensor) -> torch.Tensor:
+def class_token_attention(block: Any, hidden_BTC: torch.Tensor) -> torch.Tensor:
     """Attention of the class token over the patches in one block, without the other P rows of the map.
 
     softmax(q k^T / sqrt(Q)) with q of the class token alone; sdpa, which returns no attentions, can then serve all blocks.

@@ -43,7 +43,8 @@ def test_it_learns_what_only_the_picture_tells_and_fails_when_pictures_are_swapp
     contrast = make_contrast_set(tmp_path / "contrast", num_samples=64, num_answers=NUM_ANSWERS)
     encoder = FrozenClip.from_pretrained(str(models.clip))
     samples, problems = load_samples(str(contrast.samples))
-    assert not problems and len(samples) == 64
+    assert not problems
+    assert len(samples) == 64
     images, cache = fill_cache(tmp_path, contrast.images, samples, encoder)
     assert {bool(cache.get(image.image_key).grid) for image in images.values()} == {True, False}
 
@@ -51,7 +52,8 @@ def test_it_learns_what_only_the_picture_tells_and_fails_when_pictures_are_swapp
 
     answerer = Answerer(model_uri, device="cpu", dtype=torch.float32)
     questions = [
-        Question(one.id, one, last_answer(one.turns), tuple(images[name].image_key for name in one.images)) for one in samples
+        Question(one.id, one, last_answer(one.turns), tuple(images[name].image_key for name in one.images))
+        for one in samples
     ]
     assert len({question.text for question in questions}) == 1
     seen = score(answerer, questions, cache)
@@ -153,7 +155,12 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
     freeze_for(fresh, "finetune")
     processor = MeteorProcessor(tokenizer, projector=PROJECTOR, pixels=PIXELS, mean=encoder.mean, std=encoder.std)
     export_model(
-        fresh, Checkpoint(complete_checkpoints(checkpoints)[-1]), encoder, processor, str(folder / "model"), torch.float32
+        fresh,
+        Checkpoint(complete_checkpoints(checkpoints)[-1]),
+        encoder,
+        processor,
+        str(folder / "model"),
+        torch.float32,
     )
     return str(folder / "model")
 

@@ -1,20 +1,11 @@
-"""Batches of sub-images with different maps, and one thread, for the tests of this room."""
+"""Batches of sub-images with different maps, for the tests of this room."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # On tensors this small threads wait for each other more than they compute: 6x slower on a busy machine.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @dataclass(frozen=True)

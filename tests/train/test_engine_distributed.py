@@ -26,7 +26,9 @@ def make_samples(make_features: Callable, num: int = 4) -> list:
     rows = []
     for i in range(num):
         ids = [1, IMAGE_TOKEN_ID, 10 + i, 20 + i, 2]
-        rows.append((TokenisedSample(ids, [IGNORE_INDEX] * 3 + [20 + i, 2]), [make_features(f"k{i}", sliced=i == 1, seed=i)]))
+        rows.append(
+            (TokenisedSample(ids, [IGNORE_INDEX] * 3 + [20 + i, 2]), [make_features(f"k{i}", sliced=i == 1, seed=i)])
+        )
     return rows
 
 
@@ -72,7 +74,9 @@ def start(world_size: int, *args) -> None:
 
 def weights_of(folder: str, name: str) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint(complete_checkpoints(f"{folder}/{name}")[-1])
-    return {f"{kind}/{key}": checkpoint.read(kind, key) for key in checkpoint.shapes for kind in ("weights", "exp_avg_sq")}
+    return {
+        f"{kind}/{key}": checkpoint.read(kind, key) for key in checkpoint.shapes for kind in ("weights", "exp_avg_sq")
+    }
 
 
 @pytest.mark.slow
@@ -87,7 +91,9 @@ def test_two_workers_equal_one_and_a_resumed_run_equals_an_uninterrupted_one(
     start(2, stage, zero_stage, folder, fixtures)
     straight = weights_of(folder, "straight")
     for name, expected in weights_of(truth, "straight").items():
-        torch.testing.assert_close(straight[name], expected, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            straight[name], expected, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
     start(2, stage, zero_stage, folder, fixtures)
     resumed = weights_of(folder, "resumed")
     for name, expected in straight.items():

@@ -1,0 +1,230 @@
+import itertools
+import os
+
+import pytest
+import torch
+
+from meteor import storage
+from meteor.checkpoint import format as checkpoint_format
+from meteor.checkpoint.format import (
+    KINDS,
+    Checkpoint,
+    Fragment,
+    checkpoint_uri,
+    complete_checkpoints,
+    prune,
+    publish,
+    write_fragments,
+)
+from meteor.errors import CheckpointError, StorageError
+
+SHAPES = {"projector.weight": [3, 4], "projector.bias": [5], "llm.scale": []}
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request, tmp_path):
+    return str(tmp_path / "checkpoints") if request.param == "disk" else request.getfixturevalue("s3_root")
+
+
+def make_state(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {(kind, name): torch.randn(shape, generator=generator) for kind in KINDS for name, shape in SHAPES.items()}
+
+
+def pieces(state, cuts):
+    """Fragments of every tensor, cut at the same elements (where it has so many)."""
+    for (kind, name), values in state.items():
+        flat = values.reshape(-1)
+        bounds = [0, *(cut for cut in cuts if cut < flat.numel()), flat.numel()]
+        for start, end in itertools.pairwise(bounds):
+            yield Fragment(kind, name, start, flat[start:end])
+
+
+def write_checkpoint(root, step, state=None, **options):
+    uri = checkpoint_uri(root, step)
+    write_fragments(uri, 0, pieces(state or make_state(step), []))
+    publish(uri, world_size=1, shapes=SHAPES, state={"step": step}, **options)
+    return uri
+
+
+def assert_holds(checkpoint, state):
+    for (kind, name), values in state.items():
+        assert torch.equal(checkpoint.read(kind, name), values), (kind, name)
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_fragments_of_two_ranks_read_back_as_whole_tensors(root):
+    state, uri = make_state(), checkpoint_uri(root, 40)
+    fragments = list(pieces(state, [1, 7]))
+    # Neither rank holds a whole tensor, and rank 0 writes them back to front.
+    write_fragments(uri, 0, fragments[::2][::-1])
+    write_fragments(uri, 1, fragments[1::2])
+    publish(uri, world_size=2, shapes=SHAPES, state={"step": 40, "epoch": 1})
+    checkpoint = Checkpoint(uri)
+    assert_holds(checkpoint, state)
+    assert (checkpoint.shapes, checkpoint.state) == (SHAPES, {"step": 40, "epoch": 1})
+    assert complete_checkpoints(root) == [uri]
+    assert uri.endswith("step_00000040")
+
+
+def test_values_become_float32_and_survive_exactly(tmp_path):
+    low = torch.randn(7, dtype=torch.bfloat16)
+    uri = checkpoint_uri(str(tmp_path), 1)
+    write_fragments(uri, 0, [Fragment(kind, "a", 0, low) for kind in KINDS])
+    publish(uri, world_size=1, shapes={"a": [7]}, state={})
+    read = Checkpoint(uri).read("weights", "a")
+    assert read.dtype == torch.float32
+    assert torch.equal(read, low.float())
+
+
+def test_large_shares_are_divided_among_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_format, "_FILE_BYTES", 40)
+    state, uri = make_state(), checkpoint_uri(str(tmp_path), 1)
+    write_fragments(uri, 0, pieces(state, [2]))
+    publish(uri, world_size=1, shapes=SHAPES, state={})
+    # A file closes at 10 elements or more: 2 + 10 | 2 + 3 + 1, 2 + 10 | 2 + 3 + 1, 2 + 10 | 2 + 3 + 1.
+    assert [name for name in files_below(tmp_path) if name.endswith("safetensors")] == [
+        f"step_00000001/rank_00000_{i:03d}.safetensors" for i in range(4)
+    ]
+    assert_holds(Checkpoint(uri), state)
+
+
+def test_a_checkpoint_without_manifest_does_not_exist(root):
+    uri = checkpoint_uri(root, 40)
+    write_fragments(uri, 0, pieces(make_state(), []))
+    assert complete_checkpoints(root) == []
+    with pytest.raises(CheckpointError, match=r"step_00000040 is not a complete checkpoint"):
+        Checkpoint(uri)
+
+
+def drop(fragments, index):
+    return [fragment for i, fragment in enumerate(fragments) if i != index]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda parts: drop(parts, 0), r"weights of projector\.weight is whole up to element 0, .* \[3, 4\]"),
+        (lambda parts: drop(parts, 1), r"weights of projector\.weight is whole up to element 3"),
+        (lambda parts: parts[:-1], r"exp_avg_sq of llm\.scale is whole up to element 0"),
+        # As many elements as the tensor has, but some twice and some never.
+        (lambda parts: [parts[0], *drop(parts, 1), Fragment("weights", "projector.weight", 0, torch.ones(6))], "up to"),
+    ],
+)
+def test_tensors_that_the_fragments_do_not_cover_are_refused(tmp_path, spoil, message):
+    uri = checkpoint_uri(str(tmp_path), 1)
+    write_fragments(uri, 0, spoil(list(pieces(make_state(), [3, 9]))))
+    with pytest.raises(CheckpointError, match=message):
+        publish(uri, world_size=1, shapes=SHAPES, state={})
+    assert complete_checkpoints(str(tmp_path)) == []
+
+
+def test_a_rank_that_wrote_nothing_is_noticed(tmp_path):
+    uri = checkpoint_uri(str(tmp_path), 1)
+    fragments = list(pieces(make_state(), [2]))
+    write_fragments(uri, 0, fragments[::2])
+    write_fragments(uri, 1, [])
+    with pytest.raises(CheckpointError, match="is whole up to element"):
+        publish(uri, world_size=2, shapes=SHAPES, state={})
+
+
+def test_what_an_attempt_with_more_ranks_left_behind_is_not_read(tmp_path):
+    uri, state = checkpoint_uri(str(tmp_path), 1), make_state(1)
+    write_fragments(uri, 0, [])
+    write_fragments(uri, 1, pieces(make_state(2), []))
+    write_fragments(uri, 0, pieces(state, []))
+    publish(uri, world_size=1, shapes=SHAPES, state={})
+    assert_holds(Checkpoint(uri), state)
+
+
+def reads_as(checkpoint, tensor, values):
+    try:
+        return torch.equal(checkpoint.read(*tensor), values)
+    except CheckpointError:
+        return False
+
+
+def test_a_damaged_header_never_gives_a_wrong_tensor(tmp_path):
+    state = make_state()
+    uri = write_checkpoint(str(tmp_path), 1, state)
+    file = tmp_path / "step_00000001/rank_00000_000.safetensors"
+    intact = file.read_bytes()
+    num_refused = 0
+    for position in range(8 + int.from_bytes(intact[:8], "little")):
+        damaged = bytearray(intact)
+        damaged[position] ^= 1
+        file.write_bytes(damaged)
+        for tensor, values in state.items():
+            try:
+                assert torch.equal(Checkpoint(uri).read(*tensor), values), position
+            except (CheckpointError, StorageError):
+                num_refused += 1
+    assert num_refused > 100
+
+
+def test_every_damaged_byte_of_a_tensor_is_noticed(tmp_path):
+    state = make_state()
+    uri = write_checkpoint(str(tmp_path), 1, state)
+    file = tmp_path / "step_00000001/rank_00000_000.safetensors"
+    intact = file.read_bytes()
+    first = 8 + int.from_bytes(intact[:8], "little")
+    for position in range(first, len(intact), 7):
+        damaged = bytearray(intact)
+        damaged[position] ^= 1
+        file.write_bytes(damaged)
+        (refused,) = [tensor for tensor, values in state.items() if not reads_as(Checkpoint(uri), tensor, values)]
+        with pytest.raises(CheckpointError, match=f"{refused[0]}/{refused[1]}@0 is damaged"):
+            Checkpoint(uri).read(*refused)
+
+
+def test_unknown_tensors_and_newer_formats_are_refused(tmp_path, monkeypatch):
+    uri = write_checkpoint(str(tmp_path), 1)
+    with pytest.raises(CheckpointError, match="has no weights of elsewhere"):
+        Checkpoint(uri).read("weights", "elsewhere")
+    monkeypatch.setattr(checkpoint_format, "CHECKPOINT_FORMAT_VERSION", 0)
+    with pytest.raises(CheckpointError, match="has format 1; this version reads 0"):
+        Checkpoint(uri)
+
+
+def test_pruning_keeps_the_newest_and_removes_older_leftovers_but_none_being_written(root):
+    complete = {step: write_checkpoint(root, step) for step in (10, 30, 50, 60)}
+    for step in (20, 55, 70):  # crashed, crashed between two kept ones, being written now
+        write_fragments(checkpoint_uri(root, step), 0, pieces(make_state(), []))
+    removed = prune(root, keep=2)
+    assert sorted(removed) == [checkpoint_uri(root, step) for step in (10, 20, 30, 55)]
+    assert complete_checkpoints(root) == [complete[50], complete[60]]
+    left = {info.uri.removeprefix(root).split("/")[1] for info in storage.list_objects(root)}
+    assert left == {"step_00000050", "step_00000060", "step_00000070"}
+    assert_holds(Checkpoint(complete[60]), make_state(60))
+
+
+def test_pruning_before_the_first_complete_checkpoint_removes_nothing(tmp_path):
+    write_fragments(checkpoint_uri(str(tmp_path), 5), 0, pieces(make_state(), []))
+    before = files_below(tmp_path)
+    assert prune(str(tmp_path), keep=1) == []
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", ["checkpoints", "./checkpoints", "checkpoints/", "{}/checkpoints/"])
+def test_pruning_takes_any_spelling_of_the_folder(tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2, 3):
+        write_checkpoint(str(tmp_path / "checkpoints"), step)
+    prune(form.format(tmp_path), keep=2)
+    assert sorted(name for name in os.listdir("checkpoints") if files_below(tmp_path / "checkpoints" / name)) == [
+        "step_00000002",
+        "step_00000003",
+    ]
+
+
+def test_the_manifest_goes_first_when_a_checkpoint_is_removed(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write_checkpoint(str(tmp_path), step)
+    deleted = []
+    monkeypatch.setattr(checkpoint_format.storage, "delete", deleted.append)
+    prune(str(tmp_path), keep=1)
+    assert deleted[0].endswith("step_00000001/manifest.json")
+    assert len(deleted) == 3

@@ -1,0 +1,264 @@
+"""The `meteor` command as its users meet it: exit codes, what goes to stdout, what to stderr."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import meteor
+from meteor.cache import (
+    CacheIdentity,
+    QuarantineRow,
+    commit,
+    create_cache,
+    encode_row,
+    get_codec,
+    record_quarantine,
+    write_feature_file,
+)
+from meteor.cli.config import explain, flat
+from meteor.cli.main import main
+from meteor.config import RunSettings, load_run
+
+RUN_FILES = sorted((Path(__file__).parents[2] / "jobs/runs").glob("*.yaml"))
+
+
+@pytest.fixture
+def call(capsys):
+    """(exit code, stdout, stderr) of a command line."""
+
+    def run(*argv):
+        code = main([str(argument) for argument in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    def write(content, name="run.yaml"):
+        file = tmp_path / name
+        file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return str(file)
+
+    return write
+
+
+def test_every_part_has_help_and_the_version_is_told(capsys):
+    for argv, words in [
+        (["--version"], [meteor.__version__]),
+        (["--help"], ["config", "data", "cache", "synthetic"]),
+        (["synthetic", "--help"], ["data", "models"]),
+        (["synthetic", "data", "--help"], ["--scenes", "--held-out", "--seed", "folder"]),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 0
+        shown = capsys.readouterr().out
+        assert [word for word in words if word not in shown] == []
+
+
+def test_what_config_show_prints_is_a_run_file_of_the_same_settings(call, write_run, tmp_path):
+    run = write_run({"name": "mine", "output": str(tmp_path), "pretrain": {"lr": "2e-3"}, "projector": {"name": "mlp"}})
+    code, shown, _ = call("config", "show", "--run", run, "pretrain.seed=7")
+    assert code == 0
+    settings = load_run(write_run(shown, "shown.yaml"))
+    assert (settings.name, settings.pretrain.lr, settings.pretrain.seed) == ("mine", 2e-3, 7)
+    assert call("config", "show", "--run", tmp_path / "shown.yaml")[1] == shown
+
+
+@pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: file.stem)
+def test_the_run_files_of_the_project_are_valid(call, file, monkeypatch):
+    monkeypatch.chdir(file.parents[2])
+    code, shown, errors = call("config", "validate", "--run", file)
+    assert (code, errors) == (0, "")
+    assert f"run {load_run(str(file)).name!r}" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("pretrain: {learning_rate: 1}", "unknown setting pretrain.learning_rate = 1 (known here: "),
+        ("projector: {settings: {kk: 3}}", "Projector 'meteor' does not know 'kk'"),
+        ("projector: {settings: {k: 0}}", "k is 0"),
+        ("projector: {name: none}", "no projector 'none'"),
+    ],
+)
+def test_a_run_file_that_is_wrong_gives_code_2_and_the_reason(call, write_run, content, message):
+    code, shown, errors = call("config", "validate", "--run", write_run(content))
+    assert (code, shown) == (2, "")
+    assert errors.startswith("SettingsError: ")
+    assert message in errors
+
+
+def test_two_run_files_are_compared_setting_by_setting(call, write_run):
+    first = write_run("pretrain: {lr: 1e-3, seed: 3}\nprojector: {settings: {k: 64}}", "first.yaml")
+    second = write_run("pretrain: {lr: 2e-3, seed: 3}\nprojector: {settings: {k: 32, window: 5}}", "second.yaml")
+    code, shown, _ = call("config", "diff", first, second)
+    assert code == 0
+    assert shown.splitlines() == [
+        "pretrain.lr: 0.001 -> 0.002",
+        "projector.settings.k: 64 -> 32",
+        "projector.settings.window: None -> 5",
+    ]
+    assert call("config", "diff", first, first) == (0, "", "")
+
+
+def test_explain_names_every_setting_with_default_and_meaning(call):
+    code, shown, _ = call("config", "explain")
+    assert code == 0
+    lines = explain(RunSettings)
+    assert shown == "\n".join(lines) + "\n"
+    names = {line.partition(" = ")[0] for line in lines}
+    assert names == {name.rstrip(".") for name in flat(RunSettings().model_dump())}
+    assert "finetune.lr = 2e-05\n    peak learning rate" in lines
+    (output,) = [line for line in lines if line.startswith("output = ")]
+    assert output.endswith("[changes no result]")
+    assert not [line for line in lines if line.endswith("\n    None")]
+
+
+@pytest.fixture
+def make_data(write_run, make_picture, png, tokenizer_folder, tmp_path):
+    """A run over three pictures, its captions of different lengths."""
+
+    def make(*, captions=("a cat", "a dog is it", "none"), drop=(), **settings):
+        (tmp_path / "images").mkdir()
+        for i, size in enumerate([(56, 56), (112, 56), (56, 56)]):
+            if i not in drop:
+                # The third is the first again.
+                (tmp_path / f"images/{i}.png").write_bytes(png(make_picture(*size, seed=i % 2)))
+        records = [
+            {
+                "id": f"s{i}",
+                "image": f"{i}.png",
+                "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": caption}],
+            }
+            for i, caption in enumerate(captions)
+        ]
+        (tmp_path / "samples.json").write_text(json.dumps(records))
+        content = {
+            "data": {"roots": {"": str(tmp_path / "images")}, "pretrain": str(tmp_path / "samples.json")},
+            "llm": {"path": tokenizer_folder},
+            "slicing": {"resolution": 56},
+            "projector": {"settings": {"k": 4}},
+        }
+        return write_run({**content, **settings})
+
+    return make
+
+
+def test_good_data_give_code_0(call, make_data):
+    code, shown, errors = call("data", "check", "--run", make_data())
+    assert (code, errors) == (0, "")
+    assert "3 samples" in shown
+    assert "can be used as they are" in shown
+
+
+def test_a_missing_picture_gives_code_1_and_is_named(call, make_data):
+    code, shown, _ = call("data", "check", "--run", make_data(drop=[1]), "--json")
+    assert code == 1
+    report = json.loads(shown)
+    assert not report["ok"]
+    (one,) = report["sets"]
+    assert (one["name"], one["num_samples"], one["num_usable"]) == ("pretrain", 3, 2)
+    (bad,) = [picture for source in one["sources"] for picture in source["bad_pictures"]]
+    assert (bad["name"], bad["reason"]) == ("1.png", "missing")
+
+
+def test_a_cut_picture_and_copies_are_found_by_the_full_check_alone(call, make_data, tmp_path):
+    run = make_data()
+    file = tmp_path / "images/1.png"
+    file.write_bytes(file.read_bytes()[:-500])
+    assert call("data", "check", "--run", run)[0] == 0
+    code, shown, _ = call("data", "check", "--run", run, "--full", "--json")
+    report = json.loads(shown)
+    assert code == 1
+    assert report["sets"][0]["sources"][0]["bad"] == {"truncated": 1}
+    assert report["duplicates"] == [["0.png", "2.png"]]
+
+
+@pytest.mark.parametrize(
+    ("sub_images", "lengths"),
+    # <s>, k = 4 slots a sub-image and a separator a slice, the caption's letters, </s>.
+    [("all", [1 + 4 + 5 + 1, 1 + 3 * 4 + 2 + 11 + 1, 1 + 4 + 4 + 1]), ("global", [11, 1 + 4 + 11 + 1, 10])],
+)
+def test_samples_longer_than_their_stage_takes_are_told(call, make_data, sub_images, lengths):
+    run = make_data(pretrain={"sub_images": sub_images})
+
+    def over_long(max_length):
+        code, shown, _ = call("data", "check", "--run", run, "--json", f"pretrain.max_length={max_length}")
+        assert code == 0
+        return json.loads(shown)["sets"][0]["over_long"]
+
+    for i, length in enumerate(lengths):
+        assert f"s{i}" not in over_long(length)
+        assert f"s{i}" in over_long(length - 1)
+
+
+def test_a_run_that_cannot_be_checked_gives_code_2(call, write_run):
+    code, shown, errors = call("data", "check", "--run", write_run("name: a"))
+    assert (code, shown) == (2, "")
+    assert "names no samples" in errors
+    code, _, errors = call("data", "check", "--run", write_run("dat: {}"))
+    assert code == 2
+    assert "unknown setting dat" in errors
+
+
+@pytest.fixture
+def cache(make_features, tmp_path):
+    identity = CacheIdentity(
+        encoder_digest="e" * 64,
+        select_layer=-2,
+        preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3, "rescale": "1/255"},
+        slicing={"max_slices": 6, "resolution": 56, "patch_size": 14},
+    )
+    uri = create_cache(str(tmp_path), identity, "float16")
+    images = [make_features("a" * 64, sliced=True), make_features("b" * 64)]
+    write_feature_file(uri, [encode_row(image, get_codec("float16")) for image in images])
+    record_quarantine(uri, [QuarantineRow("c" * 64, "odd.jpg", "truncated", "the file ends early")])
+    commit(uri)
+    return uri
+
+
+def test_cache_show_tells_what_it_holds(call, cache):
+    code, shown, _ = call("cache", "show", cache, "--json")
+    content = json.loads(shown)
+    assert code == 0
+    assert (content["uri"], content["version"], content["codec"]) == (cache, 1, "float16")
+    assert (content["pictures"], content["sub_images"], content["quarantined"]) == (2, 4, 1)
+    assert content["key"] == Path(cache).parent.name
+    assert content["identity"]["encoder_digest"] == "e" * 64
+    # Half-precision features of 16 channels, one attention row and the class tokens in single precision.
+    num_patches = 6 + 6 + 6 + 8
+    assert content["payload_bytes"] == num_patches * 16 * 2 + num_patches * 4 + 4 * 16 * 4
+    plain = call("cache", "show", cache)[1]
+    assert dict(line.split(maxsplit=1) for line in plain.splitlines())["pictures"] == "2"
+
+
+def test_cache_quarantine_lists_pictures_with_their_reasons(call, cache, tmp_path):
+    code, shown, _ = call("cache", "quarantine", cache)
+    assert (code, shown.split(maxsplit=2)) == (0, ["truncated", "odd.jpg", "the file ends early\n"])
+    (row,) = json.loads(call("cache", "quarantine", cache, "--json")[1])
+    assert row == {"image_key": "c" * 64, "name": "odd.jpg", "reason": "truncated", "message": "the file ends early"}
+
+
+def test_cache_verify_gives_code_1_where_a_byte_changed(call, cache):
+    assert call("cache", "verify", cache) == (0, "2 pictures intact\n", "")
+    (file,) = (Path(cache) / "data").iterdir()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    code, shown, _ = call("cache", "verify", cache, "--json")
+    assert code == 1
+    report = json.loads(shown)
+    assert report["pictures"] == 2
+    assert report["problems"]
+    assert all(file.name in problem for problem in report["problems"])
+
+
+def test_a_place_without_a_cache_gives_code_2(call, tmp_path):
+    for action in ("show", "quarantine", "verify"):
+        code, shown, errors = call("cache", action, tmp_path / "nowhere")
+        assert (code, shown) == (2, "")
+        assert "holds no feature cache" in errors

@@ -1,0 +1,115 @@
+import hashlib
+
+import pytest
+import torch
+
+from meteor import storage
+from meteor.cache import CacheIdentity, create_cache
+from meteor.cache.folder import read_cache_info
+from meteor.data.features import LiveFeatures, PixelSettings
+from meteor.data.samples import Sample
+from meteor.errors import CacheMismatchError, NotFoundError, SettingsError
+from meteor.evaluation.answer import Answerer, Question, last_answer
+from meteor.model import MeteorProcessor
+from meteor.text.conversation import Turn
+from meteor.text.tokens import load_tokenizer
+
+PIXELS = PixelSettings(resolution=56)
+
+
+@pytest.fixture(scope="module")
+def model_folder(make_model, tokenizer_folder, tmp_path_factory):
+    """A finished model with random weights, large enough to say different things."""
+    model = make_model(vision_tower=True)
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            parameter *= 4
+    folder = str(tmp_path_factory.mktemp("finished") / "model")
+    model.save_pretrained(folder)
+    settings = {"projector": model.config.projector, "pixels": PIXELS, "mean": [0.5] * 3, "std": [0.5] * 3}
+    MeteorProcessor(load_tokenizer(tokenizer_folder), **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answerer(model_folder):
+    return Answerer(model_folder, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def pictures(make_picture, png, tmp_path):
+    """Key -> (file, picture) of a sliced, a square and a tall picture."""
+    found = {}
+    for i, size in enumerate([(112, 56), (56, 56), (60, 150)]):
+        picture = make_picture(*size, seed=i)
+        data = png(picture)
+        (tmp_path / f"{i}.png").write_bytes(data)
+        found[hashlib.sha256(data).hexdigest()] = (str(tmp_path / f"{i}.png"), picture)
+    return found
+
+
+def make_question(name, words, keys=(), answer="a cat"):
+    turns = (Turn("human", words, len(keys)), Turn("gpt", answer))
+    return Question(name, Sample(name, tuple(keys), turns), answer, tuple(keys))
+
+
+def test_answers_of_a_batch_are_those_of_each_question_with_its_picture_alone(answerer, pictures):
+    wide, square, tall = pictures
+    asked = [
+        ("what is it?", [wide]),
+        ("why?", []),
+        ("which of the two is red, and which one is not?", [square, tall]),
+    ]
+    questions = [make_question(str(i), words, keys) for i, (words, keys) in enumerate(asked)]
+    live = LiveFeatures(answerer.model.frozen_clip(), {key: file for key, (file, _) in pictures.items()}, PIXELS)
+    answers = answerer.answer(questions, live, max_new_tokens=6)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 2, "pad_token_id": 2}
+    expected = []
+    for words, keys in asked:
+        inputs = answerer.processor(words, [pictures[key][1] for key in keys])
+        expected += answerer.processor.batch_decode(answerer.model.generate(**inputs, **options))
+    assert answers == expected
+    assert len(set(answers)) == 3
+    # What the sample gives as the answer must not reach the prompt.
+    other = make_question("0", *asked[0], answer="a dog")
+    assert answerer.answer([other], live, max_new_tokens=6) == answers[:1]
+
+
+def test_the_question_and_its_answer_are_the_last_of_the_dialogue():
+    turns = (Turn("human", "what?", 1), Turn("gpt", "a cat"), Turn("human", "sure?"), Turn("gpt", "yes"))
+    question = Question("1", Sample("1", ("a",), turns), last_answer(turns), ("k",))
+    assert (question.text, question.answer) == ("sure?", "yes")
+    assert last_answer(turns[:3]) == ""
+
+
+def test_features_of_another_cache_are_refused_naming_the_field(answerer, tmp_path):
+    own = CacheIdentity.from_dict(answerer.model.config.cache_identity)
+    other = CacheIdentity.from_dict({**own.to_dict(), "encoder_digest": "f" * 64})
+
+    class Cache:
+        def __init__(self, identity):
+            self.identity = read_cache_info(create_cache(str(tmp_path), identity, "float16")).identity
+
+    answerer.check(Cache(own))
+    with pytest.raises(CacheMismatchError, match=f"encoder_digest: {'f' * 64} != {'0' * 64}"):
+        answerer.check(Cache(other))
+
+
+def test_the_model_has_the_type_asked_for_and_does_not_train(model_folder):
+    model = Answerer(model_folder, device="cpu", dtype=torch.bfloat16).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.training
+
+
+def test_a_directory_that_is_no_finished_model_is_named_by_its_setting(tmp_path):
+    with pytest.raises(SettingsError, match=r"evaluate\.model="):
+        Answerer(str(tmp_path), device="cpu", dtype=torch.float32)
+
+
+def test_a_model_on_s3_is_fetched(answerer, model_folder, s3_root):
+    for info in storage.list_objects(model_folder):
+        storage.upload_file(info.uri, storage.join(s3_root, "model", info.uri.rpartition("/")[2]))
+    fetched = Answerer(storage.join(s3_root, "model"), device="cpu", dtype=torch.float32)
+    torch.testing.assert_close(fetched.model.state_dict(), answerer.model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(NotFoundError, match=f"no model at {s3_root}/elsewhere"):
+        Answerer(storage.join(s3_root, "elsewhere"), device="cpu", dtype=torch.float32)

@@ -1,0 +1,104 @@
+"""All stages after the cache, on Ray, with models of random weights: that they fit, find finished work, resume, and refuse."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingError
+from meteor.evaluation.answer import Answerer
+from meteor.report import read_stage_run
+from meteor.tracking import Tracker
+from pipelines import cache_features, evaluate, finetune, pretrain, report
+from pipelines.stage import tracking_uri
+
+pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
+
+
+def test_all_stages_run_once_and_then_find_their_work(make_settings):
+    settings = make_settings()
+    first = [stage.run(settings) for stage in (cache_features, pretrain, finetune, evaluate)]
+    assert not any(summary.reused for summary in first)
+    _, stage_1, stage_2, answers = first
+    assert stage_1.counts["steps"] == 2
+    rows = read_stage_run(stage_2.results["run"]).metrics
+    assert [row["step"] for row in rows] == list(range(1, stage_2.counts["steps"] + 1))
+    assert all(row["loss"] > 0 for row in rows)
+
+    model = Answerer(stage_2.results["model"], device="cpu", dtype=torch.float32).model
+    last = Checkpoint(complete_checkpoints(f"{stage_2.results['run']}/checkpoints")[-1])
+    for name, parameter in model.named_parameters():
+        if not name.startswith("vision_tower."):
+            assert torch.equal(parameter, last.read("weights", name)), name
+
+    table = pq.read_table(answers.results["predictions"]).to_pylist()
+    assert len(table) == 8
+    scores = json.loads(Path(answers.results["run"], "scores.json").read_text())
+    assert scores["scenes"]["exact_match"] == sum(row["score"] for row in table) / 8
+
+    written = report.run(settings)
+    page = Path(written.results["html"]).read_text()
+    assert "data:image/png;base64" in page
+
+    tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
+    runs = tracker._client.search_runs([tracker.experiment_id])
+    stages = {run.data.tags["meteor.stage"]: run for run in runs if run.data.tags["meteor.kind"] == "stage"}
+    assert set(stages) == {"cache_features", "pretrain", "finetune", "evaluate"}
+    parents = {run.data.tags["mlflow.parentRunId"] for run in stages.values()}
+    assert parents == {run.info.run_id for run in runs if run.data.tags["meteor.kind"] == "pipeline"}
+    history = tracker._client.get_metric_history(stages["finetune"].info.run_id, "loss")
+    assert [metric.step for metric in history] == [row["step"] for row in rows]
+
+    assert all(stage.run(settings).reused for stage in (cache_features, pretrain, finetune, evaluate))
+
+
+@pytest.mark.slow
+def test_live_features_train_like_cached_ones(make_settings):
+    cached = make_settings(cache={"codec": "float32"})
+    cache_features.run(cached)
+    live = make_settings(cache={"codec": "float32"}, pretrain={"features": "live"})
+    first, second = pretrain.run(cached), pretrain.run(live)
+    assert first.results["run"] != second.results["run"]
+    assert second.counts["loss_last"] == pytest.approx(first.counts["loss_last"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_changes_neither_run_nor_loss(make_settings, tmp_path):
+    one = make_settings()
+    cache_features.run(one)
+    first = pretrain.run(one)
+    two = make_settings(
+        output=str(tmp_path / "second"),
+        cache={"uri": str(tmp_path / "out/cache")},
+        runtime={"num_workers": 2, "cpus_per_worker": 0.5},
+    )
+    second = pretrain.run(two)
+    assert Path(second.results["run"]).name == Path(first.results["run"]).name
+    assert second.counts["loss_last"] == pytest.approx(first.counts["loss_last"], rel=1e-4)
+
+
+def test_stages_say_what_must_run_before_them(make_settings, tmp_path):
+    settings = make_settings()
+    with pytest.raises(CacheError, match="run cache_features"):
+        pretrain.run(settings)
+    cache_features.run(settings)
+    with pytest.raises(SettingsError, match="run pretrain"):
+        finetune.run(settings)
+    with pytest.raises(SettingsError, match="run pretrain"):
+        evaluate.run(settings)
+
+
+def test_a_stage_1_checkpoint_of_another_projector_is_refused(make_settings):
+    settings = make_settings()
+    cache_features.run(settings)
+    projector = pretrain.run(settings).results["projector"]
+    other = make_settings(
+        projector={"settings": {"k": 6, "state_size": 2}},
+        finetune={"pretrained": projector},
+        runtime={"max_failures": 0},
+    )
+    with pytest.raises((CheckpointError, TrainingError), match="does not fit this run: projector"):
+        finetune.run(other)

@@ -1,0 +1,163 @@
+"""What a stage leaves behind is what it trained: exported from a checkpoint, then loaded as its users load it."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from meteor import storage
+from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.data.features import PixelSettings
+from meteor.errors import CacheMismatchError
+from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.text.tokens import TokenisedSample, load_tokenizer
+from meteor.train.build import build_model, freeze_for, load_projector, projector_metadata
+from meteor.train.engine import make_engine
+from meteor.train.export import export_model, export_projector
+from meteor.train.loop import save_checkpoint
+from meteor.vision.encoder import FrozenClip, read_vision_config
+
+V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+
+
+@pytest.fixture(scope="module")
+def encoder(clip_folder):
+    return FrozenClip.from_pretrained(clip_folder)
+
+
+@pytest.fixture
+def build(llm_folder, clip_folder, encoder):
+    def make(*, dtype=torch.float32, digest=None, seed=0):
+        identity = {
+            "encoder_digest": digest or encoder.weights_digest,
+            "select_layer": -2,
+            "preprocessing": encoder.preprocessing,
+            "slicing": {"max_slices": 6, "resolution": 56, "patch_size": 14},
+            "versions": {"slicing": 1, "resizing": 1, "encoding": 1},
+        }
+        return build_model(
+            llm_path=llm_folder,
+            vision_config=read_vision_config(clip_folder),
+            projector={"name": "meteor", "k": 4},
+            select_layer=-2,
+            cache_identity=identity,
+            dtype=dtype,
+            seed=seed,
+        )
+
+    return make
+
+
+@pytest.fixture
+def train_a_little(make_features, make_batch, tmp_path):
+    """Two steps of a stage; the checkpoint they leave."""
+
+    def train(model, stage):
+        freeze_for(model, stage)
+        batch = make_batch([(TokenisedSample([1, V, 20, 2], [X, X, 20, 2]), [make_features("a", sliced=True)])])
+        engine = make_engine(
+            model,
+            zero_stage=0,
+            dtype=next(model.parameters()).dtype,
+            device=torch.device("cpu"),
+            max_grad_norm=1.0,
+            empty_inputs=batch.as_inputs(),
+        )
+        for _ in range(2):
+            engine.forward_backward({**batch.as_inputs(), "num_items_in_batch": 2}, last=True)
+            engine.step(lr=1e-2)
+        save_checkpoint(engine, str(tmp_path / "checkpoints"), 2, epoch=0, keep=1)
+        return Checkpoint(complete_checkpoints(str(tmp_path / "checkpoints"))[-1])
+
+    return train
+
+
+@pytest.fixture
+def processor(tokenizer_folder):
+    pixels = PixelSettings(resolution=56)
+    projector = {"name": "meteor", "k": 4}
+    return MeteorProcessor(
+        load_tokenizer(tokenizer_folder), projector=projector, pixels=pixels, mean=[0.5] * 3, std=[0.5] * 3
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stage_one_leaves_the_projectors_masters_with_what_they_are_for(build, train_a_little, tmp_path, dtype):
+    model = build(dtype=dtype)
+    checkpoint = train_a_little(model, "pretrain")
+    uri = str(tmp_path / "projector.safetensors")
+    export_projector(model, checkpoint, uri)
+    with safe_open(uri, "pt") as file:
+        assert json.loads(file.metadata()["meteor"]) == projector_metadata(model.config)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+    assert weights.keys() == model.projector.state_dict().keys()
+    for name, value in weights.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, checkpoint.read("weights", f"projector.{name}"))
+        assert torch.equal(value.to(dtype), model.projector.state_dict()[name])
+    stage_two = build(seed=9)
+    load_projector(stage_two, uri)
+    torch.testing.assert_close(stage_two.projector.state_dict(), weights, rtol=0, atol=0)
+
+
+def test_stage_two_leaves_a_directory_that_loads_as_the_trained_model(
+    build, train_a_little, encoder, processor, make_picture, tmp_path
+):
+    trained = build()
+    checkpoint = train_a_little(trained, "finetune")
+    fresh = build(seed=9)
+    freeze_for(fresh, "finetune")
+    folder = str(tmp_path / "model")
+    export_model(fresh, checkpoint, encoder, processor, folder, torch.float32)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(loaded, MeteorForConditionalGeneration)
+    assert not any(info.values())
+    for room in ("projector", "language_model"):
+        truth = getattr(trained, room).state_dict()
+        torch.testing.assert_close(getattr(loaded, room).state_dict(), truth, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.vision_tower.state_dict(), encoder.model.state_dict(), rtol=0, atol=0)
+    assert loaded.config.cache_identity == trained.config.cache_identity
+    # It sees pictures by itself.
+    inputs = AutoProcessor.from_pretrained(folder)("what?", [make_picture(112, 56)])
+    assert loaded.generate(**inputs, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 3)
+
+
+def test_only_the_encoder_keeps_its_type_and_is_still_the_one_of_the_cache(
+    build, train_a_little, encoder, processor, tmp_path
+):
+    model = build()
+    checkpoint = train_a_little(model, "finetune")
+    folder = str(tmp_path / "model")
+    export_model(model, checkpoint, encoder, processor, folder, torch.bfloat16)
+    with safe_open(f"{folder}/model.safetensors", "pt") as file:
+        stored = {(name.split(".")[0], file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+    assert stored == {("vision_tower", "F32"), ("projector", "BF16"), ("language_model", "BF16")}
+    loaded = MeteorForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    assert FrozenClip(loaded.vision_tower).weights_digest == encoder.weights_digest
+    halves = MeteorForConditionalGeneration.from_pretrained(folder, vision_tower=False, dtype=torch.bfloat16)
+    for name, value in halves.projector.state_dict().items():
+        assert torch.equal(value, checkpoint.read("weights", f"projector.{name}").bfloat16()), name
+
+
+def test_the_configuration_is_written_last(build, train_a_little, encoder, processor, tmp_path, monkeypatch):
+    model = build()
+    checkpoint = train_a_little(model, "finetune")
+    uploaded = []
+    monkeypatch.setattr(storage, "upload_file", lambda file, uri: uploaded.append(uri))
+    export_model(model, checkpoint, encoder, processor, "s3://bucket/model", torch.float32)
+    assert uploaded[-1] == "s3://bucket/model/config.json"
+    names = {uri.removeprefix("s3://bucket/model/") for uri in uploaded}
+    assert {"model.safetensors", "tokenizer.json", "processor_config.json"} < names
+
+
+def test_an_encoder_other_than_the_caches_is_refused_before_anything_is_written(
+    build, train_a_little, encoder, processor, tmp_path
+):
+    model = build(digest="f" * 64)
+    checkpoint = train_a_little(model, "finetune")
+    with pytest.raises(CacheMismatchError, match=f"made by {'f' * 64}, vision.path holds {encoder.weights_digest}"):
+        export_model(model, checkpoint, encoder, processor, str(tmp_path / "model"), torch.float32)
+    assert not (tmp_path / "model").exists()

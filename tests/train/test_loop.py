@@ -1,0 +1,315 @@
+"""The plan of steps as arithmetic, and the loop with the plain engine on one process."""
+
+import copy
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+import torch
+
+from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.data.table import SampleTable
+from meteor.errors import DataError, TrainingError
+from meteor.train.build import freeze_for
+from meteor.train.engine import make_engine
+from meteor.train.loop import Recipe, StepPlan, train
+from meteor.train.schedule import learning_rate, native_weight
+
+V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+NUM_SAMPLES = 7
+
+
+def make_table(num_samples=NUM_SAMPLES):
+    """Sample i has i % 3 + 1 answer tokens; every third has no picture."""
+    rows = []
+    for i in range(max(num_samples, 1)):
+        pictures = [f"k{i}"] if i % 3 else []
+        answer = [20 + i + j for j in range(i % 3)] + [2]
+        ids = [1, *[V] * len(pictures), 10 + i, *answer]
+        rows.append(
+            {
+                "sample_id": f"s{i}",
+                "input_ids": ids,
+                "labels": [X] * (len(ids) - len(answer)) + answer,
+                "image_keys": pictures,
+                "num_sub_images": len(pictures),
+                "num_visual_tokens": 4 * len(pictures),
+                "num_text_tokens": len(ids) - len(pictures),
+                "grouping_length": len(ids) + 144 * len(pictures),
+            }
+        )
+    return SampleTable(pa.Table.from_pylist(rows).slice(0, num_samples))
+
+
+def make_recipe(**changes):
+    settings = {
+        "lr": 1e-2,
+        "global_batch_size": 3,
+        "micro_batch_size": 2,
+        "epochs": 2,
+        "warmup_ratio": 0.2,
+        "seed": 0,
+        "native_warmup": 1.0,
+        "native_weight_full": 0.2,
+        "aux_loss_coefficient": 0.5,
+        "group_by_length": True,
+        "checkpoint_every_steps": 2,
+        "keep_checkpoints": 2,
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def make_step_plan(table=None, **changes):
+    return StepPlan(make_table() if table is None else table, make_recipe(**changes), "digest of the index")
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+@pytest.mark.parametrize("global_batch_size", [1, 3, 7, 50])
+def test_every_epoch_has_every_sample_once(global_batch_size, group_by_length):
+    plan = make_step_plan(global_batch_size=global_batch_size, group_by_length=group_by_length, epochs=3)
+    steps = list(plan.steps())
+    assert [step.index for step in steps] == list(range(plan.num_steps))
+    assert plan.num_steps == 3 * plan.steps_per_epoch
+    for epoch in range(3):
+        positions = [position for step in steps if step.epoch == epoch for position in step.positions]
+        assert sorted(positions) == list(range(NUM_SAMPLES))
+        assert all(len(step.positions) <= global_batch_size for step in steps)
+
+
+def test_epochs_and_data_sets_have_orders_of_their_own():
+    table, recipe = make_table(60), make_recipe(group_by_length=False)
+    orders = [[step.positions for step in StepPlan(table, recipe, digest).steps()] for digest in ("one", "other")]
+    assert orders[0][:20] != orders[0][20:]
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
+def test_any_number_of_workers_trains_on_the_same_global_batches(micro_batch_size):
+    table = make_table(50)
+    plan = make_step_plan(table, global_batch_size=8, micro_batch_size=micro_batch_size)
+    for step in plan.steps():
+        for world_size in (1, 2, 3):
+            shares = [plan.micro_steps(step, rank, world_size) for rank in range(world_size)]
+            assert len({len(share) for share in shares}) == 1
+            assert all(len(micro) <= micro_batch_size for share in shares for micro in share)
+            everything = Counter(position for share in shares for micro in share for position in micro)
+            assert everything == Counter(step.positions)
+
+
+def test_resuming_anywhere_yields_the_remaining_steps():
+    plan = make_step_plan(epochs=3)
+    steps = list(plan.steps())
+    for start in range(plan.num_steps + 1):
+        assert list(plan.steps(start)) == steps[start:]
+
+
+def test_the_loss_is_divided_by_the_answer_tokens_of_the_global_batch():
+    plan = make_step_plan()
+    for step in plan.steps():
+        assert plan.num_answer_tokens(step) == sum(position % 3 + 1 for position in step.positions)
+
+
+def test_an_empty_table_has_no_steps():
+    plan = make_step_plan(make_table(0))
+    assert (plan.num_steps, list(plan.steps())) == (0, [])
+
+
+class RecordingEngine:
+    """Rank 1 of three, without neighbours: notes what the loop hands over."""
+
+    rank, world_size, device = 1, 3, torch.device("cpu")
+
+    def __init__(self):
+        self.steps, self.pending = [], []
+
+    def forward_backward(self, inputs, *, last):
+        self.pending.append({**inputs, "last": last})
+        return torch.tensor(0.25)
+
+    def step(self, lr):
+        self.steps.append((lr, self.pending))
+        self.pending = []
+        return 1.0
+
+    def fragments(self):
+        return iter(())
+
+    def shapes(self):
+        return {}
+
+
+@pytest.fixture
+def make_loader(make_features, make_batch):
+    def make(table):
+        def load_batch(positions):
+            return make_batch(
+                [(table.tokens(i), [make_features(key, seed=i) for key in table.image_keys(i)]) for i in positions]
+            )
+
+        return load_batch
+
+    return make
+
+
+def test_each_micro_step_gets_its_share_of_the_global_batch(make_loader, tmp_path):
+    table = make_table(13)
+    recipe = make_recipe(global_batch_size=8, micro_batch_size=2, epochs=1)
+    plan, engine, rows = StepPlan(table, recipe, "d"), RecordingEngine(), []
+    train(
+        engine,
+        plan,
+        recipe,
+        load_batch=make_loader(table),
+        checkpoints=str(tmp_path),
+        start_step=0,
+        on_step=rows.append,
+    )
+    assert len(engine.steps) == len(rows) == 2
+    for step, (lr, micro_steps), row in zip(plan.steps(), engine.steps, rows, strict=True):
+        assert lr == learning_rate(step.index, 2, peak=1e-2, warmup_ratio=0.2)
+        shares = plan.micro_steps(step, 1, 3)
+        assert len(micro_steps) == len(shares)
+        assert [inputs["last"] for inputs in micro_steps] == [False] * (len(shares) - 1) + [True]
+        for inputs, share in zip(micro_steps, shares, strict=True):
+            assert inputs["num_items_in_batch"] == plan.num_answer_tokens(step)
+            assert inputs["aux_loss_coefficient"] == pytest.approx(0.5 * len(share) / len(step.positions))
+            assert float(inputs["native_weight"]) == pytest.approx(native_weight(step.index, 2, full=0.2, warmup=1.0))
+            assert int((inputs["labels"] != X).sum()) == sum(table.num_answer_tokens(i) for i in share)
+        assert row["loss"] == 0.25 * len(shares)
+
+
+def test_projectors_without_a_native_expert_get_no_weight(make_loader, tmp_path):
+    table, recipe, engine = make_table(), make_recipe(native_weight_full=None), RecordingEngine()
+    options = {"load_batch": make_loader(table), "checkpoints": str(tmp_path), "start_step": 0}
+    train(engine, StepPlan(table, recipe, "d"), recipe, on_step=lambda row: None, **options)
+    assert all("native_weight" not in inputs for _, micro_steps in engine.steps for inputs in micro_steps)
+
+
+@pytest.fixture
+def run(make_model, make_batch, make_loader, tmp_path):
+    """Train a tiny model; ``folder`` holds its checkpoints, from the newest of which it goes on."""
+
+    def start(folder, *, on_step=lambda row: None, load_batch=None, **changes):
+        table, recipe = make_table(), make_recipe(**changes)
+        plan = StepPlan(table, recipe, "digest of the index")
+        model = make_model()
+        freeze_for(model, "finetune")
+        done = complete_checkpoints(str(tmp_path / folder))
+        checkpoint = Checkpoint(done[-1]) if done else None
+        engine = make_engine(
+            model,
+            zero_stage=0,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            max_grad_norm=1.0,
+            empty_inputs=make_batch([]).as_inputs(),
+            checkpoint=checkpoint,
+        )
+        rows = []
+
+        def note(row):
+            rows.append(row)
+            on_step({**row, "weights": model.state_dict()})
+
+        train(
+            engine,
+            plan,
+            recipe,
+            load_batch=load_batch or make_loader(table),
+            checkpoints=str(tmp_path / folder),
+            start_step=checkpoint.state["step"] if checkpoint else 0,
+            on_step=note,
+        )
+        return model, rows
+
+    return start
+
+
+def steps_on_disk(folder):
+    return [int(uri[-8:]) for uri in complete_checkpoints(str(folder))]
+
+
+def test_each_step_reports_its_numbers(run):
+    _, rows = run("a")
+    table, plan = make_table(), make_step_plan()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert {row["num_steps"] for row in rows} == {6}
+    for step, row in zip(plan.steps(), rows, strict=True):
+        batch = [table.tokens(position) for position in step.positions]
+        pictures = sum(len(table.image_keys(position)) for position in step.positions)
+        assert row["lr"] == learning_rate(step.index, 6, peak=1e-2, warmup_ratio=0.2)
+        assert row["num_samples"] == len(step.positions)
+        assert row["num_visual_tokens"] == 4 * pictures
+        assert row["num_text_tokens"] == sum(len(sample.input_ids) for sample in batch) - pictures
+        assert row["num_answer_tokens"] == plan.num_answer_tokens(step)
+        assert row["grad_norm"] > 0
+        assert 0 <= row["loader_wait_s"] <= row["seconds"]
+        assert row["samples_per_s"] == row["num_samples"] / row["seconds"]
+    # Random weights know nothing: about ln(64) for each of 64 tokens; and then they learn.
+    assert rows[0]["loss"] == pytest.approx(4.16, abs=0.3)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_checkpoints_are_written_at_their_steps_and_at_the_end(run, tmp_path):
+    seen = []
+    run("a", on_step=lambda row: seen.append(steps_on_disk(tmp_path / "a")), checkpoint_every_steps=4)
+    assert steps_on_disk(tmp_path / "a") == [4, 6]
+    # A step is reported before its checkpoint, so that no resumed run can miss its row.
+    assert seen == [[], [], [], [], [4], [4]]
+    run("b", keep_checkpoints=1)
+    assert steps_on_disk(tmp_path / "b") == [6]
+    assert Checkpoint(complete_checkpoints(str(tmp_path / "b"))[0]).state == {"step": 6, "epoch": 1}
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("last_step", [3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, last_step):
+    def crash(row):
+        if row["step"] == last_step:
+            raise Crash
+
+    straight, rows = run("straight")
+    with pytest.raises(Crash):
+        run("broken", on_step=crash)
+    assert steps_on_disk(tmp_path / "broken") == [2]
+    resumed, later_rows = run("broken")
+    assert [row["step"] for row in later_rows] == [3, 4, 5, 6]
+    for row, later in zip(rows[2:], later_rows, strict=True):
+        assert (row["loss"], row["lr"], row["grad_norm"]) == (later["loss"], later["lr"], later["grad_norm"])
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run, make_loader, tmp_path):
+    load_batch, rows, copies = make_loader(make_table()), [], []
+    poisoned = list(make_step_plan().steps())[2].positions
+
+    def load_poisoned(positions):
+        batch = load_batch(positions)
+        if set(positions) & set(poisoned):
+            batch.features.fill_(torch.nan)
+        return batch
+
+    def note(row):
+        rows.append(row)
+        copies.append(copy.deepcopy(row["weights"]))
+
+    with pytest.raises(TrainingError, match=r"step 3: the loss is nan.*samples\.parquet"):
+        run("a", load_batch=load_poisoned, on_step=note)
+    assert [row["step"] for row in rows] == [1, 2]
+    # The row shares the model's memory: what it holds now is what the failed step left.
+    torch.testing.assert_close(rows[-1]["weights"], copies[-1], rtol=0, atol=0)
+    assert steps_on_disk(tmp_path / "a") == [2]
+
+
+def test_an_error_while_loading_comes_out_of_the_loop(run):
+    def load_batch(positions):
+        raise DataError("no such picture")
+
+    with pytest.raises(DataError, match="no such picture"):
+        run("a", load_batch=load_batch)
