@@ -58,6 +58,7 @@ class Prepared:
 
     run: StageRun
     pin: Pin
+    pin_uri: str
     identity: CacheIdentity
     samples: SampleSet
     index: DatasetIndex
@@ -113,10 +114,14 @@ def _pinned(
         pin = current
     if pin.index_version != index.version:
         index = DatasetIndex.open(index_uri(settings), pin.index_version)
-    storage.write_json(pin_uri, vars(pin))
-    cache = cache_uri(settings, identity)
-    FeatureCache.open(cache, version=pin.cache_version).pin(pin.run_digest, {"stage": stage, "output": settings.output})
-    return Prepared(StageRun(settings, stage, pin.run_digest), pin, identity, samples, index, parent)
+    return Prepared(StageRun(settings, stage, pin.run_digest), pin, pin_uri, identity, samples, index, parent)
+
+
+def hold_pin(settings: RunSettings, prepared: Prepared) -> None:
+    """Write the pin: for the next start of this run, and in the cache, so that nothing it reads is cleaned up."""
+    storage.write_json(prepared.pin_uri, vars(prepared.pin))
+    cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)
+    cache.pin(prepared.pin.run_digest, {"stage": prepared.run.stage, "output": settings.output})
 
 
 def _current_pin(
@@ -219,6 +224,7 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
         finished = prepared.run.finished()
         if finished:
             return finished
+        hold_pin(settings, prepared)
         plan = plan_samples(settings, stage, prepared)
         run = prepared.run
         plan.table.write(storage.join(run.uri, "samples.parquet"))

@@ -33,3 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MeteorError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

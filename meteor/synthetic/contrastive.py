@@ -1,4 +1,4 @@
-"""Trains a tiny CLIP on generated views and their captions, in about half a minute on two cores.
+"""Trains a tiny CLIP on generated views and their captions, in under a minute on one core.
 
 Letters: B views of a batch.
 """

@@ -1,6 +1,7 @@
 """All stages after the cache, on Ray, with models of random weights: that they fit, find finished work, resume, and refuse."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,8 +13,8 @@ from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingEr
 from meteor.evaluation.answer import Answerer
 from meteor.report import read_stage_run
 from meteor.tracking import Tracker
-from pipelines import cache_features, evaluate, finetune, pretrain, report
-from pipelines.stage import tracking_uri
+from pipelines import cache_features, evaluate, finetune, pretrain, report, training
+from pipelines.stage import Summary, tracking_uri
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
@@ -102,3 +103,31 @@ def test_a_stage_1_checkpoint_of_another_projector_is_refused(make_settings):
     )
     with pytest.raises((CheckpointError, TrainingError), match="does not fit this run: projector"):
         finetune.run(other)
+
+
+def test_a_dry_run_writes_nothing(make_settings, digest_of, tmp_path):
+    settings = make_settings()
+    cache_features.run(settings)
+    before = digest_of(tmp_path / "out")
+    assert "2 of 8 samples" in pretrain.plan(settings)
+    cache_features.plan(settings)
+    assert digest_of(tmp_path / "out") == before
+
+
+def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_changed_pictures(
+    make_settings, small, tmp_path
+):
+    shutil.copytree(small / "data/images", tmp_path / "images")
+    settings = make_settings(data={"roots": {"": str(tmp_path / "images")}})
+    cache_features.run(settings)
+    first = training.prepare(settings, "pretrain")
+    training.hold_pin(settings, first)
+    name = sorted(first.samples.image_names)[0]
+    other = sorted(first.samples.image_names)[-1]
+    shutil.copy(tmp_path / "images" / other, tmp_path / "images" / name)
+    cache_features.run(settings)
+    assert training.prepare(settings, "pretrain").pin == first.pin
+    first.run.finish(Summary("pretrain", {}, 0.0, {}))
+    changed = training.prepare(settings, "pretrain").pin
+    assert changed.run_digest != first.pin.run_digest
+    assert changed.index_version == first.pin.index_version + 1
