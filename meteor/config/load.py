@@ -21,25 +21,36 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunSettings:
     Raises:
         SettingsError: the file is missing or malformed, a key is unknown, a type is wrong.
     """
-    merged = _merge(_read(_find(path), ()), parse_overrides(overrides))
+    merged = _read(_find(path), ())
+    for keys, value in parse_overrides(overrides):
+        merged = _replace(merged, keys, value)
     try:
         return RunSettings.model_validate(merged)
     except ValidationError as error:
         raise SettingsError(f"{path}: {_explain(error)}") from error
 
 
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """``["a.b=1", "c=x"]`` -> ``{"a": {"b": 1}, "c": "x"}``."""
-    result: dict[str, Any] = {}
+def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """``["a.b=1"]`` -> ``[(["a", "b"], 1)]``."""
+    result = []
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals or not dotted:
+        if not equals or not all(keys := dotted.split(".")):
             raise SettingsError(f"override {override!r} is not of the form a.b=value")
-        value = _yaml(text, override)
-        for key in reversed(dotted.split(".")):
-            value = {key: value}
-        result = _merge(result, value)
+        result.append((keys, _yaml(text, override)))
     return result
+
+
+def _replace(settings: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """``value`` takes the place of what is at ``keys``, mappings too: ``data.evaluate={}`` empties it."""
+    if len(keys) == 1:
+        change = {keys[0]: value}
+    else:
+        inner = settings.get(keys[0])
+        change = {keys[0]: _replace(inner if isinstance(inner, dict) else {}, keys[1:], value)}
+    if keys[0] == "projector" and _name(change) != _name(settings) and keys != ["projector"]:
+        change["projector"].pop("settings", None)  # another projector's do not linger
+    return settings | change
 
 
 def _find(path: str) -> Path:

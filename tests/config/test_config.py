@@ -31,6 +31,14 @@ def test_extends_and_overrides_merge_key_by_key(tmp_path):
     assert settings.projector.settings == {"k": 64, "window": 5}
 
 
+def test_an_override_takes_the_whole_place_of_a_mapping(tmp_path):
+    run = make_run(tmp_path, "data: {evaluate: {a: x.json, b: y.json}}\nprojector: {name: meteor, settings: {k: 64}}\n")
+    assert load_run(run, ["data.evaluate={}"]).data.evaluate == {}
+    assert load_run(run, ["data.evaluate.c=z.json"]).data.evaluate == {"a": "x.json", "b": "y.json", "c": "z.json"}
+    assert load_run(run, ["projector.name=mlp"]).projector.settings == {}
+    assert load_run(run, ["projector.name=meteor_37m", "projector.settings.k=9"]).projector.settings == {"k": 9}
+
+
 def test_another_projector_does_not_inherit_the_settings_of_the_first(tmp_path):
     make_run(tmp_path, "projector: {name: meteor, settings: {k: 64}}\n", "base.yaml")
     assert load_run(make_run(tmp_path, "extends: base.yaml\nprojector: {name: mlp}\n")).projector.settings == {}

@@ -287,7 +287,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, la
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(run, make_loader, tmp_path):
     load_batch, rows, copies = make_loader(make_table()), [], []
-    poisoned = list(make_step_plan().steps())[2].positions
+    poisoned = list(make_step_plan().steps())[1].positions
+    assert any(make_table().image_keys(position) for position in poisoned)
 
     def load_poisoned(positions):
         batch = load_batch(positions)
@@ -299,12 +300,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run, make_loader, tmp_p
         rows.append(row)
         copies.append(copy.deepcopy(row["weights"]))
 
-    with pytest.raises(TrainingError, match=r"step 3: the loss is nan.*samples\.parquet"):
-        run("a", load_batch=load_poisoned, on_step=note)
-    assert [row["step"] for row in rows] == [1, 2]
+    with pytest.raises(TrainingError, match=r"step 2: the loss is nan.*samples\.parquet"):
+        run("a", load_batch=load_poisoned, on_step=note, checkpoint_every_steps=1)
+    assert [row["step"] for row in rows] == [1]
     # The row shares the model's memory: what it holds now is what the failed step left.
     torch.testing.assert_close(rows[-1]["weights"], copies[-1], rtol=0, atol=0)
-    assert steps_on_disk(tmp_path / "a") == [2]
+    assert steps_on_disk(tmp_path / "a") == [1]
 
 
 def test_an_error_while_loading_comes_out_of_the_loop(run):
