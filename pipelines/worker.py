@@ -133,6 +133,7 @@ def export(task: WorkerTask, checkpoint_uri: str) -> None:
         std=encoder.std,
         template=task.settings.evaluate.template,
         separators=task.separators,
+        sub_images=task.stage_settings.sub_images,
     )
     export_model(model, checkpoint, encoder, processor, task.result_uri, DTYPES[task.settings.llm.dtype])
 
@@ -190,13 +191,16 @@ class _Reporter:
     """Metrics of each step: first to the run's files, then to the controller, which logs them to MLflow."""
 
     def __init__(self, task: WorkerTask, start_step: int, num_steps: int, rank: int) -> None:
-        self._every, self._num_steps, self._rank = task.stage_settings.report_every_steps, num_steps, rank
+        stage = task.stage_settings
+        # Rows must be stored before the checkpoint after them is: a resumed run does not do their steps again.
+        self._every, self._rank = (stage.report_every_steps, stage.checkpoint_every_steps), rank
+        self._num_steps = num_steps
         self._segment = MetricsSegment(task.run_uri, start_step)
         self._rows: list[dict[str, Any]] = []
 
     def __call__(self, row: dict[str, Any]) -> None:
         self._rows.append({**row, "time_ms": int(time.time() * 1000)})
-        if row["step"] % self._every and row["step"] != self._num_steps:
+        if row["step"] != self._num_steps and all(row["step"] % every for every in self._every):
             return
         if self._rank == 0:
             self._segment.add(self._rows)

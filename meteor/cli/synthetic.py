@@ -21,6 +21,7 @@ def add_commands(commands: Any) -> None:
     models = actions.add_parser("models", help="a tiny CLIP trained on generated scenes, a tiny Llama, a tokenizer")
     models.add_argument("folder", type=Path)
     models.add_argument("--seed", type=int, default=0)
+    models.add_argument("--threads", type=int, default=2, help="of torch; weights are the same for the same number")
     models.set_defaults(command=_models)
 
 
@@ -33,6 +34,6 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    models = make_tiny_models(arguments.folder, seed=arguments.seed)
+    models = make_tiny_models(arguments.folder, seed=arguments.seed, num_threads=arguments.threads)
     print(f"models: {models.clip} and {models.llm}")
     return 0

@@ -192,6 +192,13 @@ class RunSettings(_Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _question_sets_have_names_of_their_own(self) -> "RunSettings":
+        taken = sorted({"pretrain", "finetune"} & self.data.evaluate.keys())
+        if taken:
+            raise ValueError(f"data.evaluate names a set {taken[0]!r}, which is a stage's: call it otherwise")
+        return self
+
     @property
     def cache_root(self) -> str:
         return self.cache.uri or f"{self.output}/cache"

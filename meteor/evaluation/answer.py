@@ -92,6 +92,7 @@ class Answerer:
             pad_id=processor.tokenizer.pad_token_id,
             vision_width=self.model.config.vision_config.hidden_size,
             select_layer=self.model.config.select_layer,
+            sub_images=processor.sub_images,
             padding_side="left",
         )
         tokens = self.model.generate(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ class MeteorProcessor:
         mean, std: normalisation of the vision tower.
         template: prompt template of stage 2.
         separators: token ids after slices and rows; found in the vocabulary where None.
+        sub_images: ``global`` where stage 2 was trained on the global view alone.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class MeteorProcessor:
         std: Sequence[float],
         template: str = "vicuna_v1",
         separators: Separators | None = None,
+        sub_images: Literal["all", "global"] = "all",
     ) -> None:
         self.tokenizer, self.projector, self.pixels = tokenizer, dict(projector), pixels
         self.mean, self.std, self.template = tuple(mean), tuple(std), template
         self.separators = separators or visual_separators(tokenizer)
+        self.sub_images = sub_images
         settings = dict(projector)
         self.budget = visual_token_budget(settings.pop("name"), settings)
 
@@ -70,13 +73,16 @@ class MeteorProcessor:
         samples, num_slots, pixel_values = [], [], []
         for question, group in zip(texts, groups, strict=True):
             shown = [as_shown(image) for image in group]
-            plans = [self.pixels.plan(image.width, image.height) for image in shown]
-            for image, plan in zip(shown, plans, strict=True):
-                pixel_values += [normalise(sub_image, self.mean, self.std) for sub_image in slice_image(image, plan)]
+            layouts = []
+            for image in shown:
+                plan = self.pixels.plan(image.width, image.height)
+                layout = ImageLayout(plan.grid, plan.patch_grids)
+                layouts.append(layout.only_global() if self.sub_images == "global" else layout)
+                used = slice_image(image, plan)[: len(layouts[-1].patch_grids)]
+                pixel_values += [normalise(sub_image, self.mean, self.std) for sub_image in used]
             tokens = tokenise(
                 self._conversation(question, len(group)), self.tokenizer, self.template, for_generation=True
             )
-            layouts = [ImageLayout(plan.grid, plan.patch_grids) for plan in plans]
             longer, slots = expand_images(tokens, layouts, self.budget, self.separators)
             samples.append(longer)
             num_slots += slots
@@ -114,6 +120,7 @@ class MeteorProcessor:
             "mean": self.mean,
             "std": self.std,
             "template": self.template,
+            "sub_images": self.sub_images,
             "separators": vars(self.separators),
         }
         (Path(folder) / _FILE).write_text(json.dumps(content, indent=2))

@@ -52,6 +52,7 @@ def test_another_projector_does_not_inherit_the_settings_of_the_first(tmp_path):
         ("pretrain: {lr: -1}", r"pretrain\.lr = -1"),
         ("finetune: {weight_decay: 0.1}", r"finetune\.weight_decay"),
         ("vision: {attention_layers: [3]}", "must contain"),
+        ("data: {evaluate: {pretrain: x.json}}", "which is a stage's"),
         ("extends: run.yaml", "circle"),
         ("extends: nothing.yaml", "cannot be read"),
         ("- a\n- b", "mapping"),

@@ -135,3 +135,12 @@ def test_a_directory_without_a_processor_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(SettingsError, match="no processor_config"):
         MeteorProcessor.from_pretrained(str(tmp_path))
+
+
+def test_a_model_of_global_views_gets_global_views_alone(make_processor, make_picture):
+    picture = make_picture(200, 100)
+    whole = make_processor(sub_images="global")("What?", [picture])
+    sliced = make_processor()("What?", [picture])
+    assert len(whole["pixel_values"]) == 1 < len(sliced["pixel_values"])
+    assert torch.equal(whole["pixel_values"][0], sliced["pixel_values"][0])
+    assert int((whole["input_ids"] == IMAGE_TOKEN_ID).sum()) == int(whole["num_slots"].sum())
