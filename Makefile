@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/meteor synthetic data outputs/demo/data
+	$(BIN)/meteor synthetic data outputs/demo/data --scenes 160 --held-out 40
 	$(BIN)/meteor synthetic models outputs/demo/models
 	$(BIN)/python -m pipelines.all --run jobs/runs/demo.yaml
 
