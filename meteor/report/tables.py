@@ -116,13 +116,14 @@ def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
 
 
 def difference_table(variants: Sequence[VariantResult]) -> Table | None:
-    """Settings in which variants differ, without those that only repeat the variant's name; None if there are none."""
+    """Settings in which variants differ; None if there are none. The run's name and what its report shows do not count."""
     values = _settings_by_stage(variants)
     names = tuple(variant.name for variant in variants)
     rows = []
-    for key in sorted({key for stages in values.values() for flat in stages.values() for key in flat}):
+    keys = {key for stages in values.values() for flat in stages.values() for key in flat}
+    for key in sorted(key for key in keys if key != "name" and not key.startswith("report.")):
         for label, cells in _setting_rows(key, values):
-            if len({cell for cell in cells if cell != NOT_RUN}) > 1 and cells != names:
+            if len({cell for cell in cells if cell != NOT_RUN}) > 1:
                 rows.append((label, *cells))
     if not rows:
         return None

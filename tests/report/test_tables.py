@@ -90,6 +90,14 @@ def test_only_differing_settings_are_listed(make_run, make_variant):
     assert table.rows == (("projector.k", "144", "64"), ("projector.scan", "single", "not set"))
 
 
+def test_a_projector_named_like_its_variant_is_a_difference_and_the_runs_name_is_none(make_run, make_variant):
+    def make(name):
+        settings = {"name": name, "projector": {"name": name}, "report": {"compare": [name]}}
+        return make_variant(name, stages={"pretrain": make_run(settings=settings)})
+
+    assert difference_table([make("meteor"), make("mlp")]).rows == (("projector.name", "meteor", "mlp"),)
+
+
 def test_a_setting_that_changed_between_a_variants_stages_is_listed_by_stage(make_run, make_variant):
     def make_stages(first, second):
         return {"pretrain": make_run(settings={"lr": first}), "finetune": make_run("finetune", settings={"lr": second})}
