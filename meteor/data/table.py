@@ -1,6 +1,6 @@
 """The sample table: everything a training worker needs of the data set, planned once on the driver, stored with the run.
 
-Workers read this table and the feature cache; they never open the annotation file, the tokenizer or a picture.
+To train, workers read this table and the feature cache; they open no annotation file, and with cached features no picture.
 """
 
 from collections import Counter
