@@ -87,6 +87,7 @@ def cache_identity(settings: RunSettings, encoder: FrozenClip) -> CacheIdentity:
     """The key of the cache that this encoder and these settings make."""
     return CacheIdentity(
         encoder_digest=encoder.weights_digest,
+        encoder_dtype=settings.vision.dtype,
         select_layer=settings.vision.select_layer,
         preprocessing=encoder.preprocessing,
         slicing=settings.slicing.model_dump(),

@@ -41,6 +41,7 @@ TEXT = {
 }
 IDENTITY = {
     "encoder_digest": "0" * 64,
+    "encoder_dtype": "float32",
     "select_layer": -2,
     "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3, "rescale": "1/255"},
     "slicing": {"max_slices": 6, "resolution": 56, "patch_size": 14},

@@ -28,6 +28,7 @@ class CacheIdentity:
 
     Attributes:
         encoder_digest: fingerprint of the frozen encoder's weights.
+        encoder_dtype: the type it computes in; bfloat16 and float32 differ more than a codec's error.
         select_layer: the hidden state that is cached, for example -2.
         preprocessing: ``mean``, ``std`` (three numbers each) and ``rescale``.
         slicing: ``max_slices``, ``resolution`` and ``patch_size`` of the slicing rule.
@@ -38,6 +39,7 @@ class CacheIdentity:
     """
 
     encoder_digest: str
+    encoder_dtype: str
     select_layer: int
     preprocessing: Mapping[str, Any]
     slicing: Mapping[str, int]

@@ -24,6 +24,7 @@ def make_identity() -> Callable[..., CacheIdentity]:
     def make(**changes) -> CacheIdentity:
         fields = {
             "encoder_digest": "e" * 64,
+            "encoder_dtype": "float32",
             "select_layer": -2,
             "preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.25], "rescale": "1/255"},
             "slicing": {"max_slices": 6, "resolution": 336, "patch_size": 14},

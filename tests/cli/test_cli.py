@@ -209,6 +209,7 @@ def test_a_run_that_cannot_be_checked_gives_code_2(call, write_run):
 def cache(make_features, tmp_path):
     identity = CacheIdentity(
         encoder_digest="e" * 64,
+        encoder_dtype="float32",
         select_layer=-2,
         preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3, "rescale": "1/255"},
         slicing={"max_slices": 6, "resolution": 56, "patch_size": 14},

@@ -78,6 +78,7 @@ def test_cached_features_equal_live_ones_within_half_precision(encoder, make_pic
     live = LiveFeatures(encoder, {key: str(tmp_path / "a.png")}, PIXELS).get(key)
     identity = CacheIdentity(
         encoder_digest=encoder.weights_digest,
+        encoder_dtype="float32",
         select_layer=-2,
         preprocessing=encoder.preprocessing,
         slicing={"max_slices": 6, "resolution": 56, "patch_size": 14},

@@ -65,6 +65,7 @@ def test_it_learns_what_only_the_picture_tells_and_fails_when_pictures_are_swapp
 def fill_cache(folder: Path, pictures: Path, samples, encoder) -> tuple[dict[str, IndexedImage], FeatureCache]:
     identity = CacheIdentity(
         encoder_digest=encoder.weights_digest,
+        encoder_dtype="float32",
         select_layer=-2,
         preprocessing=encoder.preprocessing,
         slicing={"max_slices": PIXELS.max_slices, "resolution": PIXELS.resolution, "patch_size": PIXELS.patch_size},

@@ -33,6 +33,7 @@ def build(llm_folder, clip_folder, encoder):
     def make(*, dtype=torch.float32, digest=None, seed=0):
         identity = {
             "encoder_digest": digest or encoder.weights_digest,
+            "encoder_dtype": "float32",
             "select_layer": -2,
             "preprocessing": encoder.preprocessing,
             "slicing": {"max_slices": 6, "resolution": 56, "patch_size": 14},
