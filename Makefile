@@ -1,10 +1,10 @@
-# make install | demo | test | test-slow | lint | clean
+# make install | demo | test | test-slow | test-s3 | lint | clean
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo test test-slow test-s3 ceph lint clean
 
 install: $(STAMP)
 
@@ -27,6 +27,23 @@ test: install
 # Learning, restarts, several processes: minutes on two cores.
 test-slow: install
 	$(BIN)/pytest -m slow
+
+# Storage and cache on a real S3 server, Ceph's gateway on loopback, through a proxy that breaks things.
+test-s3: install ceph
+	$(BIN)/pytest -m s3
+
+# The programs that tests/s3/ceph.py starts, from Debian's or Ubuntu's packages.
+CEPH_PROGRAMS := ceph ceph-mon ceph-osd monmaptool radosgw radosgw-admin
+CEPH_PACKAGES := ceph-mon ceph-osd radosgw
+ceph:
+	@for program in $(CEPH_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
+	test -z "$$missing" && exit 0; \
+	install="apt-get install -y --no-install-recommends $(CEPH_PACKAGES)"; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; \
+	elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo="sudo -n"; \
+	else echo "The tests on a real S3 server need Ceph. As root: $$install" >&2; exit 1; fi; \
+	command -v apt-get >/dev/null || { echo "No apt-get here; install ceph-mon, ceph-osd and radosgw by hand" >&2; exit 1; }; \
+	$$sudo apt-get update -q && $$sudo env DEBIAN_FRONTEND=noninteractive $$install
 
 lint: install
 	$(BIN)/ruff check

@@ -1,9 +1,11 @@
 """Fixtures that several rooms share: tiny models without training, a tokenizer of letters, batches, pictures, an S3."""
 
+import functools
 import io
 import json
 import os
 import string
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,10 @@ from meteor.data.collate import Batch, collate
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.text.tokens import Separators, TokenisedSample
+
+# The real S3 server and the proxy before it, which benchmarks/faults.py starts as well.
+sys.path.insert(0, str(Path(__file__).parent / "s3"))
+from ceph import ACCESS_KEY, INSTALL, SECRET_KEY, ceph_gateway, missing_programs
 
 # On tensors this small threads wait for each other more than they compute: 6x slower on a busy machine.
 torch.set_num_threads(1)
@@ -165,6 +171,7 @@ def png() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
+    """moto, a mock of S3 on loopback."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -174,15 +181,50 @@ def s3_endpoint() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def ceph_endpoint() -> Iterator[str]:
+    """A real S3 server on loopback, Ceph's gateway; for tests marked ``s3``."""
+    if missing := missing_programs():
+        pytest.skip(f"{', '.join(missing)} not found; install Ceph (`make test-s3` does): {INSTALL}")
+    with ceph_gateway() as endpoint:
+        yield endpoint
+
+
 @pytest.fixture
 def s3_root(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    import boto3
+    """A fresh prefix of a bucket of the mock, with the environment that leads to it."""
+    return _bucket_root(s3_endpoint, monkeypatch, tmp_path)
 
+
+@pytest.fixture
+def ceph_root(ceph_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A fresh prefix of a bucket of the real server, with the environment that leads to it."""
+    return _bucket_root(ceph_endpoint, monkeypatch, tmp_path)
+
+
+def _bucket_root(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    boto3.session.Session().client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        # No settings of whoever runs the tests.
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        # Set here so that what the code sets itself is taken back after the test.
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+    }.items():
+        monkeypatch.setenv(name, value)
+    _make_bucket(endpoint)
     return f"s3://bucket/{tmp_path.name}"
+
+
+@functools.cache
+def _make_bucket(endpoint: str) -> None:
+    import boto3
+
+    boto3.session.Session().client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="bucket")

@@ -1,0 +1,157 @@
+"""Files on local disk: whole or absent, after a power cut too."""
+
+import errno
+import io
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+from pyarrow import fs
+
+from meteor.errors import AlreadyExistsError, NotFoundError, StorageError
+from meteor.storage.place import ObjectInfo, is_partial, partial_name
+
+_COPY_CHUNK_BYTES = 8 << 20
+
+
+class LocalFile:
+    """The file at an absolute path (`Place`)."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            return file.read()
+
+    def read_into(self, start: int, buffer: memoryview) -> int:
+        num_read = 0
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(start)
+            while num_read < len(buffer) and (count := file.readinto(buffer[num_read:])):
+                num_read += count
+        return num_read
+
+    def write(self, data: bytes) -> None:
+        self._publish(io.BytesIO(data), os.replace)
+
+    def create(self, data: bytes) -> None:
+        self._publish(io.BytesIO(data), os.link)
+
+    def upload(self, source: str) -> None:
+        with open(source, "rb") as file:
+            self._publish(file, os.replace)
+
+    def _publish(self, content: BinaryIO, move: Callable[[str, str], None]) -> None:
+        with partial_file(self.path) as partial:
+            with open(partial, "xb") as file:
+                shutil.copyfileobj(content, file, _COPY_CHUNK_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+            move(partial, self.path)
+        _sync_folder(os.path.dirname(self.path))
+
+    def download(self, target: str) -> None:
+        shutil.copyfile(self.path, target)
+
+    def stat(self) -> ObjectInfo:
+        status = os.stat(self.path)
+        if not os.path.isfile(self.path):
+            raise IsADirectoryError(self.path)
+        return ObjectInfo(self.path, status.st_size, str(status.st_mtime_ns), status.st_mtime)
+
+    def delete(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def list(self) -> Iterator[ObjectInfo]:
+        return (info for info in self._walk() if not is_partial(info.uri))
+
+    def leftovers(self, older_than_s: float, dry_run: bool) -> Iterator[str]:
+        oldest_kept_s = self.now_s() - older_than_s
+        for info in self._walk():
+            if is_partial(info.uri) and info.modified_s < oldest_kept_s:
+                if not dry_run:
+                    LocalFile(info.uri).delete()
+                yield info.uri
+
+    def _walk(self) -> Iterator[ObjectInfo]:
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                # Another process may delete a file between the walk and the look at it.
+                with suppress(FileNotFoundError):
+                    yield LocalFile(os.path.join(folder, name)).stat()
+
+    def now_s(self) -> float:
+        return time.time()
+
+    def supports_create(self) -> bool:
+        return True
+
+    def filesystem(self) -> tuple[fs.FileSystem, str]:
+        return fs.LocalFileSystem(), self.path
+
+
+@contextmanager
+def disk_errors(uri: str) -> Iterator[None]:
+    """The errors of the operating system as ours, with the URI and what to do."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFoundError(f"{uri} does not exist") from error
+    except IsADirectoryError as error:
+        raise NotFoundError(f"{uri} is a folder, not a file") from error
+    except FileExistsError as error:
+        raise AlreadyExistsError(f"{uri} exists already") from error
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise StorageError(
+                f"{uri} cannot be written: {error.strerror}. Nothing of it was left behind; free space there or choose "
+                "another folder, and start again: what was finished before is kept"
+            ) from error
+        raise StorageError(f"{uri}: {error.strerror or error}") from error
+
+
+@contextmanager
+def partial_file(path: str) -> Iterator[str]:
+    """A new name beside ``path`` to write to and move from; gone at the end whatever happens."""
+    folder = os.path.dirname(path)
+    try:
+        _make_folder(folder)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(f"{path} cannot be written: a file stands where its folder {folder} should be") from error
+    partial = os.path.join(folder, partial_name())
+    try:
+        yield partial
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(partial)
+
+
+def _make_folder(folder: str) -> None:
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder)
+    _make_folder(parent)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise
+    _sync_folder(parent)
+
+
+def _sync_folder(folder: str) -> None:
+    # Without this a new name may be gone after a power cut, although the file's bytes are safe.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems cannot sync a folder; they order names by other means.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,200 @@
+"""Objects of an S3 store: bounded requests, reads that go on where they broke."""
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+
+from meteor.errors import StorageError
+from meteor.storage import s3_create
+from meteor.storage.client import boto3_module, is_aws, s3_client
+from meteor.storage.place import ObjectInfo, is_partial
+from meteor.storage.s3_ranges import read_first
+
+# Above it a write goes in parts, each sent again by itself when it fails.
+_MULTIPART_BYTES = 64 << 20
+_PART_BYTES = 16 << 20
+# The client holds ten parts at most: 160 MB.
+_NUM_PART_THREADS = 4
+_NUM_UPLOAD_ATTEMPTS = 3
+# Of one read, with pauses of 0.2, 0.4, 0.8 and 1.6 s between them.
+_NUM_READ_ATTEMPTS = 5
+_FIRST_PAUSE_S = 0.2
+# Of a stream at once; measured as fast as larger ones.
+_WINDOW_BYTES = 1 << 20
+
+
+class S3Object:
+    """The object at ``s3://bucket/key`` (`Place`)."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.bucket, _, self.key = uri.removeprefix("s3://").partition("/")
+        if not self.bucket:
+            raise StorageError(f"{uri!r} names no bucket; write s3://bucket/key")
+        self.client = s3_client()
+
+    def address(self) -> dict[str, str]:
+        if not self.key:
+            raise StorageError(f"{self.uri!r} names a bucket and nothing in it; write s3://bucket/key")
+        return {"Bucket": self.bucket, "Key": self.key}
+
+    def read(self) -> bytes:
+        response = self.client.get_object(**self.address())
+        # The bytes object inside is filled in place and handed out without a copy.
+        content = io.BytesIO(bytes(response["ContentLength"]))
+        with content.getbuffer() as buffer:
+            self._fill(buffer, 0, response)
+        return content.getvalue()
+
+    def read_into(self, start: int, buffer: memoryview) -> int:
+        first = read_first(self.client, self.address(), start, buffer)
+        if not first:
+            response = self._get_range(start, len(buffer))
+            num_bytes: int = response["ContentLength"]
+            self._fill(buffer[:num_bytes], start, response)
+            return num_bytes
+        if num_left := first.size_bytes - first.num_read:
+            start += first.num_read
+            response = self._get_range(start, num_left, IfMatch=first.etag)
+            self._fill(buffer[first.num_read : first.size_bytes], start, response)
+        return first.size_bytes
+
+    def _get_range(self, start: int, num_bytes: int, **conditions: str) -> Any:
+        response = self.client.get_object(
+            **self.address(), Range=f"bytes={start}-{start + num_bytes - 1}", **conditions
+        )
+        if response["ContentLength"] > num_bytes:
+            response["Body"].close()
+            raise StorageError(f"{self.uri}: the store ignores byte ranges; use one that answers them (RFC 9110)")
+        return response
+
+    def _fill(self, buffer: memoryview, start: int, response: Any) -> None:
+        """Read the response's body into the buffer; a body that breaks off is asked for again from there on."""
+        broken = (boto3_module("botocore.exceptions").BotoCoreError, OSError)
+        position, pause_s = 0, _FIRST_PAUSE_S
+        for attempt in range(1, _NUM_READ_ATTEMPTS + 1):
+            body = response["Body"]
+            try:
+                while position < len(buffer):
+                    # At the end of a body that is too short this raises IncompleteReadError.
+                    position += body.readinto(buffer[position : position + _WINDOW_BYTES])
+            except broken as error:
+                if attempt == _NUM_READ_ATTEMPTS:
+                    raise StorageError(
+                        f"{self.uri}: reading broke off {attempt} times, the last time {start + position} bytes into the "
+                        f"object with {len(buffer) - position} to go ({error}). The store or the way to it is "
+                        "overloaded or down; what was finished is kept, so start again when it is well"
+                    ) from error
+            else:
+                # At the end the checksum is compared, where the store sent one.
+                body.readinto(bytearray(1))
+                return
+            finally:
+                body.close()
+            time.sleep(pause_s)
+            pause_s *= 2
+            # If-Match: the rest of another version must not be mixed in.
+            response = self._get_range(start + position, len(buffer) - position, IfMatch=response["ETag"])
+
+    def write(self, data: bytes) -> None:
+        if len(data) < _MULTIPART_BYTES:
+            self.client.put_object(**self.address(), Body=data)
+        else:
+            self._send(lambda: self.client.upload_fileobj(io.BytesIO(data), **self.address(), Config=_transfer()))
+
+    def create(self, data: bytes) -> None:
+        s3_create.create(self.client, self.uri, self.address(), data, read=self.read)
+
+    def upload(self, source: str) -> None:
+        self._send(lambda: self.client.upload_file(Filename=source, **self.address(), Config=_transfer()))
+
+    def _send(self, send: Callable[[], None]) -> None:
+        failures = (boto3_module("botocore.exceptions").ClientError, boto3_module("boto3.exceptions").Boto3Error)
+        for attempt in range(1, _NUM_UPLOAD_ATTEMPTS + 1):
+            try:
+                send()
+                return
+            except failures as error:
+                # The answer to the request that ends an upload was lost; sent again, it finds no upload. Which of the
+                # two it was nobody can tell, so all is sent again.
+                if "NoSuchUpload" not in str(error) or attempt == _NUM_UPLOAD_ATTEMPTS:
+                    raise
+
+    def download(self, target: str) -> None:
+        # Continues broken parts by itself, five times each, with If-Match.
+        self.client.download_file(Filename=target, **self.address())
+
+    def stat(self) -> ObjectInfo:
+        head = self.client.head_object(**self.address())
+        return _info(self.uri, head["ContentLength"], head)
+
+    def delete(self) -> None:
+        self.client.delete_object(**self.address())
+
+    def list(self) -> Iterator[ObjectInfo]:
+        return (info for info in self._walk() if not is_partial(info.uri))
+
+    def leftovers(self, older_than_s: float, dry_run: bool) -> Iterator[str]:
+        oldest_kept_s = self.now_s() - older_than_s
+        for info in self._walk():
+            if is_partial(info.uri) and info.modified_s < oldest_kept_s:
+                if not dry_run:
+                    S3Object(info.uri).delete()
+                yield info.uri
+        pages = self.client.get_paginator("list_multipart_uploads")
+        for page in pages.paginate(Bucket=self.bucket, Prefix=self._prefix()):
+            for upload in page.get("Uploads", []):
+                if upload["Initiated"].timestamp() < oldest_kept_s:
+                    if not dry_run:
+                        self._abort(upload["Key"], upload["UploadId"])
+                    yield f"s3://{self.bucket}/{upload['Key']}?uploadId={upload['UploadId']}"
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        # It may have ended by itself in the meantime.
+        with suppress(self.client.exceptions.NoSuchUpload):
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
+
+    def _walk(self) -> Iterator[ObjectInfo]:
+        pages = self.client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self.bucket, Prefix=self._prefix()):
+            for found in page.get("Contents", []):
+                # Consoles and Arrow mark folders by empty objects that end in a slash.
+                if not found["Key"].endswith("/"):
+                    yield _info(f"s3://{self.bucket}/{found['Key']}", found["Size"], found)
+
+    def _prefix(self) -> str:
+        return f"{self.key}/" if self.key else ""
+
+    def now_s(self) -> float:
+        answer = self.client.head_bucket(Bucket=self.bucket)["ResponseMetadata"]["HTTPHeaders"]
+        return parsedate_to_datetime(answer["date"]).timestamp()
+
+    def supports_create(self) -> bool:
+        return s3_create.supports_create(self.client, self.bucket, self.key)
+
+    def filesystem(self) -> tuple[fs.FileSystem, str]:
+        options = {"region": self.client.meta.region_name}
+        if not is_aws(self.client):
+            # Arrow's client has no option for this, and many stores other than AWS refuse its default checksums.
+            os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+            os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+            endpoint = urlsplit(self.client.meta.endpoint_url)
+            options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
+        return fs.S3FileSystem(**options), f"{self.bucket}/{self.key}".rstrip("/")
+
+
+def _info(uri: str, size_bytes: int, answer: dict[str, Any]) -> ObjectInfo:
+    return ObjectInfo(uri, size_bytes, answer["ETag"].strip('"'), answer["LastModified"].timestamp())
+
+
+def _transfer() -> Any:
+    return boto3_module("boto3.s3.transfer").TransferConfig(
+        multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=_NUM_PART_THREADS
+    )
