@@ -2,6 +2,7 @@
 
 <root>/<cache key>/<codec>/
     identity.json                       whose numbers these are
+    calibration.json                    scales and centres of the codec int8, the same for all files
     data/<uuid>.parquet                 features, immutable, one row group for each image
     ledger/features-<uuid>.parquet      what a finished data file holds; without it the data file does not count
     ledger/quarantine-<uuid>.parquet    pictures that could not be encoded
@@ -14,14 +15,15 @@
 from dataclasses import dataclass
 
 from meteor import storage
-from meteor.cache.codec import get_codec
+from meteor.cache.codec import check_codec_name
 from meteor.cache.identity import CacheIdentity
 from meteor.cache.table import check_schema_version
 from meteor.constants import CACHE_SCHEMA_VERSION
 from meteor.errors import AlreadyExistsError, CacheError, NotFoundError
 
-IDENTITY, DATA, LEDGER, MANIFESTS, KEYS, QUARANTINE, PINS = (
+IDENTITY, CALIBRATION, DATA, LEDGER, MANIFESTS, KEYS, QUARANTINE, PINS = (
     "identity.json",
+    "calibration.json",
     "data",
     "ledger",
     "manifests",
@@ -49,7 +51,7 @@ def create_cache(root_uri: str, identity: CacheIdentity, codec: str) -> str:
         CacheMismatchError: the folder holds a cache of another identity.
         SettingsError: there is no such codec.
     """
-    cache_uri = storage.absolute(storage.join(root_uri, identity.key, get_codec(codec).name))
+    cache_uri = storage.absolute(storage.join(root_uri, identity.key, check_codec_name(codec)))
     content = {
         "schema_version": CACHE_SCHEMA_VERSION,
         "key": identity.key,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -27,6 +27,7 @@ _SUFFIX = ".parquet"
 _NUM_SHOWN = 5
 _CONTENT = ("image_key", "width", "height", "status")
 _AMBIGUOUS = -1
+_ADVICE = "delete it: the version before it counts then, and cache_features reads what that lacks"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class DatasetIndex:
     @classmethod
     def open(cls, uri: str, version: int) -> "DatasetIndex":
         """A published version below the index's URI. Raises NotFoundError if there is none."""
-        table = read_table(storage.join(uri, f"{version_name(version)}{_SUFFIX}"), INDEX_SCHEMA)
+        table = read_table(storage.join(uri, f"{version_name(version)}{_SUFFIX}"), INDEX_SCHEMA, advice=_ADVICE)
         return cls(storage.absolute(uri), version, table)
 
     @classmethod
@@ -91,8 +92,9 @@ class DatasetIndex:
             The new version; the latest one when the rows change nothing.
         """
         # Of two rows for one URI the last counts.
-        by_uri = {row.uri: asdict(row) for row in rows}
-        new = pa.Table.from_pylist(list(by_uri.values()), schema=INDEX_SCHEMA)
+        by_uri = {row.uri: row for row in rows}
+        columns = {name: [getattr(row, name) for row in by_uri.values()] for name in INDEX_SCHEMA.names}
+        new = pa.table(columns, schema=INDEX_SCHEMA)
 
         def content_after(latest: int) -> bytes | None:
             held = cls.open(uri, latest).table if latest else INDEX_SCHEMA.empty_table()
@@ -106,7 +108,8 @@ class DatasetIndex:
 
     def rows(self) -> list[IndexRow]:
         """All rows, by URI."""
-        return [IndexRow(**row) for row in self.table.to_pylist()]
+        columns = [self.table[field.name].to_pylist() for field in fields(IndexRow)]
+        return [IndexRow(*values) for values in zip(*columns, strict=True)]
 
     def lookup(self, uri_or_name: str) -> IndexRow | None:
         """The row of the image with this URI, else of the one that samples name so; None when it is not indexed.

@@ -1,8 +1,8 @@
 """Committed versions of a cache: which images it holds and where, one winner for each image key."""
 
+import json
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from meteor import storage
-from meteor.cache.folder import KEYS, LEDGER, MANIFESTS, QUARANTINE
+from meteor.cache.folder import KEYS, MANIFESTS, QUARANTINE
+from meteor.cache.ledger import FEATURES_PREFIX, QUARANTINE_PREFIX, REPAIR_ADVICE, ledger_names, read_records
+from meteor.cache.merging import merge_keys
 from meteor.cache.quarantine import QUARANTINE_SCHEMA, merge_quarantine
 from meteor.cache.row import PAYLOAD_COLUMNS
 from meteor.cache.table import (
@@ -23,9 +25,10 @@ from meteor.cache.table import (
 )
 from meteor.cache.writer import KEY_SCHEMA
 from meteor.constants import CACHE_SCHEMA_VERSION
-from meteor.errors import CacheError, NotFoundError
+from meteor.errors import AlreadyExistsError, CacheError, CorruptPayloadError, NotFoundError
 
-_NUM_READERS = 16
+_SUFFIX = ".json"
+Edit = Callable[[pa.Table], pa.Table]
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,12 @@ class Manifest:
         version: its number, from 1 on.
         keys: file of the key index below the cache's URI, a table of `KEY_SCHEMA` sorted by image key.
         quarantine: file of the quarantine table.
-        records: names of all ledger records that are merged into this version.
+        records: names of the ledger records that are merged into this version; those that `gc` removed leave.
         num_images: rows of the key index.
-        num_shadowed: rows of data files that lost to another row of the same image.
+        num_shadowed: rows of data files that lost to another row of the same image, ever since the first version.
         payload_bytes: bytes of the images' payloads.
+        num_sub_images: sub-images of all images; None in versions of schema version 1.
+        num_quarantined: rows of the quarantine table; None likewise.
     """
 
     version: int
@@ -49,28 +54,68 @@ class Manifest:
     num_images: int
     num_shadowed: int
     payload_bytes: int
+    num_sub_images: int | None = None
+    num_quarantined: int | None = None
     schema_version: int = CACHE_SCHEMA_VERSION
+
+
+@dataclass(frozen=True, eq=False)
+class _Base:
+    """What the next version builds on."""
+
+    records: frozenset[str]
+    keys: pa.Table
+    quarantine: pa.Table
+    num_shadowed: int
+
+
+_NOTHING = _Base(frozenset(), KEY_SCHEMA.empty_table(), QUARANTINE_SCHEMA.empty_table(), 0)
+
+
+def manifests_uri(cache_uri: str) -> str:
+    """The folder of versions."""
+    return storage.join(cache_uri, MANIFESTS)
+
+
+def manifest_uri(cache_uri: str, version: int) -> str:
+    """Where a version's manifest is."""
+    return storage.join(manifests_uri(cache_uri), f"{version_name(version)}{_SUFFIX}")
 
 
 def latest_manifest(cache_uri: str) -> int:
     """The latest committed version; 0 when nothing has been committed."""
-    return latest_version(storage.join(cache_uri, MANIFESTS), ".json")
+    return latest_version(manifests_uri(cache_uri), _SUFFIX)
 
 
 def read_manifest(cache_uri: str, version: int) -> Manifest:
     """A committed version.
 
     Raises:
+        CorruptPayloadError: it is damaged.
         CacheError: there is no such version, or a newer release wrote it.
     """
-    uri = storage.join(cache_uri, MANIFESTS, f"{version_name(version)}.json")
+    uri = manifest_uri(cache_uri, version)
     try:
-        content: dict[str, Any] = storage.read_json(uri)
+        data = storage.read_bytes(uri)
     except NotFoundError as error:
         latest = latest_manifest(cache_uri)
         raise CacheError(f"{cache_uri} has no version {version}; the latest is {latest} (0: none yet)") from error
-    check_schema_version(uri, content["schema_version"], CACHE_SCHEMA_VERSION)
-    return Manifest(**{**content, "records": tuple(content["records"])})
+    try:
+        content: dict[str, Any] = json.loads(data)
+        check_schema_version(uri, content["schema_version"], CACHE_SCHEMA_VERSION)
+        return Manifest(**{**content, "records": tuple(content["records"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptPayloadError(f"{uri} is damaged ({error}); {REPAIR_ADVICE}") from error
+
+
+def read_keys(cache_uri: str, manifest: Manifest) -> pa.Table:
+    """The key index, a table of `KEY_SCHEMA` sorted by image key."""
+    return read_table(storage.join(cache_uri, manifest.keys), KEY_SCHEMA, advice=REPAIR_ADVICE)
+
+
+def read_quarantine(cache_uri: str, manifest: Manifest) -> pa.Table:
+    """The quarantine, a table of `QUARANTINE_SCHEMA`."""
+    return read_table(storage.join(cache_uri, manifest.quarantine), QUARANTINE_SCHEMA, advice=REPAIR_ADVICE)
 
 
 def commit(cache_uri: str) -> int:
@@ -82,66 +127,119 @@ def commit(cache_uri: str) -> int:
     Returns:
         The version that holds all of them; the latest as it was when there was nothing to merge (0: none at all).
     """
-    return publish_next(storage.join(cache_uri, MANIFESTS), ".json", lambda latest: _manifest_after(cache_uri, latest))
+    return publish_next(manifests_uri(cache_uri), _SUFFIX, lambda latest: _next(cache_uri, latest))
 
 
-def read_keys(cache_uri: str, manifest: Manifest) -> pa.Table:
-    """The key index, a table of `KEY_SCHEMA` sorted by image key."""
-    return read_table(storage.join(cache_uri, manifest.keys), KEY_SCHEMA)
+def publish_edit(cache_uri: str, edit: Edit, *, unreadable: Collection[str] = ()) -> int:
+    """Change the key index and merge as `commit` does, in one new version.
 
+    A row that the edit drops does not come back: its record is merged already. A new record with the same image takes its
+    place.
 
-def read_quarantine(cache_uri: str, manifest: Manifest) -> pa.Table:
-    """The quarantine, a table of `QUARANTINE_SCHEMA`."""
-    return read_table(storage.join(cache_uri, manifest.quarantine), QUARANTINE_SCHEMA)
+    Args:
+        cache_uri: the cache.
+        edit: from the latest key index to the next; called again when another writer was faster.
+        unreadable: names of damaged ledger records, which count as merged from here on without being read.
 
-
-def merge_keys(held: pa.Table, pending: Sequence[pa.Table]) -> pa.Table:
-    """One row for each image key, sorted by key: the first that was there, so that a committed row stays where it is.
-
-    A later row replaces it only by holding the attention of more layers, all earlier ones included: so a cache grows
-    when a new experiment asks for another layer.
+    Returns:
+        The new version; the latest as it was when nothing would change.
     """
-    rows = pa.concat_tables([held, *pending])
-    keys, layers = rows["image_key"].to_pylist(), rows["attention_layers"].to_pylist()
-    winners: dict[str, int] = {}
-    for position, key in enumerate(keys):
-        winner = winners.setdefault(key, position)
-        if set(layers[position]) > set(layers[winner]):
-            winners[key] = position
-    return rows.take(pa.array([winners[key] for key in sorted(winners)], pa.int64()))
+    return publish_next(
+        manifests_uri(cache_uri), _SUFFIX, lambda latest: _next(cache_uri, latest, edit=edit, unreadable=unreadable)
+    )
 
 
-def _manifest_after(cache_uri: str, latest: int) -> bytes | None:
-    previous = read_manifest(cache_uri, latest) if latest else None
-    merged_records = set(previous.records) if previous else set()
-    listed = [info.uri.rpartition("/")[2] for info in storage.list_objects(storage.join(cache_uri, LEDGER))]
-    pending = [name for name in listed if name not in merged_records]
-    if not pending:
+def rebuild(cache_uri: str, broken_version: int, *, unreadable: Collection[str] = ()) -> int:
+    """Publish a version made of all ledger records alone, after a latest version that cannot be read.
+
+    Returns:
+        The new version; the latest when somebody else has published one after the broken version.
+    """
+
+    def content_after(latest: int) -> bytes | None:
+        return _next(cache_uri, latest, base=_NOTHING, unreadable=unreadable) if latest == broken_version else None
+
+    return publish_next(manifests_uri(cache_uri), _SUFFIX, content_after)
+
+
+def _base(cache_uri: str, manifest: Manifest | None) -> _Base:
+    if manifest is None:
+        return _NOTHING
+    return _Base(
+        frozenset(manifest.records),
+        read_keys(cache_uri, manifest),
+        read_quarantine(cache_uri, manifest),
+        manifest.num_shadowed,
+    )
+
+
+def _next(
+    cache_uri: str,
+    latest: int,
+    *,
+    base: _Base | None = None,
+    edit: Edit | None = None,
+    unreadable: Collection[str] = (),
+) -> bytes | None:
+    """The manifest after the latest version, its tables written; None when it would change nothing."""
+    listed = ledger_names(cache_uri)
+    if base is None:
+        manifest = read_manifest(cache_uri, latest) if latest else None
+        # Nearly every call ends here, before the tables are read.
+        if manifest and not edit and set(manifest.records).issuperset(listed):
+            return None
+        base = _base(cache_uri, manifest)
+    pending = [name for name in listed if name not in base.records]
+    readable = [name for name in pending if name not in unreadable]
+    new_rows = _pending_tables(cache_uri, [name for name in readable if name.startswith(FEATURES_PREFIX)])
+    new_bad = _pending_tables(cache_uri, [name for name in readable if name.startswith(QUARANTINE_PREFIX)])
+    edited = edit(base.keys) if edit else base.keys
+    if not pending and edited.equals(base.keys):
         return None
-    held_keys = read_keys(cache_uri, previous) if previous else KEY_SCHEMA.empty_table()
-    held_quarantine = read_quarantine(cache_uri, previous) if previous else QUARANTINE_SCHEMA.empty_table()
-    new_rows = _read_records(cache_uri, [name for name in pending if name.startswith("features-")], KEY_SCHEMA)
-    new_bad = _read_records(cache_uri, [name for name in pending if name.startswith("quarantine-")], QUARANTINE_SCHEMA)
-    keys = merge_keys(held_keys, new_rows)
-    quarantine = merge_quarantine(held_quarantine, new_bad, keys["image_key"].to_pylist())
-    num_rows = held_keys.num_rows + sum(table.num_rows for table in new_rows)
+    keys = merge_keys(edited, new_rows)
+    num_lost = edited.num_rows + sum(table.num_rows for table in new_rows) - keys.num_rows
+    return _write_version(
+        cache_uri,
+        latest + 1,
+        keys,
+        merge_quarantine(base.quarantine, new_bad, keys["image_key"]),
+        # A record that gc removed has no rows here any more, and its name is not needed to keep it from coming back.
+        records=(base.records | set(pending)) & set(listed),
+        num_shadowed=base.num_shadowed + num_lost,
+    )
+
+
+def _pending_tables(cache_uri: str, names: Sequence[str]) -> list[pa.Table]:
+    # A record that gc removed since it was listed is merged in a version after ours: our put is going to lose.
+    contents = read_records(cache_uri, names)
+    if damaged := [content for content in contents.values() if isinstance(content, CorruptPayloadError)]:
+        raise CorruptPayloadError(
+            f"{len(damaged)} ledger records are damaged, such as: {damaged[0]}. That leaves them out, and the next build "
+            "encodes their pictures again"
+        ) from damaged[0]
+    return list(contents.values())
+
+
+def _write_version(
+    cache_uri: str, version: int, keys: pa.Table, quarantine: pa.Table, *, records: Collection[str], num_shadowed: int
+) -> bytes:
+    """Write the tables of a version, and give the manifest that makes it visible."""
+    # Others may have published while we merged: what we would write now, gc would have to remove.
+    if latest_manifest(cache_uri) >= version:
+        raise AlreadyExistsError(f"{cache_uri} has a version {version} already")
     # Named by chance, so that a writer who loses the race to the manifest overwrites nothing.
-    name = f"{version_name(latest + 1)}-{uuid.uuid4().hex}.parquet"
+    name = f"{version_name(version)}-{uuid.uuid4().hex}.parquet"
     storage.write_bytes(storage.join(cache_uri, KEYS, name), table_bytes(keys))
     storage.write_bytes(storage.join(cache_uri, QUARANTINE, name), table_bytes(quarantine))
     manifest = Manifest(
-        version=latest + 1,
+        version=version,
         keys=f"{KEYS}/{name}",
         quarantine=f"{QUARANTINE}/{name}",
-        records=tuple(sorted(merged_records.union(pending))),
+        records=tuple(sorted(records)),
         num_images=keys.num_rows,
-        num_shadowed=(previous.num_shadowed if previous else 0) + num_rows - keys.num_rows,
+        num_shadowed=num_shadowed,
         payload_bytes=sum(pc.sum(keys[f"{column}_size"]).as_py() or 0 for column in PAYLOAD_COLUMNS),
+        num_sub_images=(pc.sum(pc.list_value_length(keys["patch_grids"])).as_py() or 0) // 2,
+        num_quarantined=quarantine.num_rows,
     )
     return storage.json_bytes(asdict(manifest))
-
-
-def _read_records(cache_uri: str, names: Sequence[str], schema: pa.Schema) -> list[pa.Table]:
-    uris = [storage.join(cache_uri, LEDGER, name) for name in names]
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        return list(pool.map(lambda uri: read_table(uri, schema), uris))

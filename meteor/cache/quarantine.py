@@ -4,17 +4,29 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from meteor import storage
 from meteor.cache.folder import LEDGER
-from meteor.cache.table import table_bytes, versioned
+from meteor.cache.table import sorted_groups, table_bytes, versioned
 from meteor.constants import CACHE_SCHEMA_VERSION
 
 QUARANTINE_SCHEMA = versioned(
-    pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("image_key", "name", "reason", "message")]),
+    pa.schema(
+        [
+            *(pa.field(name, pa.string(), nullable=False) for name in ("image_key", "name", "reason", "message")),
+            # Null in tables of schema version 1.
+            pa.field("uri", pa.string()),
+            pa.field("size_bytes", pa.int64()),
+        ]
+    ),
     CACHE_SCHEMA_VERSION,
 )
+
+# These speak of where the picture lay or of the limits in force, not of the bytes behind its key.
+_RETRYABLE_REASONS = frozenset({"missing", "changed", "aspect_ratio", "too_many_pixels"})
 
 
 @dataclass(frozen=True)
@@ -26,17 +38,29 @@ class QuarantineRow:
         name: its path as samples name it.
         reason: short stable code, see `BadImageError`.
         message: the whole sentence.
+        uri: where it was read, empty if unknown.
+        size_bytes: of the file, 0 if unknown.
     """
 
     image_key: str
     name: str
     reason: str
     message: str
+    uri: str = ""
+    size_bytes: int = 0
 
     @property
     def key(self) -> str:
         """What identifies the picture: its image key, or its name where the bytes could not be read."""
         return self.image_key or self.name
+
+
+def retryable(row: QuarantineRow) -> bool:
+    """Whether a build that wants the picture must try again: its reason says nothing about the picture's bytes.
+
+    A picture that is bad by its bytes would fail again; with other bytes it has another image key.
+    """
+    return row.reason in _RETRYABLE_REASONS
 
 
 def record_quarantine(cache_uri: str, rows: Iterable[QuarantineRow]) -> None:
@@ -53,12 +77,22 @@ def quarantine_table(rows: Iterable[QuarantineRow]) -> pa.Table:
 
 def quarantine_rows(table: pa.Table) -> list[QuarantineRow]:
     """The inverse of `quarantine_table`."""
-    return [QuarantineRow(**fields) for fields in table.to_pylist()]
+    return [
+        QuarantineRow(**{**fields, "uri": fields["uri"] or "", "size_bytes": fields["size_bytes"] or 0})
+        for fields in table.to_pylist()
+    ]
 
 
-def merge_quarantine(held: pa.Table, pending: Sequence[pa.Table], encoded: Iterable[str]) -> pa.Table:
-    """Later rows replace earlier ones of the same picture; what has been encoded meanwhile leaves."""
-    merged = {row.key: row for table in [held, *pending] for row in quarantine_rows(table)}
-    for image_key in encoded:
-        merged.pop(image_key, None)
-    return quarantine_table(merged[key] for key in sorted(merged))
+def merge_quarantine(held: pa.Table, pending: Sequence[pa.Table], encoded: pa.ChunkedArray) -> pa.Table:
+    """Later rows replace earlier ones of the same picture; what has been encoded meanwhile leaves. Sorted by key."""
+    rows = pa.concat_tables([held, *pending])
+    if not rows.num_rows:
+        return rows
+    order, starts = sorted_groups(_keys(rows))
+    last = order[np.append(starts[1:], len(order)) - 1]
+    latest = rows.take(last)
+    return latest.filter(pc.invert(pc.is_in(_keys(latest), value_set=encoded)))
+
+
+def _keys(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.if_else(pc.equal(rows["image_key"], ""), rows["name"], rows["image_key"])

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from meteor.cache.codec import Codec, tensor_bytes, tensor_over
+from meteor.cache.codec import Codec, tensor_over
+from meteor.cache.quality import QUALITY_COLUMNS
 from meteor.errors import CacheError, CorruptPayloadError
 
 
@@ -32,7 +33,10 @@ IMAGE_FIELDS = (
     _list_of_int32("attention_layers"),
     # Over the bytes of features, cls_attention and cls, in this order.
     pa.field("crc32", pa.uint32(), nullable=False),
+    # What the codec lost (`quality.Quality`); null in files of schema version 1.
+    *(pa.field(name, pa.float32()) for name in QUALITY_COLUMNS),
 )
+_READ_FIELDS = [field.name for field in IMAGE_FIELDS if not field.nullable]
 # Last and in this order, so that one range of a file holds all three.
 PAYLOAD_COLUMNS = ("features", "cls_attention", "cls")
 FEATURE_SCHEMA = pa.schema([*IMAGE_FIELDS, *(pa.field(name, pa.binary(), nullable=False) for name in PAYLOAD_COLUMNS)])
@@ -101,39 +105,14 @@ class ImageFeatures:
         return replace(self, attention_layers=tuple(layers), cls_attention=attention)
 
 
-def encode_row(image: ImageFeatures, codec: Codec) -> pa.RecordBatch:
-    """The image as one row of `FEATURE_SCHEMA`.
-
-    Raises:
-        BadImageError: a value is not finite, or too large for the codec.
-    """
-    payloads = (
-        b"".join(codec.encode(feature_PC) for feature_PC in image.features),
-        b"".join(tensor_bytes("cls_attention", attention_AP, torch.float32) for attention_AP in image.cls_attention),
-        tensor_bytes("cls", image.cls, torch.float32),
-    )
-    columns, rows = image.grid or (0, 0)
-    fields = {
-        "image_key": image.image_key,
-        "width": image.width,
-        "height": image.height,
-        "grid_columns": columns,
-        "grid_rows": rows,
-        "patch_grids": [side for patch_grid in image.patch_grids for side in patch_grid],
-        "attention_layers": list(image.attention_layers),
-        "crc32": payload_crc32(*payloads),
-        **dict(zip(PAYLOAD_COLUMNS, payloads, strict=True)),
-    }
-    return pa.RecordBatch.from_pylist([fields], schema=FEATURE_SCHEMA)
-
-
 def read_row(rows: pa.Table | pa.RecordBatch, position: int, codec: Codec) -> ImageFeatures:
     """The image in one row of a table of `FEATURE_SCHEMA`.
 
     Raises:
         CorruptPayloadError: the row's checksum does not match.
     """
-    fields = {field.name: rows[field.name][position].as_py() for field in IMAGE_FIELDS}
+    # Whoever reads features has no use for what was measured when they were stored.
+    fields = {name: rows[name][position].as_py() for name in _READ_FIELDS}
     features, cls_attention, cls = (bytearray(rows[name][position].as_buffer()) for name in PAYLOAD_COLUMNS)
     if payload_crc32(features, cls_attention, cls) != fields["crc32"]:
         raise CorruptPayloadError(f"image {fields['image_key']}: the payload's checksum does not match")

@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from meteor import storage
-from meteor.errors import AlreadyExistsError, CacheError
+from meteor.errors import AlreadyExistsError, CacheError, CorruptPayloadError
 
 _SCHEMA_VERSION = b"meteor_schema_version"
 _MAX_PUBLISH_ATTEMPTS = 100
 _MAX_PAUSE_S = 0.05
+_THREADED_READ_BYTES = 1 << 20
 
 
 def versioned(schema: pa.Schema, schema_version: int) -> pa.Schema:
@@ -39,22 +42,53 @@ def table_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def read_table(uri: str, schema: pa.Schema) -> pa.Table:
+def read_table(uri: str, schema: pa.Schema, *, advice: str) -> pa.Table:
     """The columns of a `versioned` schema from a file that `table_bytes` made.
 
+    Args:
+        uri: the file.
+        schema: what it must hold.
+        advice: what to do about a damaged one.
+
     Raises:
-        CacheError: the file is damaged, or a newer release wrote it.
+        CorruptPayloadError: the file is damaged.
+        CacheError: a newer release wrote it, or it is another table.
     """
     data = storage.read_bytes(uri)
     try:
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        # Half the time of pq.read_table, which counts with thousands of ledger records; for those threads cost more than
+        # they give.
+        parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        table = parquet.read(use_threads=len(data) > _THREADED_READ_BYTES)
     except (pa.ArrowException, OSError) as error:
-        raise CacheError(f"{uri} is damaged: {error}") from error
+        raise CorruptPayloadError(f"{uri} is damaged ({error}); {advice}") from error
     found = (table.schema.metadata or {}).get(_SCHEMA_VERSION, b"0")
     check_schema_version(uri, int(found), int(schema.metadata[_SCHEMA_VERSION]))
+    return fit_schema(table, schema, uri)
+
+
+def fit_schema(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+    """The columns of the schema; those that an older release did not write are null.
+
+    Raises:
+        CacheError: a column is missing that may not be null.
+    """
+    for field in schema:
+        if field.name not in table.column_names and field.nullable:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     if missing := set(schema.names) - set(table.column_names):
-        raise CacheError(f"{uri} lacks the columns {sorted(missing)}")
-    return table.select(schema.names).cast(schema)
+        raise CacheError(f"{name} lacks the columns {sorted(missing)}")
+    table = table.select(schema.names)
+    return table.replace_schema_metadata(schema.metadata) if table.schema.equals(schema) else table.cast(schema)
+
+
+def sorted_groups(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions that sort the values, equal ones in their order; and where in them each distinct value starts."""
+    values = values.combine_chunks()
+    order = pc.sort_indices(values)
+    ordered = values.take(order)
+    starts = pc.not_equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)
+    return order.to_numpy(), np.flatnonzero(np.concatenate([[True] * bool(len(ordered)), starts]))
 
 
 class RowReader:
@@ -97,7 +131,8 @@ def publish_next(folder_uri: str, suffix: str, content_after: Callable[[int], by
     Args:
         folder_uri: the folder of versions.
         suffix: file name extension with its dot.
-        content_after: the next version's bytes, given the latest version (0: none); None when nothing would change.
+        content_after: the next version's bytes, given the latest version (0: none); None when nothing would change. It
+            may raise AlreadyExistsError where it sees that it would lose.
 
     Returns:
         The version that holds the content: the new one, or the latest when nothing changed.
@@ -107,10 +142,10 @@ def publish_next(folder_uri: str, suffix: str, content_after: Callable[[int], by
     """
     for _ in range(_MAX_PUBLISH_ATTEMPTS):
         latest = latest_version(folder_uri, suffix)
-        content = content_after(latest)
-        if content is None:
-            return latest
         try:
+            content = content_after(latest)
+            if content is None:
+                return latest
             storage.create_bytes(storage.join(folder_uri, f"{version_name(latest + 1)}{suffix}"), content)
         except AlreadyExistsError:
             time.sleep(random.uniform(0, _MAX_PAUSE_S))

@@ -1,59 +1,128 @@
 """Checks of everything a version of a cache names: page checksums, row checksums, and the key index against both."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from meteor import storage
 from meteor.cache.codec import Codec
+from meteor.cache.folder import DATA, read_cache_info
 from meteor.cache.row import IMAGE_FIELDS, PAYLOAD_COLUMNS, payload_crc32, read_row
-from meteor.errors import CacheError, StorageError
+from meteor.cache.table import fit_schema, sorted_groups
+from meteor.cache.writer import file_metadata
+from meteor.errors import CacheError, NotFoundError, StorageError
+
+_IMAGE_SCHEMA = pa.schema(IMAGE_FIELDS)
+_NUM_THREADS = 8
+_MAX_BYTES = 2 << 30
 
 
-def verify_files(cache_uri: str, index: pa.Table, codec: Codec) -> list[str]:
-    """One line for each problem of the data files that the key index names. Whole files are read, one after another."""
-    problems: list[str] = []
-    for file in sorted(pc.unique(index["file"]).to_pylist()):
-        entries = index.filter(pc.equal(index["file"], file)).to_pylist()
-        problems += [f"{file}: {problem}" for problem in _problems_of_file(cache_uri, file, entries, codec)]
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as the key index says.
+
+    Attributes:
+        file: below the cache's URI.
+        image_key: the image that cannot be trusted; None: none of the file's images can.
+        message: what is wrong.
+        proven: False where the store refused to give the file, which may be as it was.
+    """
+
+    file: str
+    image_key: str | None
+    message: str
+    proven: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.file}: {f'image {self.image_key}: ' if self.image_key else ''}{self.message}"
+
+
+def verify_files(
+    cache_uri: str, index: pa.Table, codec: Codec, *, on_progress: Callable[[int, int], None] | None = None
+) -> list[str]:
+    """One line for each of `find_problems`."""
+    return [str(problem) for problem in find_problems(cache_uri, index, codec, on_progress=on_progress)]
+
+
+def find_problems(
+    cache_uri: str,
+    index: pa.Table,
+    codec: Codec,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    max_bytes: int = _MAX_BYTES,
+) -> list[Problem]:
+    """The problems of the rows that the key index names, by file. Rows that it does not name are not looked at.
+
+    Whole files are read, as many at once as fit into the memory given.
+
+    Args:
+        cache_uri: the cache.
+        index: its key index, or some rows of it.
+        codec: the cache's.
+        on_progress: called with the number of files done and of all files.
+        max_bytes: memory for files; one that is larger is read alone.
+    """
+    order, starts = sorted_groups(index["file"])
+    positions = np.split(order, starts[1:]) if len(order) else []
+    metadata = file_metadata(read_cache_info(cache_uri), codec)
+    sizes = [info.size_bytes for info in storage.list_objects(storage.join(cache_uri, DATA))]
+    num_threads = max(1, min(_NUM_THREADS, max_bytes // max(sizes, default=1)))
+
+    def check(rows: np.ndarray) -> list[Problem]:
+        entries = index.take(rows).to_pylist()
+        return list(_problems_of_file(cache_uri, entries, codec, metadata))
+
+    problems: list[Problem] = []
+    with ThreadPoolExecutor(num_threads) as pool:
+        for num_done, found in enumerate(pool.map(check, positions), start=1):
+            problems += found
+            if on_progress:
+                on_progress(num_done, len(positions))
     return problems
 
 
-def _problems_of_file(cache_uri: str, file: str, entries: list[dict[str, Any]], codec: Codec) -> Iterator[str]:
+def _problems_of_file(
+    cache_uri: str, entries: list[dict[str, Any]], codec: Codec, metadata: dict[str, str]
+) -> Iterator[Problem]:
+    file = entries[0]["file"]
     try:
         data = storage.read_bytes(storage.join(cache_uri, file))
         parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
     except (StorageError, pa.ArrowException, OSError) as error:
-        yield f"cannot be read ({error}); {len(entries)} images are lost"
+        # A store that is down for an hour has lost nothing yet.
+        proven = isinstance(error, NotFoundError) or not isinstance(error, StorageError)
+        yield Problem(file, None, f"cannot be read ({error}); {len(entries)} images are lost", proven)
         return
-    by_group = {entry["row_group"]: entry for entry in entries}
-    for group in range(parquet.num_row_groups):
-        yield from _problems_of_row(parquet, group, by_group.get(group), codec)
+    found = {name.decode(): value.decode() for name, value in (parquet.schema_arrow.metadata or {}).items()}
+    for name, value in metadata.items():
+        if found.get(name) != value:
+            yield Problem(file, None, f"was written for another cache: {name} {found.get(name)}, this one has {value}")
     for entry in entries:
-        yield from _problems_of_entry(entry, parquet.num_row_groups, memoryview(data))
+        for message in _problems_of_image(parquet, memoryview(data), entry, codec):
+            yield Problem(file, entry["image_key"], message)
 
 
-def _problems_of_row(parquet: pq.ParquetFile, group: int, entry: dict[str, Any] | None, codec: Codec) -> Iterator[str]:
-    name = f"image {entry['image_key']}" if entry else f"shadowed row {group}"
-    try:
-        row = parquet.read_row_group(group)
-        image_fields = row.select([field.name for field in IMAGE_FIELDS]).to_pylist()[0]
-        read_row(row, 0, codec)
-    except (CacheError, pa.ArrowException, OSError) as error:
-        yield f"{name}: {error}"
-        return
-    for field, value in image_fields.items():
-        if entry and entry[field] != value:
-            yield f"{name}: the key index says {field} {entry[field]}, the file says {value}"
-
-
-def _problems_of_entry(entry: dict[str, Any], num_row_groups: int, data: memoryview) -> Iterator[str]:
-    name = f"image {entry['image_key']}"
-    if entry["row_group"] >= num_row_groups:
-        yield f"{name}: the key index names row group {entry['row_group']} of {num_row_groups}"
+def _problems_of_image(parquet: pq.ParquetFile, data: memoryview, entry: dict[str, Any], codec: Codec) -> Iterator[str]:
+    """The bytes that `get` reads, then the row as any other reader of Parquet would find it."""
     ranges = [(entry[f"{column}_offset"], entry[f"{column}_size"]) for column in PAYLOAD_COLUMNS]
     if payload_crc32(*(data[start : start + size] for start, size in ranges)) != entry["crc32"]:
-        yield f"{name}: the bytes in the ranges {ranges} do not match the checksum in the key index"
+        yield f"the bytes in the ranges {ranges} do not match the checksum in the key index"
+    if entry["row_group"] >= parquet.num_row_groups:
+        yield f"the key index names row group {entry['row_group']} of {parquet.num_row_groups}"
+        return
+    try:
+        row = parquet.read_row_group(entry["row_group"])
+        image_fields = fit_schema(row, _IMAGE_SCHEMA, "the row").to_pylist()[0]
+        read_row(row, 0, codec)
+    except (CacheError, pa.ArrowException, OSError) as error:
+        yield str(error)
+        return
+    for field, value in image_fields.items():
+        if entry[field] != value:
+            yield f"the key index says {field} {entry[field]}, the file says {value}"

@@ -1,6 +1,5 @@
 """Feature files: many images in one immutable Parquet file, each payload a known byte range of it."""
 
-import io
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meteor import storage
-from meteor.cache.codec import Codec, get_codec
-from meteor.cache.folder import DATA, LEDGER, read_cache_info
+from meteor.cache.calibration import codec_of, open_codec
+from meteor.cache.codec import Codec
+from meteor.cache.folder import DATA, LEDGER, CacheInfo, read_cache_info
+from meteor.cache.packing import codec_metadata
 from meteor.cache.row import FEATURE_SCHEMA, IMAGE_FIELDS, PAYLOAD_COLUMNS, payload_crc32, payload_layout
-from meteor.cache.table import table_bytes, versioned
+from meteor.cache.table import fit_schema, table_bytes, versioned
 from meteor.constants import CACHE_SCHEMA_VERSION
 from meteor.errors import CacheError, StorageError
 
@@ -54,36 +55,58 @@ class FileRecord:
         return self.rows.num_rows
 
 
-def write_feature_file(cache_uri: str, rows: Iterable[pa.RecordBatch | pa.Table]) -> FileRecord:
+def write_feature_file(
+    cache_uri: str, rows: Iterable[pa.RecordBatch | pa.Table], codec: Codec | None = None
+) -> FileRecord:
     """Write one data file and then its ledger record, which makes the next commit adopt it.
 
     Args:
         cache_uri: a cache that `create_cache` made.
         rows: rows of `FEATURE_SCHEMA`, as `encode_row` makes them, in pieces of any size. The file is built in memory.
+        codec: the one that the rows were encoded with; the one in force when None.
 
     Raises:
-        CacheError: no rows, or rows of another codec than the cache's.
+        CacheError: no rows, rows of another codec than the cache's, or the cache was calibrated anew in the meantime.
     """
     info = read_cache_info(cache_uri)
+    codec = codec or codec_of(cache_uri, info)
+    if codec.name != info.codec:
+        raise CacheError(f"rows of codec {codec.name} do not belong into {cache_uri}, whose codec is {info.codec}")
     file_id = uuid.uuid4().hex
     file = f"{DATA}/{file_id}.parquet"
-    metadata = {"cache_key": info.identity.key, "codec": info.codec}
-    data, sizes = _parquet_bytes(rows, metadata)
-    record = FileRecord(file, len(data), _locate(file, data, sizes, get_codec(info.codec)))
+    data, sizes = _parquet_bytes(rows, file_metadata(info, codec))
+    record = FileRecord(file, len(data), _locate(file, data, sizes, codec))
     uri = storage.join(cache_uri, file)
-    storage.write_bytes(uri, data)
+    storage.write_bytes(uri, data.tobytes())
     # The content was checked in memory, so the size tells whether all of it arrived.
     if (stored := storage.stat(uri).size_bytes) != len(data):
         raise StorageError(f"{uri} has {stored} bytes after {len(data)} were written; the store lost some, write again")
+    _check_calibration(cache_uri, codec)
     storage.write_bytes(storage.join(cache_uri, LEDGER, f"features-{file_id}.parquet"), table_bytes(record.rows))
     return record
 
 
+def file_metadata(info: CacheInfo, codec: Codec) -> dict[str, str]:
+    """What a data file says of itself: the cache key, the codec and its calibration."""
+    return {"cache_key": info.identity.key, **codec_metadata(codec)}
+
+
+def _check_calibration(cache_uri: str, codec: Codec) -> None:
+    """A store that ignores conditional puts may hold another writer's calibration by now; then no row may count."""
+    if codec.calibration_digest and (found := open_codec(cache_uri).calibration_digest) != codec.calibration_digest:
+        raise CacheError(
+            f"{cache_uri}: these rows were stored by the calibration {codec.calibration_digest}, in force is {found}. "
+            "Nothing of them was published; start again, and they are encoded by the one in force. If it happens again, "
+            "several writers calibrate one cache on a store without conditional puts: let one of them begin alone"
+        )
+
+
 def _parquet_bytes(
     rows: Iterable[pa.RecordBatch | pa.Table], metadata: dict[str, str]
-) -> tuple[bytes, list[tuple[int, int, int]]]:
+) -> tuple[memoryview, list[tuple[int, int, int]]]:
     """The file, and each row's payload sizes in the order of `PAYLOAD_COLUMNS`."""
-    sink, sizes = io.BytesIO(), []
+    # Twice as fast as a file of Python's io.
+    sink, sizes = pa.BufferOutputStream(), []
     schema = versioned(FEATURE_SCHEMA.with_metadata(metadata), CACHE_SCHEMA_VERSION)
     # One value is one plain, uncompressed page without levels: the payload is the end of its column chunk.
     with pq.ParquetWriter(
@@ -95,31 +118,36 @@ def _parquet_bytes(
         write_page_checksum=True,
         data_page_version="1.0",
     ) as writer:
-        for row in _single_rows(rows):
+        for row in _single_rows(rows, metadata):
             writer.write_table(row.replace_schema_metadata(schema.metadata), row_group_size=1)
             features, cls_attention, cls = (len(row[name][0].as_buffer()) for name in PAYLOAD_COLUMNS)
             sizes.append((features, cls_attention, cls))
-    return sink.getvalue(), sizes
+    return memoryview(sink.getvalue()), sizes
 
 
-def _single_rows(pieces: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[pa.Table]:
+def _single_rows(pieces: Iterable[pa.RecordBatch | pa.Table], metadata: dict[str, str]) -> Iterator[pa.Table]:
     for piece in pieces:
         table = piece if isinstance(piece, pa.Table) else pa.Table.from_batches([piece])
-        if missing := set(FEATURE_SCHEMA.names) - set(table.column_names):
-            raise CacheError(f"these are not feature rows: the columns {sorted(missing)} are missing")
+        given = table.schema.metadata or {}
+        for name, value in metadata.items():
+            if (found := given.get(name.encode(), value.encode()).decode()) != value:
+                raise CacheError(
+                    f"rows of {name} {found} do not belong into a file of {name} {value}: encode them with "
+                    "meteor.cache.open_codec(cache_uri)"
+                )
         # Ray's blocks may come with other nullability or larger offsets.
-        table = table.select(FEATURE_SCHEMA.names).cast(FEATURE_SCHEMA)
+        table = fit_schema(table, FEATURE_SCHEMA, "a table of feature rows")
         for position in range(table.num_rows):
             yield table.slice(position, 1)
 
 
-def _locate(file: str, data: bytes, sizes: list[tuple[int, int, int]], codec: Codec) -> pa.Table:
+def _locate(file: str, data: memoryview, sizes: list[tuple[int, int, int]], codec: Codec) -> pa.Table:
     """The byte range of every payload in the file, proved by its checksum."""
     if not sizes:
         raise CacheError("a feature file needs at least one row")
-    parquet = pq.ParquetFile(pa.BufferReader(data))
+    parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))
     chunks = {parquet.metadata.schema.column(i).path: i for i in range(parquet.metadata.num_columns)}
-    view, located = memoryview(data), []
+    located = []
     for group, fields in enumerate(parquet.read(columns=_IMAGE_COLUMNS).to_pylist()):
         payload_layout(fields, sizes[group], codec)
         fields |= {"file": file, "row_group": group}
@@ -128,7 +156,7 @@ def _locate(file: str, data: bytes, sizes: list[tuple[int, int, int]], codec: Co
             chunk = parquet.metadata.row_group(group).column(chunks[name])
             end = chunk.data_page_offset + chunk.total_compressed_size
             fields |= {f"{name}_offset": end - size, f"{name}_size": size}
-            payloads.append(view[end - size : end])
+            payloads.append(data[end - size : end])
         if payload_crc32(*payloads) != fields["crc32"]:
             raise CacheError(
                 f"image {fields['image_key']}: the bytes in the file do not match the row's checksum: the row was "

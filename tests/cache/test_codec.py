@@ -1,12 +1,29 @@
 """Codecs and rows: what is encoded comes back, what cannot be stored is refused."""
 
+import pickle
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meteor.cache import FEATURE_SCHEMA, ImageFeatures, encode_row, get_codec, read_row
+from meteor.cache.codec import Int8Codec
+from meteor.cache.row import PAYLOAD_COLUMNS
 from meteor.errors import BadImageError, CacheError, CorruptPayloadError, SettingsError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+CHANNEL = st.tuples(
+    st.floats(-1000, 1000, width=32), st.one_of(st.just(0.0), st.floats(2.0**-20, 4.0, width=32))
+)  # centre and scale
+
+
+def make_int8(*channels: tuple[float, float]) -> Int8Codec:
+    """A codec of these (centre, scale) pairs, one a channel."""
+    centres, scales = torch.tensor(channels).T
+    return Int8Codec(scales.contiguous(), centres.contiguous(), "0123456789abcdef")
 
 
 def with_features(image: ImageFeatures, **changes) -> ImageFeatures:
@@ -119,3 +136,131 @@ def test_attention_is_given_for_the_layers_asked_for(make_image) -> None:
         assert torch.equal(got, whole[[2, 0]])
     with pytest.raises(CacheError, match=r"\[-3\].*cache_features"):
         image.with_attention((-2, -3))
+
+
+@given(
+    channels=st.lists(CHANNEL, min_size=1, max_size=9),
+    num_patches=st.integers(1, 7),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_int8_is_off_by_half_a_step_and_float16s_rounding_at_most(channels, num_patches, dtype, seed) -> None:
+    codec = make_int8(*channels)
+    share_PC = 2 * torch.rand(num_patches, len(channels), generator=torch.Generator().manual_seed(seed)) - 1
+    feature_PC = (codec.centres + 127 * codec.scales * share_PC).to(dtype)
+    # What the features' own rounding carried out of the range is clipped.
+    inside_PC = (feature_PC - codec.centres).abs() <= 127 * codec.scales
+    payload = codec.encode(feature_PC)
+    assert len(payload) == codec.size_bytes(*feature_PC.shape) == feature_PC.numel()
+    read_PC = codec.decode(bytearray(payload), *feature_PC.shape)
+    assert read_PC.dtype == torch.float16
+    exact_PC = feature_PC.double()
+    rounding_PC = torch.clamp(exact_PC.abs() + codec.scales, min=2.0**-14) * 2.0**-11
+    error_PC = (read_PC.double() - exact_PC).abs()
+    assert (error_PC <= codec.scales * 0.5001 + 1.01 * rounding_PC)[inside_PC].all()
+
+
+def test_int8_by_hand() -> None:
+    codec = make_int8((40.0, 0.5), (0.0, 0.25), (7.0, 0.0))
+    feature_PC = torch.tensor([[40.0, 0.0, 7.0], [39.6, 0.13, 7.0], [1e6, -1e6, -3.0]])
+    payload = codec.encode(feature_PC)
+    # Beyond 127 steps values are clipped; a constant channel holds its constant.
+    assert payload == bytes([0, 0, 0, 256 - 1, 1, 0, 127, 256 - 127, 0])
+    read_PC = codec.decode(bytearray(payload), 3, 3)
+    assert read_PC.tolist() == [[40.0, 0.0, 7.0], [39.5, 0.25, 7.0], [103.5, -31.75, 7.0]]
+
+
+def test_int8_rows_come_back_and_note_their_calibration(make_image) -> None:
+    image = make_image("a", shape=1, layers=(-2, -5))
+    codec = make_int8(*[(0.1, 0.05)] * 6)
+    row = encode_row(image, codec)
+    assert row.schema.metadata == {b"codec": b"int8", b"calibration": b"0123456789abcdef"}
+    assert row["features"][0].as_py() == b"".join(codec.encode(part) for part in image.features)
+    back = read_row(row, 0, codec)
+    for stored, original in zip(back.features, image.features, strict=True):
+        assert torch.equal(stored, codec.decode(bytearray(codec.encode(original)), *original.shape))
+    assert all(torch.equal(*pair) for pair in zip(back.cls_attention, image.cls_attention, strict=True))
+
+
+def test_a_full_sub_image_takes_0_6_megabytes_as_int8_and_1_2_as_float16() -> None:
+    num_patches, width = 576, 1024
+    image = ImageFeatures(
+        "a" * 64,
+        336,
+        336,
+        None,
+        ((24, 24),),
+        (-2,),
+        [torch.randn(num_patches, width)],
+        [torch.rand(1, num_patches)],
+        torch.randn(1, width),
+    )
+    for codec, most in ((make_int8(*[(0.0, 0.03)] * width), 600_000), (get_codec("float16"), 1_190_000)):
+        row = encode_row(image, codec)
+        payload = sum(len(row[name][0].as_py()) for name in PAYLOAD_COLUMNS)
+        assert payload == codec.size_bytes(num_patches, width) + 4 * num_patches + 4 * width
+        assert payload <= most
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_int8_does_not_hide_what_is_not_finite(make_image, value: float) -> None:
+    image = make_image("a", shape=1)
+    image.features[1][3, 2] = value
+    with pytest.raises(BadImageError, match=r"1 of 48 values of features"):
+        encode_row(image, make_int8(*[(0.0, 0.05)] * 6))
+    with pytest.raises(BadImageError, match=r"1 of 48 values of features"):
+        make_int8(*[(0.0, 0.05)] * 6).encode(image.features[1])
+
+
+def test_int8_of_another_width_is_refused() -> None:
+    codec = make_int8((0.0, 1.0))
+    with pytest.raises(CacheError, match=r"1 channels.*3"):
+        codec.encode(torch.zeros(2, 3))
+    with pytest.raises(CacheError, match=r"1 channels.*3"):
+        codec.decode(bytearray(6), 2, 3)
+
+
+def test_int8_belongs_to_a_cache() -> None:
+    with pytest.raises(CacheError, match="open_codec"):
+        get_codec("int8")
+
+
+def test_a_pickled_codec_stores_the_same() -> None:
+    codec = make_int8((40.0, 0.5), (0.0, 0.25))
+    codec.encode(torch.ones(1, 2))
+    again = pickle.loads(pickle.dumps(codec))
+    assert again.encode(torch.full((1, 2), 3.0)) == codec.encode(torch.full((1, 2), 3.0))
+    assert again.calibration_digest == codec.calibration_digest
+
+
+def test_a_row_does_not_change_with_the_tensors_it_was_made_of(make_image) -> None:
+    image = make_image("a")
+    row = encode_row(image, get_codec("float32"))
+    for tensor in (*image.features, *image.cls_attention, image.cls):
+        tensor.zero_()
+    assert read_row(row, 0, get_codec("float32")).cls.abs().sum() > 0
+
+
+def test_rows_are_made_of_tensors_that_require_gradients(make_image) -> None:
+    image = make_image("a")
+    image.features[0].requires_grad_()
+    for codec in (get_codec("float16"), make_int8(*[(0.0, 0.05)] * 6)):
+        read_row(encode_row(image, codec), 0, codec)
+
+
+def test_a_centre_pays_where_channels_lie_far_from_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.zeros(200), torch.ones(200)
+    mean[::100], std[::100] = 40.0, 2.0
+    sample_PC, other_PC = (mean + std * torch.randn(2000, 200, generator=generator) for _ in range(2))
+    low, high = sample_PC.amin(dim=0), sample_PC.amax(dim=0)
+    largest = torch.maximum(low.abs(), high.abs())
+    affine = Int8Codec((high - low) / 254, (high + low) / 2, "affine")
+    symmetric = Int8Codec(largest / 127, torch.zeros(200), "symmetric")
+    affine_error, symmetric_error = (
+        # Of the outlier channels, in units of their spread.
+        float((codec.decode(bytearray(codec.encode(other_PC)), 2000, 200) - other_PC)[:, ::100].std() / 2.0)
+        for codec in (affine, symmetric)
+    )
+    assert affine_error < 0.015
+    assert symmetric_error > 3 * affine_error

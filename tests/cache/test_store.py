@@ -24,6 +24,7 @@ from meteor.cache import (
     record_quarantine,
     write_feature_file,
 )
+from meteor.constants import CACHE_SCHEMA_VERSION
 from meteor.errors import CacheError, CorruptPayloadError, StorageError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -50,6 +51,10 @@ def assert_same_image(got: ImageFeatures, image: ImageFeatures, dtype: torch.dty
     for stored, original in zip(got.cls_attention, image.cls_attention, strict=True):
         assert torch.equal(stored, original)
     assert torch.equal(got.cls, image.cls)
+
+
+def ledger_rows(uri: str) -> list[dict]:
+    return pq.read_table(next(Path(uri, "ledger").iterdir())).to_pylist()
 
 
 def data_file(uri: str) -> Path:
@@ -100,6 +105,76 @@ def test_get_reads_one_range_and_no_more_than_the_images_bytes(make_cache, make_
     # Two page headers and value lengths lie between the three payloads.
     assert all(size <= read <= size + 150 for read, size in zip(ranges, payloads, strict=True))
     assert cache.num_bytes == sum(payloads)
+
+
+def test_get_asks_storage_for_its_range_alone_and_never_for_a_footer(make_cache, make_image, monkeypatch) -> None:
+    image = make_image("a", shape=2)
+    cache = FeatureCache.open(make_cache([make_image("b"), image]))
+    calls = []
+    read_range_into = storage.read_range_into
+    for name in storage.__all__ if hasattr(storage, "__all__") else dir(storage):
+        if callable(getattr(storage, name)) and name not in {"join", "absolute"} and not name[0].isupper():
+            monkeypatch.setattr(storage, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name}{args}"))
+
+    def counted(uri, start, buffer):
+        calls.append((uri, start, len(buffer)))
+        read_range_into(uri, start, buffer)
+
+    monkeypatch.setattr(storage, "read_range_into", counted)
+    assert_same_image(cache.get(image.image_key), image, torch.float16)
+    monkeypatch.undo()
+    [row] = [row for row in ledger_rows(cache.uri) if row["image_key"] == image.image_key]
+    end = row["cls_offset"] + row["cls_size"]
+    assert calls == [(str(data_file(cache.uri)), row["features_offset"], end - row["features_offset"])]
+    # The footer with its length stands behind the last payload.
+    assert end < data_file(cache.uri).stat().st_size - 8
+
+
+@pytest.mark.parametrize("max_bytes", [1, 400, 1 << 20])
+def test_prefetch_gives_what_get_gives_in_the_order_asked_for(make_cache, make_image, max_bytes: int) -> None:
+    images = [make_image(str(i), shape=i, layers=(-2, -4)) for i in range(7)]
+    cache = FeatureCache.open(make_cache(images))
+    order = [3, 1, 1, 6, 0, 3, 5, 2]
+    for got, i in zip(
+        cache.prefetch((images[i].image_key for i in order), num_threads=3, max_bytes=max_bytes), order, strict=True
+    ):
+        assert_same_image(got, images[i], torch.float16)
+    [got] = cache.prefetch([images[0].image_key], attention_layers=[-4])
+    assert torch.equal(got.cls_attention[0], images[0].cls_attention[0][1:])
+
+
+def test_prefetch_keeps_to_its_memory_by_the_sizes_in_the_index(make_cache, make_image, monkeypatch) -> None:
+    images = [make_image(str(i)) for i in range(9)]
+    cache = FeatureCache.open(make_cache(images))
+    asked = []
+    get = cache.get
+    monkeypatch.setattr(cache, "get", lambda key, **options: asked.append(key) or get(key, **options))
+    # Each has 2 x 5 patches: 120 bytes of features, 40 of attention, 24 of class token, and page headers in between.
+    values = cache.prefetch((image.image_key for image in images), max_bytes=3 * 400)
+    next(values)
+    values.close()
+    assert 3 <= len(asked) <= 1 + 3 * 400 // 184
+    assert len(asked) < len(images)
+
+
+def test_prefetch_complains_about_a_missing_picture_when_it_is_its_turn(make_cache, make_image) -> None:
+    images = [make_image(str(i)) for i in range(3)]
+    cache = FeatureCache.open(make_cache(images))
+    values = cache.prefetch([images[0].image_key, images[1].image_key, "0" * 64, images[2].image_key])
+    assert [next(values).image_key for _ in range(2)] == [image.image_key for image in images[:2]]
+    with pytest.raises(CacheError, match=r"0{64}.*run cache_features"):
+        next(values)
+
+
+def test_feature_tensors_stay_as_they_are_while_others_are_read(make_cache, make_image) -> None:
+    images = [make_image(str(i), shape=i) for i in range(6)]
+    cache = FeatureCache.open(make_cache(images))
+    first = cache.get(images[0].image_key)
+    parts = cache.get(images[1].image_key).features[1:]
+    for image in images * 3:
+        cache.get(image.image_key)
+    assert_same_image(first, images[0], torch.float16)
+    assert all(torch.equal(part, original.half()) for part, original in zip(parts, images[1].features[1:], strict=True))
 
 
 def test_feature_tensors_share_the_memory_that_was_read(make_cache, make_image) -> None:
@@ -168,7 +243,7 @@ def test_a_row_changed_after_encoding_is_not_written(make_identity, make_image, 
 def test_a_flipped_byte_is_found_by_get_and_by_verify(make_cache, make_image, payload: str) -> None:
     images = [make_image(str(i), shape=i) for i in range(3)]
     uri = make_cache(images)
-    ledger = pq.read_table(next(Path(uri, "ledger").iterdir())).to_pylist()
+    ledger = ledger_rows(uri)
     damaged = bytearray(data_file(uri).read_bytes())
     damaged[ledger[1][f"{payload}_offset"] + 3] ^= 0x10
     data_file(uri).write_bytes(damaged)
@@ -247,7 +322,9 @@ def test_a_cache_that_is_not_there_or_not_committed_says_what_to_do(make_identit
 def test_a_cache_of_a_newer_release_is_refused(make_cache, make_image) -> None:
     uri = make_cache([make_image("a")])
     manifest = Path(uri, "manifests/v00000001.json")
-    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    manifest.write_text(
+        manifest.read_text().replace(f'"schema_version": {CACHE_SCHEMA_VERSION}', '"schema_version": 99')
+    )
     with pytest.raises(CacheError, match=r"99.*newer"):
         FeatureCache.open(uri)
 
