@@ -14,11 +14,14 @@ from meteor.cache import (
     commit,
     create_cache,
     record_quarantine,
+    summarise_errors,
 )
-from meteor.cache.manifest import latest_manifest
+from meteor.cache.manifest import latest_manifest, read_keys
+from meteor.cache.quarantine import retryable
 from meteor.config import RunSettings, mathematical_settings, settings_digest
 from meteor.data.features import PixelSettings
 from meteor.errors import BadImageError, QuarantineLimitError
+from pipelines.calibration import calibrate_cache
 from pipelines.encoding import encode_missing
 from pipelines.indexing import update_index
 from pipelines.inputs import (
@@ -32,6 +35,7 @@ from pipelines.inputs import (
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _LOG = logging.getLogger(__name__)
+_CODEC_ERRORS = ("mean_relative_error", "max_relative_error", "min_cosine", "mean_top_k_agreement")
 _DESCRIPTION = """Slice the pictures of all sample sets and cache what the frozen encoder sees. The first pass indexes files
 (a later run reads only new and changed ones), the second encodes distinct pictures that the cache does not have yet."""
 
@@ -57,13 +61,15 @@ def run(settings: RunSettings) -> Summary:
             return before
         stage.start(cache=cache_uri, cache_key=identity.key, sample_sets={one.name: one.uri for one in sets})
         with stage.tracked(canonical(mathematical_settings(settings))) as (tracker, run_id, _):
+            encoding: dict[str, float] = {}
             if missing:
-                encode_missing(settings, cache_uri, missing)
+                calibrate_cache(settings, cache_uri, wanted)
+                encoding = encode_missing(settings, cache_uri, missing).counts()
             record_quarantine(cache_uri, _new_refusals(cache_uri, refused))
             commit(cache_uri)
             cache = FeatureCache.open(cache_uri)
             bad = refused + [row for row in cache.quarantine() if row.image_key in wanted]
-            summary = _summary(cache, index, rows, wanted, bad, num_read, len(missing), seconds())
+            summary = _summary(cache, index, rows, wanted, bad, num_read, len(missing), encoding, seconds())
             tracker.log_metrics(run_id, [{"step": 0, **summary.counts, "seconds": summary.seconds}])
             tracker.log_dataset(
                 run_id, name=f"features {identity.key[:12]}", digest=identity.key, source=cache_uri, context="cache"
@@ -72,24 +78,26 @@ def run(settings: RunSettings) -> Summary:
         return stage.finish(summary)
 
 
-def _missing(settings: RunSettings, cache_uri: str, wanted: Mapping[str, str]) -> dict[str, str]:
+def _missing(settings: RunSettings, cache_uri: str, wanted: Mapping[str, IndexRow]) -> dict[str, IndexRow]:
     """Pictures to encode. Files that an interrupted run finished are adopted first, so they are not encoded again."""
     commit(cache_uri)
     if not latest_manifest(cache_uri):
         return dict(wanted)
     cache = FeatureCache.open(cache_uri)
-    done = set(cache.keys_with_attention(settings.vision.attention_layers)) | cache.quarantined().keys()
-    return {key: uri for key, uri in wanted.items() if key not in done}
+    done = set(cache.keys_with_attention(settings.vision.attention_layers))
+    done |= {row.key for row in cache.quarantine() if not retryable(row)}
+    return {key: row for key, row in wanted.items() if key not in done}
 
 
 def _summary(
     cache: FeatureCache,
     index: DatasetIndex,
     rows: list[IndexRow],
-    wanted: Mapping[str, str],
+    wanted: Mapping[str, IndexRow],
     bad: list[QuarantineRow],
     num_read: int,
     num_encoded: int,
+    encoding: Mapping[str, float],
     seconds: float,
 ) -> Summary:
     counts = {
@@ -102,6 +110,8 @@ def _summary(
         "payload_bytes": cache.num_bytes,
         "quarantined": len(bad),
         "shadowed_rows": cache.manifest.num_shadowed,
+        **encoding,
+        **{f"codec_{name}": value for name, value in _codec_error(cache).items()},
     }
     results = {"cache": cache.uri, "index": f"{index.uri} version {index.version}"}
     extra = {
@@ -112,6 +122,12 @@ def _summary(
         "identity": cache.identity.to_dict(),
     }
     return Summary("cache_features", counts, seconds, results, extra=extra)
+
+
+def _codec_error(cache: FeatureCache) -> dict[str, float]:
+    """What the codec lost, measured when each row was written; nothing where an older release wrote all of them."""
+    measured = summarise_errors(read_keys(cache.uri, cache.manifest))
+    return {name: measured[name] for name in _CODEC_ERRORS if measured[name] is not None}
 
 
 def plan(settings: RunSettings) -> str:
@@ -145,21 +161,25 @@ def _rows_of(index: DatasetIndex, sets: list[SampleSet]) -> list[IndexRow]:
     return [row for row in index.rows() if row.name in names]
 
 
-def _to_encode(rows: Iterable[IndexRow], pixels: PixelSettings) -> tuple[dict[str, str], list[QuarantineRow]]:
-    """Image key -> URI of every distinct good picture; and the pictures refused, unreadable or too long."""
-    wanted: dict[str, str] = {}
+def _to_encode(rows: Iterable[IndexRow], pixels: PixelSettings) -> tuple[dict[str, IndexRow], list[QuarantineRow]]:
+    """Every distinct good picture by image key; and the pictures refused, unreadable or too long."""
+    wanted: dict[str, IndexRow] = {}
     refused: list[QuarantineRow] = []
     for row in rows:
         if row.status == "bad":
-            refused.append(QuarantineRow(row.image_key, row.name, row.reason, f"{row.uri}: {row.reason}"))
+            refused.append(_refusal(row, row.reason, f"{row.uri}: {row.reason}"))
             continue
         try:
             pixels.plan(row.width, row.height)
         except BadImageError as error:
-            refused.append(QuarantineRow(row.image_key, row.name, error.reason, str(error)))
+            refused.append(_refusal(row, error.reason, str(error)))
         else:
-            wanted.setdefault(row.image_key, row.uri)
+            wanted.setdefault(row.image_key, row)
     return wanted, refused
+
+
+def _refusal(row: IndexRow, reason: str, message: str) -> QuarantineRow:
+    return QuarantineRow(row.image_key, row.name, reason, message, row.uri, row.size_bytes)
 
 
 def _new_refusals(cache_uri: str, refused: Iterable[QuarantineRow]) -> list[QuarantineRow]:

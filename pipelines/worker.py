@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -12,7 +13,7 @@ from meteor import storage
 from meteor.cache import CacheIdentity
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.config import RunSettings, StageSettings
-from meteor.data.collate import Batch, collate
+from meteor.data.collate import collate
 from meteor.data.table import SampleTable
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
@@ -20,7 +21,8 @@ from meteor.text.tokens import Separators, load_tokenizer
 from meteor.train.build import DTYPES, Stage, build_model, freeze_for, load_projector
 from meteor.train.engine import barrier, make_engine
 from meteor.train.export import export_model, export_projector
-from meteor.train.loop import Recipe, StepPlan, train
+from meteor.train.loading import load_batches
+from meteor.train.loop import LoadBatches, Recipe, StepPlan, train
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.inputs import open_features, pixel_settings
 from pipelines.metrics import MetricsSegment
@@ -65,7 +67,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
     table = SampleTable.read(storage.join(task.run_uri, "samples.parquet"))
-    load_batch = _batch_loader(task, table, str(device))
+    loader = _batch_loader(task, table, str(device))
     model = _build(task)
     checkpoints = storage.join(task.run_uri, "checkpoints")
     done = complete_checkpoints(checkpoints)
@@ -74,13 +76,14 @@ def train_worker(config: dict[str, Any]) -> None:
     plan = StepPlan(table, recipe, task.index_digest)
     start_step = resumed.state["step"] if resumed else 0
     if start_step < plan.num_steps:
+        [empty] = loader([[]])
         engine = make_engine(
             model,
             zero_stage=stage.zero_stage,
             dtype=DTYPES[settings.llm.dtype],
             device=device,
             max_grad_norm=stage.max_grad_norm,
-            empty_inputs=load_batch([]).to(device).as_inputs(),
+            empty_inputs=empty.to(device).as_inputs(),
             checkpoint=resumed,
         )
         reporter = _Reporter(task, start_step, plan.num_steps, engine.rank)
@@ -88,7 +91,7 @@ def train_worker(config: dict[str, Any]) -> None:
             engine,
             plan,
             recipe,
-            load_batch=load_batch,
+            load_batches=loader,
             checkpoints=checkpoints,
             start_step=start_step,
             on_step=reporter,
@@ -158,7 +161,7 @@ def _build(task: WorkerTask, *, training: bool = True) -> MeteorForConditionalGe
     return model
 
 
-def _batch_loader(task: WorkerTask, table: SampleTable, device: str) -> Any:
+def _batch_loader(task: WorkerTask, table: SampleTable, device: str) -> LoadBatches:
     settings, stage = task.settings, task.stage_settings
     source = open_features(
         settings,
@@ -173,18 +176,22 @@ def _batch_loader(task: WorkerTask, table: SampleTable, device: str) -> Any:
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
     width = read_vision_config(settings.vision.path).hidden_size
 
-    def load_batch(positions: list[int]) -> Batch:
-        return collate(
-            [(table.tokens(i), [source.get(key) for key in table.image_keys(i)]) for i in positions],
+    return partial(
+        load_batches,
+        table=table,
+        source=source,
+        collate=partial(
+            collate,
             budget=budget,
             separators=task.separators,
             pad_id=task.pad_id,
             vision_width=width,
             select_layer=settings.vision.select_layer,
             sub_images=stage.sub_images,
-        )
-
-    return load_batch
+        ),
+        num_threads=settings.cache.prefetch_threads,
+        max_bytes=settings.cache.prefetch_mb << 20,
+    )
 
 
 class _Reporter:

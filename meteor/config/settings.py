@@ -60,7 +60,18 @@ class CacheSettings(_Settings):
 
     uri: str | None = operational(None, "root of the caches; <output>/cache if not given")
     codec: str = setting("float16", "how feature values are stored: float16, bfloat16, float32")
-    rows_per_file: int = operational(32, "pictures in one Parquet file, at least; one takes up to 8 MB", ge=1)
+    rows_per_file: int = operational(
+        32,
+        "pictures encoded together and written as one Parquet file (several, of up to 128 MB, if they are large)",
+        ge=1,
+    )
+    commit_every_s: float = operational(300, "seconds between publications while the cache is filled", gt=0)
+    prefetch_threads: int = operational(8, "pictures that a training worker reads at the same time", ge=1)
+    prefetch_mb: int = operational(512, "memory of a training worker for pictures read ahead of their batch", ge=1)
+    disk_tier: str | None = operational(
+        None, "folder on each node's own disk that keeps what was read from a cache on S3; a local cache needs none"
+    )
+    disk_tier_gb: float = operational(100, "what the disk tier may take; least recently used pictures go first", gt=0)
 
 
 class ProjectorSettings(_Settings):
@@ -149,7 +160,14 @@ class RuntimeSettings(_Settings):
     num_encoders: int = operational(1, "encoder actors", ge=1)
     cpus_per_encoder: float = operational(1, "CPU cores of an encoder actor", gt=0)
     gpus_per_encoder: float = operational(0, "GPUs of an encoder actor; fractions share one", ge=0)
-    encoder_batch_size: int = operational(16, "pictures handed to an encoder at a time", ge=1)
+    batches_per_encoder: int = operational(
+        3,
+        "batches of cache.rows_per_file an encoder holds: one is encoded, the others written; more for a far store",
+        ge=1,
+    )
+    encoder_max_tokens: int | None = operational(
+        None, "patches that go through the encoder at once; by the device's free memory if not given", ge=1
+    )
     num_evaluators: int = operational(1, "answering actors", ge=1)
 
 

@@ -1,8 +1,9 @@
 """Features are a source: from the cache, or made on the spot by the same code that fills the cache."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,14 +14,18 @@ from meteor.cache.row import ImageFeatures
 from meteor.errors import BadImageError, DataError, NotFoundError
 from meteor.image.decode import decode_image
 from meteor.image.slicing import SlicePlan, check_aspect_ratio, plan_slices
-from meteor.image.transform import normalise, slice_image
-from meteor.vision.encoder import FrozenClip
+from meteor.image.transform import normalise_batch, slice_image
+from meteor.vision.encoder import FrozenClip, SubImageFeatures
 
 
 class FeatureSource(Protocol):
     """Where training and evaluation get features from: a `FeatureCache` or `LiveFeatures`."""
 
     def get(self, image_key: str) -> ImageFeatures: ...
+
+    def prefetch(
+        self, keys: Iterable[str], *, num_threads: int = ..., max_bytes: int = ...
+    ) -> Generator[ImageFeatures, None, None]: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,22 @@ class SlicedImage:
     plan: SlicePlan
     sub_images: tuple[np.ndarray, ...]
 
+    def to_bytes(self) -> bytes:
+        """The pixels of all sub-images, one after the other; `from_bytes` reads them."""
+        return np.concatenate([sub_image.reshape(-1) for sub_image in self.sub_images]).tobytes()
+
+    @classmethod
+    def from_bytes(
+        cls, image_key: str, width: int, height: int, pixels: bytes | memoryview, settings: "PixelSettings"
+    ) -> "SlicedImage":
+        """The inverse: the plan follows from the picture's size, and the sub-images share the memory of ``pixels``."""
+        plan, side = settings.plan(width, height), settings.patch_size
+        shapes = [(rows * side, columns * side, 3) for rows, columns in plan.patch_grids]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        parts = np.split(np.frombuffer(pixels, dtype=np.uint8), ends[:-1])
+        sub_images = tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        return cls(image_key, width, height, plan, sub_images)
+
 
 def slice_bytes(data: bytes, image_key: str, settings: PixelSettings) -> SlicedImage:
     """From a file's bytes to sub-images (spec: slicing rule, steps 1 to 7).
@@ -64,30 +85,56 @@ def slice_bytes(data: bytes, image_key: str, settings: PixelSettings) -> SlicedI
 
 
 def encode_sliced(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[ImageFeatures]:
-    """Encode several pictures together; their sub-images of equal size share a batch.
+    """Encode several pictures together, whatever their patch grids; the result is on the CPU.
 
     Raises:
-        BadImageError: the encoder's output is not finite for one of them; encode them one by one to find which.
+        BadImageError: the encoder's output is not finite for one of them; see `encode_each`.
     """
-    pixels = [normalise(sub, encoder.mean, encoder.std) for image in images for sub in image.sub_images]
-    encoded = iter(encoder.encode(pixels))
     results = []
-    for image in images:
-        parts = [next(encoded) for _ in image.sub_images]
-        results.append(
-            ImageFeatures(
-                image_key=image.image_key,
-                width=image.width,
-                height=image.height,
-                grid=image.plan.grid,
-                patch_grids=image.plan.patch_grids,
-                attention_layers=encoder.attention_layers,
-                features=[part.features.cpu() for part in parts],
-                cls_attention=[part.cls_attention.float().cpu() for part in parts],
-                cls=torch.stack([part.cls for part in parts]).float().cpu(),
-            )
-        )
+    for image in encode_each(images, encoder):
+        if isinstance(image, BadImageError):
+            raise image
+        features, attention = ([one.cpu() for one in parts] for parts in (image.features, image.cls_attention))
+        results.append(replace(image, features=features, cls_attention=attention, cls=image.cls.cpu()))
     return results
+
+
+def load_pixels(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[torch.Tensor]:
+    """All sub-images of the pictures in order, normalised on the encoder's device; see `normalise_batch`."""
+    sub_images = [sub_image for image in images for sub_image in image.sub_images]
+    return normalise_batch(sub_images, encoder.mean, encoder.std, device=encoder.device, dtype=encoder.dtype)
+
+
+def encode_each(
+    images: Sequence[SlicedImage], encoder: FrozenClip, pixels: Sequence[torch.Tensor] | None = None
+) -> list[ImageFeatures | BadImageError]:
+    """Encode several pictures together; a picture whose features are not finite becomes its error, among good neighbours.
+
+    The features stay on the encoder's device. ``pixels`` is what `load_pixels` gives, for who wants to call it earlier.
+    """
+    encoded = iter(encoder.encode(load_pixels(images, encoder) if pixels is None else pixels, raise_bad=False))
+    return [_join(image, [next(encoded) for _ in image.sub_images], encoder.attention_layers) for image in images]
+
+
+def _join(
+    image: SlicedImage, parts: Sequence[SubImageFeatures], attention_layers: tuple[int, ...]
+) -> ImageFeatures | BadImageError:
+    if num_bad := sum(not part.finite for part in parts):
+        return BadImageError(
+            "non_finite_features",
+            f"the encoder produced values that are not finite in {num_bad} of {len(parts)} sub-images of {image.image_key}",
+        )
+    return ImageFeatures(
+        image_key=image.image_key,
+        width=image.width,
+        height=image.height,
+        grid=image.plan.grid,
+        patch_grids=image.plan.patch_grids,
+        attention_layers=attention_layers,
+        features=[part.features for part in parts],
+        cls_attention=[part.cls_attention for part in parts],
+        cls=torch.stack([part.cls for part in parts]).float(),
+    )
 
 
 class LiveFeatures:
@@ -116,3 +163,9 @@ class LiveFeatures:
             return encode_sliced([slice_bytes(data, image_key, self.settings)], self.encoder)[0]
         except (BadImageError, NotFoundError) as error:
             raise DataError(f"{uri} was readable when it was indexed and is not now ({error})") from error
+
+    def prefetch(
+        self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
+    ) -> Generator[ImageFeatures, None, None]:
+        """One after the other, whatever the limits of reading ahead: there is one encoder."""
+        yield from map(self.get, keys)

@@ -60,6 +60,33 @@ def normalise(pixels_HW3: npt.NDArray[np.uint8], mean: Sequence[float], std: Seq
         raise ValueError(f"pixels are {pixels_HW3.dtype} of shape {pixels_HW3.shape}; give uint8 of shape (h, w, 3)")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean is {mean} and std is {std}; give three numbers each, and a std above 0")
-    scaled_HW3 = pixels_HW3.astype(np.float32) / np.float32(255)
-    normalised_HW3 = (scaled_HW3 - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(normalised_HW3.transpose(2, 0, 1)))
+    return normalise_batch([pixels_HW3], mean, std)[0].contiguous()
+
+
+def normalise_batch(
+    sub_images: Sequence[npt.NDArray[np.uint8]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """Move sub-images (h, w, 3) to a device as the bytes they are and normalise them there, all at once.
+
+    ``(pixels / 255 - mean) / std`` is three float32 operations, each of which IEEE 754 rounds in one way: every device gives
+    the same bits. From pinned memory, and without waiting for the device.
+
+    Returns:
+        Views (3, h, w) of one tensor in ``dtype``.
+    """
+    sizes = [sub_image.size for sub_image in sub_images]
+    on_gpu = torch.device(device).type == "cuda"
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=on_gpu)
+    for part, sub_image in zip(packed.split(sizes), sub_images, strict=True):
+        part.numpy()[:] = sub_image.reshape(-1)
+    values_X3 = packed.to(device, non_blocking=True).view(-1, 3).float()
+    # 255 as a tensor: CUDA would multiply by the reciprocal of a plain number, which rounds otherwise.
+    full, mean_3, std_3 = (torch.tensor(one, dtype=torch.float32, device=device) for one in (255.0, mean, std))
+    values_X3.div_(full).sub_(mean_3).div_(std_3)
+    parts = values_X3.to(dtype).view(-1).split(sizes)
+    return [part.view(one.shape).permute(2, 0, 1) for part, one in zip(parts, sub_images, strict=True)]

@@ -1,9 +1,11 @@
 """The one training loop: batches in planned order, the global loss, metrics, checkpoints."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,10 @@ from meteor.data.table import SampleTable
 from meteor.errors import TrainingError
 from meteor.train.engine import Engine, all_reduce_sum, barrier
 from meteor.train.schedule import learning_rate, native_weight
+
+# Table positions of the coming micro batches -> those batches collated, in the same order. It may look ahead of what it
+# yields; closing it ends whatever it started.
+LoadBatches = Callable[[Iterable[list[int]]], Generator[Batch, None, None]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Step:
     index: int
     epoch: int
     positions: Sequence[int]
+
+
+LoadedStep = tuple[Step, list[Batch]]
 
 
 class StepPlan:
@@ -90,7 +99,7 @@ def train(
     plan: StepPlan,
     recipe: Recipe,
     *,
-    load_batch: Callable[[list[int]], Batch],
+    load_batches: LoadBatches,
     checkpoints: str,
     start_step: int,
     on_step: Callable[[dict[str, Any]], None],
@@ -101,7 +110,7 @@ def train(
         engine: model and optimiser, already at ``start_step``.
         plan: which samples when.
         recipe: learning rate and the like.
-        load_batch: table positions -> a collated batch; runs one step ahead in a thread.
+        load_batches: table positions of all coming micro batches -> the batches; runs one step ahead in a thread.
         checkpoints: root URI; one is written every ``checkpoint_every_steps`` and at the end.
         start_step: first step to do.
         on_step: gets the metrics of each step, the same on all workers.
@@ -109,14 +118,11 @@ def train(
     Raises:
         TrainingError: the loss is not finite; the weights are those before the step.
     """
-    steps = plan.steps(start_step)
-    batches = _one_ahead(
-        steps, lambda step: [load_batch(p) for p in plan.micro_steps(step, engine.rank, engine.world_size)]
-    )
+    loaded = _one_ahead(_loaded_steps(engine, plan, load_batches, start_step))
     while True:
         started = time.perf_counter()
         try:
-            step, micro_batches = next(batches)
+            step, micro_batches = next(loaded)
         except StopIteration:
             return
         wait_s = time.perf_counter() - started
@@ -196,14 +202,23 @@ def save_checkpoint(engine: Engine, root: str, step: int, *, epoch: int, keep: i
     barrier()
 
 
-def _one_ahead(steps: Iterator[Step], load: Callable[[Step], list[Batch]]) -> Iterator[tuple[Step, list[Batch]]]:
+def _loaded_steps(
+    engine: Engine, plan: StepPlan, load_batches: LoadBatches, start_step: int
+) -> Generator[LoadedStep, None, None]:
+    """Each step from ``start_step`` on with this worker's micro batches; one loader sees the rest of the run."""
+    steps, coming = itertools.tee(
+        (step, plan.micro_steps(step, engine.rank, engine.world_size)) for step in plan.steps(start_step)
+    )
+    with closing(load_batches(positions for _, micro_steps in coming for positions in micro_steps)) as batches:
+        for step, micro_steps in steps:
+            yield step, [next(batches) for _ in micro_steps]
+
+
+def _one_ahead(steps: Generator[LoadedStep, None, None]) -> Iterator[LoadedStep]:
     """Load the next step's batches in a thread while the current one trains."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = None
-        for step in steps:
-            following = (step, pool.submit(load, step))
-            if pending is not None:
-                yield pending[0], pending[1].result()
-            pending = following
-        if pending is not None:
-            yield pending[0], pending[1].result()
+    # The thread ends first, then what it was reading from.
+    with closing(steps), ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(next, steps, None)
+        while (loaded := pending.result()) is not None:
+            pending = pool.submit(next, steps, None)
+            yield loaded

@@ -3,21 +3,23 @@
 Letters: P patches of a sub-image, C vision width, A attention layers asked for, H heads, Q width of a head.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
-from transformers.utils import cached_file
+from transformers import CLIPVisionModel
 
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.errors import BadImageError, SettingsError
 from meteor.pretrained import load_pretrained
+from meteor.vision.checkpoint import read_normalisation, read_vision_config
 from meteor.vision.digest import weights_digest
+from meteor.vision.memory import max_tokens_for, split_evenly
+from meteor.vision.packed import Packed, plan_runs, run_tower
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class SubImageFeatures:
             token's share of itself is left out, so a row sums to less than one.
         cls: (C,), the class token of the selected layer.
         grid: (Hu, Wu), patch rows and columns.
+        finite: whether features and attention are; False only where `FrozenClip.encode` was told not to raise.
     """
 
     features: torch.Tensor
     cls_attention: torch.Tensor
     cls: torch.Tensor
     grid: tuple[int, int]
+    finite: bool = True
 
 
 class FrozenClip:
@@ -47,6 +51,7 @@ class FrozenClip:
         attention_layers: for which hidden states the attention of the block that made them is returned.
         digest: fingerprint of the weights as stored, before any cast.
         mean, std: the normalisation the tower was trained with.
+        max_tokens: tokens that go through the tower at once; chosen by memory when None (`meteor.vision.memory`).
 
     Raises:
         SettingsError: a layer that the tower does not have.
@@ -61,6 +66,7 @@ class FrozenClip:
         digest: str | None = None,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
+        max_tokens: int | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.num_blocks: int = model.config.num_hidden_layers
@@ -69,6 +75,8 @@ class FrozenClip:
         self._attention_blocks = [self._block_of(layer) for layer in self.attention_layers]
         self.weights_digest = digest or weights_digest(model.state_dict())
         self.mean, self.std = tuple(mean), tuple(std)
+        self.max_tokens = max_tokens
+        self._positions: dict[tuple[Any, ...], torch.Tensor] = {}
 
     @classmethod
     def from_pretrained(
@@ -79,6 +87,7 @@ class FrozenClip:
         attention_layers: Sequence[int] = (-2,),
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        max_tokens: int | None = None,
     ) -> "FrozenClip":
         """Load the vision tower of a CLIP checkpoint, from a local directory or a hub id (`.safetensors` or `.bin`).
 
@@ -101,7 +110,13 @@ class FrozenClip:
         mean, std = read_normalisation(path)
         model = model.to(device=device, dtype=dtype)
         return cls(
-            model, select_layer=select_layer, attention_layers=attention_layers, digest=digest, mean=mean, std=std
+            model,
+            select_layer=select_layer,
+            attention_layers=attention_layers,
+            digest=digest,
+            mean=mean,
+            std=std,
+            max_tokens=max_tokens,
         )
 
     @property
@@ -129,12 +144,23 @@ class FrozenClip:
             )
         return block
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tower is."""
+        return self.model.embeddings.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the tower computes in."""
+        return self.model.embeddings.patch_embedding.weight.dtype
+
     @torch.inference_mode()
-    def encode(self, pixels: Sequence[torch.Tensor]) -> list[SubImageFeatures]:
-        """Encode sub-images of any patch grids; those of equal size share a batch.
+    def encode(self, pixels: Sequence[torch.Tensor], *, raise_bad: bool = True) -> list[SubImageFeatures]:
+        """Encode sub-images of any patch grids together, in chunks that fit into memory.
 
         Args:
-            pixels: normalised float tensors (3, h, w), h and w multiples of the patch size.
+            pixels: normalised float tensors (3, h, w) on any device, h and w multiples of the patch size.
+            raise_bad: when False, a result that is not finite comes back with ``finite`` False among its neighbours.
 
         Returns:
             One `SubImageFeatures` for each, in the order given, on the encoder's device.
@@ -143,90 +169,87 @@ class FrozenClip:
             BadImageError: an activation is not finite.
             SettingsError: a size is not a multiple of the patch size.
         """
-        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, pixels_3HW in enumerate(pixels):
-            by_size[pixels_3HW.shape[-2], pixels_3HW.shape[-1]].append(i)
+        grids = [self._grid(one) for one in pixels]
+        # Equal lengths side by side, and equal grids among them.
+        order = sorted(range(len(pixels)), key=lambda i: (grids[i][0] * grids[i][1], grids[i]))
+        if self.max_tokens is None:
+            self.max_tokens = max_tokens_for(self.model, self.device)
+        encoded = self._encode_chunks(
+            pixels, split_evenly(order, [1 + rows * columns for rows, columns in grids], self.max_tokens), grids
+        )
+        # One look at the device for the whole batch.
+        finite = torch.cat([chunk.finite for _, chunk in encoded]).tolist() if encoded else []
+        if raise_bad and not all(finite):
+            raise BadImageError(
+                "non_finite_features",
+                f"the encoder produced values that are not finite for {len(finite) - sum(finite)} of {len(finite)} sub-images",
+            )
         results: dict[int, SubImageFeatures] = {}
-        for indices in by_size.values():
-            encoded = self._encode_equal(torch.stack([pixels[i] for i in indices]))
-            results.update(zip(indices, encoded, strict=True))
+        flags = iter(finite)
+        for indices, chunk in encoded:
+            results.update(zip(indices, _unpack(chunk, flags), strict=True))
         return [results[i] for i in range(len(pixels))]
 
-    def _encode_equal(self, pixels_B3HW: torch.Tensor) -> list[SubImageFeatures]:
-        rows, columns = (side // self.patch_size for side in pixels_B3HW.shape[-2:])
-        if (rows * self.patch_size, columns * self.patch_size) != tuple(pixels_B3HW.shape[-2:]):
-            raise SettingsError(
-                f"a sub-image of {tuple(pixels_B3HW.shape[-2:])} pixels does not divide into {self.patch_size}-pixel patches"
+    def _encode_chunks(
+        self, pixels: Sequence[torch.Tensor], chunks: Sequence[list[int]], grids: Sequence[tuple[int, int]]
+    ) -> list[tuple[list[int], Packed]]:
+        waiting, done = list(reversed(chunks)), []
+        while waiting:
+            chunk = waiting.pop()
+            packed = self._run(pixels, chunk, grids)
+            if packed is not None:
+                done.append((chunk, packed))
+                continue
+            num_tokens = sum(1 + grids[i][0] * grids[i][1] for i in chunk)
+            self.max_tokens = num_tokens // 2
+            _LOG.warning(
+                "%d tokens at once do not fit into the memory of %s; going on with %d",
+                num_tokens,
+                self.device,
+                self.max_tokens,
             )
-        weight = self.model.embeddings.patch_embedding.weight
-        pixels_B3HW = pixels_B3HW.to(device=weight.device, dtype=weight.dtype)
-        # hidden_BTC: T = 1 + P tokens, the class token first.
-        hidden_BTC = self.model.embeddings(pixels_B3HW, interpolate_pos_encoding=True)
-        hidden_BTC = self.model.pre_layrnorm(hidden_BTC)
-        attention: dict[int, torch.Tensor] = {}
-        selected_BTC = hidden_BTC
-        for i in range(max([self._select_block, *self._attention_blocks]) + 1):
-            block = self.model.encoder.layers[i]
-            if i in self._attention_blocks:
-                attention[i] = class_token_attention(block, hidden_BTC)
-            hidden_BTC = block(hidden_BTC, attention_mask=None)
-            if i == self._select_block:
-                selected_BTC = hidden_BTC
-        if not torch.isfinite(selected_BTC).all():
-            raise BadImageError("non_finite_features", "the encoder produced values that are not finite")
-        attention_BAP = torch.stack([attention[i] for i in self._attention_blocks], dim=1)
-        return [
-            SubImageFeatures(tokens_TC[1:], attention_AP, tokens_TC[0], (rows, columns))
-            for tokens_TC, attention_AP in zip(selected_BTC, attention_BAP, strict=True)
-        ]
+            torch.cuda.empty_cache()
+            waiting += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
+        return done
+
+    def _run(self, pixels: Sequence[torch.Tensor], chunk: list[int], grids: Sequence[tuple[int, int]]) -> Packed | None:
+        """One chunk through the tower; None when several sub-images are too much for the device's memory."""
+        runs = plan_runs([grids[i] for i in chunk])
+        try:
+            return run_tower(
+                self.model,
+                [pixels[i].to(self.device, non_blocking=True) for i in chunk],
+                runs,
+                positions=[self._position(run.grid) for run in runs],
+                select_block=self._select_block,
+                attention_blocks=self._attention_blocks,
+            )
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+        return None  # outside the handler: the error's traceback holds the tensors of the attempt
+
+    def _grid(self, pixels: torch.Tensor) -> tuple[int, int]:
+        height, width = pixels.shape[1:]
+        if height % self.patch_size or width % self.patch_size:
+            raise SettingsError(
+                f"a sub-image of {height} x {width} pixels does not divide into {self.patch_size}-pixel patches"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def _position(self, grid: tuple[int, int]) -> torch.Tensor:
+        """(1 + P, C), interpolated once for each grid."""
+        embeddings = self.model.embeddings
+        weight = embeddings.position_embedding.weight
+        key = (*grid, weight.device, weight.dtype)
+        if key not in self._positions:
+            shape_only = weight.new_empty(1).expand(1, 1 + grid[0] * grid[1], weight.shape[1])
+            height, width = (side * self.patch_size for side in grid)
+            self._positions[key] = embeddings.interpolate_pos_encoding(shape_only, height, width)[0].clone()
+        return self._positions[key]
 
 
-def read_vision_config(path: str) -> CLIPVisionConfig:
-    """Configuration of the vision tower of a CLIP checkpoint, whole or tower alone.
-
-    Raises:
-        SettingsError: nothing there, or another kind of model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"vision.path={path!r} has no configuration that can be read ({error}). Give a local directory with config.json "
-            "and weights, or a hub id that this machine can reach, such as openai/clip-vit-large-patch14-336"
-        ) from error
-    vision_config = getattr(config, "vision_config", config)
-    if not isinstance(vision_config, CLIPVisionConfig):
-        raise SettingsError(
-            f"vision.path={path!r} holds a {config.model_type!r} model; a CLIP vision encoder is needed"
-        )
-    return vision_config
-
-
-def class_token_attention(block: Any, hidden_BTC: torch.Tensor) -> torch.Tensor:
-    """Attention of the class token over the patches in one block, without the other P rows of the map.
-
-    softmax(q k^T / sqrt(Q)) with q of the class token alone; sdpa, which returns no attentions, can then serve all blocks.
-
-    Args:
-        block: a CLIP encoder layer.
-        hidden_BTC: its input, class token first.
-
-    Returns:
-        (B, P) float32, mean over heads.
-    """
-    attention = block.self_attn
-    normed_BTC = block.layer_norm1(hidden_BTC)
-    num_heads = attention.num_heads
-    q_BHQ = attention.q_proj(normed_BTC[:, 0]).unflatten(-1, (num_heads, -1))
-    k_BTHQ = attention.k_proj(normed_BTC).unflatten(-1, (num_heads, -1))
-    scores_BHT = torch.einsum("bhq,bthq->bht", q_BHQ.float(), k_BTHQ.float()) * q_BHQ.shape[-1] ** -0.5
-    return scores_BHT.softmax(dim=-1)[:, :, 1:].mean(dim=1)
-
-
-def read_normalisation(path: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation from the checkpoint's ``preprocessor_config.json``; CLIP's own where it has none."""
-    file = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return CLIP_MEAN, CLIP_STD
-    config = json.loads(Path(file).read_text())
-    return config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
+def _unpack(chunk: Packed, finite: Iterator[bool]) -> Iterator[SubImageFeatures]:
+    for run, attention_NAP in zip(chunk.runs, chunk.attention, strict=True):
+        for tokens_LC, attention_AP in zip(run.of(chunk.selected), attention_NAP, strict=True):
+            yield SubImageFeatures(tokens_LC[1:], attention_AP, tokens_LC[0], run.grid, next(finite))

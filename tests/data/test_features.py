@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
-from meteor.data.features import LiveFeatures, PixelSettings, encode_sliced, slice_bytes
+from meteor.data.features import (
+    LiveFeatures,
+    PixelSettings,
+    SlicedImage,
+    encode_each,
+    encode_sliced,
+    slice_bytes,
+)
 from meteor.errors import BadImageError, DataError
 from meteor.image.transform import normalise
 from meteor.vision.encoder import FrozenClip
@@ -112,3 +119,30 @@ def test_a_picture_that_other_settings_refuse_is_an_error(encoder, make_picture,
     file.write_bytes(data)
     with pytest.raises(DataError, match="aspect ratio"):
         LiveFeatures(encoder, {make_key(data): str(file)}, PIXELS).get(make_key(data))
+
+
+def test_sliced_pictures_survive_as_one_run_of_bytes(make_picture, png):
+    for size in [(112, 56), (50, 50), (60, 150)]:
+        sliced = slice_bytes(png(make_picture(*size)), "key", PIXELS)
+        again = SlicedImage.from_bytes("key", sliced.width, sliced.height, sliced.to_bytes(), PIXELS)
+        assert (again.width, again.height, again.plan) == (*size, sliced.plan)
+        assert all((one == other).all() for one, other in zip(again.sub_images, sliced.sub_images, strict=True))
+
+
+def test_a_picture_that_is_not_finite_is_told_apart_from_its_neighbours(encoder, make_picture, png, monkeypatch):
+    sliced = [slice_bytes(png(make_picture(112, 56, seed=i)), f"k{i}", PIXELS) for i in range(3)]
+    expected, encode = encode_sliced(sliced, encoder), encoder.encode
+
+    def encode_with_a_bad_one(pixels, **options):
+        pixels[4] = pixels[4] * float("nan")  # each picture has three sub-images
+        return encode(pixels, **options)
+
+    monkeypatch.setattr(encoder, "encode", encode_with_a_bad_one)
+    got = encode_each(sliced, encoder)
+    assert isinstance(got[1], BadImageError)
+    assert got[1].reason == "non_finite_features"
+    assert "in 1 of 3 sub-images of k1" in str(got[1])
+    for i in (0, 2):
+        assert all(torch.equal(a, b) for a, b in zip(got[i].features, expected[i].features, strict=True))
+    with pytest.raises(BadImageError, match="of k1"):
+        encode_sliced(sliced, encoder)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.image.slicing import plan_slices
-from meteor.image.transform import normalise, slice_image
+from meteor.image.transform import normalise, normalise_batch, slice_image
 
 
 def make_image(width: int, height: int) -> Image.Image:
@@ -84,3 +84,26 @@ def test_pixels_of_another_layout_are_refused(pixels: np.ndarray) -> None:
 def test_a_mean_or_std_that_is_not_three_usable_numbers_is_refused(mean: tuple, std: tuple) -> None:
     with pytest.raises(ValueError, match="three numbers"):
         normalise(np.zeros((4, 5, 3), np.uint8), mean, std)
+
+
+def test_a_batch_is_normalised_to_the_bits_of_float32_arithmetic_pixel_by_pixel() -> None:
+    # All 256 values in all three channels; numpy's float32 operations are the truth.
+    values = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    others = np.asarray(make_image(28, 14))
+    truths = [
+        (one.astype(np.float32) / np.float32(255) - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+        for one in (values, others)
+    ]
+    for tensor, truth in zip(normalise_batch([values, others], CLIP_MEAN, CLIP_STD), truths, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), truth.transpose(2, 0, 1))
+    assert torch.equal(normalise(values, CLIP_MEAN, CLIP_STD), normalise_batch([values], CLIP_MEAN, CLIP_STD)[0])
+
+
+def test_a_batch_is_cast_after_normalising() -> None:
+    pixels = np.asarray(make_image(28, 14))
+    (half,) = normalise_batch([pixels], CLIP_MEAN, CLIP_STD, dtype=torch.bfloat16)
+    assert torch.equal(half, normalise(pixels, CLIP_MEAN, CLIP_STD).bfloat16())
+
+
+def test_an_empty_batch_is_fine() -> None:
+    assert normalise_batch([], CLIP_MEAN, CLIP_STD) == []

@@ -1,5 +1,7 @@
 """Kill a running stage with SIGKILL, start it again with the same command: the same result as without the kill."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -7,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.cache import FeatureCache
 from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
@@ -28,15 +32,74 @@ def write_run(folder: Path, name: str, settings) -> Path:
     return file
 
 
-def kill_when(started: subprocess.Popen, ready) -> None:
-    """SIGKILL to the driver as soon as ``ready()``; Ray's processes of a local session die with their driver."""
+def descendants(pid: int) -> dict[int, str]:
+    """Process id -> command line of everything below a process: Ray's session and its workers."""
+    parents, lines = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # After the name, which is in brackets and may hold anything: state, parent.
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            lines[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found, waiting = {}, [pid]
+    while waiting:
+        parent = waiting.pop()
+        children = [child for child, its_parent in parents.items() if its_parent == parent]
+        found |= {child: lines[child] for child in children}
+        waiting += children
+    return found
+
+
+def workers(started: subprocess.Popen, name: str) -> list[int]:
+    return [pid for pid, line in descendants(started.pid).items() if line.startswith("ray::") and name in line]
+
+
+def wait_for(started: subprocess.Popen, ready) -> None:
     deadline = time.monotonic() + 240
     while not ready():
         assert started.poll() is None, "the stage ended before it could be killed"
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)
+
+
+def kill_driver(started: subprocess.Popen) -> None:
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
+
+
+def kill_encoder(started: subprocess.Popen) -> None:
+    (actor,) = workers(started, "Encoder")
+    os.kill(actor, signal.SIGKILL)
+
+
+def kill_session(started: subprocess.Popen) -> None:
+    """Driver, raylet, control store and workers at one moment."""
+    for pid in [*descendants(started.pid), started.pid]:
+        os.kill(pid, signal.SIGKILL)
+    started.wait()
+
+
+def cache_in(folder: Path, codec: str = "float16") -> Path:
+    (found,) = (folder / "cache").glob(f"*/{codec}")
+    return found
+
+
+def ledger(folder: Path) -> list[Path]:
+    return list((folder / "cache").glob("*/*/ledger/features-*"))
+
+
+def num_encoded(finished: subprocess.CompletedProcess) -> int:
+    return int(next(line for line in finished.stdout.splitlines() if "pictures encoded" in line).split()[-1])
+
+
+def assert_same_rows(first: FeatureCache, second: FeatureCache) -> None:
+    assert first.keys() == second.keys()
+    assert len(set(second.keys())) == len(second)
+    assert second.verify() == []
+    for key in first.keys():  # noqa: SIM118  (a cache is no mapping)
+        for a, b in zip(first.get(key).features, second.get(key).features, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.slow
@@ -50,7 +113,9 @@ def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(make_sett
     subprocess.run(command("pretrain", straight), check=True)
     (undisturbed,) = (tmp_path / "straight").glob("runs/pretrain-*/checkpoints")
     root = str(tmp_path / "killed" / undisturbed.relative_to(tmp_path / "straight"))
-    kill_when(subprocess.Popen(command("pretrain", killed)), lambda: len(complete_checkpoints(root)) >= 2)
+    started = subprocess.Popen(command("pretrain", killed))
+    wait_for(started, lambda: len(complete_checkpoints(root)) >= 2)
+    kill_driver(started)
     interrupted_at = Checkpoint(complete_checkpoints(root)[-1]).state["step"]
     subprocess.run(command("pretrain", killed), check=True)
     one = Checkpoint(complete_checkpoints(str(undisturbed))[-1])
@@ -63,25 +128,90 @@ def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(make_sett
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
+@pytest.fixture(scope="module")
+def slow_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tower that takes a tenth of a second for a picture: time to be killed in."""
+    folder = str(tmp_path_factory.mktemp("clip"))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    CLIPVisionModel(CLIPVisionConfig(**shape, image_size=56, patch_size=14)).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_caching_loses_no_finished_picture_and_ends_with_the_same_rows(make_settings, tmp_path):
-    settings = make_settings(cache={"rows_per_file": 1}, runtime={"encoder_batch_size": 1})
+@pytest.mark.parametrize("kill", [kill_driver, kill_encoder, kill_session])
+def test_a_killed_caching_loses_no_finished_picture_and_ends_with_the_same_rows(
+    make_settings, slow_clip, tmp_path, kill
+):
+    settings = make_settings(cache={"rows_per_file": 1}, vision={"path": slow_clip})
     straight, killed = (write_run(tmp_path, name, settings) for name in ("straight", "killed"))
     subprocess.run(command("cache_features", straight), check=True)
+    undisturbed = FeatureCache.open(str(cache_in(tmp_path / "straight")))
+    started = subprocess.Popen(command("cache_features", killed))
+    wait_for(started, lambda: len(ledger(tmp_path / "killed")) >= 4 and workers(started, "Encoder"))
+    kill(started)
+    if kill is kill_encoder:
+        # Ray starts another one, and the command goes on.
+        assert started.wait(timeout=300) == 0
+    else:
+        finished = len(ledger(tmp_path / "killed"))
+        assert finished < len(undisturbed)
+        again = subprocess.run(command("cache_features", killed), check=True, capture_output=True, text=True)
+        assert num_encoded(again) <= len(undisturbed) - finished
+    assert_same_rows(undisturbed, FeatureCache.open(str(cache_in(tmp_path / "killed"))))
 
-    def ledger() -> list[Path]:
-        return list((tmp_path / "killed/cache").glob("*/float16/ledger/features-*"))
 
-    kill_when(subprocess.Popen(command("cache_features", killed)), lambda: len(ledger()) >= 4)
-    finished = len(ledger())
-    again = subprocess.run(command("cache_features", killed), check=True, capture_output=True, text=True)
-    (one,), (other,) = (list((tmp_path / name / "cache").glob("*/float16")) for name in ("straight", "killed"))
-    first, second = FeatureCache.open(str(one)), FeatureCache.open(str(other))
-    assert first.keys() == second.keys()
-    assert second.verify() == []
-    encoded = int(next(line for line in again.stdout.splitlines() if "pictures encoded" in line).split()[-1])
-    assert encoded <= len(second) - finished
-    for key in first.keys():  # noqa: SIM118  (a cache is no mapping)
-        for a, b in zip(first.get(key).features, second.get(key).features, strict=True):
-            assert torch.equal(a, b)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("whole_session", [False, True])
+def test_a_kill_while_an_int8_cache_is_calibrated_changes_nothing(make_settings, tmp_path, whole_session):
+    settings = make_settings(cache={"codec": "int8"})
+    straight, killed = (write_run(tmp_path, name, settings) for name in ("straight", "killed"))
+    subprocess.run(command("cache_features", straight), check=True)
+    started = subprocess.Popen(command("cache_features", killed))
+    wait_for(started, lambda: workers(started, "_calibrate"))
+    assert not (cache_in(tmp_path / "killed", "int8") / "calibration.json").exists()
+    if whole_session:
+        kill_session(started)
+        assert ledger(tmp_path / "killed") == []
+        subprocess.run(command("cache_features", killed), check=True)
+    else:
+        for worker in workers(started, "_calibrate"):
+            os.kill(worker, signal.SIGKILL)
+        assert started.wait(timeout=300) == 0
+    one, other = (cache_in(tmp_path / name, "int8") for name in ("straight", "killed"))
+    assert (one / "calibration.json").read_bytes() == (other / "calibration.json").read_bytes()
+    assert_same_rows(FeatureCache.open(str(one)), FeatureCache.open(str(other)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_jobs_that_extend_one_cache_at_the_same_time_leave_every_picture_once(
+    make_settings, slow_clip, small, tmp_path
+):
+    records = json.loads((small / "data/pretrain.json").read_text())
+    third = len(records) // 3
+    runs = []
+    for name, part in {"one": records[: 2 * third], "other": records[third:]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+        data = {"pretrain": str(tmp_path / f"{name}.json"), "finetune": None, "evaluate": {}}
+        settings = make_settings(
+            data=data,
+            vision={"path": slow_clip},
+            cache={"uri": str(tmp_path / "cache"), "rows_per_file": 1, "commit_every_s": 0.5},
+        )
+        runs.append(write_run(tmp_path, name, settings))
+    started = [subprocess.Popen(command("cache_features", run)) for run in runs]
+    assert [one.wait(timeout=500) for one in started] == [0, 0]
+    (folder,) = (tmp_path / "cache").glob("*/float16")
+    cache = FeatureCache.open(str(folder))
+    wanted = {
+        hashlib.sha256((small / "data/images" / image).read_bytes()).hexdigest()
+        for record in records
+        for image in ([record["image"]] if isinstance(record["image"], str) else record["image"])
+    }
+    assert cache.keys() == sorted(wanted)
+    assert cache.verify() == []
+    rows_written = sum(pq.read_metadata(file).num_rows for file in folder.glob("data/*.parquet"))
+    assert rows_written == len(cache) + cache.manifest.num_shadowed

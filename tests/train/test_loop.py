@@ -1,6 +1,7 @@
 """The plan of steps as arithmetic, and the loop with the plain engine on one process."""
 
 import copy
+import threading
 from collections import Counter
 
 import pyarrow as pa
@@ -142,12 +143,13 @@ class RecordingEngine:
 @pytest.fixture
 def make_loader(make_features, make_batch):
     def make(table):
-        def load_batch(positions):
-            return make_batch(
-                [(table.tokens(i), [make_features(key, seed=i) for key in table.image_keys(i)]) for i in positions]
-            )
+        def load_batches(micro_batches):
+            for positions in micro_batches:
+                yield make_batch(
+                    [(table.tokens(i), [make_features(key, seed=i) for key in table.image_keys(i)]) for i in positions]
+                )
 
-        return load_batch
+        return load_batches
 
     return make
 
@@ -160,7 +162,7 @@ def test_each_micro_step_gets_its_share_of_the_global_batch(make_loader, tmp_pat
         engine,
         plan,
         recipe,
-        load_batch=make_loader(table),
+        load_batches=make_loader(table),
         checkpoints=str(tmp_path),
         start_step=0,
         on_step=rows.append,
@@ -181,7 +183,7 @@ def test_each_micro_step_gets_its_share_of_the_global_batch(make_loader, tmp_pat
 
 def test_projectors_without_a_native_expert_get_no_weight(make_loader, tmp_path):
     table, recipe, engine = make_table(), make_recipe(native_weight_full=None), RecordingEngine()
-    options = {"load_batch": make_loader(table), "checkpoints": str(tmp_path), "start_step": 0}
+    options = {"load_batches": make_loader(table), "checkpoints": str(tmp_path), "start_step": 0}
     train(engine, StepPlan(table, recipe, "d"), recipe, on_step=lambda row: None, **options)
     assert all("native_weight" not in inputs for _, micro_steps in engine.steps for inputs in micro_steps)
 
@@ -190,7 +192,7 @@ def test_projectors_without_a_native_expert_get_no_weight(make_loader, tmp_path)
 def run(make_model, make_batch, make_loader, tmp_path):
     """Train a tiny model; ``folder`` holds its checkpoints, from the newest of which it goes on."""
 
-    def start(folder, *, on_step=lambda row: None, load_batch=None, **changes):
+    def start(folder, *, on_step=lambda row: None, load_batches=None, **changes):
         table, recipe = make_table(), make_recipe(**changes)
         plan = StepPlan(table, recipe, "digest of the index")
         model = make_model()
@@ -216,7 +218,7 @@ def run(make_model, make_batch, make_loader, tmp_path):
             engine,
             plan,
             recipe,
-            load_batch=load_batch or make_loader(table),
+            load_batches=load_batches or make_loader(table),
             checkpoints=str(tmp_path / folder),
             start_step=checkpoint.state["step"] if checkpoint else 0,
             on_step=note,
@@ -286,22 +288,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, la
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(run, make_loader, tmp_path):
-    load_batch, rows, copies = make_loader(make_table()), [], []
+    load_batches, rows, copies = make_loader(make_table()), [], []
     poisoned = list(make_step_plan().steps())[1].positions
     assert any(make_table().image_keys(position) for position in poisoned)
 
-    def load_poisoned(positions):
-        batch = load_batch(positions)
-        if set(positions) & set(poisoned):
-            batch.features.fill_(torch.nan)
-        return batch
+    def load_poisoned(micro_batches):
+        for positions in micro_batches:
+            [batch] = load_batches([positions])
+            if set(positions) & set(poisoned):
+                batch.features.fill_(torch.nan)
+            yield batch
 
     def note(row):
         rows.append(row)
         copies.append(copy.deepcopy(row["weights"]))
 
     with pytest.raises(TrainingError, match=r"step 2: the loss is nan.*samples\.parquet"):
-        run("a", load_batch=load_poisoned, on_step=note, checkpoint_every_steps=1)
+        run("a", load_batches=load_poisoned, on_step=note, checkpoint_every_steps=1)
     assert [row["step"] for row in rows] == [1]
     # The row shares the model's memory: what it holds now is what the failed step left.
     torch.testing.assert_close(rows[-1]["weights"], copies[-1], rtol=0, atol=0)
@@ -309,8 +312,72 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run, make_loader, tmp_p
 
 
 def test_an_error_while_loading_comes_out_of_the_loop(run):
-    def load_batch(positions):
+    def load_batches(micro_batches):
+        yield from ()
         raise DataError("no such picture")
 
     with pytest.raises(DataError, match="no such picture"):
-        run("a", load_batch=load_batch)
+        run("a", load_batches=load_batches)
+
+
+def test_the_loader_is_told_the_whole_rest_of_the_run_in_order(run, make_loader, tmp_path):
+    asked, yielded, closed = [], [], []
+
+    def load_batches(micro_batches):
+        coming = list(micro_batches)
+        asked.append(coming)
+        try:
+            for batch in make_loader(make_table())(coming):
+                yielded.append(batch.num_samples)
+                yield batch
+        finally:
+            closed.append(True)
+
+    def crash(row):
+        if row["step"] == 3:
+            raise Crash
+
+    plan = make_step_plan()
+    micro_steps = [plan.micro_steps(step, 0, 1) for step in plan.steps()]
+    with pytest.raises(Crash):
+        run("a", load_batches=load_batches, on_step=crash)
+    # Three steps trained, and the next one loaded meanwhile.
+    assert yielded == [len(share) for step in micro_steps for share in step][: len(yielded)]
+    assert sum(map(len, micro_steps[:3])) <= len(yielded) <= sum(map(len, micro_steps[:4]))
+    run("a", load_batches=load_batches)
+    assert asked == [[share for step in micro_steps[start:] for share in step] for start in (0, 2)]
+    assert closed == [True, True]
+    assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
+
+
+def test_one_step_is_loaded_while_another_trains(make_loader, tmp_path):
+    table, recipe = make_table(13), make_recipe(global_batch_size=2, micro_batch_size=2, epochs=1)
+    plan, loaded = StepPlan(table, recipe, "d"), [threading.Event() for _ in range(8)]
+    trained = []
+
+    def load_batches(micro_batches):
+        for i, batch in enumerate(make_loader(table)(micro_batches)):
+            assert i <= len(trained) + 1
+            loaded[i].set()
+            yield batch
+
+    class Alone(RecordingEngine):
+        rank, world_size = 0, 1
+
+        def step(self, lr):
+            # Would wait for ever if the following step were loaded only after this one.
+            following = len(self.steps) + 1
+            assert following == plan.num_steps or loaded[following].wait(20)
+            trained.append(following)
+            return super().step(lr)
+
+    train(
+        Alone(),
+        plan,
+        recipe,
+        load_batches=load_batches,
+        checkpoints=str(tmp_path),
+        start_step=0,
+        on_step=lambda row: None,
+    )
+    assert len(trained) == plan.num_steps == 7

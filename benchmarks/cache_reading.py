@@ -1,0 +1,237 @@
+"""Reading features from local disk, ours against raw files and other formats: `python benchmarks/cache_reading.py`.
+
+The same pictures (random numbers of the paper's shapes) lie in every format; each round reads all of them with every reader
+in turn, so that what slows the machine down slows all. A ratio is the median over the rounds of the time that raw files
+took (same order, same number of threads) over the reader's. Warm: the files are in the page cache, unless --cold.
+
+random      our get() and prefetch(), raw files, MDS and .pt files read any picture; WebDataset cannot, its users get
+            shuffled shards and a shuffle buffer, which is what stands in this column
+sequential  the order in which the pictures were written
+"""
+
+import argparse
+import os
+import random
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from reading_peers import Peer, open_peers
+
+from meteor.cache import (
+    CacheIdentity,
+    FeatureCache,
+    ImageFeatures,
+    calibrate,
+    commit,
+    create_cache,
+    encode_row,
+    write_feature_file,
+)
+from meteor.cache.row import PAYLOAD_COLUMNS
+
+NUM_THREADS = 8
+PICTURES_PER_FILE = 32
+SIDE = 24
+GRIDS = (None, (2, 2), (2, 2), (2, 3), (2, 3))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One way to read: all pictures of the keys, in their order; its time is compared with that of ``baseline``."""
+
+    name: str
+    num_threads: int
+    checksum: str
+    baseline: str
+    read: Callable[[Sequence[str]], None]
+    read_sequentially: Callable[[Sequence[str]], None] | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--folder", help="where the files go for the time of the run; default: the system's")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each reading")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name, ExitStack() as peers:
+        folder = Path(name)
+        written = {peer.name: peer for peer in open_peers(folder / "peers", PICTURES_PER_FILE)}
+        checksums = write(str(folder / "cache"), arguments, [RawFiles(folder / "raw"), *written.values()])
+        cache = FeatureCache.open(find_cache(folder / "cache"))
+        describe(cache, checksums)
+        readers = list(local_readers(cache, folder / "raw", checksums, list(written.values())))
+        drop = partial(drop_from_page_cache, folder) if arguments.cold else lambda: None
+        rounds = measure(readers, list(checksums), arguments.rounds, before_each=drop)
+        print_table(readers, rounds, len(checksums))
+        peers.close()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--width", type=int, default=1024, help="numbers for each of the 576 patches of a sub-image")
+    parser.add_argument("--codec", default="float16")
+    parser.add_argument("--rounds", type=int, default=5, help="counted ones; one more comes first, to warm up")
+
+
+def make_picture(i: int, width: int) -> ImageFeatures:
+    """Of five pictures one is not sliced, two have four slices and two six: five sub-images on average, 576 patches each."""
+    numbers = torch.Generator().manual_seed(i)
+    grid = GRIDS[i % len(GRIDS)]
+    num_sub_images = 1 + (grid[0] * grid[1] if grid else 0)
+    num_patches = SIDE * SIDE
+    return ImageFeatures(
+        image_key=f"{random.Random(i).getrandbits(256):064x}",
+        width=336,
+        height=336,
+        grid=grid,
+        patch_grids=((SIDE, SIDE),) * num_sub_images,
+        attention_layers=(-2,),
+        features=[torch.randn(num_patches, width, generator=numbers).half() for _ in range(num_sub_images)],
+        cls_attention=[torch.rand(1, num_patches, generator=numbers) for _ in range(num_sub_images)],
+        cls=torch.randn(num_sub_images, width, generator=numbers),
+    )
+
+
+def write(root_uri: str, arguments: argparse.Namespace, peers: Sequence[Peer]) -> dict[str, int]:
+    """The pictures into a cache below the root and into every peer's files; checksum of the payload by image key."""
+    identity = CacheIdentity(
+        encoder_digest="0" * 64,
+        encoder_dtype="float16",
+        select_layer=-2,
+        preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3, "rescale": "1/255"},
+        slicing={"max_slices": 6, "resolution": 336, "patch_size": 14},
+    )
+    uri = create_cache(root_uri, identity, arguments.codec)
+    codec = calibrate(uri, (make_picture(i, arguments.width) for i in range(min(arguments.pictures, 16))))
+    checksums = {}
+    for start in range(0, arguments.pictures, PICTURES_PER_FILE):
+        rows = []
+        for i in range(start, min(start + PICTURES_PER_FILE, arguments.pictures)):
+            picture = make_picture(i, arguments.width)
+            rows.append(encode_row(picture, codec))
+            payload = b"".join(rows[-1][name][0].as_py() for name in PAYLOAD_COLUMNS)
+            checksums[picture.image_key] = zlib.crc32(payload)
+            for peer in peers:
+                peer.write(picture, payload)
+        write_feature_file(uri, rows)
+    commit(uri)
+    for peer in peers:
+        peer.finish()
+    return checksums
+
+
+class RawFiles(Peer):
+    """A file for each picture, with its payload and nothing else."""
+
+    name, checksum = "raw files", "crc32"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True)
+
+    def write(self, picture: ImageFeatures, payload: bytes) -> None:
+        (self._folder / picture.image_key).write_bytes(payload)
+
+
+def local_readers(cache: FeatureCache, raw: Path, checksums: dict[str, int], peers: Sequence[Peer]) -> Iterator[Reader]:
+    def read_raw(key: str) -> None:
+        with open(raw / key, "rb", buffering=0) as file:
+            check(key, file.read(), checksums)
+
+    one, many = "raw files, 1 thread", f"raw files, {NUM_THREADS} threads"
+    yield Reader(one, 1, "crc32", one, partial(one_by_one, read_raw))
+    yield Reader(many, NUM_THREADS, "crc32", many, partial(in_threads, NUM_THREADS, read_raw))
+    yield Reader("ours, get()", 1, "crc32", one, partial(one_by_one, cache.get))
+    yield Reader("ours, prefetch()", NUM_THREADS, "crc32", many, partial(prefetch, cache, NUM_THREADS))
+    for peer in peers:
+        read, read_sequentially = peer.readers(partial(check, checksums=checksums))
+        yield Reader(peer.name, 1, peer.checksum, one, read, read_sequentially)
+
+
+def check(key: str, payload: Any, checksums: dict[str, int]) -> None:
+    if zlib.crc32(payload) != checksums[key]:
+        raise SystemExit(f"{key}: other bytes than were written; the comparison is worth nothing")
+
+
+def one_by_one(read: Callable[[str], Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        read(key)
+
+
+def in_threads(num_threads: int, read: Callable[[str], Any], keys: Sequence[str]) -> None:
+    with ThreadPoolExecutor(num_threads) as pool:
+        # Its answers are let go of at once: a list of all pictures would not fit into memory.
+        for pending in [pool.submit(lambda key: read(key) and None, key) for key in keys]:
+            pending.result()
+
+
+def prefetch(cache: FeatureCache, num_threads: int, keys: Sequence[str]) -> None:
+    num_read = sum(1 for _ in cache.prefetch(keys, num_threads=num_threads))
+    assert num_read == len(keys)
+
+
+def measure(
+    readers: Sequence[Reader], keys: Sequence[str], num_rounds: int, *, before_each: Callable[[], None] = lambda: None
+) -> list[dict[tuple[str, str], float]]:
+    """Seconds by (reader, order), for each round after the first."""
+    rounds = []
+    for i in range(1 + num_rounds):
+        shuffled = random.Random(i).sample(keys, len(keys))
+        seconds = {}
+        for reader in readers:
+            ways = {"random": (reader.read, shuffled), "sequential": (reader.read_sequentially or reader.read, keys)}
+            for order, (read, ordered) in ways.items():
+                before_each()
+                started = time.perf_counter()
+                read(ordered)
+                seconds[reader.name, order] = time.perf_counter() - started
+        rounds.append(seconds)
+    return rounds[1:]
+
+
+def print_table(readers: Sequence[Reader], rounds: Sequence[dict[tuple[str, str], float]], num_pictures: int) -> None:
+    print("| reader | threads | checksum | random: pictures/s | of baseline | sequential: pictures/s | of baseline |")
+    print("|---|---|---|---|---|---|---|")
+    for reader in readers:
+        cells = [reader.name, str(reader.num_threads), reader.checksum]
+        for order in ("random", "sequential"):
+            ratio = statistics.median(one[reader.baseline, order] / one[reader.name, order] for one in rounds)
+            rate = num_pictures / statistics.median(one[reader.name, order] for one in rounds)
+            cells += [f"{rate:.0f}", f"{ratio:.2f}" + ("" if reader.baseline != reader.name else " (baseline)")]
+        print(f"| {' | '.join(cells)} |")
+
+
+def describe(cache: FeatureCache, checksums: dict[str, int]) -> None:
+    print(
+        f"{len(checksums)} pictures, {cache.num_sub_images / len(cache):.1f} sub-images each, codec {cache.codec}, "
+        f"{cache.num_bytes / 1e6:.0f} MB ({cache.num_bytes / len(cache) / 1e6:.2f} MB a picture), "
+        f"{os.cpu_count()} CPU cores\n"
+    )
+
+
+def find_cache(root: Path) -> str:
+    [identity] = root.glob("*/*/identity.json")
+    return str(identity.parent)
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What a cache will hold, take and save, by arithmetic from picture sizes and the shapes of encoder and LLM.
+
+Letters: T tokens of a sub-image (patches and the class token), C vision width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Multiplications and additions of one LLM parameter for one token: forward, and backward through activations (stage 1,
+# frozen LLM) or also to the weights (stage 2). Recomputation for memory is not counted.
+FLOPS_PER_PARAMETER = {"pretrain": 4, "finetune": 6}
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What decides about the encoder's arithmetic: C, the MLP's width, blocks that are run, pixels of a patch's side."""
+
+    width: int
+    mlp_width: int
+    num_blocks: int
+    patch_size: int
+
+    def flops(self, num_patches: int) -> int:
+        """Multiplications and additions for one sub-image."""
+        tokens = num_patches + 1
+        projections = 2 * tokens * (4 * self.width**2 + 2 * self.width * self.mlp_width)
+        attention = 4 * tokens**2 * self.width
+        embedding = 2 * num_patches * 3 * self.patch_size**2 * self.width
+        return self.num_blocks * (projections + attention) + embedding
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training stage of one run.
+
+    Attributes:
+        name: "pretrain" or "finetune".
+        num_samples: samples of an epoch.
+        num_sub_images: sub-images that their pictures have, a picture counted as often as samples show it.
+        epochs: passes over the samples.
+        encoder_flops: of encoding them in the step, over all epochs.
+        llm_flops: of the language model's steps, over all epochs.
+    """
+
+    name: str
+    num_samples: int
+    num_sub_images: int
+    epochs: int
+    encoder_flops: float
+    llm_flops: float
+
+    @property
+    def encoder_share(self) -> float:
+        """Share of the step's arithmetic that the cache takes away."""
+        total = self.encoder_flops + self.llm_flops
+        return self.encoder_flops / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Sizes and costs of a run's cache.
+
+    Attributes:
+        num_pictures: names in the samples.
+        num_distinct: pictures to hold; known by content where indexed, by name elsewhere.
+        num_unindexed: pictures of which only the header was looked at.
+        num_unusable: missing or refused.
+        num_cached: distinct pictures that the cache holds already.
+        num_sub_images, num_patches: of the distinct pictures.
+        encoder_flops: of encoding each of them once.
+        codec: the run's.
+        size_bytes: codec -> bytes of all payloads.
+        stages: training stages of the run; empty where no language model could be looked at (`note` says why).
+        note: what is missing in this plan.
+    """
+
+    num_pictures: int
+    num_distinct: int
+    num_unindexed: int
+    num_unusable: int
+    num_cached: int
+    num_sub_images: int
+    num_patches: int
+    encoder_flops: float
+    codec: str
+    size_bytes: dict[str, int]
+    stages: tuple[StagePlan, ...] = ()
+    note: str = ""
+
+    def to_dict(self, *, rate: float | None, usd_per_gb: float, num_runs: int) -> dict[str, Any]:
+        """All of it as JSON values; arguments as in `to_text`."""
+        content = asdict(self) | {
+            "stages": [{**asdict(stage), "encoder_share": stage.encoder_share} for stage in self.stages],
+            "usd_per_month": {codec: size / 1e9 * usd_per_gb for codec, size in self.size_bytes.items()},
+            "encoder_seconds": self.num_sub_images / rate if rate else None,
+        }
+        if self.stages:
+            content |= {"num_runs": num_runs, "flops_avoided": self._avoided(num_runs)}
+            content["share_avoided"] = self._avoided(num_runs) / self._without_cache(num_runs)
+        return content
+
+    def to_text(self, *, rate: float | None, usd_per_gb: float, num_runs: int) -> str:
+        """The plan as aligned lines.
+
+        Args:
+            rate: sub-images a second that the encoder makes on the cluster, all GPUs together.
+            usd_per_gb: price of storage for a month, decimal gigabytes.
+            num_runs: training runs over the same cache, each of all stages.
+        """
+        pictures = f"{self.num_pictures:,} named, {self.num_distinct:,} distinct"
+        if self.num_unindexed:
+            pictures += f" ({self.num_unindexed:,} not indexed yet: distinct by name only)"
+        rows = [
+            ("pictures", pictures),
+            ("unusable", f"{self.num_unusable:,}"),
+            ("cached already", f"{self.num_cached:,}"),
+            ("sub-images", f"{self.num_sub_images:,} ({_ratio(self.num_sub_images, self.num_distinct):.2f} a picture)"),
+        ]
+        for codec, size in self.size_bytes.items():
+            mark = ", this run's codec" if codec == self.codec else ""
+            cost = f"{size / 1e9 * usd_per_gb:,.2f} USD a month at {usd_per_gb:g} USD a GB"
+            rows.append((codec, f"{size / 1e9:,.2f} GB, {cost}{mark}"))
+        time = f"{self.num_sub_images / rate:,.0f} s at {rate:,.0f} sub-images/s" if rate else "give --rate for seconds"
+        rows.append(("encoding once", f"{_flops(self.encoder_flops)}; {time}"))
+        rows += [
+            (stage.name, f"encoding in the step would be {stage.encoder_share:.1%} of its arithmetic")
+            for stage in self.stages
+        ]
+        if self.stages:
+            share = self._avoided(num_runs) / self._without_cache(num_runs)
+            rows.append(
+                (f"{num_runs} runs", f"the cache avoids {_flops(self._avoided(num_runs))}, {share:.1%} of their total")
+            )
+        if self.note:
+            rows.append(("note", self.note))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+    def _without_cache(self, num_runs: int) -> float:
+        return num_runs * sum(stage.encoder_flops + stage.llm_flops for stage in self.stages)
+
+    def _avoided(self, num_runs: int) -> float:
+        """Encoding in every step of every run, less encoding once; negative where one run shows few of the pictures."""
+        return num_runs * sum(stage.encoder_flops for stage in self.stages) - self.encoder_flops
+
+
+def plan_stage(
+    name: str,
+    patch_grids: Sequence[Sequence[Sequence[tuple[int, int]]]],
+    *,
+    encoder: EncoderShape,
+    epochs: int,
+    num_llm_parameters: int,
+    num_visual_tokens: int,
+    num_text_tokens: float,
+) -> StagePlan:
+    """Arithmetic of a stage.
+
+    Args:
+        name: "pretrain" or "finetune".
+        patch_grids: sample -> picture -> (Hu, Wu) of each sub-image that the stage uses.
+        encoder: its shape.
+        epochs: passes.
+        num_llm_parameters: those that multiply (all but the token embeddings).
+        num_visual_tokens, num_text_tokens: of all samples, once.
+    """
+    grids = [grid for sample in patch_grids for picture in sample for grid in picture]
+    encoder_flops = epochs * sum(encoder.flops(rows * columns) for rows, columns in grids)
+    num_tokens = num_visual_tokens + num_text_tokens
+    llm_flops = epochs * FLOPS_PER_PARAMETER[name] * num_llm_parameters * num_tokens
+    return StagePlan(name, len(patch_grids), len(grids), epochs, encoder_flops, llm_flops)
+
+
+def _ratio(number: float, of: float) -> float:
+    return number / of if of else 0.0
+
+
+def _flops(flops: float) -> str:
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if abs(flops) >= size:
+            return f"{flops / size:,.3g} {unit}"
+    return f"{flops:,.0f} FLOP"

@@ -1,0 +1,39 @@
+"""Batches of the coming steps: their pictures are read ahead in one stream, then each micro batch is collated."""
+
+import itertools
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+
+from meteor.cache.row import ImageFeatures
+from meteor.data.collate import Batch
+from meteor.data.features import FeatureSource
+from meteor.data.table import SampleTable
+from meteor.text.tokens import TokenisedSample
+
+Collate = Callable[[list[tuple[TokenisedSample, list[ImageFeatures]]]], Batch]
+
+
+def load_batches(
+    micro_batches: Iterable[list[int]],
+    *,
+    table: SampleTable,
+    source: FeatureSource,
+    collate: Collate,
+    num_threads: int,
+    max_bytes: int,
+) -> Generator[Batch, None, None]:
+    """One batch for each micro batch, in order; pictures of later ones are read in the meantime.
+
+    Args:
+        micro_batches: table positions of each; may be endless, an empty one gives a batch of no samples.
+        table: tokens and image keys by position.
+        source: of the pictures. Of a cache whole pictures are read, even where a stage trains on global views alone: the
+            checksum is one over all sub-images.
+        collate: samples with their pictures -> a batch.
+        num_threads, max_bytes: how far pictures are read ahead (`FeatureCache.prefetch`).
+    """
+    micro_batches, coming = itertools.tee(micro_batches)
+    keys = (key for positions in coming for i in positions for key in table.image_keys(i))
+    with closing(source.prefetch(keys, num_threads=num_threads, max_bytes=max_bytes)) as images:
+        for positions in micro_batches:
+            yield collate([(table.tokens(i), [next(images) for _ in table.image_keys(i)]) for i in positions])
