@@ -1,23 +1,113 @@
-"""`meteor cache`: what a feature cache holds, and whether it is intact."""
+"""`meteor cache`: look into feature caches, check, compare, clean, convert them, and plan new ones."""
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
-from meteor.cache import FeatureCache
+from meteor import storage
+from meteor.cache import (
+    CODEC_NAMES,
+    CacheListing,
+    DatasetIndex,
+    FeatureCache,
+    diff_caches,
+    export_pictures,
+    list_caches,
+    pins,
+    plan_gc,
+    repair,
+    run_gc,
+    transcode,
+    unpin,
+)
+from meteor.cli.cache_audit import audit_run
+from meteor.cli.cache_plan import plan_cache
+from meteor.cli.options import add_json, add_run, read_run, show_progress
+from meteor.errors import CacheError
+
+_CACHE_HELP = "<root>/<key>/<codec>, as cache_features prints it"
+_SECONDS_AN_HOUR = 3600
+_KEY_DIGITS, _MIN_PREFIX = 64, 6
 
 
 def add_commands(commands: Any) -> None:
-    actions = commands.add_parser("cache", help="look into a feature cache").add_subparsers(required=True)
-    for name, command, text in (
-        ("show", _show, "identity, version, pictures, bytes"),
-        ("quarantine", _quarantine, "the pictures that could not be encoded, with reasons"),
-        ("verify", _verify, "read everything and compare every checksum"),
-    ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument("cache", metavar="URI", help="<root>/<key>/<codec>, as cache_features prints it")
-        action.add_argument("--json", action="store_true", help="print JSON")
-        action.set_defaults(command=command)
+    actions = commands.add_parser("cache", help="plan, look into, check, clean and convert feature caches")
+    add = _adder(actions.add_subparsers(required=True, metavar="ACTION"))
+    listing = add("ls", _ls, "all caches below a root")
+    listing.add_argument("root", metavar="ROOT", help="cache.uri of a run, <output>/cache by default")
+    add("show", _show, "identity, version, pictures, bytes, codec error, runs that read it", "cache")
+    add("quarantine", _quarantine, "the pictures that could not be encoded, with reasons", "cache")
+    verify = add("verify", _verify, "read everything and compare every checksum; code 1 where something is damaged", "cache")
+    verify.add_argument(
+        "--repair", action="store_true", help="publish a version without the damaged pictures: the next build encodes them"
+    )
+    diff = add("diff", _diff, "two caches: which field of the key differs, which pictures; code 1 if any", "cache")
+    diff.add_argument("other", metavar="OTHER", help="the cache to compare with")
+    clean = add("gc", _gc, "list, or with --delete remove, what no kept version needs", "cache")
+    clean.add_argument("--delete", action="store_true", help="do it; without this nothing is changed")
+    clean.add_argument(
+        "--older-than", type=float, default=24, metavar="HOURS", help="leave younger files alone (default: %(default)s)"
+    )
+    clean.add_argument("--unpin", action="append", default=[], metavar="RUN", help="a run digest that needs no resuming")
+    convert = add("transcode", _transcode, "make another codec's variant from a cache, without the encoder", "cache")
+    convert.add_argument("--codec", required=True, choices=CODEC_NAMES)
+    export = add("export", _export, "write pictures as plain .safetensors files", "cache")
+    export.add_argument(
+        "pictures", nargs="+", metavar="PICTURE", help="image key, the start of one, or a name in the dataset index"
+    )
+    export.add_argument("--out", required=True, metavar="FOLDER", help="folder or s3:// URI")
+    plan = add("plan", _plan, "pictures, bytes, encoder time, storage cost, and what the cache saves")
+    add_run(plan)
+    plan.add_argument("--rate", type=float, metavar="N", help="sub-images a second of all GPUs together")
+    plan.add_argument(
+        "--usd-per-gb", type=float, default=0.023, metavar="USD", help="storage for a month (default: %(default)s)"
+    )
+    plan.add_argument("--num-runs", type=int, default=10, metavar="N", help="training runs (default: %(default)s)")
+    audit = add("audit", _audit, "encode a sample again and compare; code 1 where it differs")
+    add_run(audit)
+    audit.add_argument("--pictures", type=int, default=32, metavar="N", help="how many (default: %(default)s)")
+    audit.add_argument(
+        "--tolerance", type=float, default=0.02, metavar="E", help="largest relative error (default: %(default)s)"
+    )
+    audit.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    audit.add_argument("--device", default=None, help="where to encode, for example cuda (default: cpu)")
+
+
+def _adder(actions: Any) -> Callable[..., argparse.ArgumentParser]:
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str, *cache: str) -> argparse.ArgumentParser:
+        parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        for argument in cache:
+            parser.add_argument(argument, metavar="CACHE", help=_CACHE_HELP)
+        add_json(parser)
+        parser.set_defaults(command=command)
+        return parser
+
+    return add
+
+
+def _print(arguments: argparse.Namespace, content: Any, text: str) -> None:
+    print(json.dumps(content, indent=2) if arguments.json else text)
+
+
+def _lines(content: Mapping[str, Any]) -> str:
+    return "\n".join(f"{name:<14} {value}" for name, value in content.items())
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    listings = list_caches(storage.absolute(arguments.root))
+    text = "\n".join(map(_listing_text, listings)) or f"no caches below {arguments.root}"
+    _print(arguments, [asdict(one) for one in listings], text)
+    return 0
+
+
+def _listing_text(one: CacheListing) -> str:
+    held = f"{one.num_images:,} pictures, {one.num_sub_images:,} sub-images, {one.payload_bytes / 1e9:,.2f} GB"
+    state = f"version {one.version}, {held}, {one.num_quarantined} quarantined, {one.num_pins} runs"
+    changed = datetime.fromtimestamp(one.modified_s).astimezone().strftime("%Y-%m-%d %H:%M")
+    return f"{one.uri}\n  {state}, changed {changed}" + (f"\n  DAMAGED: {one.error}" if one.error else "")
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -29,31 +119,106 @@ def _show(arguments: argparse.Namespace) -> int:
         "pictures": len(cache),
         "sub_images": cache.num_sub_images,
         "payload_bytes": cache.num_bytes,
+        "shadowed_rows": cache.manifest.num_shadowed,
         "quarantined": len(cache.quarantined()),
+        "codec_error": cache.codec_error(),
+        "runs": pins(cache.uri),
         "key": cache.identity.key,
         "identity": cache.identity.to_dict(),
     }
-    if arguments.json:
-        print(json.dumps(content, indent=2))
-    else:
-        print("\n".join(f"{name:<14} {value}" for name, value in content.items()))
+    _print(arguments, content, _lines(content))
     return 0
 
 
 def _quarantine(arguments: argparse.Namespace) -> int:
     rows = FeatureCache.open(arguments.cache).quarantine()
-    if arguments.json:
-        print(json.dumps([vars(row) for row in rows], indent=2))
-    else:
-        print("\n".join(f"{row.reason:<16} {row.name or row.image_key}  {row.message}" for row in rows) or "none")
+    lines = [f"{row.reason:<16} {row.name or row.uri or row.image_key}  {row.message}" for row in rows]
+    _print(arguments, [vars(row) for row in rows], "\n".join(lines) or "none")
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     cache = FeatureCache.open(arguments.cache)
-    problems = cache.verify()
-    if arguments.json:
-        print(json.dumps({"pictures": len(cache), "problems": problems}, indent=2))
-    else:
-        print("\n".join(problems) or f"{len(cache)} pictures intact")
+    if arguments.repair:
+        done = repair(cache.uri, on_progress=show_progress("files"))
+        _print(arguments, asdict(done), done.to_text())
+        return 0
+    problems = cache.verify(on_progress=show_progress("files"))
+    text = "\n".join([*problems, "`meteor cache verify --repair` lets the next build encode the damaged pictures again"])
+    content = {"pictures": len(cache), "problems": problems}
+    _print(arguments, content, text if problems else f"{len(cache)} pictures intact")
     return 1 if problems else 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    found = diff_caches(FeatureCache.open(arguments.cache), FeatureCache.open(arguments.other))
+    _print(arguments, asdict(found), found.to_text())
+    return 0 if found.equal else 1
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    uri = storage.absolute(arguments.cache)
+    for run in arguments.unpin:
+        unpin(uri, run)
+    plan = plan_gc(uri, older_than_s=arguments.older_than * _SECONDS_AN_HOUR)
+    if not arguments.delete:
+        _print(arguments, asdict(plan), f"{plan.to_text()}\nnothing was changed; --delete does it")
+        return 0
+    report = run_gc(plan, on_progress=show_progress("files"))
+    _print(arguments, {"plan": asdict(plan), "done": asdict(report)}, f"{plan.to_text()}\n{report.to_text()}")
+    return 0
+
+
+def _transcode(arguments: argparse.Namespace) -> int:
+    uri = transcode(storage.absolute(arguments.cache), arguments.codec, on_progress=show_progress("pictures"))
+    cache = FeatureCache.open(uri)
+    content = {"uri": uri, "pictures": len(cache), "payload_bytes": cache.num_bytes, "codec_error": cache.codec_error()}
+    _print(arguments, content, _lines(content))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    cache = FeatureCache.open(arguments.cache)
+    named = _find_pictures(cache, arguments.pictures)
+    files = export_pictures(cache, list(named), arguments.out, names=named)
+    _print(arguments, files, "\n".join(files))
+    return 0
+
+
+def _find_pictures(cache: FeatureCache, asked: list[str]) -> Mapping[str, str]:
+    """Image key -> the name of its file, for keys, unique beginnings of keys, and names of the dataset index."""
+    keys = cache.keys()
+    index = DatasetIndex.latest(storage.join(cache.uri.rsplit("/", 2)[0], "index"))
+    found: dict[str, str] = {}
+    for picture in asked:
+        row = index.lookup(picture) if index else None
+        if row is not None:
+            found[row.image_key] = picture
+            continue
+        matches = [key for key in keys if key.startswith(picture)] if len(picture) >= _MIN_PREFIX else []
+        if len(matches) != 1:
+            what = f"fits {len(matches)} image keys" if matches else "is no image key and no name in the dataset index"
+            raise CacheError(f"{picture!r} {what} of {cache.uri}; give all {_KEY_DIGITS} digits, or a name as samples have it")
+        found[matches[0]] = matches[0]
+    return found
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    settings = read_run(arguments)
+    plan = plan_cache(settings)
+    options = {"rate": arguments.rate, "usd_per_gb": arguments.usd_per_gb, "num_runs": arguments.num_runs}
+    _print(arguments, plan.to_dict(**options), f"cache of run {settings.name}\n{plan.to_text(**options)}")
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    audit = audit_run(
+        read_run(arguments),
+        num_pictures=arguments.pictures,
+        tolerance=arguments.tolerance,
+        seed=arguments.seed,
+        device=arguments.device,
+        on_progress=show_progress("pictures"),
+    )
+    _print(arguments, audit.to_dict(), audit.to_text())
+    return 1 if audit.failed else 0

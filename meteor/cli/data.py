@@ -2,18 +2,16 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from meteor.cli.options import add_run, read_run
+from meteor.cli.options import add_json, add_run, read_run, show_progress
 from meteor.config import RunSettings
+from meteor.data.assembly import pixel_settings, sample_uris
 from meteor.data.check import CheckedSet, check_data
 from meteor.data.check_report import DataReport
 from meteor.data.collate import ImageLayout, num_image_tokens
-from meteor.data.features import PixelSettings
 from meteor.data.samples import Sample, load_samples
-from meteor.errors import SettingsError
 from meteor.image.budget import visual_token_budget
 from meteor.image.slicing import SlicePlan
 from meteor.text.tokens import load_tokenizer, tokenise
@@ -24,7 +22,7 @@ def add_commands(commands: Any) -> None:
     check = actions.add_parser("check", help="missing, unreadable and duplicate pictures, bad records, lengths")
     add_run(check)
     check.add_argument("--full", action="store_true", help="decode every picture: finds truncated ones and duplicates")
-    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(check)
     check.set_defaults(command=_check)
 
 
@@ -40,24 +38,13 @@ def check_run(settings: RunSettings, *, full: bool = False, progress: bool = Fal
     Raises:
         SettingsError: the run names no samples.
     """
-    data = settings.data
-    uris = {"pretrain": data.pretrain, "finetune": data.finetune, **data.evaluate}
-    sets = {name: _checked(settings, name, uri) for name, uri in uris.items() if uri}
-    if not sets:
-        raise SettingsError("the run names no samples: set data.pretrain, data.finetune or data.evaluate")
-    slicing = settings.slicing
+    sets = {name: _checked(settings, name, uri) for name, uri in sample_uris(settings).items()}
     return check_data(
         sets,
-        roots=data.roots,
-        pixels=PixelSettings(
-            max_slices=slicing.max_slices,
-            resolution=slicing.resolution,
-            patch_size=slicing.patch_size,
-            max_aspect_ratio=data.max_aspect_ratio,
-            max_pixels=data.max_pixels,
-        ),
+        roots=settings.data.roots,
+        pixels=pixel_settings(settings),
         full=full,
-        on_progress=_show_progress if progress and sys.stderr.isatty() else None,
+        on_progress=show_progress("pictures") if progress else None,
     )
 
 
@@ -76,8 +63,3 @@ def _checked(settings: RunSettings, name: str, uri: str) -> CheckedSet:
 
     samples, problems = load_samples(uri)
     return CheckedSet(samples, problems, stage.max_length, count_tokens)
-
-
-def _show_progress(done: int, total: int) -> None:
-    if done % 500 == 0 or done == total:
-        print(f"\r{done} of {total} pictures", end="\n" if done == total else "", file=sys.stderr, flush=True)

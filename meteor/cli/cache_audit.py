@@ -1,0 +1,33 @@
+"""The audit of a run's cache: its encoder, its pictures' files, its latest version."""
+
+from collections.abc import Callable
+
+from meteor.cache import DatasetIndex, FeatureCache
+from meteor.config import RunSettings
+from meteor.data.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
+from meteor.data.audit import CacheAudit, audit_cache
+from meteor.data.features import LiveFeatures
+
+
+def audit_run(
+    settings: RunSettings,
+    *,
+    num_pictures: int,
+    tolerance: float,
+    seed: int,
+    device: str | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> CacheAudit:
+    """Audit the latest version of the run's cache with the run's encoder.
+
+    Raises:
+        CacheError: there is no cache for these settings, or no index of the pictures.
+    """
+    encoder = load_encoder(settings, device=device)
+    cache = FeatureCache.open(cache_uri(settings, cache_identity(settings, encoder)))
+    index = DatasetIndex.latest(index_uri(settings))
+    uris = {row.image_key: row.uri for row in index.rows() if row.status == "ok"} if index else {}
+    live = LiveFeatures(encoder, uris, pixel_settings(settings))
+    return audit_cache(
+        cache, live, uris, num_pictures=num_pictures, tolerance=tolerance, seed=seed, on_progress=on_progress
+    )

@@ -1,0 +1,160 @@
+"""The plan of a run's cache: picture sizes from the dataset index or from headers, shapes from configurations."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from meteor.cache import CODEC_NAMES, DatasetIndex, FeatureCache
+from meteor.cache.codec import INT8_CODEC, get_codec
+from meteor.cache.manifest import latest_manifest
+from meteor.config import RunSettings, StageSettings
+from meteor.data.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings, sample_uris
+from meteor.data.cache_plan import CachePlan, EncoderShape, StagePlan, plan_stage
+from meteor.data.features import PixelSettings
+from meteor.data.pictures import inspect_picture
+from meteor.data.samples import Sample, load_samples
+from meteor.errors import BadImageError, TokenisationError
+from meteor.image.budget import visual_token_budget
+from meteor.image.slicing import SlicePlan
+from meteor.text.tokens import load_tokenizer, tokenise
+from meteor.vision.encoder import FrozenClip
+
+_NUM_HEADER_READERS = 32
+# Text lengths vary little between thousands of samples: so many, evenly spread, give the mean.
+_NUM_TOKENISED = 2000
+
+
+def plan_cache(settings: RunSettings) -> CachePlan:
+    """What `cache_features` of this run will hold and cost.
+
+    Raises:
+        SettingsError: the run names no samples, or there is no encoder at ``vision.path``.
+    """
+    sets = {name: load_samples(uri)[0] for name, uri in sample_uris(settings).items()}
+    names = sorted({image for samples in sets.values() for sample in samples for image in sample.images})
+    encoder, pixels = load_encoder(settings), pixel_settings(settings)
+    keys, plans = _indexed(settings, names, pixels)
+    num_unindexed = len(names) - len(keys)
+    plans |= _from_headers([name for name in names if name not in keys], settings.data.roots, pixels)
+    distinct = {keys.get(name) or name: plan for name, plan in plans.items()}
+    grids = [grid for plan in distinct.values() for grid in plan.patch_grids]
+    shape = _encoder_shape(encoder)
+    stages, note = _stages(settings, sets, plans, shape)
+    num_layers = len(settings.vision.attention_layers)
+    return CachePlan(
+        num_pictures=len(names),
+        num_distinct=len(distinct),
+        num_unindexed=num_unindexed,
+        num_unusable=len(names) - len(plans),
+        num_cached=len(distinct.keys() & _cached(settings, encoder)),
+        num_sub_images=len(grids),
+        num_patches=sum(rows * columns for rows, columns in grids),
+        encoder_flops=sum(shape.flops(rows * columns) for rows, columns in grids),
+        codec=settings.cache.codec,
+        size_bytes={
+            codec: sum(_payload_bytes(codec, rows * columns, encoder.width, num_layers) for rows, columns in grids)
+            for codec in CODEC_NAMES
+        },
+        stages=tuple(stages),
+        note=note,
+    )
+
+
+def _indexed(
+    settings: RunSettings, names: Sequence[str], pixels: PixelSettings
+) -> tuple[dict[str, str], dict[str, SlicePlan]]:
+    """Name -> image key ("" if unknown) of the pictures in the index, and the plans of those that can be used."""
+    index = DatasetIndex.latest(index_uri(settings))
+    keys: dict[str, str] = {}
+    plans: dict[str, SlicePlan] = {}
+    wanted = set(names)
+    for row in index.rows() if index else ():
+        if row.name not in wanted:
+            continue
+        keys[row.name] = row.image_key
+        if row.status == "ok":
+            try:
+                plans[row.name] = pixels.plan(row.width, row.height)
+            except BadImageError:
+                continue
+    return keys, plans
+
+
+def _from_headers(names: Sequence[str], roots: Mapping[str, str], pixels: PixelSettings) -> dict[str, SlicePlan]:
+    with ThreadPoolExecutor(_NUM_HEADER_READERS) as pool:
+        pictures = pool.map(lambda name: inspect_picture(name, roots, pixels, full=False), names)
+        return {picture.name: picture.plan for picture in pictures if picture.plan is not None}
+
+
+def _cached(settings: RunSettings, encoder: FrozenClip) -> set[str]:
+    uri = cache_uri(settings, cache_identity(settings, encoder))
+    return set(FeatureCache.open(uri).keys()) if latest_manifest(uri) else set()
+
+
+def _encoder_shape(encoder: FrozenClip) -> EncoderShape:
+    layers = [encoder.select_layer, *encoder.attention_layers]
+    num_blocks = max(layer if layer >= 0 else encoder.num_blocks + 1 + layer for layer in layers)
+    return EncoderShape(encoder.width, encoder.model.config.intermediate_size, num_blocks, encoder.patch_size)
+
+
+def _payload_bytes(codec: str, num_patches: int, width: int, num_layers: int) -> int:
+    """Of one sub-image: patch features in the codec, attention rows and the class token in float32."""
+    value_bytes = 1 if codec == INT8_CODEC else get_codec(codec).dtype.itemsize
+    return num_patches * width * value_bytes + 4 * (num_patches * num_layers + width)
+
+
+def _stages(
+    settings: RunSettings, sets: Mapping[str, Sequence[Sample]], plans: Mapping[str, SlicePlan], shape: EncoderShape
+) -> tuple[list[StagePlan], str]:
+    trained = {name: sets[name] for name in ("pretrain", "finetune") if name in sets}
+    try:
+        num_parameters = _num_llm_parameters(settings.llm.path)
+        tokenizer = load_tokenizer(settings.llm.path)
+    except (OSError, ValueError) as error:
+        return [], f"no shares of training: llm.path={settings.llm.path!r} cannot be read here ({error})".split("\n")[0]
+    budget = visual_token_budget(settings.projector.name, settings.projector.settings)
+    stages = []
+    for name, samples in trained.items():
+        options: StageSettings = getattr(settings, name)
+        usable = [sample for sample in samples if all(image in plans for image in sample.images)]
+        only_global = options.sub_images == "global"
+        grids = [
+            [plans[image].patch_grids[:1] if only_global else plans[image].patch_grids for image in sample.images]
+            for sample in usable
+        ]
+        spread = usable[:: max(1, len(usable) // _NUM_TOKENISED)]
+        lengths = [length for sample in spread if (length := _text_length(sample, tokenizer, options.template))]
+        stages.append(
+            plan_stage(
+                name,
+                grids,
+                encoder=shape,
+                epochs=options.epochs,
+                num_llm_parameters=num_parameters,
+                num_visual_tokens=sum(sum(budget(picture)) for sample in grids for picture in sample),
+                num_text_tokens=len(usable) * sum(lengths) / max(len(lengths), 1),
+            )
+        )
+    return stages, ""
+
+
+def _text_length(sample: Sample, tokenizer: Any, template: str) -> int | None:
+    try:
+        tokens = tokenise(sample.conversation, tokenizer, template, sample_id=sample.id)
+    except TokenisationError:
+        return None
+    return len(tokens.input_ids) - len(sample.images)
+
+
+def _num_llm_parameters(path: str) -> int:
+    """Parameters that multiply for each token: all but the embedding table, which is looked up."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = model.get_input_embeddings().weight
+    tied = embeddings is model.get_output_embeddings().weight
+    return total if tied else total - embeddings.numel()
