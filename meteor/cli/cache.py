@@ -40,9 +40,13 @@ def add_commands(commands: Any) -> None:
     listing.add_argument("root", metavar="ROOT", help="cache.uri of a run, <output>/cache by default")
     add("show", _show, "identity, version, pictures, bytes, codec error, runs that read it", "cache")
     add("quarantine", _quarantine, "the pictures that could not be encoded, with reasons", "cache")
-    verify = add("verify", _verify, "read everything and compare every checksum; code 1 where something is damaged", "cache")
+    verify = add(
+        "verify", _verify, "read everything and compare every checksum; code 1 where something is damaged", "cache"
+    )
     verify.add_argument(
-        "--repair", action="store_true", help="publish a version without the damaged pictures: the next build encodes them"
+        "--repair",
+        action="store_true",
+        help="publish a version without the damaged pictures: the next build encodes them",
     )
     diff = add("diff", _diff, "two caches: which field of the key differs, which pictures; code 1 if any", "cache")
     diff.add_argument("other", metavar="OTHER", help="the cache to compare with")
@@ -51,7 +55,9 @@ def add_commands(commands: Any) -> None:
     clean.add_argument(
         "--older-than", type=float, default=24, metavar="HOURS", help="leave younger files alone (default: %(default)s)"
     )
-    clean.add_argument("--unpin", action="append", default=[], metavar="RUN", help="a run digest that needs no resuming")
+    clean.add_argument(
+        "--unpin", action="append", default=[], metavar="RUN", help="a run digest that needs no resuming"
+    )
     convert = add("transcode", _transcode, "make another codec's variant from a cache, without the encoder", "cache")
     convert.add_argument("--codec", required=True, choices=CODEC_NAMES)
     export = add("export", _export, "write pictures as plain .safetensors files", "cache")
@@ -144,7 +150,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         _print(arguments, asdict(done), done.to_text())
         return 0
     problems = cache.verify(on_progress=show_progress("files"))
-    text = "\n".join([*problems, "`meteor cache verify --repair` lets the next build encode the damaged pictures again"])
+    text = "\n".join(
+        [*problems, "`meteor cache verify --repair` lets the next build encode the damaged pictures again"]
+    )
     content = {"pictures": len(cache), "problems": problems}
     _print(arguments, content, text if problems else f"{len(cache)} pictures intact")
     return 1 if problems else 0
@@ -198,7 +206,9 @@ def _find_pictures(cache: FeatureCache, asked: list[str]) -> Mapping[str, str]:
         matches = [key for key in keys if key.startswith(picture)] if len(picture) >= _MIN_PREFIX else []
         if len(matches) != 1:
             what = f"fits {len(matches)} image keys" if matches else "is no image key and no name in the dataset index"
-            raise CacheError(f"{picture!r} {what} of {cache.uri}; give all {_KEY_DIGITS} digits, or a name as samples have it")
+            raise CacheError(
+                f"{picture!r} {what} of {cache.uri}; give all {_KEY_DIGITS} digits, or a name as samples have it"
+            )
         found[matches[0]] = matches[0]
     return found
 

@@ -70,7 +70,9 @@ class CacheAudit:
         """The audit as lines: the worst of each measure, then the pictures that failed."""
         content = self.to_dict()
         verdict = f"{content['num_failed']} of {len(self.pictures)} pictures FAILED" if self.failed else "passed"
-        lines = [f"audit of {len(self.pictures)} pictures: {verdict} (largest relative error allowed {self.tolerance:g})"]
+        lines = [
+            f"audit of {len(self.pictures)} pictures: {verdict} (largest relative error allowed {self.tolerance:g})"
+        ]
         for name, value in content["worst"].items():
             lines.append(f"  worst {name.replace('_', ' '):<15} {'-' if value is None else format(value, '.3g')}")
         for one in self.failed[:_NUM_SHOWN]:
@@ -106,7 +108,9 @@ def audit_cache(
     """
     known = [key for key in cache.keys() if key in uris]  # noqa: SIM118  (a cache is no mapping)
     if not known:
-        raise CacheError(f"the dataset index names none of the {len(cache)} pictures of {cache.uri}: give their run file")
+        raise CacheError(
+            f"the dataset index names none of the {len(cache)} pictures of {cache.uri}: give their run file"
+        )
     chosen = sorted(random.Random(seed).sample(known, min(num_pictures, len(known))))
     pictures = []
     for key in chosen:

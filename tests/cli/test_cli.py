@@ -4,45 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 import meteor
-from meteor.cache import (
-    CacheIdentity,
-    QuarantineRow,
-    commit,
-    create_cache,
-    encode_row,
-    get_codec,
-    record_quarantine,
-    write_feature_file,
-)
 from meteor.cli.config import explain, flat
 from meteor.cli.main import main
 from meteor.config import RunSettings, load_run
 
 RUN_FILES = sorted((Path(__file__).parents[2] / "jobs/runs").glob("*.yaml"))
-
-
-@pytest.fixture
-def call(capsys):
-    """(exit code, stdout, stderr) of a command line."""
-
-    def run(*argv):
-        code = main([str(argument) for argument in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def write_run(tmp_path):
-    def write(content, name="run.yaml"):
-        file = tmp_path / name
-        file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-        return str(file)
-
-    return write
 
 
 def test_every_part_has_help_and_the_version_is_told(capsys):
@@ -203,63 +171,3 @@ def test_a_run_that_cannot_be_checked_gives_code_2(call, write_run):
     code, _, errors = call("data", "check", "--run", write_run("dat: {}"))
     assert code == 2
     assert "unknown setting dat" in errors
-
-
-@pytest.fixture
-def cache(make_features, tmp_path):
-    identity = CacheIdentity(
-        encoder_digest="e" * 64,
-        encoder_dtype="float32",
-        select_layer=-2,
-        preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3, "rescale": "1/255"},
-        slicing={"max_slices": 6, "resolution": 56, "patch_size": 14},
-    )
-    uri = create_cache(str(tmp_path), identity, "float16")
-    images = [make_features("a" * 64, sliced=True), make_features("b" * 64)]
-    write_feature_file(uri, [encode_row(image, get_codec("float16")) for image in images])
-    record_quarantine(uri, [QuarantineRow("c" * 64, "odd.jpg", "truncated", "the file ends early")])
-    commit(uri)
-    return uri
-
-
-def test_cache_show_tells_what_it_holds(call, cache):
-    code, shown, _ = call("cache", "show", cache, "--json")
-    content = json.loads(shown)
-    assert code == 0
-    assert (content["uri"], content["version"], content["codec"]) == (cache, 1, "float16")
-    assert (content["pictures"], content["sub_images"], content["quarantined"]) == (2, 4, 1)
-    assert content["key"] == Path(cache).parent.name
-    assert content["identity"]["encoder_digest"] == "e" * 64
-    # Half-precision features of 16 channels, one attention row and the class tokens in single precision.
-    num_patches = 6 + 6 + 6 + 8
-    assert content["payload_bytes"] == num_patches * 16 * 2 + num_patches * 4 + 4 * 16 * 4
-    plain = call("cache", "show", cache)[1]
-    assert dict(line.split(maxsplit=1) for line in plain.splitlines())["pictures"] == "2"
-
-
-def test_cache_quarantine_lists_pictures_with_their_reasons(call, cache, tmp_path):
-    code, shown, _ = call("cache", "quarantine", cache)
-    assert (code, shown.split(maxsplit=2)) == (0, ["truncated", "odd.jpg", "the file ends early\n"])
-    (row,) = json.loads(call("cache", "quarantine", cache, "--json")[1])
-    assert row == {"image_key": "c" * 64, "name": "odd.jpg", "reason": "truncated", "message": "the file ends early"}
-
-
-def test_cache_verify_gives_code_1_where_a_byte_changed(call, cache):
-    assert call("cache", "verify", cache) == (0, "2 pictures intact\n", "")
-    (file,) = (Path(cache) / "data").iterdir()
-    data = bytearray(file.read_bytes())
-    data[len(data) // 3] ^= 1
-    file.write_bytes(data)
-    code, shown, _ = call("cache", "verify", cache, "--json")
-    assert code == 1
-    report = json.loads(shown)
-    assert report["pictures"] == 2
-    assert report["problems"]
-    assert all(file.name in problem for problem in report["problems"])
-
-
-def test_a_place_without_a_cache_gives_code_2(call, tmp_path):
-    for action in ("show", "quarantine", "verify"):
-        code, shown, errors = call("cache", action, tmp_path / "nowhere")
-        assert (code, shown) == (2, "")
-        assert "holds no feature cache" in errors
