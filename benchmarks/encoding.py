@@ -35,7 +35,7 @@ def main() -> None:
     # Before Ray starts: its workers get the same.
     os.environ["OMP_NUM_THREADS"] = "1"
     # Ray's workers are nice by default, and the bare loop is not.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray spells it so)
     torch.set_num_threads(1)
     configure_logging()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,12 +12,12 @@ from meteor.cache.index import DatasetIndex, IndexRow
 from meteor.cache.listing import CacheListing, list_caches
 from meteor.cache.manifest import commit
 from meteor.cache.packing import encode_row
-from meteor.cache.pins import pins, unpin
+from meteor.cache.pins import pins, read_pin, unpin
 from meteor.cache.quality import summarise_errors
 from meteor.cache.quarantine import QuarantineRow, record_quarantine, retryable
 from meteor.cache.repair import Repair, repair
 from meteor.cache.row import FEATURE_SCHEMA, ImageFeatures, read_row
-from meteor.cache.store import FeatureCache, read_pin
+from meteor.cache.store import FeatureCache
 from meteor.cache.transcode import transcode
 from meteor.cache.writer import FileRecord, write_feature_file
 

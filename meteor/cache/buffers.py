@@ -1,7 +1,7 @@
 """Memory for payloads that is used again once nobody refers to it.
 
 Fresh memory of some megabytes is mapped page by page while it is filled, which takes longer than to read a file and to
-check its bytes (on a virtual machine 1,450 page faults for 6 MB took 2 to 15 ms, reading and crc32 take 2).
+check its bytes (on a virtual machine 1,450 page faults for 6 MB took 3 to 15 ms, reading and crc32 take 2).
 """
 
 import threading

@@ -7,16 +7,17 @@ from meteor import storage
 from meteor.cache.buffers import BufferPool
 from meteor.cache.calibration import codec_of
 from meteor.cache.disk_tier import DiskTier
-from meteor.cache.folder import DATA, PINS, CacheInfo, read_cache_info
+from meteor.cache.folder import DATA, CacheInfo, read_cache_info
 from meteor.cache.identity import CacheIdentity
 from meteor.cache.manifest import Manifest, latest_manifest, read_keys, read_manifest, read_quarantine
+from meteor.cache.pins import pin_version
 from meteor.cache.prefetch import read_ahead
 from meteor.cache.quality import summarise_errors
 from meteor.cache.quarantine import QuarantineRow, quarantine_rows
 from meteor.cache.row import PAYLOAD_COLUMNS, ImageFeatures, decode_payload, payload_crc32
 from meteor.cache.table import RowReader
 from meteor.cache.verify import verify_files
-from meteor.errors import AlreadyExistsError, CacheError, CorruptPayloadError, NotFoundError
+from meteor.errors import CacheError, CorruptPayloadError
 
 _KEPT_BYTES = 256 << 20
 # What a read needs to know; of the other columns of the key index nothing is kept in memory.
@@ -188,13 +189,11 @@ class FeatureCache:
 
         Returns:
             The pin in force: ``payload`` and ``manifest_version`` as first pinned.
+
+        Raises:
+            CacheError: this version was deleted in the meantime.
         """
-        pinned = {**payload, "manifest_version": self.version}
-        try:
-            storage.create_bytes(_pin_uri(self.uri, run_digest), storage.json_bytes(pinned))
-        except AlreadyExistsError:
-            return storage.read_json(_pin_uri(self.uri, run_digest))
-        return pinned
+        return pin_version(self.uri, self.version, run_digest, payload)
 
     def _read_from_tier(self, row: Mapping[str, Any], buffer: memoryview) -> bool:
         """Whether the disk tier had the payload, whole and unchanged."""
@@ -248,18 +247,6 @@ def _is_intact(row: Mapping[str, Any], buffer: memoryview) -> bool:
 def _file_id(row: Mapping[str, Any]) -> str:
     """The unique part of the data file's name."""
     return row["file"].removeprefix(f"{DATA}/").removesuffix(".parquet")
-
-
-def read_pin(cache_uri: str, run_digest: str) -> dict[str, Any] | None:
-    """What `FeatureCache.pin` noted for the run; None if it has not started yet."""
-    try:
-        return storage.read_json(_pin_uri(cache_uri, run_digest))
-    except NotFoundError:
-        return None
-
-
-def _pin_uri(cache_uri: str, run_digest: str) -> str:
-    return storage.join(cache_uri, PINS, f"{run_digest}.json")
 
 
 def _reopen(uri: str, version: int, disk_tier: DiskTier | None) -> FeatureCache:

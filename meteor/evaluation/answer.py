@@ -76,6 +76,7 @@ class Answerer:
         """Greedy answers, in the order given."""
         processor = self.processor
         samples = []
+        images = source.prefetch(key for question in questions for key in question.image_keys)
         for question in questions:
             tokens = tokenise(
                 question.sample.conversation,
@@ -84,7 +85,7 @@ class Answerer:
                 for_generation=True,
                 sample_id=question.id,
             )
-            samples.append((tokens, [source.get(key) for key in question.image_keys]))
+            samples.append((tokens, [next(images) for _ in question.image_keys]))
         batch = collate(
             samples,
             budget=processor.budget,

@@ -247,8 +247,8 @@ def test_after_a_crash_at_any_write_or_deletion_a_restart_ends_with_everything_o
     assert len(store.states) > 40
     for state in [{}, *store.states]:
         store.files = dict(state)
-        if latest_manifest(cache_uri):
-            check_reading(cache_uri, {damaged})
+        for version in visible_versions(store, cache_uri):
+            check_reading(cache_uri, {damaged}, version)
         finished = recorded(cache_uri, damaged)
         again = finished.intersection(resume(cache_uri))
         assert not again, f"encoded again: {again}"
@@ -258,6 +258,10 @@ def test_after_a_crash_at_any_write_or_deletion_a_restart_ends_with_everything_o
         check_pin(cache_uri, damaged)
         check_end(cache_uri)
         assert plan_gc(cache_uri, older_than_s=0).is_empty
+
+
+def visible_versions(store: MemoryStore, cache_uri: str) -> list[int]:
+    return [int(uri[-13:-5]) for uri in store.files if uri.startswith(f"{cache_uri}/manifests/")]
 
 
 def check_pin(cache_uri: str, damaged: tuple[str, int]) -> None:

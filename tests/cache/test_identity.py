@@ -55,7 +55,9 @@ def test_the_difference_is_readable(make_identity) -> None:
 
 def test_the_key_is_the_digest_of_canonical_json(make_identity) -> None:
     canonical = (
-        '{"encoder_digest":"' + "e" * 64 + '","encoder_dtype":"float32","preprocessing":{"mean":[0.5,0.4,0.3],"rescale":"1/255",'
+        '{"encoder_digest":"'
+        + "e" * 64
+        + '","encoder_dtype":"float32","preprocessing":{"mean":[0.5,0.4,0.3],"rescale":"1/255",'
         '"std":[0.2,0.2,0.25]},"select_layer":-2,"slicing":{"max_slices":6,"patch_size":14,"resolution":336},'
         '"versions":{"encoding":1,"resizing":1,"slicing":1}}'
     )

@@ -348,3 +348,14 @@ def test_the_first_pin_of_a_run_stays(make_cache, make_image) -> None:
     assert pin == {"index_digest": "1", "manifest_version": 1}
     assert FeatureCache.open(uri).pin("abc", {"index_digest": "2"}) == pin
     assert read_pin(uri, "abc") == pin
+
+
+def test_a_version_that_is_deleted_while_it_is_pinned_is_not_pinned(make_identity, make_image, root: str) -> None:
+    uri = create_cache(root, make_identity(), "float16")
+    write_feature_file(uri, [encode_row(make_image("a"), get_codec("float16"))])
+    commit(uri)
+    cache = FeatureCache.open(uri)
+    storage.delete(storage.join(uri, "manifests/v00000001.json"))
+    with pytest.raises(CacheError, match="version 1 was deleted"):
+        cache.pin("abc", {})
+    assert read_pin(uri, "abc") is None

@@ -28,7 +28,9 @@ def test_llm_operations_are_those_that_torch_counts_for_its_linear_layers(stage:
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     model = LlamaForCausalLM(config).requires_grad_(stage == "finetune")
-    num_parameters = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.model.embed_tokens.weight.numel()
+    num_parameters = (
+        sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.model.embed_tokens.weight.numel()
+    )
     num_tokens = 11
     inputs = torch.zeros(1, num_tokens, 32, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

@@ -146,7 +146,7 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
         engine,
         StepPlan(table, recipe, "digest"),
         recipe,
-        load_batch=load_batch,
+        load_batches=lambda shares: (load_batch(share) for share in shares),
         checkpoints=checkpoints,
         start_step=0,
         on_step=lambda row: losses.append(row["loss"]),
