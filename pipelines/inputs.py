@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from meteor import storage
-from meteor.cache import DatasetIndex, FeatureCache, IndexRow
-from meteor.cache.disk_tier import DiskTier
-from meteor.config import RunSettings
-from meteor.data.assembly import (  # noqa: F401
+from meteor.assembly import (  # noqa: F401
     cache_identity,
     cache_uri,
     index_uri,
@@ -17,6 +14,9 @@ from meteor.data.assembly import (  # noqa: F401
     pixel_settings,
     sample_uris,
 )
+from meteor.cache import DatasetIndex, FeatureCache, IndexRow
+from meteor.cache.disk_tier import DiskTier
+from meteor.config import RunSettings
 from meteor.data.features import LiveFeatures
 from meteor.data.samples import Sample, SampleProblem, load_samples
 from meteor.data.table import IndexedImage

@@ -77,7 +77,7 @@ def write_feature_file(
     data, sizes = _parquet_bytes(rows, file_metadata(info, codec))
     record = FileRecord(file, len(data), _locate(file, data, sizes, codec))
     uri = storage.join(cache_uri, file)
-    storage.write_bytes(uri, data.tobytes())
+    storage.write_bytes(uri, data)
     # The content was checked in memory, so the size tells whether all of it arrived.
     if (stored := storage.stat(uri).size_bytes) != len(data):
         raise StorageError(f"{uri} has {stored} bytes after {len(data)} were written; the store lost some, write again")

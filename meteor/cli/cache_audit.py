@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings
-from meteor.data.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
 from meteor.data.audit import CacheAudit, audit_cache
 from meteor.data.features import LiveFeatures
 

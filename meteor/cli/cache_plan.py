@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings, sample_uris
 from meteor.cache import CODEC_NAMES, DatasetIndex, FeatureCache
 from meteor.cache.codec import INT8_CODEC, get_codec
 from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings, StageSettings
-from meteor.data.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings, sample_uris
 from meteor.data.cache_plan import CachePlan, EncoderShape, StagePlan, plan_stage
 from meteor.data.features import PixelSettings
 from meteor.data.pictures import inspect_picture

@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from meteor.assembly import pixel_settings, sample_uris
 from meteor.cli.options import add_json, add_run, read_run, show_progress
 from meteor.config import RunSettings
-from meteor.data.assembly import pixel_settings, sample_uris
 from meteor.data.check import CheckedSet, check_data
 from meteor.data.check_report import DataReport
 from meteor.data.collate import ImageLayout, num_image_tokens

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pyarrow import fs
-
 from meteor.errors import NotFoundError, StorageError
 from meteor.storage.local import LocalFile, disk_errors, partial_file
 from meteor.storage.place import ObjectInfo, Place
@@ -27,7 +25,6 @@ __all__ = [
     "delete_leftovers",
     "download_file",
     "exists",
-    "filesystem",
     "join",
     "json_bytes",
     "list_objects",
@@ -86,7 +83,7 @@ def read_range_into(uri: str, start: int, buffer: bytearray | memoryview) -> Non
         )
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write the file, replacing what was there; a reader sees the old content or the new, never half."""
     with _at(uri) as place:
         place.write(data)
@@ -198,12 +195,6 @@ def supports_create(uri: str) -> bool:
     """
     with _at(uri) as place:
         return place.supports_create()
-
-
-def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """pyarrow's file system for the URI, and the path inside it."""
-    with _at(uri) as place:
-        return place.filesystem()
 
 
 def _is_s3(uri: str) -> bool:

@@ -1,15 +1,12 @@
 """Files on local disk: whole or absent, after a power cut too."""
 
 import errno
-import io
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
-
-from pyarrow import fs
 
 from meteor.errors import AlreadyExistsError, NotFoundError, StorageError
 from meteor.storage.place import ObjectInfo, is_partial, partial_name
@@ -35,20 +32,20 @@ class LocalFile:
                 num_read += count
         return num_read
 
-    def write(self, data: bytes) -> None:
-        self._publish(io.BytesIO(data), os.replace)
+    def write(self, data: bytes | memoryview) -> None:
+        self._publish(lambda file: file.write(data), os.replace)
 
     def create(self, data: bytes) -> None:
-        self._publish(io.BytesIO(data), os.link)
+        self._publish(lambda file: file.write(data), os.link)
 
     def upload(self, source: str) -> None:
-        with open(source, "rb") as file:
-            self._publish(file, os.replace)
+        with open(source, "rb") as content:
+            self._publish(lambda file: shutil.copyfileobj(content, file, _COPY_CHUNK_BYTES), os.replace)
 
-    def _publish(self, content: BinaryIO, move: Callable[[str, str], None]) -> None:
+    def _publish(self, fill: Callable[[BinaryIO], object], move: Callable[[str, str], None]) -> None:
         with partial_file(self.path) as partial:
             with open(partial, "xb") as file:
-                shutil.copyfileobj(content, file, _COPY_CHUNK_BYTES)
+                fill(file)
                 file.flush()
                 os.fsync(file.fileno())
             move(partial, self.path)
@@ -90,9 +87,6 @@ class LocalFile:
 
     def supports_create(self) -> bool:
         return True
-
-    def filesystem(self) -> tuple[fs.FileSystem, str]:
-        return fs.LocalFileSystem(), self.path
 
 
 @contextmanager

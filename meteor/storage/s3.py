@@ -1,19 +1,17 @@
 """Objects of an S3 store: bounded requests, reads that go on where they broke."""
 
 import io
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
-from pyarrow import fs
+import pyarrow as pa
 
 from meteor.errors import StorageError
 from meteor.storage import s3_create
-from meteor.storage.client import boto3_module, is_aws, s3_client
+from meteor.storage.client import boto3_module, s3_client
 from meteor.storage.place import ObjectInfo, is_partial
 from meteor.storage.s3_ranges import read_first
 
@@ -103,11 +101,12 @@ class S3Object:
             # If-Match: the rest of another version must not be mixed in.
             response = self._get_range(start + position, len(buffer) - position, IfMatch=response["ETag"])
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
+        # boto3 takes no memoryview; as a file that Arrow makes of it nothing is copied.
         if len(data) < _MULTIPART_BYTES:
-            self.client.put_object(**self.address(), Body=data)
+            self.client.put_object(**self.address(), Body=pa.BufferReader(data))
         else:
-            self._send(lambda: self.client.upload_fileobj(io.BytesIO(data), **self.address(), Config=_transfer()))
+            self._send(lambda: self.client.upload_fileobj(pa.BufferReader(data), **self.address(), Config=_transfer()))
 
     def create(self, data: bytes) -> None:
         s3_create.create(self.client, self.uri, self.address(), data, read=self.read)
@@ -178,16 +177,6 @@ class S3Object:
 
     def supports_create(self) -> bool:
         return s3_create.supports_create(self.client, self.bucket, self.key)
-
-    def filesystem(self) -> tuple[fs.FileSystem, str]:
-        options = {"region": self.client.meta.region_name}
-        if not is_aws(self.client):
-            # Arrow's client has no option for this, and many stores other than AWS refuse its default checksums.
-            os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-            os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-            endpoint = urlsplit(self.client.meta.endpoint_url)
-            options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
-        return fs.S3FileSystem(**options), f"{self.bucket}/{self.key}".rstrip("/")
 
 
 def _info(uri: str, size_bytes: int, answer: dict[str, Any]) -> ObjectInfo:

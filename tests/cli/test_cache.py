@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from meteor.assembly import cache_identity, index_uri, load_encoder, pixel_settings
 from meteor.cache import (
     CacheIdentity,
     DatasetIndex,
@@ -23,7 +24,6 @@ from meteor.cache import (
     write_feature_file,
 )
 from meteor.config import load_run, resolve_paths
-from meteor.data.assembly import cache_identity, index_uri, load_encoder, pixel_settings
 from meteor.data.features import LiveFeatures
 
 HELD, OTHER = "a" * 64, "b" * 64

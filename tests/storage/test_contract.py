@@ -140,16 +140,6 @@ def test_deleted_files_are_gone(root: str) -> None:
     assert not storage.exists(uri)
 
 
-def test_pyarrow_reads_and_writes_the_same_files(root: str) -> None:
-    uri = storage.join(root, "table/part.bin")
-    storage.write_bytes(uri, b"from us")
-    filesystem, path = storage.filesystem(uri)
-    assert filesystem.open_input_file(path).read() == b"from us"
-    with filesystem.open_output_stream(path + "2") as stream:
-        stream.write(b"from Arrow")
-    assert storage.read_bytes(uri + "2") == b"from Arrow"
-
-
 def test_files_are_dated_by_the_clock_that_now_reads(root: str) -> None:
     before_s = storage.now_s(root)
     uri = storage.join(root, "file")

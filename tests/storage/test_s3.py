@@ -17,8 +17,8 @@ from meteor.storage.s3_errors import s3_errors
 
 def test_empty_folder_markers_are_not_listed(s3_root: str) -> None:
     storage.write_bytes(storage.join(s3_root, "data/file"), b"x")
-    filesystem, path = storage.filesystem(storage.join(s3_root, "data/empty"))
-    filesystem.create_dir(path)
+    bucket, _, key = s3_root.removeprefix("s3://").partition("/")
+    s3_client().put_object(Bucket=bucket, Key=f"{key}/data/empty/", Body=b"")
     assert [info.uri for info in storage.list_objects(s3_root)] == [storage.join(s3_root, "data/file")]
 
 
