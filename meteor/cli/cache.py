@@ -144,11 +144,11 @@ def _quarantine(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    cache = FeatureCache.open(arguments.cache)
-    if arguments.repair:
-        done = repair(cache.uri, on_progress=show_progress("files"))
+    if arguments.repair:  # before anything is opened: the key index itself may be damaged
+        done = repair(arguments.cache, on_progress=show_progress("files"))
         _print(arguments, asdict(done), done.to_text())
         return 0
+    cache = FeatureCache.open(arguments.cache)
     problems = cache.verify(on_progress=show_progress("files"))
     text = "\n".join(
         [*problems, "`meteor cache verify --repair` lets the next build encode the damaged pictures again"]

@@ -121,6 +121,16 @@ def test_verify_gives_code_1_where_a_byte_changed_and_repair_lets_go_of_that_pic
     assert call("cache", "verify", cache)[:2] == (0, "1 pictures intact\n")
 
 
+def test_repair_makes_a_damaged_key_index_again(call, cache):
+    (index,) = (Path(cache) / "keys").iterdir()
+    index.write_bytes(index.read_bytes()[:-20])
+    code, _, errors = call("cache", "verify", cache)
+    assert code == 2
+    assert "--repair" in errors
+    assert call("cache", "verify", cache, "--repair")[0] == 0
+    assert call("cache", "verify", cache)[:2] == (0, "2 pictures intact\n")
+
+
 def test_ls_lists_every_cache_below_a_root(call, make_cache, root):
     assert call("cache", "ls", root)[1] == f"no caches below {root}\n"
     uris = {make_cache(), make_cache("float32"), make_cache(select_layer=-1)}
