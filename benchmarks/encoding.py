@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from meteor.assembly import cache_identity, load_encoder, pixel_settings
 from meteor.cache import FeatureCache, IndexRow, create_cache
 from meteor.config import RunSettings
 from meteor.data.features import SlicedImage, encode_each, slice_bytes
 from pipelines.encoding import encode_missing
-from pipelines.inputs import cache_identity, load_encoder, pixel_settings
 from pipelines.runtime import configure_logging, ray_session
 
 SIZES = [(1000, 700), (640, 480), (700, 1000), (1280, 960), (500, 375), (480, 640)]

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping
 
-from meteor import storage
+from meteor.assembly import cache_identity, load_encoder, pixel_settings
 from meteor.cache import (
     DatasetIndex,
     FeatureCache,
@@ -18,21 +18,15 @@ from meteor.cache import (
 )
 from meteor.cache.manifest import latest_manifest, read_keys
 from meteor.cache.quarantine import retryable
+from meteor.cli.cache_plan import plan_cache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
 from meteor.data.features import PixelSettings
 from meteor.errors import BadImageError, QuarantineLimitError
 from pipelines.calibration import calibrate_cache
 from pipelines.encoding import encode_missing
 from pipelines.indexing import update_index
-from pipelines.inputs import (
-    SampleSet,
-    cache_identity,
-    index_uri,
-    load_encoder,
-    load_sets,
-    pixel_settings,
-)
-from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
+from pipelines.inputs import SampleSet, load_sets
+from pipelines.stage import StageRun, Summary, canonical, log_cache, stage_main, timed
 
 _LOG = logging.getLogger(__name__)
 _CODEC_ERRORS = ("mean_relative_error", "max_relative_error", "min_cosine", "mean_top_k_agreement")
@@ -71,9 +65,7 @@ def run(settings: RunSettings) -> Summary:
             bad = refused + [row for row in cache.quarantine() if row.image_key in wanted]
             summary = _summary(cache, index, rows, wanted, bad, num_read, len(missing), encoding, seconds())
             tracker.log_metrics(run_id, [{"step": 0, **summary.counts, "seconds": summary.seconds}])
-            tracker.log_dataset(
-                run_id, name=f"features {identity.key[:12]}", digest=identity.key, source=cache_uri, context="cache"
-            )
+            log_cache(tracker, run_id, cache, context="cache")
             _check_share_of_bad(settings, len(rows), bad)
         return stage.finish(summary)
 
@@ -131,29 +123,12 @@ def _codec_error(cache: FeatureCache) -> dict[str, float]:
 
 
 def plan(settings: RunSettings) -> str:
-    """What `run` would do, from the index as it is; no picture is read."""
-    sets = load_sets(settings)
-    encoder = load_encoder(settings)
-    identity = cache_identity(settings, encoder)
-    names = set().union(*(one.image_names for one in sets))
-    index = DatasetIndex.latest(index_uri(settings))
-    known = {row.name: row for row in index.rows()} if index else {}
-    uri = storage.join(settings.cache_root, identity.key, settings.cache.codec)
-    cached = set(FeatureCache.open(uri).keys()) if latest_manifest(uri) else set()
-    keys = {known[name].image_key for name in names & known.keys() if known[name].status == "ok"}
+    """What `run` would do, from the index and from headers of pictures that it does not have."""
     lines = [
-        "cache_features: plan",
-        *(
-            f"  {one.name}: {len(one.samples):,} samples, {len(one.image_names):,} pictures, {len(one.problems)} unusable"
-            for one in sets
-        ),
-        f"  pictures named         {len(names):,}",
-        f"  not in the index yet   {len(names - known.keys()):,} (will be read)",
-        f"  distinct, indexed      {len(keys):,}",
-        f"  of these cached        {len(keys & cached):,}",
-        f"  cache                  {uri}",
+        f"  {one.name}: {len(one.samples):,} samples, {len(one.image_names):,} pictures, {len(one.problems)} unusable"
+        for one in load_sets(settings)
     ]
-    return "\n".join(lines)
+    return "\n".join(["cache_features: plan", *lines, plan_cache(settings).to_text()])
 
 
 def _rows_of(index: DatasetIndex, sets: list[SampleSet]) -> list[IndexRow]:

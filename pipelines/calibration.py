@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ray
 
+from meteor.assembly import pixel_settings
 from meteor.cache import CALIBRATION_PICTURES, ImageFeatures, IndexRow, calibrate, needs_calibration
 from meteor.config import RunSettings
 from meteor.data.features import PixelSettings, SlicedImage, slice_bytes
 from meteor.errors import BadImageError
 from pipelines.encoder import DeviceEncoder, read_unchanged
-from pipelines.inputs import pixel_settings
 from pipelines.runtime import worker_environment
 
 _LOG = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ import pyarrow as pa
 import torch
 
 from meteor import storage
+from meteor.assembly import load_encoder, pixel_settings
 from meteor.cache import ImageFeatures, encode_row, open_codec, write_feature_file
 from meteor.cache.row import PAYLOAD_COLUMNS
 from meteor.config import RunSettings
 from meteor.data.features import PixelSettings, SlicedImage, encode_each, load_pixels, slice_bytes
 from meteor.errors import BadImageError, NotFoundError
-from pipelines.inputs import load_encoder, pixel_settings
 
 # Files stay small enough to be held a few times in memory and to be sent again when an upload fails.
 MAX_FILE_BYTES = 128 << 20

@@ -9,10 +9,10 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
+from meteor.assembly import pixel_settings
 from meteor.cache import IndexRow, QuarantineRow, commit, record_quarantine
 from meteor.config import RunSettings
 from pipelines.encoder import Encoder, slice_batch
-from pipelines.inputs import pixel_settings
 from pipelines.meter import EncodingMeter
 from pipelines.runtime import progress, worker_environment
 

@@ -12,6 +12,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from meteor import storage
+from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
 from meteor.data.features import FeatureSource, PixelSettings
@@ -20,21 +21,9 @@ from meteor.errors import BadImageError, CacheError, SettingsError
 from meteor.evaluation.answer import Answerer, Question, last_answer
 from meteor.evaluation.scoring import score_row, score_table
 from meteor.train.build import DTYPES
-from pipelines.inputs import (
-    SampleSet,
-    cache_identity,
-    cache_uri,
-    index_uri,
-    indexed_images,
-    load_encoder,
-    load_set,
-    open_features,
-    pixel_settings,
-    quarantine_into,
-    uris_by_key,
-)
+from pipelines.inputs import SampleSet, indexed_images, load_set, open_features, quarantine_into, uris_by_key
 from pipelines.runtime import Counter, num_blocks, progress, worker_environment
-from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
+from pipelines.stage import StageRun, Summary, canonical, log_cache, stage_main, timed
 from pipelines.training import prepare
 
 _LOG = logging.getLogger(__name__)
@@ -72,13 +61,7 @@ def run(settings: RunSettings) -> Summary:
             }
             for one in (run_id, parent):
                 tracker.log_metrics(one, [{"step": 0, **metrics}])
-            tracker.log_dataset(
-                run_id,
-                name=f"features {cache.identity.key[:12]}",
-                digest=cache.identity.key,
-                source=cache.uri,
-                context="evaluation",
-            )
+            log_cache(tracker, run_id, cache, context="evaluation")
             tracker.log_file(run_id, "scores.json", storage.json_bytes(scores))
         elapsed = seconds()
         counts = {"questions": len(rows), "quarantined": len(quarantined), "questions_per_s": len(questions) / elapsed}

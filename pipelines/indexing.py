@@ -12,12 +12,13 @@ from typing import Any
 import ray
 
 from meteor import storage
+from meteor.assembly import index_uri
 from meteor.cache import DatasetIndex, IndexRow
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
 from meteor.errors import BadImageError, ImagePathError, NotFoundError
 from meteor.image.decode import decode_image
-from pipelines.inputs import SampleSet, index_uri
+from pipelines.inputs import SampleSet
 from pipelines.runtime import num_blocks, progress
 
 _LOG = logging.getLogger(__name__)

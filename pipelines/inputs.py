@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from meteor import storage
-from meteor.assembly import (  # noqa: F401
-    cache_identity,
-    cache_uri,
-    index_uri,
-    load_encoder,
-    pixel_settings,
-    sample_uris,
-)
+from meteor.assembly import load_encoder, pixel_settings, sample_uris
 from meteor.cache import DatasetIndex, FeatureCache, IndexRow
 from meteor.cache.disk_tier import DiskTier
 from meteor.config import RunSettings

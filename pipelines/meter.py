@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+# Batches of several calls arrive together, so that the time between two of them says nothing.
+_MIN_STEADY_S = 5.0
+
 
 @dataclass(frozen=True)
 class _Counts:
@@ -16,7 +19,8 @@ class _Counts:
 
 
 class EncodingMeter:
-    """Adds up outcomes as they arrive. Rates count from the first batch on: before it, processes start and models load.
+    """Adds up outcomes as they arrive. Rates count from the first batch on (before it, processes
+    start and models load), in a pass too short for that from the start.
 
     Args:
         num_encoders: actors that share the work.
@@ -78,7 +82,7 @@ class EncodingMeter:
         )
 
     def _steady_since(self) -> _Counts:
-        """The state after the first batch; the start while there is only one."""
-        if self._first is None or self._now.at_s <= self._first.at_s:
+        """The state after the first batch; the start while the rest is too short for a rate."""
+        if self._first is None or self._now.at_s - self._first.at_s < _MIN_STEADY_S:
             return replace(self._start, at_s=min(self._start.at_s, self._now.at_s - 1e-9))
         return self._first

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from meteor import storage
+from meteor.assembly import index_uri, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.errors import MeteorError, SettingsError
@@ -28,7 +29,6 @@ from meteor.report import (
     write_report,
 )
 from pipelines import cache_features, evaluate
-from pipelines.inputs import index_uri, pixel_settings
 from pipelines.stage import Summary, make_tracker, pipeline_digest, stage_main, timed
 from pipelines.training import prepare
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,6 +100,12 @@ def progress(
     finally:
         stop.set()
         thread.join()
+
+
+def error_of_ours(error: ray.exceptions.RayError) -> str | None:
+    """``StorageError: ...`` where a worker failed with an error of ours, of which Ray Data passes on the text alone."""
+    found = re.findall(r"^meteor\.errors\.(\w+: .+)$", str(error), re.MULTILINE)
+    return found[-1] if found else None
 
 
 def duration(seconds: float) -> str:

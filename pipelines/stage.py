@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray.exceptions
+
 import meteor
 from meteor import storage
+from meteor.cache import FeatureCache
 from meteor.cli.data import check_run
 from meteor.config import RunSettings, load_run, resolve_paths, settings_digest
 from meteor.errors import MeteorError, NotFoundError
 from meteor.tracking import Tracker
-from pipelines.runtime import configure_logging, duration, ray_session
+from pipelines.runtime import configure_logging, duration, error_of_ours, ray_session
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,6 +112,11 @@ class StageRun:
         tracker.finish(parent)
 
 
+def log_cache(tracker: Tracker, run_id: str, cache: FeatureCache, *, context: str) -> None:
+    """Name the cache version as an input: searching MLflow for ``dataset.name = '<cache key>'`` finds all its runs."""
+    tracker.log_dataset(run_id, name=cache.identity.key, digest=cache.digest, source=cache.uri, context=context)
+
+
 def pipeline_digest(settings: RunSettings) -> str:
     """What the stages of one run share in MLflow."""
     return settings_digest({"name": settings.name, "output": settings.output})
@@ -174,6 +182,13 @@ def stage_main(
             return 0 if report.ok else 1
         with ray_session(settings.runtime):
             print(run(settings).to_text())
+    # First, as an error of a remote task is of both classes, with Ray's text.
+    except ray.exceptions.RayError as error:
+        line = error_of_ours(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        return 1
     except MeteorError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from meteor import storage
+from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
 from meteor.cache import CacheIdentity, DatasetIndex, FeatureCache
 from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings, StageSettings, mathematical_settings, settings_digest
@@ -22,21 +23,10 @@ from meteor.report.data import read_stage_run
 from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise, visual_separators
 from meteor.tracking import Tracker
 from meteor.train.build import Stage, llm_fingerprint
-from pipelines.inputs import (
-    SampleSet,
-    cache_identity,
-    cache_uri,
-    index_uri,
-    indexed_images,
-    load_encoder,
-    load_set,
-    pixel_settings,
-    quarantine_into,
-    uris_by_key,
-)
+from pipelines.inputs import SampleSet, indexed_images, load_set, quarantine_into, uris_by_key
 from pipelines.metrics import read_last
 from pipelines.runtime import progress, worker_environment
-from pipelines.stage import StageRun, Summary, canonical, timed
+from pipelines.stage import StageRun, Summary, canonical, log_cache, timed
 from pipelines.worker import WorkerTask, train_worker
 
 _LOG = logging.getLogger(__name__)
@@ -117,11 +107,16 @@ def _pinned(
     return Prepared(StageRun(settings, stage, pin.run_digest), pin, pin_uri, identity, samples, index, parent)
 
 
-def hold_pin(settings: RunSettings, prepared: Prepared) -> None:
-    """Write the pin: for the next start of this run, and in the cache, so that nothing it reads is cleaned up."""
+def hold_pin(settings: RunSettings, prepared: Prepared) -> FeatureCache:
+    """Write the pin: for the next start of this run, and in the cache, so that nothing it reads is cleaned up.
+
+    Returns:
+        The pinned version.
+    """
     storage.write_json(prepared.pin_uri, vars(prepared.pin))
     cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)
     cache.pin(prepared.pin.run_digest, {"stage": prepared.run.stage, "output": settings.output})
+    return cache
 
 
 def _current_pin(
@@ -224,7 +219,7 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
         finished = prepared.run.finished()
         if finished:
             return finished
-        hold_pin(settings, prepared)
+        cache = hold_pin(settings, prepared)
         plan = plan_samples(settings, stage, prepared)
         run = prepared.run
         plan.table.write(storage.join(run.uri, "samples.parquet"))
@@ -233,13 +228,7 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
         run.start(pin=vars(prepared.pin), parent=prepared.parent, cache=task.cache_uri, cache_key=prepared.identity.key)
         params = {stage: mathematical_settings(stage_settings(settings, stage)), **_shared_params(settings)}
         with run.tracked(canonical(params)) as (tracker, run_id, _):
-            tracker.log_dataset(
-                run_id,
-                name=f"features {prepared.identity.key[:12]}",
-                digest=prepared.identity.key,
-                source=task.cache_uri,
-                context="training",
-            )
+            log_cache(tracker, run_id, cache, context="training")
             tracker.log_dataset(
                 run_id, name=stage, digest=prepared.samples.digest, source=prepared.samples.uri, context="samples"
             )

@@ -10,6 +10,7 @@ import ray.train.torch
 import torch
 
 from meteor import storage
+from meteor.assembly import pixel_settings
 from meteor.cache import CacheIdentity
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.config import RunSettings, StageSettings
@@ -24,7 +25,7 @@ from meteor.train.export import export_model, export_projector
 from meteor.train.loading import load_batches
 from meteor.train.loop import LoadBatches, Recipe, StepPlan, train
 from meteor.vision.encoder import FrozenClip, read_vision_config
-from pipelines.inputs import open_features, pixel_settings
+from pipelines.inputs import open_features
 from pipelines.metrics import MetricsSegment
 
 

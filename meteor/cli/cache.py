@@ -26,6 +26,7 @@ from meteor.cache import (
 from meteor.cli.cache_audit import audit_run
 from meteor.cli.cache_plan import plan_cache
 from meteor.cli.options import add_json, add_run, read_run, show_progress
+from meteor.data.cache_plan import NUM_RUNS, USD_PER_GB
 from meteor.errors import CacheError
 
 _CACHE_HELP = "<root>/<key>/<codec>, as cache_features prints it"
@@ -69,9 +70,11 @@ def add_commands(commands: Any) -> None:
     add_run(plan)
     plan.add_argument("--rate", type=float, metavar="N", help="sub-images a second of all GPUs together")
     plan.add_argument(
-        "--usd-per-gb", type=float, default=0.023, metavar="USD", help="storage for a month (default: %(default)s)"
+        "--usd-per-gb", type=float, default=USD_PER_GB, metavar="USD", help="storage for a month (default: %(default)s)"
     )
-    plan.add_argument("--num-runs", type=int, default=10, metavar="N", help="training runs (default: %(default)s)")
+    plan.add_argument(
+        "--num-runs", type=int, default=NUM_RUNS, metavar="N", help="training runs (default: %(default)s)"
+    )
     audit = add("audit", _audit, "encode a sample again and compare; code 1 where it differs")
     add_run(audit)
     audit.add_argument("--pictures", type=int, default=32, metavar="N", help="how many (default: %(default)s)")

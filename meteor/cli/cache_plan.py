@@ -43,17 +43,18 @@ def plan_cache(settings: RunSettings) -> CachePlan:
     grids = [grid for plan in distinct.values() for grid in plan.patch_grids]
     shape = _encoder_shape(encoder)
     stages, note = _stages(settings, sets, plans, shape)
-    num_layers = len(settings.vision.attention_layers)
+    num_layers, uri = len(settings.vision.attention_layers), cache_uri(settings, cache_identity(settings, encoder))
     return CachePlan(
         num_pictures=len(names),
         num_distinct=len(distinct),
         num_unindexed=num_unindexed,
         num_unusable=len(names) - len(plans),
-        num_cached=len(distinct.keys() & _cached(settings, encoder)),
+        num_cached=len(distinct.keys() & _cached(uri)),
         num_sub_images=len(grids),
         num_patches=sum(rows * columns for rows, columns in grids),
         encoder_flops=sum(shape.flops(rows * columns) for rows, columns in grids),
         codec=settings.cache.codec,
+        cache_uri=uri,
         size_bytes={
             codec: sum(_payload_bytes(codec, rows * columns, encoder.width, num_layers) for rows, columns in grids)
             for codec in CODEC_NAMES
@@ -89,8 +90,7 @@ def _from_headers(names: Sequence[str], roots: Mapping[str, str], pixels: PixelS
         return {picture.name: picture.plan for picture in pictures if picture.plan is not None}
 
 
-def _cached(settings: RunSettings, encoder: FrozenClip) -> set[str]:
-    uri = cache_uri(settings, cache_identity(settings, encoder))
+def _cached(uri: str) -> set[str]:
     return set(FeatureCache.open(uri).keys()) if latest_manifest(uri) else set()
 
 

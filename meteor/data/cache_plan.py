@@ -12,6 +12,11 @@ from typing import Any
 FLOPS_PER_PARAMETER = {"pretrain": 4, "finetune": 6}
 
 
+# List price of a month's storage on S3, and how many runs an ablation study may have: to be given by who knows better.
+USD_PER_GB = 0.023
+NUM_RUNS = 10
+
+
 @dataclass(frozen=True)
 class EncoderShape:
     """What decides about the encoder's arithmetic: C, the MLP's width, blocks that are run, pixels of a patch's side."""
@@ -70,6 +75,7 @@ class CachePlan:
         num_sub_images, num_patches: of the distinct pictures.
         encoder_flops: of encoding each of them once.
         codec: the run's.
+        cache_uri: where the run's cache is or will be.
         size_bytes: codec -> bytes of all payloads.
         stages: training stages of the run; empty where no language model could be looked at (`note` says why).
         note: what is missing in this plan.
@@ -84,6 +90,7 @@ class CachePlan:
     num_patches: int
     encoder_flops: float
     codec: str
+    cache_uri: str
     size_bytes: dict[str, int]
     stages: tuple[StagePlan, ...] = ()
     note: str = ""
@@ -100,7 +107,7 @@ class CachePlan:
             content["share_avoided"] = self._avoided(num_runs) / self._without_cache(num_runs)
         return content
 
-    def to_text(self, *, rate: float | None, usd_per_gb: float, num_runs: int) -> str:
+    def to_text(self, *, rate: float | None = None, usd_per_gb: float = USD_PER_GB, num_runs: int = NUM_RUNS) -> str:
         """The plan as aligned lines.
 
         Args:
@@ -134,6 +141,7 @@ class CachePlan:
             )
         if self.note:
             rows.append(("note", self.note))
+        rows.append(("cache", self.cache_uri))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 

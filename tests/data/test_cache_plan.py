@@ -76,6 +76,7 @@ def make_plan(**changes: object) -> CachePlan:
         "num_patches": 28_800,
         "encoder_flops": 2e12,
         "codec": "float16",
+        "cache_uri": "/caches/0/float16",
         "size_bytes": {"float16": 2_000_000_000, "int8": 1_000_000_000},
         "stages": (StagePlan("pretrain", 20, 100, 1, 4e12, 16e12), StagePlan("finetune", 20, 100, 1, 4e12, 36e12)),
     }

@@ -1,12 +1,16 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
-from meteor.cache import FeatureCache
+from meteor.assembly import cache_identity, load_encoder
+from meteor.cache import FeatureCache, create_cache
 from meteor.errors import QuarantineLimitError
 from pipelines import cache_features
+from pipelines.stage import stage_main
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
@@ -91,3 +95,16 @@ def test_a_repaired_picture_is_encoded_by_the_next_run(make_settings, tmp_path, 
         repaired.counts["pictures_encoded"],
         repaired.counts["pictures_cached"],
     ) == (0, 1, 2)
+
+
+def test_an_error_inside_an_actor_is_told_in_one_line(make_settings, tmp_path, pictures, capsys):
+    settings = make_run(make_settings, tmp_path, pictures, ["0.png"])
+    identity = cache_identity(settings, load_encoder(settings))
+    uri = create_cache(settings.cache_root, identity, settings.cache.codec)
+    (Path(uri) / "data").write_text("a file where a folder should be")
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    assert stage_main("cache_features", "", cache_features.run, cache_features.plan, ["--run", str(run_file)]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"StorageError: {uri}/data/")
+    assert "a file stands where its folder" in last

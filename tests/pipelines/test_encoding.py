@@ -6,12 +6,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from meteor.assembly import cache_identity, load_encoder, pixel_settings
 from meteor.cache import FeatureCache, calibrate, commit, create_cache, needs_calibration
 from meteor.data.features import encode_sliced, slice_bytes
 from pipelines import encoder as encoder_module
 from pipelines.calibration import encode_places
 from pipelines.encoder import DeviceEncoder, Encoder, cut_by_size, slice_batch, unpack_sliced
-from pipelines.inputs import cache_identity, load_encoder, pixel_settings
 from pipelines.meter import EncodingMeter
 
 SIZES = [(50, 50), (200, 90), (90, 200), (56, 120)]
@@ -146,27 +146,30 @@ def test_rates_count_from_the_first_batch_on_and_totals_from_the_start():
     assert meter.detail() == ", encoders starting"
     clock.now = 120.0
     meter.add([outcome(), outcome()])
-    clock.now = 124.0
+    clock.now = 128.0
     meter.add([outcome(), outcome(0, 0.0, "truncated")])
     meter.add([outcome(), outcome()])
     assert meter.num_pictures == 6
     assert meter.counts() == {
         "sub_images_encoded": 25,
         "bytes_written": 6_000_000,
-        "encoding_seconds": 24.0,
-        "pictures_per_s": 1.0,
-        "sub_images_per_s": 15 / 4,
-        "megabytes_per_s": 1.0,
-        "encoder_busy_share": 3 / 4 / 2,
+        "encoding_seconds": 28.0,
+        "pictures_per_s": 0.5,
+        "sub_images_per_s": 15 / 8,
+        "megabytes_per_s": 0.5,
+        "encoder_busy_share": round(3 / 8 / 2, 4),
     }
     assert meter.detail() == (
-        "; now 1.0 pictures/s, 3.8 sub-images/s, encoders 38% busy, 6 MB written, 1.0 MB/s, 1 bad"
+        "; now 0.5 pictures/s, 1.9 sub-images/s, encoders 19% busy, 6 MB written, 0.5 MB/s, 1 bad"
     )
 
 
-def test_a_single_batch_counts_from_the_start():
+def test_batches_that_arrive_together_count_from_the_start():
     clock = Clock()
     meter = EncodingMeter(1, clock)
     clock.now = 110.0
-    meter.add([outcome()])
+    meter.add([outcome(2)])
+    assert meter.counts()["sub_images_per_s"] == 0.2
+    clock.now = 110.001
+    meter.add([outcome(3)])
     assert meter.counts()["sub_images_per_s"] == 0.5

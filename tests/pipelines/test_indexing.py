@@ -3,9 +3,10 @@
 import pytest
 
 from meteor import storage
+from meteor.assembly import index_uri
 from meteor.cache import DatasetIndex
 from pipelines import indexing
-from pipelines.inputs import SampleSet, index_uri
+from pipelines.inputs import SampleSet
 
 BELOW = ["many/below/1.png", "many/below/2.png", "many/below/3.png"]
 
