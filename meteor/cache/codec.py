@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from meteor.cache.buffers import PAYLOAD_MEMORY
 from meteor.errors import BadImageError, CacheError, SettingsError
 
 DEFAULT_CODEC = "float16"
@@ -126,9 +127,11 @@ class Int8Codec:
             out_RC.copy_(step_RC.round_().clamp_(-INT8_LIMIT, INT8_LIMIT))
 
     def unpack(self, stored_PC: torch.Tensor) -> torch.Tensor:
+        return self._unpack_into(stored_PC, torch.empty_like(stored_PC, dtype=torch.float16))
+
+    def _unpack_into(self, stored_PC: torch.Tensor, out_PC: torch.Tensor) -> torch.Tensor:
         self._check_width(stored_PC)
         scale_C, _, centre_C = _on_device(self, stored_PC.device)
-        out_PC = torch.empty(stored_PC.shape, dtype=torch.float16, device=stored_PC.device)
         # In float32 until the end.
         for stored_RC, out_RC in zip(stored_PC.split(ROWS_AT_ONCE), out_PC.split(ROWS_AT_ONCE), strict=True):
             torch.addcmul(centre_C, stored_RC, scale_C, out=out_RC)
@@ -138,7 +141,9 @@ class Int8Codec:
         return _encode(self, feature_PC)
 
     def decode(self, payload: bytearray | memoryview, num_patches: int, width: int) -> torch.Tensor:
-        return self.unpack(tensor_over(payload, self.dtype, (num_patches, width)))
+        stored_PC = tensor_over(payload, self.dtype, (num_patches, width))
+        out = PAYLOAD_MEMORY.take(torch.float16.itemsize * stored_PC.numel())
+        return self._unpack_into(stored_PC, tensor_over(out, torch.float16, (num_patches, width)))
 
     def _check_width(self, tensor_PC: torch.Tensor) -> None:
         if tensor_PC.shape[-1] != len(self.scales):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from meteor import storage
-from meteor.cache.buffers import BufferPool
+from meteor.cache.buffers import PAYLOAD_MEMORY
 from meteor.cache.calibration import codec_of
 from meteor.cache.disk_tier import DiskTier
 from meteor.cache.folder import DATA, CacheInfo, read_cache_info
@@ -20,7 +20,6 @@ from meteor.cache.table import RowReader
 from meteor.cache.verify import verify_files
 from meteor.errors import CacheError, CorruptPayloadError
 
-_KEPT_BYTES = 256 << 20
 # What a read needs to know; of the other columns of the key index nothing is kept in memory.
 _READ_COLUMNS = (
     *("image_key", "width", "height", "grid_columns", "grid_rows", "patch_grids", "attention_layers", "crc32", "file"),
@@ -41,7 +40,6 @@ class FeatureCache:
         self._info = info
         self._codec = codec_of(uri, info)
         self._disk_tier = disk_tier
-        self._buffers = BufferPool(_KEPT_BYTES)
         self._index = RowReader(read_keys(uri, manifest).select(_READ_COLUMNS), repeated="file")
         start, last, last_size = (
             self._index.column(name).to_numpy() for name in ("features_offset", "cls_offset", "cls_size")
@@ -130,7 +128,7 @@ class FeatureCache:
         """
         position = self._position(image_key)
         row = self._index.row(position)
-        buffer = self._buffers.take(int(self._sizes_bytes[position]))
+        buffer = PAYLOAD_MEMORY.take(int(self._sizes_bytes[position]))
         if not self._read_from_tier(row, buffer):
             self._read_from_origin(row, buffer)
         features, cls_attention, cls = _payloads(row, buffer)
