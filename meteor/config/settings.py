@@ -59,7 +59,7 @@ class CacheSettings(_Settings):
     """The feature cache."""
 
     uri: str | None = operational(None, "root of the caches; <output>/cache if not given")
-    codec: str = setting("float16", "how feature values are stored: float16, bfloat16, float32")
+    codec: str = setting("float16", "how feature values are stored: float16, bfloat16, float32, int8")
     rows_per_file: int = operational(
         32,
         "pictures encoded together and written as one Parquet file (several, of up to 128 MB, if they are large)",
