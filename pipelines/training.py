@@ -115,7 +115,7 @@ def hold_pin(settings: RunSettings, prepared: Prepared) -> FeatureCache:
     """
     storage.write_json(prepared.pin_uri, vars(prepared.pin))
     cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)
-    cache.pin(prepared.pin.run_digest, {"stage": prepared.run.stage, "output": settings.output})
+    cache.pin(prepared.pin.run_digest, {"name": settings.name, "stage": prepared.run.stage, "output": settings.output})
     return cache
 
 

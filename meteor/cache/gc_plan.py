@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from meteor.cache.compaction import Compaction
+from meteor.formatting import format_bytes
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,16 @@ class GcPlan:
 
     def to_text(self) -> str:
         """For people."""
-        lines = [f"{self.cache_uri}: {self.num_files:,} files, {_megabytes(self.num_bytes)}"]
+        lines = [f"{self.cache_uri}: {self.num_files:,} files, {format_bytes(self.num_bytes)}"]
         lines += [f"  keep version {version}: {reason}" for version, reason in self.kept_versions]
         lines += [
-            f"  delete {num_files:,} in {name}, {_megabytes(num_bytes)}"
+            f"  delete {num_files:,} in {name}, {format_bytes(num_bytes)}"
             for name, (num_files, num_bytes) in self.by_reason().items()
         ]
         if self.compactions:
             lines.append(
                 f"  write {len(self.compactions):,} data files again without their dead rows, "
-                f"{_megabytes(sum(compaction.dead_bytes for compaction in self.compactions))}"
+                f"{format_bytes(sum(compaction.dead_bytes for compaction in self.compactions))}"
             )
         if self.leftovers:
             lines.append(f"  delete {len(self.leftovers):,} unfinished writes")
@@ -111,12 +112,8 @@ class GcReport:
 
     def to_text(self) -> str:
         """For people."""
-        done = f"deleted {self.num_deleted:,} files, {_megabytes(self.deleted_bytes)}"
+        done = f"deleted {self.num_deleted:,} files, {format_bytes(self.deleted_bytes)}"
         done += f", and {self.num_leftovers:,} unfinished writes" if self.num_leftovers else ""
         if self.num_compacted:
             done += f"; wrote {self.num_compacted:,} data files again for version {self.version}, a later gc deletes the old"
         return "\n".join([done, *self.notes])
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -28,6 +28,7 @@ from meteor.cli.cache_plan import plan_cache
 from meteor.cli.options import add_json, add_run, read_run, show_progress
 from meteor.data.cache_plan import NUM_RUNS, USD_PER_GB
 from meteor.errors import CacheError
+from meteor.formatting import format_bytes
 
 _CACHE_HELP = "<root>/<key>/<codec>, as cache_features prints it"
 _SECONDS_AN_HOUR = 3600
@@ -102,7 +103,21 @@ def _print(arguments: argparse.Namespace, content: Any, text: str) -> None:
 
 
 def _lines(content: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name:<14} {value}" for name, value in content.items())
+    """Aligned lines, what is nested by dotted names."""
+    rows = list(_flat(content))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for i, item in enumerate(value):
+            yield from _flat(item, f"{name}.{i}")
+    else:
+        yield name, format(value, ".6g" if abs(value) < 1e6 else ".0f") if isinstance(value, float) else str(value)
 
 
 def _ls(arguments: argparse.Namespace) -> int:
@@ -113,7 +128,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 
 def _listing_text(one: CacheListing) -> str:
-    held = f"{one.num_images:,} pictures, {one.num_sub_images:,} sub-images, {one.payload_bytes / 1e9:,.2f} GB"
+    held = f"{one.num_images:,} pictures, {one.num_sub_images:,} sub-images, {format_bytes(one.payload_bytes)}"
     state = f"version {one.version}, {held}, {one.num_quarantined} quarantined, {one.num_pins} runs"
     changed = datetime.fromtimestamp(one.modified_s).astimezone().strftime("%Y-%m-%d %H:%M")
     return f"{one.uri}\n  {state}, changed {changed}" + (f"\n  DAMAGED: {one.error}" if one.error else "")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from meteor.formatting import format_bytes
+
 # Multiplications and additions of one LLM parameter for one token: forward, and backward through activations (stage 1,
 # frozen LLM) or also to the weights (stage 2). Recomputation for memory is not counted.
 FLOPS_PER_PARAMETER = {"pretrain": 4, "finetune": 6}
@@ -127,7 +129,7 @@ class CachePlan:
         for codec, size in self.size_bytes.items():
             mark = ", this run's codec" if codec == self.codec else ""
             cost = f"{size / 1e9 * usd_per_gb:,.2f} USD a month at {usd_per_gb:g} USD a GB"
-            rows.append((codec, f"{size / 1e9:,.2f} GB, {cost}{mark}"))
+            rows.append((codec, f"{format_bytes(size)}, {cost}{mark}"))
         time = f"{self.num_sub_images / rate:,.0f} s at {rate:,.0f} sub-images/s" if rate else "give --rate for seconds"
         rows.append(("encoding once", f"{_flops(self.encoder_flops)}; {time}"))
         rows += [

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from meteor.formatting import format_number, format_share
 from meteor.report.canvas import (
     INK,
     TEXT_POINTS,
@@ -20,7 +21,6 @@ from meteor.report.canvas import (
     to_picture,
 )
 from meteor.report.data import StageRun, VariantResult
-from meteor.report.formatting import format_number, format_share
 from meteor.report.measures import column, final_loss, median_rate, smooth
 
 _RATES = (("num_samples", "samples/s"), ("num_visual_tokens", "visual tokens/s"))

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from meteor.formatting import format_parameters
 from meteor.report.data import VariantResult
-from meteor.report.formatting import format_parameters
 from meteor.report.tables import NOT_RECORDED, NOT_RUN, Table, format_tokens, format_training_time
 
 REMARKS = (

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from meteor.formatting import format_count
 from meteor.image.slicing import SlicePlan
 from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Picture, new_figure, to_picture
 from meteor.report.data import SelectionPanel, SubImageScores
-from meteor.report.formatting import format_count
 
 _DIMMED = 0.28
 _MAX_SIDE_PIXELS = 800

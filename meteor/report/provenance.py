@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from meteor.formatting import format_count, format_value, humanise
 from meteor.report.data import EVALUATION_STAGE, TRAINING_STAGES, StageRun, VariantResult
-from meteor.report.formatting import format_count, format_value, humanise
 from meteor.report.tables import Table, flatten
 
 _STAGES = (*TRAINING_STAGES, EVALUATION_STAGE)

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meteor.report.data import TRAINING_STAGES, StageRun, VariantResult
-from meteor.report.formatting import (
+from meteor.formatting import (
     format_bytes,
     format_count,
     format_duration,
@@ -16,6 +15,7 @@ from meteor.report.formatting import (
     format_value,
     humanise,
 )
+from meteor.report.data import TRAINING_STAGES, StageRun, VariantResult
 from meteor.report.measures import final_loss, median_rate, step_seconds, total, training_seconds
 
 NOT_RUN = "not run"

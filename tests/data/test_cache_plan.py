@@ -98,7 +98,7 @@ def test_the_text_says_it_for_people() -> None:
     for part in (
         "12 named, 10 distinct (3 not indexed yet",
         "50 (5.00 a picture)",
-        "2.00 GB, 0.04 USD a month at 0.02 USD a GB, this run's codec",
+        "2 GB, 0.04 USD a month at 0.02 USD a GB, this run's codec",
         "2 TFLOP; 2 s at 25 sub-images/s",
         "encoding in the step would be 20.0% of its arithmetic",
         "the cache avoids 22 TFLOP, 12.2% of their total",

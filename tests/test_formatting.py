@@ -2,7 +2,7 @@
 
 import pytest
 
-from meteor.report.formatting import (
+from meteor.formatting import (
     format_bytes,
     format_count,
     format_duration,
