@@ -14,6 +14,7 @@ import ray.data
 from transformers.utils import logging as transformers_logging
 
 from meteor.config.settings import RuntimeSettings
+from meteor.formatting import format_duration
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def progress(
             done = count()
             seconds = time.perf_counter() - started
             rate = done / seconds
-            left = f", {duration((total - done) / rate)} left" if rate else ""
+            left = f", {format_duration((total - done) / rate)} left" if rate else ""
             _LOG.info("%s: %d of %d, %.1f a second%s%s", what, done, total, rate, left, detail())
 
     thread = threading.Thread(target=watch, name=f"progress of {what}", daemon=True)
@@ -106,16 +107,6 @@ def error_of_ours(error: ray.exceptions.RayError) -> str | None:
     """``StorageError: ...`` where a worker failed with an error of ours, of which Ray Data passes on the text alone."""
     found = re.findall(r"^meteor\.errors\.(\w+: .+)$", str(error), re.MULTILINE)
     return found[-1] if found else None
-
-
-def duration(seconds: float) -> str:
-    """``95`` -> ``1 min 35 s``."""
-    seconds = round(seconds)
-    if seconds < 90:
-        return f"{seconds} s"
-    if seconds < 5400:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
 class _Counter:

@@ -20,8 +20,9 @@ from meteor.cache import FeatureCache
 from meteor.cli.data import check_run
 from meteor.config import RunSettings, load_run, resolve_paths, settings_digest
 from meteor.errors import MeteorError, NotFoundError
+from meteor.formatting import format_duration
 from meteor.tracking import Tracker
-from pipelines.runtime import configure_logging, duration, error_of_ours, ray_session
+from pipelines.runtime import configure_logging, error_of_ours, ray_session
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Summary:
 
     def to_text(self) -> str:
         """A few aligned lines for the terminal."""
-        head = "finished before, nothing to do" if self.reused else f"finished in {duration(self.seconds)}"
+        head = "finished before, nothing to do" if self.reused else f"finished in {format_duration(self.seconds)}"
         rows = [*self.counts.items(), *self.results.items()]
         width = max((len(key) for key, _ in rows), default=0)
         lines = [f"  {key.replace('_', ' '):<{width}}  {_number(value)}" for key, value in rows]
