@@ -177,6 +177,9 @@ class SwappedFeatures:
     def get(self, image_key: str):
         return self._cache.get(self._other[image_key])
 
+    def prefetch(self, keys, **limits):
+        return self._cache.prefetch((self._other[key] for key in keys), **limits)
+
 
 def score(answerer: Answerer, questions: list[Question], source) -> float:
     answers = answerer.answer(questions, source, max_new_tokens=8)
