@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-# Past this many tokens a GPU's matrix products do not get faster (113 full sub-images of 577 tokens).
+# 113 full sub-images of 577 tokens: an estimate of where a GPU's matrix products stop getting faster, not yet measured on one
+# (`benchmarks/encoding_gpu.py` does).
 MAX_TOKENS_CUDA = 65_536
 # One full sub-image: its activations stay in the caches. Twelve at once took 15 % longer (1 thread, widths 384 and 1024).
 MAX_TOKENS_CPU = 640
