@@ -3,15 +3,11 @@
 Letters: B sub-images, P patches, M = P + 1 rows (tokens, then INS), X width of the tokens.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from meteor.projector.checks import check_choice, check_count
-from meteor.projector.windows import PatchMaps, WindowConv, WindowMean
-from meteor.ssm import BidirectionalSSM, ScanIndex, scan_index
+from meteor.ssm import BidirectionalSSM, scan_order
 
 WINDOWS = (3, 5, 7)
 LOCAL_SUMMARIES = ("mean", "conv")
@@ -74,12 +70,10 @@ class FlashGlobalFusion(nn.Module):
             state_size=state_size,
             dt_rank=dt_rank,
             shared_projections=shared_projections,
+            window=window if "local_to_single" in self.modes else None,
+            local=local,
             backend=scan_backend,
         )
-        # A scan over single tokens alone reads no summary: no parameters that would never get a gradient.
-        self.local: WindowMean | WindowConv | None = None
-        if "local_to_single" in self.modes:
-            self.local = WindowMean(window) if local == "mean" else WindowConv(self.ssm.projected_width, window)
 
     def forward(
         self, token_BPX: Tensor, instruction_1X: Tensor, mask_BP: Tensor, grids: Tensor
@@ -97,20 +91,7 @@ class FlashGlobalFusion(nn.Module):
         """
         num_sub_images, max_patches, width = token_BPX.shape
         row_BMX = torch.cat([token_BPX, instruction_1X.expand(num_sub_images, 1, width)], dim=1)
-        out_BMX = row_BMX + self.ssm(self.norm(row_BMX), self._summariser(mask_BP, grids), self._indices(mask_BP))
+        num_patches_B = mask_BP.sum(dim=1)
+        orders = [scan_order(num_patches_B, max_patches, mode) for mode in self.modes]
+        out_BMX = row_BMX + self.ssm(self.norm(row_BMX), grids, orders)
         return out_BMX[:, :max_patches], out_BMX[:, max_patches]
-
-    def _indices(self, mask_BP: Tensor) -> list[tuple[ScanIndex, ScanIndex]]:
-        num_patches_B, max_patches = mask_BP.sum(dim=1), mask_BP.shape[1]
-        return [
-            (
-                scan_index(num_patches_B, max_patches, mode, "forward"),
-                scan_index(num_patches_B, max_patches, mode, "backward"),
-            )
-            for mode in self.modes
-        ]
-
-    def _summariser(self, mask_BP: Tensor, grids: Tensor) -> Callable[[Tensor], Tensor] | None:
-        if self.local is None:
-            return None
-        return partial(self.local, maps=PatchMaps.of(grids, mask_BP))

@@ -1,30 +1,83 @@
-"""The one entry to the selective scan: checks shapes, then hands over to a backend from a table."""
+"""The one entry to the selective scan: checks shapes, chooses a backend, hands over."""
 
+import importlib.util
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from meteor.errors import SettingsError
+from meteor.ssm.chunked import selective_scan_chunked
+from meteor.ssm.mamba import load_mamba, selective_scan_mamba
 from meteor.ssm.reference import selective_scan_reference
+from meteor.ssm.triton_door import check_triton_device, load_triton, selective_scan_triton
+
+_LOG = logging.getLogger(__name__)
 
 ScanFunction = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], Tensor
 ]
 
-BACKENDS: dict[str, ScanFunction] = {"reference": selective_scan_reference}
+BACKENDS: dict[str, ScanFunction] = {
+    "reference": selective_scan_reference,
+    "chunked": selective_scan_chunked,
+    "triton": selective_scan_triton,
+    "mamba_ssm": selective_scan_mamba,
+}
+_DOORS: dict[str, Callable[[], object]] = {"triton": load_triton, "mamba_ssm": load_mamba}
 
 
-def resolve_backend(name: str) -> str:
-    """Turn a backend's name, or ``"auto"``, into the name of a backend that exists.
+def check_backend(name: str) -> None:
+    """Refuse a backend that does not exist, or one named explicitly whose package is absent.
 
     Raises:
         SettingsError: no such backend.
+        MissingPackageError: with the install line.
     """
-    if name == "auto":
-        return "reference"
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise SettingsError(f"There is no scan backend {name!r}; choose one of: {', '.join(['auto', *BACKENDS])}.")
+    if name in _DOORS:
+        _DOORS[name]()
+
+
+def resolve_backend(name: str, tensor: Tensor) -> str:
+    """Turn ``"auto"`` into the backend for a tensor of this device and dtype; other names are checked and stay.
+
+    On CUDA: ``triton``, else ``mamba_ssm``, whichever is installed. Elsewhere, and for float64, ``chunked``. Each choice
+    is logged once, with its reason.
+
+    Raises:
+        SettingsError: no such backend.
+        MissingPackageError: its package is absent.
+    """
+    return _resolve(name, tensor.device.type, tensor.dtype == torch.float64)
+
+
+# Traced code takes the answer as a constant: neither the look for packages nor the log belongs into a graph.
+@torch.compiler.assume_constant_result
+def _resolve(name: str, device: str, is_double: bool) -> str:
+    resolved = _choose(device, is_double) if name == "auto" else name
+    check_backend(resolved)
+    if resolved == "triton":
+        check_triton_device(device, is_double)
+    return resolved
+
+
+@lru_cache
+def _choose(device: str, is_double: bool) -> str:
+    if device != "cuda":
+        name, reason = "chunked", f"tensors are on {device!r}"
+    elif is_double:
+        name, reason = "chunked", "the CUDA kernels keep a float32 state, and tensors are float64"
+    elif importlib.util.find_spec("triton"):
+        name, reason = "triton", "tensors are on CUDA"
+    elif importlib.util.find_spec("selective_scan_cuda"):
+        name, reason = "mamba_ssm", "tensors are on CUDA, and triton is not installed"
+    else:
+        name, reason = "chunked", "neither triton nor mamba_ssm is installed; `pip install triton` is much faster"
+    _LOG.info("scan backend: %s, since %s", name, reason)
     return name
 
 
@@ -57,20 +110,24 @@ def selective_scan(
         z: (b, d, l), gate.
         delta_bias: (d,).
         delta_softplus: whether delta goes through softplus.
-        backend: ``"auto"`` or a name from `BACKENDS`.
+        backend: ``"auto"``, ``"reference"`` (the readable truth), ``"chunked"`` (plain torch, any device), ``"triton"``
+            (kernels of this project, CUDA), ``"mamba_ssm"`` (the package's CUDA kernel).
 
     Returns:
         (b, d, l) in the dtype of ``u``; not necessarily contiguous.
 
     Raises:
-        SettingsError: no such backend.
+        SettingsError: no such backend, or one that does not take these tensors.
+        MissingPackageError: the backend's package is absent.
         ValueError: shapes do not fit together, or l is 0.
     """
-    scan = BACKENDS[resolve_backend(backend)]
+    backend = resolve_backend(backend, u)
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
+    if B.dim() == 3:
+        B, C = B.unsqueeze(1), C.unsqueeze(1)
     # Autocast would run the matrix products of the scan in half precision.
     with torch.autocast(u.device.type, enabled=False):
-        return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return BACKENDS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
 def _check_shapes(

@@ -1,8 +1,4 @@
-"""The reference scan: a plain loop over time, one fused update a step, that every other backend is compared with.
-
-Letters: b, d, g, n, l are mamba's names for sequences, channels, groups, state and steps; G = b g (sequence, group)
-pairs, H = d / g channels of a group, N and L as n and l.
-"""
+"""The reference scan: the recurrence as it is written, step by step; the truth that every other backend is compared with."""
 
 import torch
 import torch.nn.functional as F
@@ -22,51 +18,30 @@ def selective_scan_reference(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    """Run the selective scan step by step; arguments and result as in `meteor.ssm.selective_scan`.
+    """Run the selective scan; arguments and result as in `meteor.ssm.selective_scan`, B and C with groups.
 
-    The state is float32 (float64 for float64 inputs). Without gradients the largest tensors are of the inputs' size;
-    with them, autograd keeps each step's state and decay, (b, d, l, n) twice.
+    The state is float32 (float64 for float64 inputs). Under autograd each step's state and decay are kept,
+    (b, d, n) twice a step, and each step adds to gradients of the whole sequence: for truth, not for training.
     """
-    dtype = accumulation_dtype(u.dtype)
-    u_lbd = _steps_first(u, dtype)
-    delta_lbd = _steps_first(delta, dtype)
+    result_dtype, dtype = u.dtype, accumulation_dtype(u.dtype)
+    channels_per_group = u.shape[1] // B.shape[1]
+    u, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    B_bdnl, C_bdnl = (matrix.repeat_interleave(channels_per_group, dim=1) for matrix in (B, C))
     if delta_bias is not None:
-        delta_lbd = delta_lbd + delta_bias.to(dtype)
+        delta = delta + delta_bias.to(dtype).unsqueeze(1)
     if delta_softplus:
-        delta_lbd = F.softplus(delta_lbd)
-    y_lbd = _scan(u_lbd, delta_lbd, A.to(dtype), _with_groups(B).to(dtype), _with_groups(C).to(dtype))
-    if D is not None:
-        y_lbd = y_lbd + u_lbd * D.to(dtype)
-    if z is not None:
-        y_lbd = y_lbd * F.silu(_steps_first(z, dtype))
-    return y_lbd.permute(1, 2, 0).to(u.dtype)
+        delta = F.softplus(delta)
 
-
-def _steps_first(channels_bdl: Tensor, dtype: torch.dtype) -> Tensor:
-    """(b, d, l) to (l, b, d), contiguous: a step's slice is one piece of memory, channels side by side."""
-    return channels_bdl.permute(2, 0, 1).to(dtype).contiguous()
-
-
-def _with_groups(matrix: Tensor) -> Tensor:
-    return matrix.unsqueeze(1) if matrix.dim() == 3 else matrix
-
-
-def _scan(u_lbd: Tensor, delta_lbd: Tensor, A_dn: Tensor, B_bgnl: Tensor, C_bgnl: Tensor) -> Tensor:
-    """h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l and y_l = C_l h_l, over l; (l, b, d) to (l, b, d)."""
-    num_sequences, num_groups, num_states, num_steps = B_bgnl.shape
-    num_channels = u_lbd.shape[2] // num_groups
-    # One small problem for each (sequence, group), G = b g of them. The state is (G, N, H), channels last: exp, multiply
-    # and add run along channels, and the read-out over n is a matrix product.
-    by_group = (num_steps, num_sequences * num_groups, 1, num_channels)
-    A_GNH = A_dn.reshape(num_groups, num_channels, num_states).transpose(1, 2).repeat(num_sequences, 1, 1)
-    delta_LG1H = delta_lbd.reshape(by_group)
-    input_LG1H = (delta_lbd * u_lbd).reshape(by_group)
-    B_LGN1 = B_bgnl.flatten(0, 1).permute(2, 0, 1).contiguous().unsqueeze(3)
-    C_LG1N = C_bgnl.flatten(0, 1).permute(2, 0, 1).contiguous().unsqueeze(2)
-
-    state_GNH = torch.zeros_like(A_GNH)
+    state_bdn = u.new_zeros(len(u), *A.shape)
     outputs: list[Tensor] = []
-    for delta_G1H, input_G1H, B_GN1, C_G1N in zip(delta_LG1H, input_LG1H, B_LGN1, C_LG1N, strict=True):
-        state_GNH = torch.addcmul(torch.exp(delta_G1H * A_GNH) * state_GNH, B_GN1, input_G1H)
-        outputs.append(torch.bmm(C_G1N, state_GNH))
-    return torch.stack(outputs).reshape(u_lbd.shape)
+    for step in range(u.shape[2]):
+        u_bd1, delta_bd1 = u[:, :, step, None], delta[:, :, step, None]
+        state_bdn = torch.exp(delta_bd1 * A) * state_bdn + delta_bd1 * B_bdnl[..., step] * u_bd1
+        outputs.append((C_bdnl[..., step] * state_bdn).sum(dim=-1))
+    y = torch.stack(outputs, dim=-1)
+
+    if D is not None:
+        y = y + D.to(dtype).unsqueeze(1) * u
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(result_dtype)

@@ -30,6 +30,36 @@ class ScanIndex(NamedTuple):
     instruction_step: Tensor
 
 
+class ScanOrder(NamedTuple):
+    """The visiting orders of a forward and a backward scan, side by side.
+
+    Attributes:
+        rows: (B, 2, L) long, the row visited at each step, an index into ``[TL (P) | T (P) | INS (1)]``. Steps that are
+            padding point at INS; they come after the last real step.
+        num_steps: (B,) long, real steps.
+        read_steps: (B, 2, P + 1) long, the steps at which T_1 ... T_P and INS are visited; 0 for padding.
+        has_summaries: whether a TL is visited.
+    """
+
+    rows: Tensor
+    num_steps: Tensor
+    read_steps: Tensor
+    has_summaries: bool
+
+
+def scan_order(num_patches_B: Tensor, max_patches: int, mode: str) -> ScanOrder:
+    """Both directions of `scan_index`, with its arguments and errors."""
+    directions = [scan_index(num_patches_B, max_patches, mode, direction) for direction in DIRECTIONS]
+    return ScanOrder(
+        rows=torch.stack([index.order for index in directions], dim=1),
+        num_steps=directions[0].valid.sum(dim=1),
+        read_steps=torch.stack(
+            [torch.cat([index.token_steps, index.instruction_step.unsqueeze(1)], dim=1) for index in directions], dim=1
+        ),
+        has_summaries=mode == "local_to_single",
+    )
+
+
 def scan_sequence(
     num_patches: int, *, mode: str = "local_to_single", direction: str = "forward"
 ) -> list[tuple[str, int]]:

@@ -33,7 +33,7 @@ def summarise(tokens: Array, grid: tuple[int, int], window: int, kernel: Array |
         total, count = np.zeros(tokens.shape[1]), 0
         for r in range(max(0, row - half), min(rows, row + half + 1)):
             for c in range(max(0, column - half), min(columns, column + half + 1)):
-                weight = 1.0 if kernel is None else kernel[:, 0, r - row + half, c - column + half]
+                weight = 1.0 if kernel is None else kernel[:, r - row + half, c - column + half]
                 total = total + weight * tokens[r * columns + c]
                 count += 1
         result[patch] = total / (count if kernel is None else 1)
@@ -59,7 +59,7 @@ def scan(sequence: Array, weights: dict[str, Array], direction: int) -> Array:
     own = slice(direction * width, (direction + 1) * width)
     ssm = {key.removeprefix("fusion.ssm.scan."): value for key, value in weights.items()}
     taps = ssm["conv.weight"][own, 0]
-    x_proj, dt_proj = (ssm[f"selective.{direction}.{name}.weight"] for name in ("x_proj", "dt_proj"))
+    x_proj, dt_proj = ssm["x_proj"][direction], ssm["dt_proj"][direction]
     A = -np.exp(ssm["A_log"][own])
     rank, num_states = dt_proj.shape[1], A.shape[1]
     state = np.zeros((width, num_states))
@@ -93,7 +93,7 @@ def fuse(
         by_direction = []
         for direction in (0, 1):
             own = np.split(x, 2, axis=1)[direction] if separate else x
-            kernel = weights.get("fusion.local.conv.weight")
+            kernel = weights.get("fusion.ssm.scan.local.weight")
             if kernel is not None and separate:
                 kernel = np.split(kernel, 2)[direction]
             local = summarise(own[:num_patches], grid, settings["window"], kernel)

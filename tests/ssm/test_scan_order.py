@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meteor.ssm import scan_index, scan_sequence
+from meteor.ssm import scan_index, scan_order, scan_sequence
 
 
 def make_rows(sequence: list[tuple[str, int]], max_patches: int) -> list[int]:
@@ -122,3 +122,16 @@ def test_an_empty_batch_has_empty_indices() -> None:
     index = scan_index(torch.zeros(0, dtype=torch.long), 0, "local_to_single", "forward")
     assert index.order.shape == (0, 1)
     assert index.token_steps.shape == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["single", "local_to_single"])
+def test_an_order_holds_both_directions(mode: str) -> None:
+    counts = torch.tensor([6, 0, 3])
+    order = scan_order(counts, 6, mode)
+    assert order.has_summaries == (mode == "local_to_single")
+    assert order.num_steps.tolist() == [len(scan_sequence(count, mode=mode)) for count in counts.tolist()]
+    for direction, name in enumerate(("forward", "backward")):
+        index = scan_index(counts, 6, mode, name)
+        assert torch.equal(order.rows[:, direction], index.order)
+        assert torch.equal(order.read_steps[:, direction, :-1], index.token_steps)
+        assert torch.equal(order.read_steps[:, direction, -1], index.instruction_step)
