@@ -6,6 +6,7 @@ from functools import partial
 from meteor.errors import SettingsError
 
 DEFAULT_KEPT_TOKENS = 144
+DEFAULT_SCALE_FACTOR = 2
 
 PatchGrids = Sequence[tuple[int, int]]
 Budget = Callable[[PatchGrids], list[int]]
@@ -35,10 +36,23 @@ def _all_patches(settings: Mapping[str, object]) -> Budget:
 
 
 def _at_most_k(settings: Mapping[str, object]) -> Budget:
-    k = settings.get("k", DEFAULT_KEPT_TOKENS)
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise SettingsError(f"the projector's k is {k!r}; give the tokens kept per sub-image, a whole number above 0")
-    return partial(_keep_at_most, k=k)
+    return partial(_keep_at_most, k=_count(settings, "k", DEFAULT_KEPT_TOKENS, "the tokens kept per sub-image"))
+
+
+def _always_k(settings: Mapping[str, object]) -> Budget:
+    return partial(_make_k, k=_count(settings, "k", DEFAULT_KEPT_TOKENS, "the tokens made of each sub-image"))
+
+
+def _scaled_map(settings: Mapping[str, object]) -> Budget:
+    meaning = "by how much the sides of a map shrink"
+    return partial(_shrink_sides, factor=_count(settings, "scale_factor", DEFAULT_SCALE_FACTOR, meaning))
+
+
+def _count(settings: Mapping[str, object], name: str, default: int, meaning: str) -> int:
+    value = settings.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SettingsError(f"the projector's {name} is {value!r}; give {meaning}, a whole number above 0")
+    return value
 
 
 def _keep_all(patch_grids: PatchGrids) -> list[int]:
@@ -49,8 +63,19 @@ def _keep_at_most(patch_grids: PatchGrids, *, k: int) -> list[int]:
     return [min(k, num_patches) for num_patches in _keep_all(patch_grids)]
 
 
+def _make_k(patch_grids: PatchGrids, *, k: int) -> list[int]:
+    """Learned queries: k tokens whatever the map, one of fewer than k patches too."""
+    return [k for _ in patch_grids]
+
+
+def _shrink_sides(patch_grids: PatchGrids, *, factor: int) -> list[int]:
+    return [-(-rows // factor) * -(-columns // factor) for rows, columns in patch_grids]
+
+
 _BUDGETS: dict[str, Callable[[Mapping[str, object]], Budget]] = {
     "mlp": _all_patches,
     "meteor": _at_most_k,
     "meteor_37m": _at_most_k,
+    "resampler": _always_k,
+    "tokenpacker": _scaled_map,
 }

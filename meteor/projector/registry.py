@@ -9,12 +9,16 @@ from meteor.errors import SettingsError
 from meteor.projector.meteor import build_meteor
 from meteor.projector.mlp import MLPProjector
 from meteor.projector.output import Projector
+from meteor.projector.resampler import Resampler
+from meteor.projector.tokenpacker import TokenPacker
 
 # Each takes (vision_width, llm_width, *, settings with defaults); the signature is what is allowed in settings.
 PROJECTORS: dict[str, Callable[..., Projector]] = {
     "mlp": MLPProjector,
     "meteor": partial(build_meteor, "mlp_after_selection"),
     "meteor_37m": partial(build_meteor, "llm_width"),
+    "resampler": Resampler,
+    "tokenpacker": TokenPacker,
 }
 
 

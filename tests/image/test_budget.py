@@ -25,18 +25,29 @@ def test_meteor_keeps_144_tokens_by_default() -> None:
     assert visual_token_budget("meteor", {"visual_weight": 0.8})(GRIDS) == [144, 144, 35]
 
 
+def test_the_resampler_makes_k_tokens_of_a_small_sub_image_too() -> None:
+    assert visual_token_budget("resampler", {})(GRIDS) == [144, 144, 144]
+    assert visual_token_budget("resampler", {"k": 32})(GRIDS) == [32, 32, 32]
+
+
+def test_tokenpacker_divides_both_sides_and_rounds_up() -> None:
+    assert visual_token_budget("tokenpacker", {})([*GRIDS, (24, 24)]) == [15 * 10, 36, 3 * 4, 144]
+    assert visual_token_budget("tokenpacker", {"scale_factor": 3})([*GRIDS, (1, 1)]) == [10 * 7, 16, 2 * 3, 1]
+
+
 def test_an_unknown_projector_is_answered_with_the_names_known() -> None:
-    with pytest.raises(SettingsError, match=r"'metoer'.*meteor, meteor_37m, mlp"):
+    with pytest.raises(SettingsError, match=r"'metoer'.*meteor, meteor_37m, mlp, resampler, tokenpacker"):
         visual_token_budget("metoer", {})
 
 
-@pytest.mark.parametrize("k", [0, -1, 1.5, "64", True, None])
-def test_a_k_that_is_no_count_is_refused(k: object) -> None:
-    with pytest.raises(SettingsError, match="k is"):
-        visual_token_budget("meteor", {"k": k})
+@pytest.mark.parametrize(("projector", "name"), [("meteor", "k"), ("resampler", "k"), ("tokenpacker", "scale_factor")])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "64", True, None])
+def test_a_setting_that_is_no_count_is_refused(projector: str, name: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=rf"{name} is {value!r}"):
+        visual_token_budget(projector, {name: value})
 
 
-@pytest.mark.parametrize("projector", ["mlp", "meteor"])
+@pytest.mark.parametrize("projector", ["mlp", "meteor", "resampler", "tokenpacker"])
 def test_a_budget_travels_between_processes(projector: str) -> None:
     budget = visual_token_budget(projector, {})
     assert pickle.loads(pickle.dumps(budget))(GRIDS) == budget(GRIDS)

@@ -1,0 +1,124 @@
+"""LLaVA-UHD's projector: a grid of learned queries, one attention at the LLM's width, a projection.
+
+Letters: B sub-images, P patches, K queries, C vision width, D LLM width.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from meteor.projector.checks import check_count
+from meteor.projector.inputs import prepare_features
+from meteor.projector.output import Projector, ProjectorOutput
+from meteor.projector.positions import map_positions
+from meteor.projector.query_grid import (
+    INIT_STD,
+    GridAttention,
+    init_linear,
+    most_heads,
+    most_square_grid,
+    pooling_windows,
+)
+
+HEAD_WIDTH = 128
+
+
+class Resampler(Projector):
+    """Every sub-image, small ones too, becomes k tokens (LLaVA-UHD, arXiv 2403.11703, section 3.3).
+
+    Queries stand on a grid, k = rows x columns as square as can be: 12 x 12, 8 x 8, and 4 x 8 for 32. Keys and values
+    are Linear(C, D) and LayerNorm of the features; positions are added to normalised queries and keys, not to values:
+    a query's place on its own grid, a key's place (row, column) on its own map, whatever its size. No residual
+    connection: tokens are LayerNorm(attention) times a D x D matrix.
+
+    **Our choice**: query (r, c) sees the window of adaptive average pooling, see `pooling_windows`. D / 128 heads, and
+    where 128 does not divide D the largest number up to that which divides it. 137,840,640 parameters at C = 1024,
+    D = 5120, k = 144, the published 137.84 M, which counts the frozen position table.
+
+    Args:
+        vision_width: C.
+        llm_width: D, a multiple of 4.
+        k: tokens of each sub-image.
+
+    Raises:
+        SettingsError: k is no count, or 4 does not divide D.
+    """
+
+    def __init__(self, vision_width: int, llm_width: int, *, k: int = 144) -> None:
+        super().__init__()
+        check_count("k", k)
+        self.vision_width = vision_width
+        self.query_grid = rows, columns = most_square_grid(k)
+        self.queries = nn.Parameter(INIT_STD * torch.randn(k, llm_width))
+        query_K = torch.arange(k)
+        position_KD = map_positions(
+            query_K // columns,
+            query_K % columns,
+            width=llm_width,
+            num_coordinates=max(rows, columns),
+            dtype=torch.get_default_dtype(),
+        )
+        self.positions = nn.Parameter(position_KD, requires_grad=False)
+        self.to_keys = init_linear(nn.Linear(vision_width, llm_width, bias=False))
+        self.query_norm = nn.LayerNorm(llm_width)
+        self.key_norm = nn.LayerNorm(llm_width)
+        self.attention = GridAttention(llm_width, most_heads(llm_width, llm_width // HEAD_WIDTH))
+        self.output_norm = nn.LayerNorm(llm_width)
+        self.projection = nn.Parameter(llm_width**-0.5 * torch.randn(llm_width, llm_width))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze all but the position table, which stays frozen."""
+        super().requires_grad_(requires_grad)
+        self.positions.requires_grad_(False)
+        return self
+
+    def forward(
+        self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
+    ) -> ProjectorOutput:
+        """Compress a batch of sub-images; none sees another. B may be 0, and then P too.
+
+        Args:
+            features: (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: (B, P), unused.
+            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
+            native_weight: unused.
+
+        Returns:
+            Tokens (B, k, D) in the weights' dtype, all of them real; no indices, no scores, no aux loss.
+
+        Raises:
+            ValueError: a shape is wrong, or a grid does not fit P.
+        """
+        dtype = self.queries.dtype
+        feature_BPC, mask_BP = prepare_features(
+            features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
+        )
+        num_sub_images, max_patches = mask_BP.shape
+        grids = grids.to(mask_BP.device).long()
+        value_BPD = self.key_norm(self.to_keys(feature_BPC))
+        key_BPD = value_BPD + self._key_positions(grids, max_patches, dtype)
+        # Detached: transformers' from_pretrained makes every parameter trainable.
+        query_KD = self.query_norm(self.queries) + self.positions.detach()
+        attended_BKD = self.attention(
+            query_KD.expand(num_sub_images, -1, -1),
+            key_BPD,
+            value_BPD,
+            pooling_windows(grids, self.query_grid, max_patches),
+        )
+        token_BKD = self.output_norm(attended_BKD) @ self.projection
+        return ProjectorOutput(
+            tokens=token_BKD, mask=torch.ones(token_BKD.shape[:2], dtype=torch.bool, device=token_BKD.device)
+        )
+
+    def _key_positions(self, grids: Tensor, max_patches: int, dtype: torch.dtype) -> Tensor:
+        """(B, P, D): where each patch stands on the map of its sub-image."""
+        patch_P = torch.arange(max_patches, device=grids.device)
+        columns_B1 = grids[:, 1:]
+        return map_positions(
+            patch_P // columns_B1,
+            patch_P % columns_B1,
+            width=self.projection.shape[0],
+            num_coordinates=max_patches,
+            dtype=dtype,
+        )
