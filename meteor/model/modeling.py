@@ -4,6 +4,7 @@ Letters: B samples, L sequence, S sub-images of all samples, P patches, C vision
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,22 @@ from meteor.data.collate import empty_sub_image, pad_sub_images
 from meteor.errors import DataError
 from meteor.model.configuration import MeteorConfig
 from meteor.projector import Projector, ProjectorOutput, build_projector
+from meteor.projector.statistics import sum_selection
 from meteor.vision.encoder import FrozenClip
+
+
+@dataclass
+class MeteorOutput(CausalLMOutputWithPast):
+    """What a pass with labels returns.
+
+    Attributes:
+        loss: 0-d float32.
+        logits: (B, L', vocabulary) where some row has an answer.
+        selection_sums: (`meteor.projector.statistics.NUM_SUMS`,) float32 of the sub-images with visual slots, without
+            gradient; None for projectors that do not have both experts' scores.
+    """
+
+    selection_sums: torch.Tensor | None = None
 
 
 class MeteorForConditionalGeneration(PreTrainedModel):
@@ -143,10 +159,12 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             aux_loss_coefficient: weight of the projector's own loss.
 
         Returns:
-            ``loss`` (0-d float32, with labels) and ``logits`` (B, L', vocabulary).
+            `MeteorOutput` with labels; without, what the language model returns, ``logits`` (B, L, vocabulary) in it.
         """
+        if features is None:
+            features, cls_attention, grids = self.encode(pixel_values or [])
         embeds_BLD, attention_mask, projected = self.embed(
-            input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values, native_weight
+            input_ids, attention_mask, num_slots, features, cls_attention, grids, native_weight=native_weight
         )
         inputs = {
             "inputs_embeds": embeds_BLD,
@@ -171,7 +189,8 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         loss = loss / num_items_in_batch
         if projected.aux_loss is not None:
             loss = loss + aux_loss_coefficient * projected.aux_loss
-        return CausalLMOutputWithPast(loss=loss, logits=output.logits)
+        assert grids is not None, "features come with their grids"
+        return MeteorOutput(loss=loss, logits=output.logits, selection_sums=_sum_selection(projected, grids, num_slots))
 
     @torch.inference_mode()
     def generate(
@@ -195,6 +214,16 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
         )
         return self.language_model.generate(inputs_embeds=embeds_BLD, attention_mask=attention_mask.long(), **kwargs)
+
+
+def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:
+    """See `MeteorOutput`; the stand-in of a batch without pictures has no slots and is not counted."""
+    visual_SP, native_SP = projected.visual_scores, projected.native_scores
+    if visual_SP is None or native_SP is None:
+        return None
+    num_patches_S1 = (grids_S2.prod(dim=1) * (num_slots > 0)).unsqueeze(1)
+    mask_SP = torch.arange(visual_SP.shape[1], device=visual_SP.device) < num_patches_S1.to(visual_SP.device)
+    return sum_selection(visual_SP, native_SP, mask_SP, k=projected.tokens.shape[1])
 
 
 AutoModelForImageTextToText.register(MeteorConfig, MeteorForConditionalGeneration)

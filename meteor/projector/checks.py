@@ -1,7 +1,11 @@
-"""Checks of projector settings, all with the same kind of message."""
+"""Checks of projector settings and of what tensors hold, all with the same kind of message."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from meteor.errors import SettingsError
 
@@ -23,3 +27,29 @@ def check_fraction(setting: str, value: Any) -> None:
     """Raise SettingsError unless ``value`` is a number in [0, 1]."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise SettingsError(f"{setting} is {value!r}; it must be a number from 0 to 1.")
+
+
+def check_positive(setting: str, value: Any) -> None:
+    """Raise SettingsError unless ``value`` is a finite number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise SettingsError(f"{setting} is {value!r}; it must be a finite number above 0.")
+
+
+def require(condition: Tensor, message: str, details: Callable[[], str]) -> None:
+    """Stop unless what a tensor was checked for holds; costs one read on the host, and none in a compiled graph.
+
+    A graph cannot raise a Python error without a break: while compiling, the assertion becomes part of the graph
+    (RuntimeError on the CPU, a device-side assertion on CUDA), and only the fixed message is known.
+
+    Args:
+        condition: 0-d bool.
+        message: what is wanted, for a compiled graph.
+        details: makes the eager error's text, after the check failed: it may read tensors.
+
+    Raises:
+        ValueError: the condition is false.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(details())

@@ -6,6 +6,8 @@ Letters: B sub-images, P patches (the most of the batch), C vision width.
 import torch
 from torch import Tensor
 
+from meteor.projector.checks import require
+
 
 def prepare_features(
     features: Tensor, cls_attention: Tensor, grids: Tensor, *, vision_width: int, dtype: torch.dtype
@@ -15,7 +17,7 @@ def prepare_features(
     Args:
         features: (B, P, C), any floating dtype; anything, NaN too, at padding.
         cls_attention: (B, P).
-        grids: (B, 2) integer, (Hu, Wu) of each sub-image. Best on the CPU: its values are read on the host.
+        grids: (B, 2) integer, (Hu, Wu) of each sub-image, on any device. One check reads them, unless compiled.
         vision_width: C.
         dtype: of the result.
 
@@ -23,7 +25,7 @@ def prepare_features(
         Features (B, P, C) in ``dtype``, zero at padding, and mask (B, P) bool, True at real patches.
 
     Raises:
-        ValueError: a shape is wrong, or a grid does not fit P.
+        ValueError: a shape is wrong, or a grid does not fit P (RuntimeError for a grid in a compiled graph).
     """
     if features.dim() != 3 or features.shape[-1] != vision_width:
         raise ValueError(f"features are {tuple(features.shape)}; this projector takes (B, P, {vision_width}).")
@@ -34,12 +36,28 @@ def prepare_features(
         )
     if grids.shape != (num_sub_images, 2) or grids.is_floating_point():
         raise ValueError(f"grids are {grids.dtype} {tuple(grids.shape)}; they must be integers ({num_sub_images}, 2).")
-    for number, (rows, columns) in enumerate(grids.tolist()):
-        if rows < 1 or columns < 1 or rows * columns > max_patches:
-            raise ValueError(
-                f"Sub-image {number} of the batch has the grid ({rows}, {columns}); rows and columns must be at least "
-                f"1 and their product at most {max_patches}, the patches that features hold."
-            )
+    fits_B = _fits(grids, max_patches)
+    require(
+        fits_B.all(),
+        "A sub-image's grid does not fit: rows and columns must be at least 1, their product at most the patches of "
+        "features.",
+        lambda: _misfit(grids, fits_B, max_patches),
+    )
     num_patches_B1 = grids.to(features.device).long().prod(dim=1, keepdim=True)
     mask_BP = torch.arange(max_patches, device=features.device) < num_patches_B1
     return torch.where(mask_BP.unsqueeze(-1), features.to(dtype), 0), mask_BP
+
+
+def _fits(grids: Tensor, max_patches: int) -> Tensor:
+    """(B,) bool. The sides are compared as well: a product of any two int64 may wrap around."""
+    sides_fit_B = ((grids >= 1) & (grids <= max_patches)).all(dim=1)
+    return sides_fit_B & (grids.long().prod(dim=1) <= max_patches)
+
+
+def _misfit(grids: Tensor, fits_B: Tensor, max_patches: int) -> str:
+    number = int(fits_B.logical_not().nonzero()[0])
+    rows, columns = grids[number].tolist()
+    return (
+        f"Sub-image {number} of the batch has the grid ({rows}, {columns}); rows and columns must be at least "
+        f"1 and their product at most {max_patches}, the patches that features hold."
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meteor.projector.checks import check_choice, check_count, check_fraction
+from meteor.projector.checks import check_choice, check_count, check_fraction, check_positive
 from meteor.projector.fusion import FlashGlobalFusion
 from meteor.projector.inputs import prepare_features
 from meteor.projector.mlp import two_layer_mlp
@@ -30,12 +30,14 @@ class SelectionSettings:
     visual_weight: float
     experts: str
     gradient: str
+    native_scale: float
 
     def __post_init__(self) -> None:
         check_count("k", self.k)
         check_fraction("visual_weight", self.visual_weight)
         check_choice("experts", self.experts, EXPERTS)
         check_choice("selection_gradient", self.gradient, SELECTION_GRADIENTS)
+        check_positive("native_scale", self.native_scale)
 
 
 class MeteorProjector(Projector):
@@ -71,17 +73,22 @@ class MeteorProjector(Projector):
     ) -> ProjectorOutput:
         """Compress a batch of sub-images; none sees another. B may be 0, and then P too.
 
+        Compiles without a graph break: values are checked on the host only where it runs eagerly, and in a compiled graph
+        by assertions of its own.
+
         Args:
             features: (B, P, C), any floating dtype; padding may hold anything.
-            cls_attention: (B, P), the class token's attention over patches; padding may hold anything.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image. Best on the CPU: its values are read on the host.
+            cls_attention: (B, P), the class token's attention over patches, finite and not negative; padding may hold
+                anything.
+            grids: (B, 2) integer, (Hu, Wu) of each sub-image, on any device.
             native_weight: 0-d, the native expert's weight during warm-up; 1 - visual_weight when None.
 
         Returns:
             Tokens (B, K, D) in the weights' dtype, K = min(k, P), in map order, with both experts' scores.
 
         Raises:
-            ValueError: a shape is wrong, or a grid does not fit P.
+            ValueError: a shape is wrong, a grid does not fit P, attention at a real patch is NaN, infinite or negative, or
+                features or weights make a native score's dot product not finite.
         """
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=self.instruction.dtype
@@ -96,6 +103,7 @@ class MeteorProjector(Projector):
             visual_weight=self.selection.visual_weight,
             native_weight=native_weight,
             experts=self.selection.experts,
+            native_scale=self.selection.native_scale,
         )
         kept_BKX = gather_rows(fused_BPX, selection.indices)
         if self.selection.gradient == "straight_through":
@@ -132,6 +140,7 @@ def build_meteor(
     scan: str = "local_to_single",
     state_size: int = 16,
     scan_backend: str = "auto",
+    native_scale: float = 1.0,
 ) -> MeteorProjector:
     """Build one of the two layouts.
 
@@ -154,12 +163,14 @@ def build_meteor(
         scan: ``"single"``, ``"local_to_single"`` or ``"both"``.
         state_size: scan state.
         scan_backend: see `meteor.ssm.selective_scan`.
+        native_scale: above 0; NS = softmax(native_scale * <F_i, INS>) (equation 4). 1 is the paper; at the fusion's width
+            of 1024 an unscaled dot product makes the softmax nearly one-hot, and width ** -0.5 is attention's usual scale.
 
     Raises:
         SettingsError: a setting has another value than listed.
     """
     check_choice("layout", layout, LAYOUTS)
-    selection = SelectionSettings(k, visual_weight, experts, selection_gradient)
+    selection = SelectionSettings(k, visual_weight, experts, selection_gradient, native_scale)
     at_llm_width = layout == "llm_width"
     fusion = FlashGlobalFusion(
         llm_width if at_llm_width else vision_width,

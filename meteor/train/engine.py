@@ -7,7 +7,7 @@ and workers, so that 1 x 4, 2 x 2 and 4 x 1 (workers x micro steps) give the sam
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,18 @@ from meteor.optional import import_optional
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
+class MicroStep(NamedTuple):
+    """What one micro step gives, on the engine's device and without gradient.
+
+    Attributes:
+        loss: 0-d float32, the share of the global batch's loss.
+        selection_sums: (`meteor.projector.statistics.NUM_SUMS`,) float32; None where the projector does not select.
+    """
+
+    loss: torch.Tensor
+    selection_sums: torch.Tensor | None
+
+
 class Engine(Protocol):
     """What the training loop needs."""
 
@@ -27,8 +39,8 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
 
-    def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> torch.Tensor:
-        """Add one micro step's gradients; ``last`` marks the last one before `step`. Returns the detached loss."""
+    def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> MicroStep:
+        """Add one micro step's gradients; ``last`` marks the last one before `step`."""
 
     def step(self, lr: float) -> float:
         """Update the weights and forget the gradients. Returns the gradients' norm before clipping."""
@@ -133,10 +145,10 @@ class TorchEngine:
         if checkpoint is not None:
             self._load(checkpoint)
 
-    def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> torch.Tensor:
-        loss = self.model(**inputs).loss
-        loss.backward()
-        return loss.detach()
+    def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> MicroStep:
+        output = self.model(**inputs)
+        output.loss.backward()
+        return MicroStep(output.loss.detach(), output.selection_sums)
 
     def step(self, lr: float) -> float:
         for name, parameter in self._parameters.items():
@@ -219,14 +231,14 @@ class DeepSpeedEngine:
         if checkpoint is not None:
             self._load(checkpoint, empty_inputs)
 
-    def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> torch.Tensor:
+    def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> MicroStep:
         self._engine.set_gradient_accumulation_boundary(last)
-        loss = self._engine(**inputs).loss
+        output = self._engine(**inputs)
         # DeepSpeed averages over workers; the loss is already divided by the global batch's answer tokens.
-        self._engine.backward(loss * self.world_size)
+        self._engine.backward(output.loss * self.world_size)
         if not last:
             self._engine.step()  # counts the micro step; updates nothing before the boundary
-        return loss.detach()
+        return MicroStep(output.loss.detach(), output.selection_sums)
 
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:

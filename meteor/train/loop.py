@@ -16,6 +16,7 @@ from meteor.data.collate import Batch
 from meteor.data.order import assign, epoch_order
 from meteor.data.table import SampleTable
 from meteor.errors import TrainingError
+from meteor.projector.statistics import NUM_SUMS, mean_selection
 from meteor.train.engine import Engine, all_reduce_sum, barrier
 from meteor.train.schedule import learning_rate, native_weight
 
@@ -113,10 +114,12 @@ def train(
         load_batches: table positions of all coming micro batches -> the batches; runs one step ahead in a thread.
         checkpoints: root URI; one is written every ``checkpoint_every_steps`` and at the end.
         start_step: first step to do.
-        on_step: gets the metrics of each step, the same on all workers.
+        on_step: gets the metrics of each step, the same on all workers; numbers only. What the selection did
+            (`mean_selection`) is among them where the projector selects.
 
     Raises:
-        TrainingError: the loss is not finite; the weights are those before the step.
+        TrainingError: the loss is not finite, or the projector refuses features or scores that are not; the weights are
+            those before the step.
     """
     loaded = _one_ahead(_loaded_steps(engine, plan, load_batches, start_step))
     while True:
@@ -127,12 +130,12 @@ def train(
             return
         wait_s = time.perf_counter() - started
         lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
-        loss, counts = _accumulate(engine, plan, recipe, step, micro_batches)
+        try:
+            loss, counts, selection = _accumulate(engine, plan, recipe, step, micro_batches)
+        except ValueError as error:
+            raise _failure(step, str(error)) from error
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {step.index + 1}: the loss is {loss}. Samples at table rows {list(step.positions)[:8]} ... of "
-                "samples.parquet; lower the learning rate, or use bfloat16 or float32"
-            )
+            raise _failure(step, f"the loss is {loss}. Lower the learning rate, or use bfloat16 or float32.")
         grad_norm = engine.step(lr)
         done = step.index + 1
         seconds = time.perf_counter() - started
@@ -147,6 +150,7 @@ def train(
                 "grad_norm": grad_norm,
                 "num_samples": len(step.positions),
                 **counts,
+                **selection,
                 "seconds": seconds,
                 "loader_wait_s": wait_s,
                 "samples_per_s": len(step.positions) / seconds,
@@ -158,20 +162,27 @@ def train(
             save_checkpoint(engine, checkpoints, done, epoch=step.epoch, keep=recipe.keep_checkpoints)
 
 
+def _failure(step: Step, problem: str) -> TrainingError:
+    rows = f"{list(step.positions)[:8]}{' ...' if len(step.positions) > 8 else ''}"
+    return TrainingError(f"step {step.index + 1}: {problem} Its samples are at table rows {rows} of samples.parquet")
+
+
 def _accumulate(
     engine: Engine, plan: StepPlan, recipe: Recipe, step: Step, micro_batches: Sequence[Batch]
-) -> tuple[float, dict[str, int]]:
-    """Forward and backward of one global batch; the loss and token counts are sums over all workers."""
+) -> tuple[float, dict[str, int], dict[str, float]]:
+    """Forward and backward of one global batch; loss, token counts and the selection's means are over all workers."""
     num_answer_tokens = plan.num_answer_tokens(step)
     extra: dict[str, Any] = {}
     if recipe.native_weight_full is not None:
         weight = native_weight(step.index, plan.num_steps, full=recipe.native_weight_full, warmup=recipe.native_warmup)
         extra["native_weight"] = torch.tensor(weight, device=engine.device)
-    totals = torch.zeros(3, dtype=torch.float64)
+    # On the device, so that the host does not wait for each micro step; one vector, so that every worker does the same one
+    # reduction, whatever its batches held.
+    totals = torch.zeros(3 + NUM_SUMS, dtype=torch.float64, device=engine.device)
     for i, batch in enumerate(micro_batches):
         num_samples = batch.num_samples
         inputs = batch.to(engine.device).as_inputs()
-        loss = engine.forward_backward(
+        micro_step = engine.forward_backward(
             {
                 **inputs,
                 **extra,
@@ -181,14 +192,19 @@ def _accumulate(
             },
             last=i == len(micro_batches) - 1,
         )
-        totals += torch.tensor([float(loss), batch.num_visual_tokens, batch.num_text_tokens], dtype=torch.float64)
-    totals = all_reduce_sum(totals.to(engine.device)).cpu()
+        totals[0] += micro_step.loss
+        totals[1] += batch.num_visual_tokens
+        # The batch that stands in for no samples holds one token, which nobody wrote.
+        totals[2] += batch.num_text_tokens if num_samples else 0
+        if micro_step.selection_sums is not None:
+            totals[3:] += micro_step.selection_sums
+    totals = all_reduce_sum(totals).cpu()
     counts = {
         "num_visual_tokens": int(totals[1]),
         "num_text_tokens": int(totals[2]),
         "num_answer_tokens": num_answer_tokens,
     }
-    return float(totals[0]), counts
+    return float(totals[0]), counts, mean_selection(totals[3:])
 
 
 def save_checkpoint(engine: Engine, root: str, step: int, *, epoch: int, keep: int) -> None:

@@ -12,6 +12,7 @@ from meteor.errors import DataError
 from meteor.image.transform import normalise
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.projector import ProjectorOutput
+from meteor.projector.statistics import sum_selection
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import freeze_for
 
@@ -137,6 +138,44 @@ def test_the_projectors_own_loss_is_added_with_its_coefficient(make_model, make_
     batch = make_batch(make_samples()[:1], {"name": "meteor", "k": 3})
     plain = model(**batch.as_inputs()).loss.item()
     assert model(**batch.as_inputs(), aux_loss_coefficient=0.1).loss.item() == pytest.approx(plain + 0.5, rel=1e-5)
+
+
+def test_a_pass_with_labels_sums_up_the_selection_of_the_real_sub_images(make_model, make_batch, make_samples):
+    model, samples = make_model().eval(), make_samples()
+    images = [image for _, images in samples for image in images]
+    alone = []
+    for image in images:
+        for features, attention, grid in zip(image.features, image.cls_attention, image.patch_grids, strict=True):
+            output = model.projector(features[None], attention[:1], torch.tensor([grid]))
+            scores = (output.visual_scores, output.native_scores)
+            alone.append(sum_selection(*scores, torch.ones(1, len(features), dtype=torch.bool), k=4))
+    output = model(**make_batch(samples).as_inputs())
+    assert not output.selection_sums.requires_grad
+    torch.testing.assert_close(output.selection_sums, sum(alone))
+    # 3 + 1 + 3 sub-images, all with more than 4 patches.
+    assert (output.selection_sums[0], output.selection_sums[-1]) == (7, 7 * 4)
+
+
+def test_the_stand_in_for_pictures_is_not_counted(make_model, make_batch, make_samples):
+    batch = make_batch(make_samples()[1:2])
+    assert batch.features.shape[0] == 1
+    assert not make_model()(**batch.as_inputs()).selection_sums.any()
+
+
+def test_a_projector_without_both_scores_has_nothing_to_sum(make_model, make_batch, make_samples):
+    projector = {"name": "mlp"}
+    assert make_model(projector)(**make_batch(make_samples(), projector).as_inputs()).selection_sums is None
+
+
+def test_nothing_is_summed_up_without_labels(make_model, make_batch, make_samples, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("no statistics outside training")
+
+    monkeypatch.setattr("meteor.model.modeling.sum_selection", refuse)
+    model, inputs = make_model().eval(), make_batch(make_samples(), padding_side="left").as_inputs()
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    del inputs["labels"]
+    model(**inputs)
 
 
 def test_what_stands_at_padding_changes_nothing(make_model, make_batch, make_samples):
@@ -274,7 +313,9 @@ def test_pixels_give_what_their_features_give(make_model, picture_inputs, tmp_pa
     model = MeteorForConditionalGeneration.from_pretrained(tmp_path)
     by_features, by_pixels = picture_inputs(model)
     with torch.no_grad():
-        torch.testing.assert_close(model(**by_pixels).logits, model(**by_features).logits, **TOLERANCE)
+        seen, cached = (model(**inputs) for inputs in (by_pixels, by_features))
+    torch.testing.assert_close(seen.logits, cached.logits, **TOLERANCE)
+    torch.testing.assert_close(seen.selection_sums, cached.selection_sums, **TOLERANCE)
 
 
 def test_the_towers_encoder_normalises_and_is_named_as_the_cache_says(make_model):

@@ -41,3 +41,26 @@ def test_inputs_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(features, cls_attention, grids)
+
+
+@pytest.mark.parametrize(
+    ("grid", "dtype"),
+    [
+        *(((rows, columns), torch.int32) for rows, columns in [(0, 0), (-2, -3), (7, 1), (1, 7), (4, 2)]),
+        ((2**16, 2**16), torch.int32),  # products that wrap around to 0
+        ((2**62, 4), torch.int64),
+    ],
+)
+def test_the_first_grid_that_does_not_fit_is_named(grid: tuple[int, int], dtype: torch.dtype) -> None:
+    grids = torch.tensor([(2, 3), grid, (9, 9)], dtype=dtype)
+    with pytest.raises(ValueError, match=rf"Sub-image 1 of the batch has the grid \({grid[0]}, {grid[1]}\)"):
+        prepare(torch.zeros(3, 6, WIDTH), torch.zeros(3, 6), grids)
+
+
+def test_compiled_preparation_is_one_graph_and_as_loud() -> None:
+    features, attention, grids = torch.ones(2, 6, WIDTH), torch.zeros(2, 6), torch.tensor([[2, 3], [2, 1]])
+    compiled = torch.compile(prepare, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(features, attention, grids), prepare(features, attention, grids), strict=True):
+        assert torch.equal(got, expected)
+    with pytest.raises(RuntimeError, match="grid does not fit"):
+        compiled(features, attention, grids * 2)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from meteor.errors import SettingsError
 from meteor.projector import Projector, ProjectorOutput, build_projector
 
 VARIANTS = [
@@ -132,6 +133,34 @@ def test_the_warm_ups_weight_reaches_the_selection(make_sub_images: Callable[...
     full = project(projector, batch, native_weight=torch.tensor(0.2))
     assert torch.equal(full.indices, project(projector, batch).indices)
     assert not torch.equal(cold.indices, full.indices)
+
+
+def test_the_native_scale_reaches_the_selection(make_sub_images: Callable[..., Any]) -> None:
+    batch, (plain, scaled) = make_sub_images((5, 5)), (make_projector(), make_projector(native_scale=0.25))
+    # NS ~ exp(<F, INS>): a quarter of the dot product is the fourth root, once normalised.
+    roots = project(plain, batch).native_scores ** 0.25
+    torch.testing.assert_close(project(scaled, batch).native_scores, roots / roots.sum())
+    assert scaled.settings["native_scale"] == 0.25
+    assert plain.settings["native_scale"] == 1
+
+
+def test_a_native_scale_out_of_range_is_refused_when_building() -> None:
+    with pytest.raises(SettingsError, match=r"native_scale is 0\.0; it must be a finite number above 0"):
+        make_projector(native_scale=0.0)
+
+
+@pytest.mark.parametrize("name", ["meteor", "meteor_37m"])
+def test_values_that_are_not_finite_are_refused_with_their_sub_image(
+    name: str, make_sub_images: Callable[..., Any]
+) -> None:
+    projector, batch = make_projector(name), make_sub_images(*GRIDS)
+    batch.features[2, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"sub-image 2 of the batch .*not finite in fused"):
+        project(projector, batch)
+    batch = make_sub_images(*GRIDS)
+    batch.cls_attention[1, 3] = -1
+    with pytest.raises(ValueError, match=r"cls_attention is -1\.0 at patch 3 of sub-image 1"):
+        project(projector, batch)
 
 
 def test_scores_are_given_out_without_gradient(make_sub_images: Callable[..., Any]) -> None:

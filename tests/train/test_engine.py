@@ -41,7 +41,7 @@ def run_steps(engine, batches, num_steps, first=0):
         total = 0.0
         for i, batch in enumerate(batches):
             inputs = {**batch.as_inputs(), "num_items_in_batch": 12}
-            total += float(engine.forward_backward(inputs, last=i == len(batches) - 1))
+            total += float(engine.forward_backward(inputs, last=i == len(batches) - 1).loss)
         losses.append(total)
         engine.step(lr=1e-2 / (step + 1))
     return losses
@@ -68,11 +68,31 @@ def test_an_empty_batch_adds_nothing_and_touches_every_parameter(make_model, mak
     empty = make_batch([])
     engine = make_torch_engine(model, empty)
     before = copy.deepcopy(model.state_dict())
-    loss = engine.forward_backward({**empty.as_inputs(), "num_items_in_batch": 5}, last=True)
+    loss, selection_sums = engine.forward_backward({**empty.as_inputs(), "num_items_in_batch": 5}, last=True)
     assert float(loss) == 0
+    assert not selection_sums.any()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
     engine.step(lr=1e-2)
     torch.testing.assert_close(model.state_dict(), before)
+
+
+def test_selection_sums_of_micro_steps_add_up_to_those_of_the_whole_batch(make_model, make_features, make_batch):
+    samples, model = make_samples(make_features), make_model()
+    engine = make_torch_engine(model, make_batch(samples))
+    whole, *parts = (
+        engine.forward_backward(make_batch(share).as_inputs(), last=True)
+        for share in (samples, samples[:1], samples[1:3], [], samples[3:])
+    )
+    assert not whole.selection_sums.requires_grad
+    # Two pictures of three sub-images, two of one.
+    assert whole.selection_sums[0] == 8
+    torch.testing.assert_close(sum(part.selection_sums for part in parts), whole.selection_sums)
+
+
+def test_a_projector_that_does_not_select_gives_no_sums(make_model, make_features, make_batch):
+    batch = make_batch(make_samples(make_features), {"name": "mlp"})
+    engine = make_torch_engine(make_model({"name": "mlp"}), batch)
+    assert engine.forward_backward(batch.as_inputs(), last=True).selection_sums is None
 
 
 def test_stage_1_changes_the_projector_alone(make_model, make_features, make_batch):

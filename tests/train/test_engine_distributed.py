@@ -1,14 +1,10 @@
 """Two real processes: every engine against the plain one in one process, with unequal shares of the batch, and resuming."""
 
-import os
-import socket
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -32,16 +28,11 @@ def make_samples(make_features: Callable, num: int = 4) -> list:
     return rows
 
 
-def run(rank: int, world_size: int, port: int, stage: str, zero_stage: int, folder: str, fixtures: tuple) -> None:
+def run(stage: str, zero_stage: int, folder: str, fixtures: tuple) -> None:
     """One process: trains, saves at `SAVED_AT`, goes on; or resumes from that checkpoint where there is one."""
-    make_model, make_features, make_batch = (fixture for fixture in fixtures)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # DeepSpeed and torch.compile import what torch deprecates
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    make_model, make_features, make_batch = fixtures
     samples = make_samples(make_features)
-    shares = SHARES[rank] if world_size == 2 else [[0, 1, 2, 3]]
+    shares = SHARES[dist.get_rank()] if dist.get_world_size() == 2 else [[0, 1, 2, 3]]
     batches = [make_batch([samples[i] for i in share]) for share in shares]
     model = make_model()
     freeze_for(model, stage)
@@ -62,14 +53,6 @@ def run(rank: int, world_size: int, port: int, stage: str, zero_stage: int, fold
         if step + 1 == SAVED_AT and not done:
             save_checkpoint(engine, f"{folder}/checkpoints", step + 1, epoch=0, keep=2)
     save_checkpoint(engine, f"{folder}/{'resumed' if done else 'straight'}", NUM_STEPS, epoch=0, keep=1)
-    dist.destroy_process_group()
-
-
-def start(world_size: int, *args) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(run, (world_size, port, *args), nprocs=world_size, start_method="fork")
 
 
 def weights_of(folder: str, name: str) -> dict[str, torch.Tensor]:
@@ -83,18 +66,18 @@ def weights_of(folder: str, name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_workers_equal_one_and_a_resumed_run_equals_an_uninterrupted_one(
-    zero_stage, stage, tmp_path, make_model, make_features, make_batch
+    zero_stage, stage, tmp_path, make_model, make_features, make_batch, start_workers
 ):
     fixtures = (make_model, make_features, make_batch)
     folder, truth = str(tmp_path / "two"), str(tmp_path / "one")
-    start(1, stage, 0, truth, fixtures)
-    start(2, stage, zero_stage, folder, fixtures)
+    start_workers(1, run, stage, 0, truth, fixtures)
+    start_workers(2, run, stage, zero_stage, folder, fixtures)
     straight = weights_of(folder, "straight")
     for name, expected in weights_of(truth, "straight").items():
         torch.testing.assert_close(
             straight[name], expected, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
-    start(2, stage, zero_stage, folder, fixtures)
+    start_workers(2, run, stage, zero_stage, folder, fixtures)
     resumed = weights_of(folder, "resumed")
     for name, expected in straight.items():
         assert torch.equal(resumed[name], expected), name

@@ -1,6 +1,7 @@
 """The plan of steps as arithmetic, and the loop with the plain engine on one process."""
 
 import copy
+import math
 import threading
 from collections import Counter
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.config import RunSettings
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.table import SampleTable
 from meteor.errors import DataError, TrainingError
 from meteor.train.build import freeze_for
-from meteor.train.engine import make_engine
+from meteor.train.engine import MicroStep, make_engine
 from meteor.train.loop import Recipe, StepPlan, train
 from meteor.train.schedule import learning_rate, native_weight
 
@@ -121,12 +123,13 @@ class RecordingEngine:
 
     rank, world_size, device = 1, 3, torch.device("cpu")
 
-    def __init__(self):
+    def __init__(self, selection_sums=None):
         self.steps, self.pending = [], []
+        self.selection_sums = selection_sums
 
     def forward_backward(self, inputs, *, last):
         self.pending.append({**inputs, "last": last})
-        return torch.tensor(0.25)
+        return MicroStep(torch.tensor(0.25), self.selection_sums)
 
     def step(self, lr):
         self.steps.append((lr, self.pending))
@@ -142,11 +145,12 @@ class RecordingEngine:
 
 @pytest.fixture
 def make_loader(make_features, make_batch):
-    def make(table):
+    def make(table, projector=None):
         def load_batches(micro_batches):
             for positions in micro_batches:
                 yield make_batch(
-                    [(table.tokens(i), [make_features(key, seed=i) for key in table.image_keys(i)]) for i in positions]
+                    [(table.tokens(i), [make_features(key, seed=i) for key in table.image_keys(i)]) for i in positions],
+                    projector,
                 )
 
         return load_batches
@@ -181,21 +185,79 @@ def test_each_micro_step_gets_its_share_of_the_global_batch(make_loader, tmp_pat
         assert row["loss"] == 0.25 * len(shares)
 
 
-def test_projectors_without_a_native_expert_get_no_weight(make_loader, tmp_path):
-    table, recipe, engine = make_table(), make_recipe(native_weight_full=None), RecordingEngine()
-    options = {"load_batches": make_loader(table), "checkpoints": str(tmp_path), "start_step": 0}
-    train(engine, StepPlan(table, recipe, "d"), recipe, on_step=lambda row: None, **options)
-    assert all("native_weight" not in inputs for _, micro_steps in engine.steps for inputs in micro_steps)
+@pytest.fixture
+def record(make_loader, tmp_path):
+    """Run the loop with an engine that only notes; its steps, and the rows it reported."""
+
+    def start(recipe, *, engine=None, start_step=0):
+        table, rows, engine = make_table(), [], engine or RecordingEngine()
+        train(
+            engine,
+            StepPlan(table, recipe, "d"),
+            recipe,
+            load_batches=make_loader(table),
+            checkpoints=str(tmp_path),
+            start_step=start_step,
+            on_step=rows.append,
+        )
+        return engine.steps, rows
+
+    return start
+
+
+def native_weights(steps):
+    """The weight of each step, the same in all its micro steps."""
+    weights = [{float(inputs["native_weight"]) for inputs in micro_steps} for _, micro_steps in steps]
+    assert all(len(one) == 1 for one in weights)
+    return [pytest.approx(weight) for [weight] in weights]
+
+
+def test_projectors_without_a_native_expert_get_no_weight(record):
+    steps, _ = record(make_recipe(native_weight_full=None))
+    assert all("native_weight" not in inputs for _, micro_steps in steps for inputs in micro_steps)
+
+
+def test_the_native_weight_rises_to_its_full_value_and_stays_there(record):
+    # Six steps, of which three rise.
+    steps, _ = record(make_recipe(native_warmup=0.5))
+    assert native_weights(steps) == [0, 0.2 / 3, 0.4 / 3, 0.2, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("start_step", [1, 3, 5])
+def test_a_resumed_run_goes_on_with_the_weight_of_its_step(record, start_step):
+    steps, _ = record(make_recipe(native_warmup=0.5), start_step=start_step)
+    assert native_weights(steps) == [0, 0.2 / 3, 0.4 / 3, 0.2, 0.2, 0.2][start_step:]
+
+
+def test_stage_2_has_the_full_native_weight_from_its_first_step(record):
+    warmup = RunSettings().finetune.native_warmup
+    assert RunSettings().pretrain.native_warmup > warmup
+    steps, _ = record(make_recipe(native_warmup=warmup))
+    assert native_weights(steps) == [0.2] * 6
+
+
+def test_what_the_selection_did_is_a_mean_over_the_micro_steps(record):
+    # Each micro step: 4 sub-images with 6 nats of visual and 2 of native entropy; 3 of 8 tokens kept by one alone.
+    _, rows = record(make_recipe(), engine=RecordingEngine(torch.tensor([4.0, 6.0, 2.0, 3.0, 8.0])))
+    for row in rows:
+        assert (row["visual_entropy"], row["native_entropy"], row["expert_disagreement"]) == (1.5, 0.5, 0.375)
+        assert all(isinstance(value, int | float) for value in row.values())
+
+
+@pytest.mark.parametrize("sums", [None, torch.zeros(5)])
+def test_without_a_selection_nothing_is_said_of_it(record, sums):
+    _, rows = record(make_recipe(), engine=RecordingEngine(sums))
+    assert not {"visual_entropy", "native_entropy", "expert_disagreement"} & rows[0].keys()
 
 
 @pytest.fixture
 def run(make_model, make_batch, make_loader, tmp_path):
     """Train a tiny model; ``folder`` holds its checkpoints, from the newest of which it goes on."""
 
-    def start(folder, *, on_step=lambda row: None, load_batches=None, **changes):
+    def start(folder, *, on_step=lambda row: None, load_batches=None, projector=None, **changes):
         table, recipe = make_table(), make_recipe(**changes)
         plan = StepPlan(table, recipe, "digest of the index")
-        model = make_model()
+        model = make_model(projector)
         freeze_for(model, "finetune")
         done = complete_checkpoints(str(tmp_path / folder))
         checkpoint = Checkpoint(done[-1]) if done else None
@@ -205,7 +267,7 @@ def run(make_model, make_batch, make_loader, tmp_path):
             dtype=torch.float32,
             device=torch.device("cpu"),
             max_grad_norm=1.0,
-            empty_inputs=make_batch([]).as_inputs(),
+            empty_inputs=make_batch([], projector).as_inputs(),
             checkpoint=checkpoint,
         )
         rows = []
@@ -218,7 +280,7 @@ def run(make_model, make_batch, make_loader, tmp_path):
             engine,
             plan,
             recipe,
-            load_batches=load_batches or make_loader(table),
+            load_batches=load_batches or make_loader(table, projector),
             checkpoints=str(tmp_path / folder),
             start_step=checkpoint.state["step"] if checkpoint else 0,
             on_step=note,
@@ -247,6 +309,12 @@ def test_each_step_reports_its_numbers(run):
         assert row["num_text_tokens"] == sum(len(sample.input_ids) for sample in batch) - pictures
         assert row["num_answer_tokens"] == plan.num_answer_tokens(step)
         assert row["grad_norm"] > 0
+        # Maps of 8 patches, of which 4 are kept; a step may have no picture.
+        assert ("visual_entropy" in row) == ("expert_disagreement" in row) == (pictures > 0)
+        if pictures:
+            assert 0 < row["visual_entropy"] < math.log(8)
+            assert 0 < row["native_entropy"] < math.log(8)
+            assert 0 <= row["expert_disagreement"] <= 1
         assert 0 <= row["loader_wait_s"] <= row["seconds"]
         assert row["samples_per_s"] == row["num_samples"] / row["seconds"]
     # Random weights know nothing: about ln(64) for each of 64 tokens; and then they learn.
@@ -287,8 +355,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, la
         assert torch.equal(one, other)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(run, make_loader, tmp_path):
-    load_batches, rows, copies = make_loader(make_table()), [], []
+@pytest.mark.parametrize(
+    ("projector", "message"),
+    [
+        ({"name": "mlp"}, r"step 2: the loss is nan\. .*samples\.parquet"),
+        (
+            {"name": "meteor", "k": 4},
+            r"step 2: The native score .*not finite in fused and instruction.*samples\.parquet",
+        ),
+    ],
+)
+def test_values_that_are_not_finite_stop_before_the_step(run, make_loader, tmp_path, projector, message):
+    load_batches, rows, copies = make_loader(make_table(), projector), [], []
     poisoned = list(make_step_plan().steps())[1].positions
     assert any(make_table().image_keys(position) for position in poisoned)
 
@@ -303,8 +381,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run, make_loader, tmp_p
         rows.append(row)
         copies.append(copy.deepcopy(row["weights"]))
 
-    with pytest.raises(TrainingError, match=r"step 2: the loss is nan.*samples\.parquet"):
-        run("a", load_batches=load_poisoned, on_step=note, checkpoint_every_steps=1)
+    with pytest.raises(TrainingError, match=message):
+        run("a", load_batches=load_poisoned, on_step=note, checkpoint_every_steps=1, projector=projector)
     assert [row["step"] for row in rows] == [1]
     # The row shares the model's memory: what it holds now is what the failed step left.
     torch.testing.assert_close(rows[-1]["weights"], copies[-1], rtol=0, atol=0)

@@ -39,3 +39,18 @@ def test_the_native_weight_rises_linearly_over_its_share_of_the_steps():
 
 def test_without_warm_up_the_native_weight_is_full_at_once():
     assert [native_weight(step, 3, full=0.2, warmup=0) for step in range(3)] == [0.2] * 3
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 100, 2325])
+@pytest.mark.parametrize("warmup", [0, 0.3, 0.9])
+def test_after_its_warm_up_the_native_weight_is_full_to_the_end(num_steps, warmup):
+    weights = [native_weight(step, num_steps, full=0.2, warmup=warmup) for step in range(num_steps)]
+    num_rising = round(num_steps * warmup)
+    assert weights == sorted(weights)
+    assert all(0 <= weight < 0.2 for weight in weights[:num_rising])
+    assert set(weights[num_rising:]) <= {0.2}
+
+
+def test_a_warm_up_of_the_whole_stage_ends_one_step_short_of_the_full_weight():
+    weights = [native_weight(step, 4, full=0.2, warmup=1) for step in range(4)]
+    assert weights == pytest.approx([0, 0.05, 0.1, 0.15])
