@@ -11,7 +11,6 @@ from meteor import storage
 from meteor.cache import (
     CODEC_NAMES,
     CacheListing,
-    DatasetIndex,
     FeatureCache,
     diff_caches,
     export_pictures,
@@ -25,14 +24,12 @@ from meteor.cache import (
 )
 from meteor.cli.cache_audit import audit_run
 from meteor.cli.cache_plan import plan_cache
-from meteor.cli.options import add_json, add_run, read_run, show_progress
+from meteor.cli.options import CACHE_HELP, add_json, add_run, read_run, show_progress
+from meteor.cli.pictures import PICTURE_HELP, find_pictures
 from meteor.data.cache_plan import NUM_RUNS, USD_PER_GB
-from meteor.errors import CacheError
 from meteor.formatting import format_bytes
 
-_CACHE_HELP = "<root>/<key>/<codec>, as cache_features prints it"
 _SECONDS_AN_HOUR = 3600
-_KEY_DIGITS, _MIN_PREFIX = 64, 6
 
 
 def add_commands(commands: Any) -> None:
@@ -63,9 +60,7 @@ def add_commands(commands: Any) -> None:
     convert = add("transcode", _transcode, "make another codec's variant from a cache, without the encoder", "cache")
     convert.add_argument("--codec", required=True, choices=CODEC_NAMES)
     export = add("export", _export, "write pictures as plain .safetensors files", "cache")
-    export.add_argument(
-        "pictures", nargs="+", metavar="PICTURE", help="image key, the start of one, or a name in the dataset index"
-    )
+    export.add_argument("pictures", nargs="+", metavar="PICTURE", help=PICTURE_HELP)
     export.add_argument("--out", required=True, metavar="FOLDER", help="folder or s3:// URI")
     plan = add("plan", _plan, "pictures, bytes, encoder time, storage cost, and what the cache saves")
     add_run(plan)
@@ -90,7 +85,7 @@ def _adder(actions: Any) -> Callable[..., argparse.ArgumentParser]:
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str, *cache: str) -> argparse.ArgumentParser:
         parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         for argument in cache:
-            parser.add_argument(argument, metavar="CACHE", help=_CACHE_HELP)
+            parser.add_argument(argument, metavar="CACHE", help=CACHE_HELP)
         add_json(parser)
         parser.set_defaults(command=command)
         return parser
@@ -205,30 +200,10 @@ def _transcode(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     cache = FeatureCache.open(arguments.cache)
-    named = _find_pictures(cache, arguments.pictures)
+    named = find_pictures(cache, arguments.pictures)
     files = export_pictures(cache, list(named), arguments.out, names=named)
     _print(arguments, files, "\n".join(files))
     return 0
-
-
-def _find_pictures(cache: FeatureCache, asked: list[str]) -> Mapping[str, str]:
-    """Image key -> the name of its file, for keys, unique beginnings of keys, and names of the dataset index."""
-    keys = cache.keys()
-    index = DatasetIndex.latest(storage.join(cache.uri.rsplit("/", 2)[0], "index"))
-    found: dict[str, str] = {}
-    for picture in asked:
-        row = index.lookup(picture) if index else None
-        if row is not None:
-            found[row.image_key] = picture
-            continue
-        matches = [key for key in keys if key.startswith(picture)] if len(picture) >= _MIN_PREFIX else []
-        if len(matches) != 1:
-            what = f"fits {len(matches)} image keys" if matches else "is no image key and no name in the dataset index"
-            raise CacheError(
-                f"{picture!r} {what} of {cache.uri}; give all {_KEY_DIGITS} digits, or a name as samples have it"
-            )
-        found[matches[0]] = matches[0]
-    return found
 
 
 def _plan(arguments: argparse.Namespace) -> int:

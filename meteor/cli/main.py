@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from transformers.utils import logging as transformers_logging
 
 import meteor
-from meteor.cli import cache, config, data, synthetic
+from meteor.cli import cache, config, data, project, synthetic
 from meteor.errors import MeteorError
 
-_ROOMS = (config, data, cache, synthetic)
+_ROOMS = (config, data, cache, project, synthetic)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 where a check failed; 2 after an error, whose message was printed.
     """
-    parser = argparse.ArgumentParser(prog="meteor", description="Settings, data, feature caches, generated examples.")
+    parser = argparse.ArgumentParser(
+        prog="meteor", description="Settings, data, feature caches, visual tokens, generated examples."
+    )
     parser.add_argument("--version", action="version", version=f"meteor {meteor.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for room in _ROOMS:

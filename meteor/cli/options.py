@@ -2,9 +2,15 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 
 from meteor.config import RunSettings, load_run, resolve_paths
+from meteor.formatting import format_duration
+
+CACHE_HELP = "<root>/<key>/<codec>, as cache_features prints it"
+# Before, the rate says little.
+_MIN_RATE_S = 3
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +27,21 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def show_progress(what: str) -> Callable[[int, int], None] | None:
-    """Prints "12 of 100 <what>" over itself on standard error; None where nobody watches."""
+    """Prints "12 of 100 <what>, 2 min 05 s left" over itself on standard error; None where nobody watches."""
     if not sys.stderr.isatty():
         return None
+    first: tuple[int, float] | None = None
 
     def show(done: int, total: int) -> None:
-        if done % max(total // 200, 1) == 0 or done == total:
-            print(f"\r{done} of {total} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        nonlocal first
+        now_s, left = time.monotonic(), ""
+        # What was done before the first call took no time of this run.
+        first = first or (done, now_s)
+        if done % max(total // 200, 1) and done != total:
+            return
+        if first[0] < done < total and now_s - first[1] >= _MIN_RATE_S:
+            left = f", {format_duration((now_s - first[1]) / (done - first[0]) * (total - done))} left"
+        # The longer line before must not show behind this one.
+        print(f"\r{done} of {total} {what}{left}\x1b[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show

@@ -1,18 +1,17 @@
 """Put the model of a stage together: language model, projector, what trains and what is frozen."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load as load_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from meteor import storage
 from meteor.errors import CheckpointError
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+from meteor.model.trained_projector import projector_metadata
 from meteor.pretrained import load_pretrained
+from meteor.projector.file import load_weights, read_projector_file
 
 Stage = Literal["pretrain", "finetune"]
 _NUM_SAMPLED_BLOCKS, _BLOCK_BYTES = 1024, 1 << 16
@@ -111,14 +110,7 @@ def load_projector(model: MeteorForConditionalGeneration, uri: str) -> None:
     Raises:
         CheckpointError: it was trained with other settings; the message names what differs.
     """
-    data = storage.read_bytes(uri)
-    try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except ValueError as error:
-        raise CheckpointError(
-            f"{uri} is no safetensors file ({error}); name the projector.safetensors of pretrain"
-        ) from error
-    stored = json.loads(header.get("__metadata__", {}).get("meteor", "{}"))
+    stored, weights = read_projector_file(uri)
     wanted = projector_metadata(model.config)
     differing = [
         f"{name}: {stored.get(name)!r} there, {wanted[name]!r} here"
@@ -127,20 +119,4 @@ def load_projector(model: MeteorForConditionalGeneration, uri: str) -> None:
     ]
     if differing:
         raise CheckpointError(f"{uri} does not fit this run: {'; '.join(differing)}. Run pretrain with these settings")
-    weights = load_safetensors(data)
-    own = model.projector.state_dict()
-    if weights.keys() != own.keys() or any(weights[name].shape != own[name].shape for name in own):
-        odd = sorted(weights.keys() ^ own.keys()) or [name for name in own if weights[name].shape != own[name].shape]
-        raise CheckpointError(f"{uri} does not fit this run's projector: {', '.join(odd[:3])}")
-    model.projector.load_state_dict(weights)
-
-
-def projector_metadata(config: MeteorConfig) -> dict[str, Any]:
-    """What a projector file says about itself."""
-    return {
-        "projector": config.projector,
-        "vision_width": config.vision_config.hidden_size,
-        "llm_width": config.text_config.hidden_size,
-        "select_layer": config.select_layer,
-        "cache_identity": config.cache_identity,
-    }
+    load_weights(model.projector, weights, uri)

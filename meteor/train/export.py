@@ -3,33 +3,29 @@
 Both are made from the last checkpoint's fp32 masters, tensor by tensor, so any ZeRO stage exports the same way.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from meteor import storage
 from meteor.checkpoint.format import Checkpoint
 from meteor.errors import CacheMismatchError
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
-from meteor.train.build import projector_metadata
+from meteor.model.trained_projector import PROJECTOR_PREFIX, projector_metadata
+from meteor.projector.file import write_projector_file
 from meteor.train.engine import load_weights
 from meteor.vision.encoder import FrozenClip
-
-_PREFIX = "projector."
 
 
 def export_projector(model: MeteorForConditionalGeneration, checkpoint: Checkpoint, uri: str) -> None:
     """Write ``projector.safetensors``: fp32 weights, with settings, widths and cache identity in its metadata."""
-    names = [name for name in checkpoint.shapes if name.startswith(_PREFIX)]
-    weights = {name.removeprefix(_PREFIX): checkpoint.read("weights", name) for name in names}
+    names = [name for name in checkpoint.shapes if name.startswith(PROJECTOR_PREFIX)]
+    weights = {name.removeprefix(PROJECTOR_PREFIX): checkpoint.read("weights", name) for name in names}
     # Frozen tables of a projector are part of it though they are in no checkpoint.
     for name, value in model.projector.state_dict().items():
         weights.setdefault(name, value.detach().float().cpu().contiguous())
-    metadata = {"meteor": json.dumps(projector_metadata(model.config)), "format": "pt"}
-    storage.write_bytes(uri, save(weights, metadata))
+    write_projector_file(uri, weights, projector_metadata(model.config))
 
 
 def export_model(

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from meteor.errors import CheckpointError, NotFoundError, SettingsError
 from meteor.model import MeteorConfig
-from meteor.train.build import build_model, freeze_for, llm_fingerprint, load_projector, projector_metadata
+from meteor.model.trained_projector import projector_metadata
+from meteor.train.build import build_model, freeze_for, llm_fingerprint, load_projector
 from meteor.vision.encoder import read_vision_config
 
 IDENTITY = {"encoder_digest": "e" * 64, "select_layer": -2}
@@ -111,7 +112,7 @@ def test_a_projector_file_that_is_none_is_refused(build, tmp_path):
     with pytest.raises(CheckpointError, match="projector: None there"):
         load_projector(model, uri)
     uri = write_projector(model, tmp_path / "a_tensor_short", drop={"instruction"})
-    with pytest.raises(CheckpointError, match="does not fit this run's projector: instruction"):
+    with pytest.raises(CheckpointError, match="does not fit the projector that its settings make: instruction"):
         load_projector(model, uri)
 
 
@@ -121,7 +122,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(build, tmp_path):
     weights["instruction"] = torch.zeros(1, 9)
     metadata = {"meteor": json.dumps(projector_metadata(model.config))}
     (tmp_path / "file").write_bytes(save(weights, metadata))
-    with pytest.raises(CheckpointError, match="projector: instruction"):
+    with pytest.raises(CheckpointError, match="settings make: instruction"):
         load_projector(model, str(tmp_path / "file"))
 
 

@@ -13,8 +13,9 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.features import PixelSettings
 from meteor.errors import CacheMismatchError
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.model.trained_projector import load_trained_projector, projector_metadata
 from meteor.text.tokens import TokenisedSample, load_tokenizer
-from meteor.train.build import build_model, freeze_for, load_projector, projector_metadata
+from meteor.train.build import build_model, freeze_for, load_projector
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.train.loop import save_checkpoint
@@ -102,6 +103,8 @@ def test_stage_one_leaves_the_projectors_masters_with_what_they_are_for(build, t
     stage_two = build(seed=9)
     load_projector(stage_two, uri)
     torch.testing.assert_close(stage_two.projector.state_dict(), weights, rtol=0, atol=0)
+    by_itself = load_trained_projector(uri, device="cpu", dtype=torch.float32)
+    torch.testing.assert_close(by_itself.module.state_dict(), weights, rtol=0, atol=0)
 
 
 def test_stage_two_leaves_a_directory_that_loads_as_the_trained_model(
@@ -119,6 +122,8 @@ def test_stage_two_leaves_a_directory_that_loads_as_the_trained_model(
     for room in ("projector", "language_model"):
         truth = getattr(trained, room).state_dict()
         torch.testing.assert_close(getattr(loaded, room).state_dict(), truth, rtol=0, atol=0)
+    by_itself = load_trained_projector(folder, device="cpu", dtype=torch.float32)
+    torch.testing.assert_close(by_itself.module.state_dict(), trained.projector.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(loaded.vision_tower.state_dict(), encoder.model.state_dict(), rtol=0, atol=0)
     assert loaded.config.cache_identity == trained.config.cache_identity
     # It sees pictures by itself.

@@ -1,0 +1,82 @@
+"""`meteor project`: the compressor alone, from a feature cache to files of visual tokens."""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from meteor.cache import FeatureCache
+from meteor.cli.options import CACHE_HELP, add_json, show_progress
+from meteor.cli.pictures import PICTURE_HELP, find_pictures
+from meteor.errors import SettingsError
+from meteor.evaluation.project import project_cache
+from meteor.evaluation.project_folder import RECORD
+from meteor.model.trained_projector import load_trained_projector
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+_DESCRIPTION = """Run a trained projector over cached pictures, without a language model. Writes one .safetensors file a
+picture: visual tokens, the patches they stand for, the scores by which those were chosen. Started again, it leaves
+alone what is done. Code 1 where a picture that was named is quarantined."""
+_EPILOG = f"""A file's tensors (sub-images one after the other, the global view first, then the slices row by row):
+  tokens         (all kept, LLM width)  in --dtype
+  num_tokens     (sub-images,)          kept of each
+  patch_grids    (sub-images, 2)        rows and columns of patches
+  indices        (all kept,)            row * columns + column of the patch within its sub-image
+  visual_scores  (all patches,)         the class token's attention, as shares
+  native_scores  (all patches,)         the instruction token's, as shares
+The last three only where the projector has them. Its metadata name picture, cache and projector. To divide it:
+  tensors = safetensors.torch.load_file(path)
+  tokens = tensors["tokens"].split(tensors["num_tokens"].tolist())
+{RECORD} in DIR says which projector, cache and type its files are of; another's are not added."""
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser(
+        "project",
+        help="run a trained projector over a feature cache, without a language model",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--cache", required=True, metavar="CACHE", help=CACHE_HELP)
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE_OR_DIR",
+        help="projector.safetensors of pretrain, or the model directory of finetune; local or s3://",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder or s3:// URI")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"{PICTURE_HELP} (default: all of the cache)")
+    parser.add_argument("--device", choices=sorted(_DEFAULT_DTYPES), default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="sub-images at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=list(_DTYPES), help="of weights and tokens (default: float32 on cpu, bfloat16 on cuda)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start over: delete what DIR holds of an earlier run")
+    add_json(parser)
+    parser.set_defaults(command=_project)
+
+
+def _project(arguments: argparse.Namespace) -> int:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch finds no CUDA device on this machine; leave it out, or set it to cpu")
+    dtype = _DTYPES[arguments.dtype or _DEFAULT_DTYPES[arguments.device]]
+    cache = FeatureCache.open(arguments.cache)
+    named = find_pictures(cache, arguments.pictures) if arguments.pictures else {}
+    done = project_cache(
+        cache,
+        load_trained_projector(arguments.checkpoint, device=arguments.device, dtype=dtype),
+        arguments.out,
+        keys=list(named) if named else None,
+        names=named,
+        batch_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
+        on_progress=show_progress("pictures"),
+    )
+    print(json.dumps(asdict(done), indent=2) if arguments.json else done.to_text())
+    return 1 if named and done.quarantined else 0

@@ -1,0 +1,114 @@
+"""What a projector makes of pictures by itself: their sub-images batched, the results divided again.
+
+Letters: S sub-images of a batch, P patches of one, K tokens kept of one, D LLM width, C vision width, A attention layers.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+
+from meteor.cache import ImageFeatures
+from meteor.data.collate import pad_sub_images
+from meteor.errors import DataError
+from meteor.model.trained_projector import TrainedProjector
+from meteor.projector import ProjectorOutput
+
+_Part = tuple[torch.Tensor, torch.Tensor, tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedSubImage:
+    """What a projector makes of one sub-image, on the CPU.
+
+    Attributes:
+        tokens: (K, D) in the weights' type, in map order.
+        indices: (K,), the patch (row * columns + column) each token stands for; None if tokens stand for no single one.
+        visual_scores, native_scores: (P,) float32; None where the projector computes none.
+    """
+
+    tokens: torch.Tensor
+    indices: torch.Tensor | None
+    visual_scores: torch.Tensor | None
+    native_scores: torch.Tensor | None
+
+
+@dataclass(eq=False)
+class ProjectedImage:
+    """A picture's sub-images, the global view first, as far as they are done."""
+
+    image_key: str
+    width: int
+    height: int
+    grid: tuple[int, int] | None
+    patch_grids: tuple[tuple[int, int], ...]
+    sub_images: list[ProjectedSubImage] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sub_image.tokens) for sub_image in self.sub_images)
+
+
+def project_images(
+    projector: TrainedProjector, images: Iterable[ImageFeatures], *, batch_size: int = 32
+) -> Iterator[ProjectedImage]:
+    """Run the projector over pictures, in order; a batch holds sub-images of several.
+
+    Args:
+        projector: on its device.
+        images: with the attention of the projector's layer; pulled as they are needed.
+        batch_size: sub-images of a batch. None sees another, so it changes results by rounding alone.
+
+    Raises:
+        DataError: tokens are not finite.
+    """
+    parts = _sub_images(images, projector.select_layer)
+    while batch := list(islice(parts, batch_size)):
+        projected = _project([part for _, part in batch], projector)
+        for (picture, _), sub_image in zip(batch, projected, strict=True):
+            if not sub_image.tokens.isfinite().all():
+                raise DataError(
+                    f"image {picture.image_key}: its tokens are not finite in {sub_image.tokens.dtype}; take bfloat16 or "
+                    "float32, and if that does not help, this projector's training went wrong"
+                )
+            picture.sub_images.append(sub_image)
+            if len(picture.sub_images) == len(picture.patch_grids):
+                yield picture
+
+
+def _sub_images(images: Iterable[ImageFeatures], layer: int) -> Iterator[tuple[ProjectedImage, _Part]]:
+    """Each sub-image as `pad_sub_images` takes it, with the picture that its result belongs to."""
+    for image in images:
+        row = image.attention_layers.index(layer)
+        picture = ProjectedImage(image.image_key, image.width, image.height, image.grid, image.patch_grids)
+        for features_PC, attention_AP, grid in zip(image.features, image.cls_attention, image.patch_grids, strict=True):
+            yield picture, (features_PC, attention_AP[row], grid)
+
+
+@torch.inference_mode()
+def _project(parts: Sequence[_Part], projector: TrainedProjector) -> list[ProjectedSubImage]:
+    features_SPC, attention_SP = pad_sub_images(parts)
+    grids_S2 = torch.tensor([grid for _, _, grid in parts])
+    device = projector.device
+    # The grids stay on the CPU, where projectors read them.
+    output = projector.module(features_SPC.to(device), attention_SP.to(device), grids_S2)
+    return _split(output, [rows * columns for _, _, (rows, columns) in parts])
+
+
+def _split(output: ProjectorOutput, num_patches: Sequence[int]) -> list[ProjectedSubImage]:
+    """The sub-images without their padding."""
+    tokens_SKD, mask_SK = output.tokens.cpu(), output.mask.cpu()
+    indices_SK = None if output.indices is None else output.indices.cpu()
+    visual_SP, native_SP = (
+        None if scores is None else scores.float().cpu() for scores in (output.visual_scores, output.native_scores)
+    )
+    return [
+        ProjectedSubImage(
+            tokens=tokens_SKD[i][mask_SK[i]],
+            indices=None if indices_SK is None else indices_SK[i][mask_SK[i]],
+            visual_scores=None if visual_SP is None else visual_SP[i, :count],
+            native_scores=None if native_SP is None else native_SP[i, :count],
+        )
+        for i, count in enumerate(num_patches)
+    ]

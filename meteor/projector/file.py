@@ -1,0 +1,109 @@
+"""Trained projectors as safetensors: the file that pretrain leaves, and tensors read by range out of a model's files."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from meteor import storage
+from meteor.errors import CheckpointError
+from meteor.projector.output import Projector
+
+_METADATA = "meteor"
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_NUM_SHOWN = 3
+
+
+def write_projector_file(uri: str, weights: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
+    """Write ``projector.safetensors``; ``description``, JSON values, goes into its metadata."""
+    storage.write_bytes(uri, save(dict(weights), {_METADATA: json.dumps(description), "format": "pt"}))
+
+
+def read_projector_file(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The description, empty if there is none, and the weights by name.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: it is no safetensors file.
+    """
+    metadata, weights = read_tensors(uri)
+    try:
+        return dict(json.loads(metadata.get(_METADATA, "{}"))), weights
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{uri}: its metadata is damaged ({error}); export the projector again") from error
+
+
+def read_model_weights(folder_uri: str, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a Hugging Face directory whose names begin with ``prefix``, named without it; no other is read.
+
+    Raises:
+        NotFoundError: the directory has no safetensors files.
+        CheckpointError: a file is no safetensors file, or lacks what the directory's index promises.
+    """
+    index_uri = storage.join(folder_uri, "model.safetensors.index.json")
+    if not storage.exists(index_uri):
+        return read_tensors(storage.join(folder_uri, "model.safetensors"), prefix)[1]
+    places = storage.read_json(index_uri)["weight_map"]
+    promised = {name.removeprefix(prefix) for name in places if name.startswith(prefix)}
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted({file for name, file in places.items() if name.startswith(prefix)}):
+        weights |= read_tensors(storage.join(folder_uri, file), prefix)[1]
+    if weights.keys() != promised:
+        raise CheckpointError(f"{folder_uri} contradicts its index: {_some(weights.keys() ^ promised)}; copy it again")
+    return weights
+
+
+def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata of a safetensors file and those tensors whose names begin with ``prefix``, named without it.
+
+    Only these tensors' bytes are read. Of a file from elsewhere nothing is executed.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: it is no safetensors file.
+    """
+    try:
+        base, header = _read_header(uri)
+        metadata = header.pop("__metadata__", {})
+        wanted = sorted((entry["data_offsets"], name) for name, entry in header.items() if name.startswith(prefix))
+        chosen, parts, end = {}, [], 0
+        for (start, stop), name in wanted:
+            parts.append(storage.read_range(uri, base + start, stop - start))
+            start, end = end, end + len(parts[-1])
+            chosen[name.removeprefix(prefix)] = {**header[name], "data_offsets": [start, end]}
+        # A file of these tensors alone, so that shapes and types are the format's own business.
+        head = json.dumps(chosen).encode()
+        head += b" " * (-len(head) % 8)
+        return metadata, load(b"".join([len(head).to_bytes(8, "little"), head, *parts]))
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{uri} is no safetensors file ({error}); name the projector.safetensors of pretrain, or a finished model"
+        ) from error
+
+
+def _read_header(uri: str) -> tuple[int, dict[str, Any]]:
+    """First byte of the tensors, and the header."""
+    size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
+    if size > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header would have {size} bytes")
+    return 8 + size, json.loads(storage.read_range(uri, 8, size))
+
+
+def load_weights(projector: Projector, weights: Mapping[str, torch.Tensor], uri: str) -> None:
+    """Put weights read from ``uri`` into a projector, in the projector's own type.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape; the message names it.
+    """
+    own = projector.state_dict()
+    odd = weights.keys() ^ own.keys() or {name for name in own if weights[name].shape != own[name].shape}
+    if odd:
+        raise CheckpointError(f"{uri} does not fit the projector that its settings make: {_some(odd)}")
+    projector.load_state_dict(weights)
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:_NUM_SHOWN])
