@@ -94,4 +94,4 @@ class FlashGlobalFusion(nn.Module):
         num_patches_B = mask_BP.sum(dim=1)
         orders = [scan_order(num_patches_B, max_patches, mode) for mode in self.modes]
         out_BMX = row_BMX + self.ssm(self.norm(row_BMX), grids, orders)
-        return out_BMX[:, :max_patches], out_BMX[:, max_patches]
+        return out_BMX[:, :-1], out_BMX[:, -1]

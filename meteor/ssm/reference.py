@@ -32,7 +32,7 @@ def selective_scan_reference(
     if delta_softplus:
         delta = F.softplus(delta)
 
-    state_bdn = u.new_zeros(len(u), *A.shape)
+    state_bdn = u.new_zeros(u.shape[0], *A.shape)
     outputs: list[Tensor] = []
     for step in range(u.shape[2]):
         u_bd1, delta_bd1 = u[:, :, step, None], delta[:, :, step, None]

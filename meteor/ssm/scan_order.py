@@ -124,7 +124,7 @@ def scan_index(num_patches_B: Tensor, max_patches: int, mode: str, direction: st
     order_BL = torch.where(is_patch_BL, patch_BL + is_token_BL.long() * max_patches, 2 * max_patches)
 
     patch_P = torch.arange(max_patches, device=device)
-    rank_BP = patch_P.expand(len(num_B1), -1) if direction == "forward" else num_B1 - 1 - patch_P
+    rank_BP = patch_P.expand(num_B1.shape[0], -1) if direction == "forward" else num_B1 - 1 - patch_P
     token_slot_BP = steps_per_patch * rank_BP + steps_per_patch - 1
     token_step_BP = token_slot_BP + (token_slot_BP >= instruction_B1).long()
     token_step_BP = torch.where(patch_P < num_B1, token_step_BP, 0)

@@ -67,7 +67,7 @@ def _visit(
 def _visit_backward(
     du: Tensor, x: Tensor, order: Tensor, num_steps: Tensor, grids: Tensor, weight: Tensor, bias: Tensor, half: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_sub_images, max_steps, width = len(x), order.shape[2], len(bias) // 2
+    num_sub_images, max_steps, width = x.shape[0], order.shape[2], len(bias) // 2
     num_rows, num_patches = x.shape[1], x.shape[1] - 1
     first_row = 0 if half else num_patches
     num_segments = triton.cdiv(max_steps, _SEGMENT_STEPS)
@@ -134,4 +134,5 @@ def _constants(half: int) -> dict[str, int]:
 
 
 def _empty_result(x: Tensor, order: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(len(x), order.shape[2], len(bias))
+    # len() of a tensor is a constant to torch.compile.
+    return x.new_empty(x.shape[0], order.shape[2], len(bias))
