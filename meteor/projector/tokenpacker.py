@@ -73,8 +73,8 @@ class TokenPacker(Projector):
             native_weight: unused.
 
         Returns:
-            Tokens (B, K, D) in the weights' dtype, in map order, K = ceil(P / s); the first
-            ceil(Hu / s) ceil(Wu / s) of each sub-image are real. No indices, no scores, no aux loss.
+            Tokens (B, K, D) in the weights' dtype, in map order; the first ceil(Hu / s) ceil(Wu / s) of each sub-image are
+            real. K is the most of any (in a compiled graph, and for B = 0, ceil(P / s)). No indices, no scores, no aux loss.
 
         Raises:
             ValueError: a shape is wrong, or a grid does not fit P.
@@ -84,7 +84,7 @@ class TokenPacker(Projector):
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
         )
         grids = grids.to(mask_BP.device).long()
-        max_tokens = token_bound(mask_BP.shape[1], self.scale_factor)
+        max_tokens = most_tokens(grids, mask_BP.shape[1], self.scale_factor)
         query_BKC = self.to_queries(down_sample(feature_BPC, grids, self.scale_factor, max_tokens))
         window_BKN, seen_BKN = square_windows(grids, self.scale_factor, max_tokens)
         attended_BKC = self.attention.over_windows(
@@ -93,6 +93,13 @@ class TokenPacker(Projector):
         # The first patch of a window lies on the map wherever the window does.
         mask_BK = seen_BKN[:, :, 0]
         return ProjectorOutput(tokens=torch.where(mask_BK.unsqueeze(-1), self.mlp(attended_BKC), 0), mask=mask_BK)
+
+
+def most_tokens(grids: Tensor, max_patches: int, scale_factor: int) -> int:
+    """K of a batch, read on the host; what a graph, which cannot read, makes room for is more."""
+    if torch.compiler.is_compiling() or not grids.shape[0]:
+        return token_bound(max_patches, scale_factor)
+    return int((-(-grids // scale_factor)).prod(dim=1).max())
 
 
 def token_bound(max_patches: int, scale_factor: int) -> int:

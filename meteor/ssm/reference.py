@@ -20,13 +20,12 @@ def selective_scan_reference(
 ) -> Tensor:
     """Run the selective scan; arguments and result as in `meteor.ssm.selective_scan`, B and C with groups.
 
-    The state is float32 (float64 for float64 inputs). Under autograd each step's state and decay are kept,
-    (b, d, n) twice a step, and each step adds to gradients of the whole sequence: for truth, not for training.
+    The state is float32 (float64 for float64 inputs). For truth, not for training: under autograd each step keeps several
+    (b, d, n), and adds to gradients of the whole sequence.
     """
     result_dtype, dtype = u.dtype, accumulation_dtype(u.dtype)
     channels_per_group = u.shape[1] // B.shape[1]
     u, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    B_bdnl, C_bdnl = (matrix.repeat_interleave(channels_per_group, dim=1) for matrix in (B, C))
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype).unsqueeze(1)
     if delta_softplus:
@@ -34,10 +33,12 @@ def selective_scan_reference(
 
     state_bdn = u.new_zeros(u.shape[0], *A.shape)
     outputs: list[Tensor] = []
-    for step in range(u.shape[2]):
-        u_bd1, delta_bd1 = u[:, :, step, None], delta[:, :, step, None]
-        state_bdn = torch.exp(delta_bd1 * A) * state_bdn + delta_bd1 * B_bdnl[..., step] * u_bd1
-        outputs.append((C_bdnl[..., step] * state_bdn).sum(dim=-1))
+    for step in range(u.shape[-1]):
+        u_bd, delta_bd, B_bgn, C_bgn = (tensor[..., step] for tensor in (u, delta, B, C))
+        B_bdn, C_bdn = (matrix.repeat_interleave(channels_per_group, dim=1) for matrix in (B_bgn, C_bgn))
+        decay_bdn = torch.exp(delta_bd.unsqueeze(-1) * A)
+        state_bdn = decay_bdn * state_bdn + (delta_bd * u_bd).unsqueeze(-1) * B_bdn
+        outputs.append((C_bdn * state_bdn).sum(dim=-1))
     y = torch.stack(outputs, dim=-1)
 
     if D is not None:

@@ -1,0 +1,91 @@
+"""Things to compare, timed in turn in one process, so that what slows the machine slows all of them; and their memory."""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# glibc's, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one thing.
+
+    Attributes:
+        seconds: median of the rounds.
+        peak_bytes: most memory at a time beyond what was there before.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
+def compare(runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, Figures]:
+    """Warm each up, time all in turn ``rounds`` times, then take the memory of each by itself."""
+    if device.type == "cpu":
+        # Where glibc's own adaptation ends after a few large tensors.
+        _set_allocator(mmap_threshold=32 << 20, trim_threshold=64 << 20)
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            _synchronise(device)
+            started = time.perf_counter()
+            run()
+            _synchronise(device)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: Figures(statistics.median(seconds[name]), _peak_bytes(run, device)) for name, run in runs.items()}
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """As Markdown."""
+    for cells in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(cells)} |")
+
+
+def format_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def format_megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"
+
+
+def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    # Every tensor has pages of its own, given back when it is freed: the allocator hoards nothing.
+    _set_allocator(mmap_threshold=64 << 10, trim_threshold=64 << 10)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _set_allocator(*, mmap_threshold: int, trim_threshold: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
+    libc.mallopt(_M_TRIM_THRESHOLD, trim_threshold)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
