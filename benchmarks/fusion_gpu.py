@@ -1,6 +1,6 @@
 """The fused scan on a GPU, against two launches and against the hardware: `python benchmarks/fusion_gpu.py`.
 
-64 sub-images of 24 x 24 patches, 1024 channels, 16 states, bfloat16. `--tiny` tries the script on a CPU, in Triton's interpreter.
+64 sub-images of 24 x 24 patches, 1024 channels, 16 states, bfloat16. `--tiny` tries the script on a CPU (interpreted).
 
 First table: everything between the input projection and the gate, forward and with backward. "Fused" is what training runs:
 one launch that makes the interleaved sequence on the spot, one scan of both directions that writes only the rows read.

@@ -96,7 +96,11 @@ def test_the_fused_kernels_give_the_numbers_and_gradients_of_plain_torch(
         assert fused[name].dtype == dtype
         largest = truth.abs().max().item()
         torch.testing.assert_close(
-            fused[name].float(), truth, rtol=0, atol=TOLERANCES[dtype] * largest, msg=lambda text, n=name: f"{n}: {text}"
+            fused[name].float(),
+            truth,
+            rtol=0,
+            atol=TOLERANCES[dtype] * largest,
+            msg=lambda text, n=name: f"{n}: {text}",
         )
 
 
