@@ -18,8 +18,9 @@ from meteor.data.collate import collate
 from meteor.data.table import SampleTable
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.model.attention import choose_attention
 from meteor.text.tokens import Separators, load_tokenizer
-from meteor.train.build import DTYPES, Stage, build_model, freeze_for, load_projector
+from meteor.train.build import DTYPES, Stage, build_model, checkpoint_activations, freeze_for, load_projector
 from meteor.train.engine import barrier, make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.train.loading import load_batches
@@ -69,7 +70,8 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
     table = SampleTable.read(storage.join(task.run_uri, "samples.parquet"))
     loader = _batch_loader(task, table, str(device))
-    model = _build(task)
+    attention = choose_attention(settings.llm.attention, device, DTYPES[settings.llm.dtype])
+    model = _build(task, attention=attention)
     checkpoints = storage.join(task.run_uri, "checkpoints")
     done = complete_checkpoints(checkpoints)
     resumed = Checkpoint(done[-1]) if done else None
@@ -116,7 +118,8 @@ def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> 
         native_warmup=stage.native_warmup,
         native_weight_full=full,
         aux_loss_coefficient=stage.aux_loss_coefficient,
-        group_by_length=stage.group_by_length,
+        batching=stage.batching,
+        max_length=stage.max_length,
         checkpoint_every_steps=stage.checkpoint_every_steps,
         keep_checkpoints=stage.keep_checkpoints,
     )
@@ -124,7 +127,7 @@ def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> 
 
 def export(task: WorkerTask, checkpoint_uri: str) -> None:
     """Write the stage's result from its last checkpoint, on the CPU."""
-    model, checkpoint = _build(task, training=False), Checkpoint(checkpoint_uri)
+    model, checkpoint = _build(task), Checkpoint(checkpoint_uri)
     if task.stage == "pretrain":
         export_projector(model, checkpoint, task.result_uri)
         return
@@ -142,7 +145,8 @@ def export(task: WorkerTask, checkpoint_uri: str) -> None:
     export_model(model, checkpoint, encoder, processor, task.result_uri, DTYPES[task.settings.llm.dtype])
 
 
-def _build(task: WorkerTask, *, training: bool = True) -> MeteorForConditionalGeneration:
+def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForConditionalGeneration:
+    """The stage's model with the weights it starts from; to be trained where an ``attention`` is given."""
     settings = task.settings
     model = build_model(
         llm_path=settings.llm.path,
@@ -152,13 +156,13 @@ def _build(task: WorkerTask, *, training: bool = True) -> MeteorForConditionalGe
         cache_identity=task.cache_identity,
         dtype=DTYPES[settings.llm.dtype],
         seed=task.stage_settings.seed,
+        attention=attention or "sdpa",
     )
     if task.projector_uri is not None:
         load_projector(model, task.projector_uri)
     freeze_for(model, task.stage)
-    if training and settings.llm.gradient_checkpointing:
-        model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+    if attention and settings.llm.gradient_checkpointing:
+        checkpoint_activations(model)
     return model
 
 

@@ -99,11 +99,16 @@ def make_features() -> Callable[..., ImageFeatures]:
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
     def make(
-        samples: list[tuple[TokenisedSample, list[ImageFeatures]]], projector: dict | None = None, **options
+        samples: list[tuple[TokenisedSample, list[ImageFeatures]]],
+        projector: dict | None = None,
+        *,
+        rows: list[list[int]] | None = None,
+        **options,
     ) -> Batch:
+        """A sample a row; or ``rows`` of positions in ``samples``."""
         settings = dict(projector or {"name": "meteor", "k": 4})
         return collate(
-            samples,
+            [[samples[i] for i in row] for row in rows or [[i] for i in range(len(samples))]],
             budget=visual_token_budget(settings.pop("name"), settings),
             separators=Separators(slice_id=3, row_id=4),
             pad_id=0,

@@ -86,6 +86,10 @@ class LLMSettings(_Settings):
 
     path: str = operational("lmsys/vicuna-7b-v1.5", "local directory or hub id")
     dtype: Dtype = setting("bfloat16", "type of the weights while training and answering")
+    attention: Literal["auto", "eager", "sdpa", "varlen"] = operational(
+        "auto",
+        "while training; varlen computes no padding (torch's FlashAttention on CUDA), auto takes it where it runs",
+    )
     gradient_checkpointing: bool = operational(True, "recompute activations in the backward pass")
 
 
@@ -104,10 +108,16 @@ class StageSettings(_Settings):
     max_length: int = setting(2048, "tokens of a sample, visual ones included; text beyond is cut and counted", ge=8)
     native_warmup: Fraction = setting(0.0, "share of the steps in which the native expert's weight rises from 0")
     aux_loss_coefficient: float = setting(0.01, "weight of the projector's own loss where it has one", ge=0)
-    group_by_length: bool = setting(True, "samples of similar length share a batch")
+    batching: Literal["padded", "grouped", "packed"] = setting(
+        "packed",
+        "a sample a row (padded); the same with samples of similar length in a batch (grouped); several samples a row of up "
+        "to max_length tokens (packed)",
+    )
     fraction: float = setting(1.0, "share of the samples to train on: a rehearsal", gt=0, le=1)
     features: Literal["cache", "live"] = setting("cache", "from the cache, or from the encoder inside the worker")
-    micro_batch_size: int = operational(16, "samples of one forward pass on one worker", ge=1)
+    micro_batch_size: int = operational(
+        16, "rows of one forward pass on one worker: samples, or with `packed` rows of max_length tokens", ge=1
+    )
     zero_stage: Literal[0, 1, 2, 3] = operational(2, "DeepSpeed's ZeRO stage")
     checkpoint_every_steps: int = operational(500, "steps between checkpoints", ge=1)
     keep_checkpoints: int = operational(2, "how many of the newest checkpoints stay", ge=1)
@@ -126,7 +136,9 @@ class FinetuneSettings(StageSettings):
     lr: float = setting(2e-5, "peak learning rate", gt=0)
     global_batch_size: int = setting(128, "samples per optimiser step, over all workers", ge=1)
     template: Literal["plain", "vicuna_v1", "chat"] = setting("vicuna_v1", "how turns become text")
-    micro_batch_size: int = operational(4, "samples of one forward pass on one worker", ge=1)
+    micro_batch_size: int = operational(
+        4, "rows of one forward pass on one worker: samples, or with `packed` rows of max_length tokens", ge=1
+    )
     zero_stage: Literal[0, 1, 2, 3] = operational(3, "DeepSpeed's ZeRO stage")
     pretrained: str | None = operational(None, "URI of the stage-1 projector; this run's own stage 1 if not given")
 

@@ -1,6 +1,6 @@
-"""From tokenised samples and cached features to one padded batch.
+"""From tokenised samples and cached features to one batch of rows: a sample a row, or several packed into each.
 
-Letters: B samples, L sequence, S sub-images of all samples, P patches (largest), C vision width.
+Letters: B rows, L sequence, S sub-images of all samples, P patches (largest), C vision width.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,14 +34,15 @@ class Batch:
 
     Attributes:
         input_ids: (B, L) long; `IMAGE_TOKEN_ID` at every visual slot.
-        attention_mask: (B, L) bool, False at padding.
+        attention_mask: (B, L) long, the number of the sample in its row, from 1 on; 0 at padding. A token sees the earlier
+            tokens of its own sample and nothing else.
         labels: (B, L) long, `IGNORE_INDEX` outside answers.
         features: (S, P, C) in the cache's type, zero at padding; at least one sub-image, so that every batch, text-only
             ones too, runs the projector on every rank.
         cls_attention: (S, P) float32.
         grids: (S, 2) long, patch rows and columns.
         num_slots: (S,) long, how many visual slots each sub-image has in ``input_ids``.
-        num_samples: B, or 0 for the batch that stands in where a worker has no sample left.
+        num_samples: in all rows; 0 for the batch that stands in where a worker has no sample left.
     """
 
     input_ids: torch.Tensor
@@ -59,7 +60,7 @@ class Batch:
 
     @property
     def num_text_tokens(self) -> int:
-        return int(self.attention_mask.sum()) - self.num_visual_tokens
+        return int((self.attention_mask > 0).sum()) - self.num_visual_tokens
 
     def to(self, device: torch.device | str) -> "Batch":
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.as_inputs().items()}
@@ -123,7 +124,7 @@ def cut_text(sample: TokenisedSample, max_text_tokens: int) -> TokenisedSample:
 
 
 def collate(
-    samples: Sequence[tuple[TokenisedSample, Sequence[ImageFeatures]]],
+    rows: Sequence[Sequence[tuple[TokenisedSample, Sequence[ImageFeatures]]]],
     *,
     budget: VisualTokenBudget,
     separators: Separators,
@@ -133,10 +134,11 @@ def collate(
     sub_images: Literal["all", "global"] = "all",
     padding_side: Literal["left", "right"] = "right",
 ) -> Batch:
-    """Pad samples to one batch; no sample at all gives a batch of weight zero that still touches every parameter.
+    """Pad rows to one batch; no row at all gives a batch of weight zero that still touches every parameter.
 
     Args:
-        samples: tokens with one placeholder an image, and the features of those images in order.
+        rows: samples that share a row; each is its tokens with one placeholder an image, and the features of those images
+            in order.
         budget: patch grids -> tokens of each sub-image, the projector's (`meteor.image.budget`).
         separators: token ids after slices and rows.
         pad_id: token id at padding.
@@ -145,22 +147,22 @@ def collate(
         sub_images: ``global`` drops the slices.
         padding_side: left for generation.
     """
-    expanded: list[TokenisedSample] = []
+    expanded: list[list[TokenisedSample]] = []
     num_slots: list[int] = []
     parts: list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] = []
-    for sample, images in samples:
-        layouts = [ImageLayout(image.grid, tuple(image.patch_grids)) for image in images]
-        if sub_images == "global":
-            layouts = [layout.only_global() for layout in layouts]
-        longer, slots = expand_images(sample, layouts, budget, separators)
-        expanded.append(longer)
-        num_slots += slots
-        for image, layout in zip(images, layouts, strict=True):
-            row = image.attention_layers.index(select_layer)
-            for i, grid in enumerate(layout.patch_grids):
-                parts.append((image.features[i], image.cls_attention[i][row], grid))
+    for row in rows:
+        expanded.append([])
+        for sample, images in row:
+            layouts = [ImageLayout(image.grid, tuple(image.patch_grids)) for image in images]
+            if sub_images == "global":
+                layouts = [layout.only_global() for layout in layouts]
+            longer, slots = expand_images(sample, layouts, budget, separators)
+            expanded[-1].append(longer)
+            num_slots += slots
+            for image, layout in zip(images, layouts, strict=True):
+                parts += _sub_images(image, layout.patch_grids, select_layer)
     if not expanded:
-        expanded.append(TokenisedSample([pad_id], [IGNORE_INDEX]))
+        expanded.append([TokenisedSample([pad_id], [IGNORE_INDEX])])
     if not parts:
         parts.append(empty_sub_image(vision_width))
         num_slots.append(0)
@@ -171,8 +173,15 @@ def collate(
         cls_attention=cls_attention_SP,
         grids=torch.tensor([grid for _, _, grid in parts]),
         num_slots=torch.tensor(num_slots),
-        num_samples=len(samples),
+        num_samples=sum(map(len, rows)),
     )
+
+
+def _sub_images(
+    image: ImageFeatures, patch_grids: PatchGrids, select_layer: int
+) -> list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]:
+    layer = image.attention_layers.index(select_layer)
+    return [(image.features[i], image.cls_attention[i][layer], grid) for i, grid in enumerate(patch_grids)]
 
 
 def empty_sub_image(vision_width: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
@@ -194,17 +203,18 @@ def pad_sub_images(
 
 
 def pad_tokens(
-    samples: Sequence[TokenisedSample], pad_id: int, side: Literal["left", "right"]
+    rows: Sequence[Sequence[TokenisedSample]], pad_id: int, side: Literal["left", "right"]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, mask and labels, each (B, L)."""
-    length = max(len(sample.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), length), pad_id)
-    attention_mask = torch.zeros(len(samples), length, dtype=torch.bool)
-    labels = torch.full((len(samples), length), IGNORE_INDEX)
-    for i, sample in enumerate(samples):
-        n = len(sample.input_ids)
-        span = slice(0, n) if side == "right" else slice(length - n, length)
-        input_ids[i, span] = torch.tensor(sample.input_ids)
-        attention_mask[i, span] = True
-        labels[i, span] = torch.tensor(sample.labels)
+    """Token ids, numbers of samples in their rows and labels, each (B, L) long."""
+    lengths = [sum(len(sample.input_ids) for sample in row) for row in rows]
+    input_ids = torch.full((len(rows), max(lengths)), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for i, row in enumerate(rows):
+        end = 0 if side == "right" else max(lengths) - lengths[i]
+        for number, sample in enumerate(row, start=1):
+            span = slice(end, end := end + len(sample.input_ids))
+            input_ids[i, span] = torch.tensor(sample.input_ids)
+            attention_mask[i, span] = number
+            labels[i, span] = torch.tensor(sample.labels)
     return input_ids, attention_mask, labels

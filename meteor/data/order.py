@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 _GLOBAL_BATCHES_PER_RUN = 50
 _RUNS_PER_EPOCH = 4
 
+# Rows of one forward pass, each the positions of its samples; empty where a worker has nothing left.
+MicroBatch = list[list[int]]
+
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     """Optimiser steps an epoch takes; the last batch may be short."""
@@ -64,42 +67,92 @@ def epoch_order(
     return [*batches, remainder] if remainder else batches
 
 
-def assign(
-    batch: Sequence[int], lengths: Sequence[int], *, world_size: int, micro_batch_size: int
-) -> list[list[list[int]]]:
-    """Divide a global batch among ranks and micro-steps, evenly by length.
+def pack(batch: Sequence[int], lengths: Sequence[int], *, capacity: int, multiple: int = 1) -> list[list[int]]:
+    """Put the samples of a global batch into rows, several to a row.
 
-    Every rank takes the same number of micro-steps, as collective operations need; where samples run out, micro-steps
-    are empty lists, the last ones first. Which samples a batch has does not depend on this.
+    As few rows as the first-fit rule for decreasing lengths needs; then, the number rounded up to ``multiple``, the same
+    samples spread evenly over the rows, so that no worker waits for one whose rows are fuller.
 
     Args:
         batch: positions of samples.
-        lengths: of every sample of the epoch.
-        world_size: ranks.
-        micro_batch_size: most samples in a micro-step.
+        lengths: tokens of every sample of the epoch, visual ones included.
+        capacity: most tokens in a row. A longer sample has a row to itself.
+        multiple: rows that are computed together by all workers; more rows than that rounds up to are not made.
 
     Returns:
-        For each rank its micro-steps, each a list of positions in the order of the batch.
+        Rows of positions, none empty, each in the order of the batch.
     """
-    num_steps = max(1, -(-len(batch) // (world_size * micro_batch_size)))
+    places = sorted(range(len(batch)), key=lambda place: (-lengths[batch[place]], place))
+    full = _first_fit(batch, lengths, places, capacity)
+    num_rows = min(-(-len(full) // multiple) * multiple, len(batch))
+    rows = _spread(batch, lengths, places, num_rows)
+    if any(len(row) > 1 and sum(lengths[batch[place]] for place in row) > capacity for row in rows):
+        rows = full
+    return [[batch[place] for place in sorted(row)] for row in rows]
+
+
+def _first_fit(batch: Sequence[int], lengths: Sequence[int], places: Sequence[int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for place in places:
+        length = lengths[batch[place]]
+        row = next((i for i, left in enumerate(room) if length <= left), None)
+        if row is None:
+            rows.append([place])
+            room.append(capacity - length)
+        else:
+            rows[row].append(place)
+            room[row] -= length
+    return rows
+
+
+def _spread(batch: Sequence[int], lengths: Sequence[int], places: Sequence[int], num_rows: int) -> list[list[int]]:
+    """The longest sample goes where least is so far: the greedy rule for even sums."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    emptiest = [(0, row) for row in range(num_rows)]
+    for place in places:
+        total, row = heapq.heappop(emptiest)
+        rows[row].append(place)
+        heapq.heappush(emptiest, (total + lengths[batch[place]], row))
+    return rows
+
+
+def assign(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], *, world_size: int, micro_batch_size: int
+) -> list[list[MicroBatch]]:
+    """Divide the rows of a global batch among ranks and micro-steps, evenly by length.
+
+    Every rank takes the same number of micro-steps, as collective operations need; where rows run out, micro-steps are
+    empty lists, the last ones first. Which samples a batch has does not depend on this.
+
+    Args:
+        rows: positions of samples, those of one row together; rows of one where nothing is packed.
+        lengths: of every sample of the epoch.
+        world_size: ranks.
+        micro_batch_size: most rows in a micro-step.
+
+    Returns:
+        For each rank its micro-steps, each a list of rows in the given order.
+    """
+    row_lengths = [sum(lengths[position] for position in row) for row in rows]
+    num_steps = max(1, -(-len(rows) // (world_size * micro_batch_size)))
     slots: list[list[int]] = [[] for _ in range(num_steps * world_size)]
     totals = [0] * len(slots)
-    # The longest sample goes where least is so far: the greedy rule for even sums.
     emptiest = [(0, slot) for slot in range(len(slots))]
-    for place in sorted(range(len(batch)), key=lambda place: (-lengths[batch[place]], place)):
+    for row in sorted(range(len(rows)), key=lambda row: (-row_lengths[row], row)):
         total, slot = heapq.heappop(emptiest)
-        slots[slot].append(place)
-        totals[slot] = total + lengths[batch[place]]
+        slots[slot].append(row)
+        totals[slot] = total + row_lengths[row]
         if len(slots[slot]) < micro_batch_size:
             heapq.heappush(emptiest, (totals[slot], slot))
     # Ranks wait for each other at every micro-step, so those with similar sums run together; every other step is dealt
     # backwards, or rank 0 would always get the longest.
     by_total = sorted(range(len(slots)), key=lambda slot: (not slots[slot], -totals[slot], slot))
-    ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
+    ranks: list[list[MicroBatch]] = [[] for _ in range(world_size)]
     for step in range(num_steps):
         dealt = by_total[step * world_size : (step + 1) * world_size]
         for rank, slot in enumerate(dealt if step % 2 == 0 else reversed(dealt)):
-            ranks[rank].append([batch[place] for place in sorted(slots[slot])])
+            ranks[rank].append([list(rows[row]) for row in sorted(slots[slot])])
     return ranks
 
 

@@ -58,7 +58,10 @@ class SampleTable:
     def __init__(self, table: pa.Table) -> None:
         self._table = table
         self._columns = {name: table.column(name).combine_chunks() for name in ("input_ids", "labels", "image_keys")}
+        # What batches are made by, whatever the projector; and what they really take.
         self.grouping_lengths: list[int] = table.column("grouping_length").to_pylist()
+        visual, text = (table.column(f"num_{kind}_tokens").to_numpy() for kind in ("visual", "text"))
+        self.lengths: list[int] = (visual + text).tolist()
         self.sample_ids: list[str] = table.column("sample_id").to_pylist()
 
     def __len__(self) -> int:

@@ -85,7 +85,7 @@ class Answerer:
                 for_generation=True,
                 sample_id=question.id,
             )
-            samples.append((tokens, [next(images) for _ in question.image_keys]))
+            samples.append([(tokens, [next(images) for _ in question.image_keys])])
         batch = collate(
             samples,
             budget=processor.budget,

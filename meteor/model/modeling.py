@@ -16,6 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import empty_sub_image, pad_sub_images
 from meteor.errors import DataError
+from meteor.model.answers import answer_head
+from meteor.model.attention import VARLEN, Layout, Unpadded
 from meteor.model.configuration import MeteorConfig
 from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
@@ -28,7 +30,7 @@ class MeteorOutput(CausalLMOutputWithPast):
 
     Attributes:
         loss: 0-d float32.
-        logits: (B, L', vocabulary) where some row has an answer.
+        logits: None; they are never all in memory.
         selection_sums: (`meteor.projector.statistics.NUM_SUMS`,) float32 of the sub-images with visual slots, without
             gradient; None for projectors that do not have both experts' scores.
     """
@@ -61,6 +63,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         self.language_model: Any = (
             language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
         )
+        self._has_answer_head = answer_head(self.language_model) is not None
         # transformers hands its choice of attention to a model's own layers alone, and clears it in the parts' configs.
         for part in filter(None, (self.language_model, self.vision_tower)):
             part.set_attn_implementation(self.config._attn_implementation)
@@ -107,14 +110,14 @@ class MeteorForConditionalGeneration(PreTrainedModel):
 
         Args:
             input_ids: (B, L), `IMAGE_TOKEN_ID` at visual slots.
-            attention_mask: (B, L) bool.
+            attention_mask: (B, L), 0 at padding; elsewhere 1, or the number of the sample where rows hold several.
             num_slots: (S,), visual slots of each sub-image.
             features, cls_attention, grids: of the S sub-images, see `meteor.data.collate.Batch`; or instead
             pixel_values: S normalised sub-images (3, h, w), which the vision tower encodes here.
             native_weight: 0-d, weight of the native expert; the projector's own where None.
 
         Returns:
-            Embeddings (B, L, D); the mask with the projector's unused slots taken out; the projector's output.
+            Embeddings (B, L, D); (B, L) bool, False at padding and at the projector's unused slots; its output.
         """
         if features is None:
             features, cls_attention, grids = self.encode(pixel_values or [])
@@ -131,9 +134,9 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         # Without any slot too, the projector stays in the graph, with zero gradients: under ZeRO every rank takes part in
         # every reduction.
         embeds_BLD = embeds_BLD.masked_scatter(visual_BL[..., None], tokens_ND)
-        attention_mask = attention_mask.clone()
-        attention_mask[visual_BL] = projected.mask[slot_SK]
-        return embeds_BLD, attention_mask, projected
+        attended_BL = attention_mask > 0
+        attended_BL[visual_BL] = projected.mask[slot_SK]
+        return embeds_BLD, attended_BL, projected
 
     def forward(
         self,
@@ -153,7 +156,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         """One pass over a batch (`meteor.data.collate.Batch.as_inputs`).
 
         Args:
-            labels: (B, L), `IGNORE_INDEX` outside answers. Logits are computed only where some row has an answer.
+            labels: (B, L), `IGNORE_INDEX` outside answers. Logits are computed for answers alone, a chunk at a time.
             num_items_in_batch: what the summed cross-entropy is divided by: the answer tokens of the *global* batch;
                 those of this batch when None.
             aux_loss_coefficient: weight of the projector's own loss.
@@ -163,34 +166,58 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         """
         if features is None:
             features, cls_attention, grids = self.encode(pixel_values or [])
-        embeds_BLD, attention_mask, projected = self.embed(
+        embeds_BLD, attended_BL, projected = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, native_weight=native_weight
         )
-        inputs = {
-            "inputs_embeds": embeds_BLD,
-            "attention_mask": attention_mask,
-            "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-            "use_cache": False,
-            **kwargs,
-        }
+        layout = Layout.of(attention_mask.long(), attended_BL)
         if labels is None:
-            return self.language_model(**inputs)
-        next_labels_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        kept_L = (next_labels_BL != IGNORE_INDEX).any(dim=0).nonzero().squeeze(-1)
-        output = self.language_model(**inputs, logits_to_keep=kept_L)
-        loss = F.cross_entropy(
-            output.logits.flatten(0, 1).float(),
-            next_labels_BL[:, kept_L].flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-        )
-        if num_items_in_batch is None:
-            num_items_in_batch = (next_labels_BL != IGNORE_INDEX).sum().clamp(min=1)
-        loss = loss / num_items_in_batch
+            return self._logits(embeds_BLD, layout, **kwargs)
+        loss = self._answer_loss(embeds_BLD, layout, labels, num_items_in_batch, **kwargs)
         if projected.aux_loss is not None:
             loss = loss + aux_loss_coefficient * projected.aux_loss
         assert grids is not None, "features come with their grids"
-        return MeteorOutput(loss=loss, logits=output.logits, selection_sums=_sum_selection(projected, grids, num_slots))
+        return MeteorOutput(loss=loss, selection_sums=_sum_selection(projected, grids, num_slots))
+
+    def _inputs(self, embeds_BLD: torch.Tensor, layout: Layout) -> tuple[dict[str, Any], Unpadded | None]:
+        """Arguments of the language model, and how its rows were flattened if they were."""
+        config = self.language_model.config
+        if config._attn_implementation != VARLEN:
+            mask = layout.mask(config, embeds_BLD.dtype)
+            return {"inputs_embeds": embeds_BLD, "attention_mask": mask, "position_ids": layout.position_BL}, None
+        flat = layout.unpadded()
+        inputs = {"inputs_embeds": flat.take(embeds_BLD), "position_ids": flat.position_1N}
+        return {**inputs, **flat.attention_arguments()}, flat
+
+    def _logits(self, embeds_BLD: torch.Tensor, layout: Layout, **kwargs: Any) -> CausalLMOutputWithPast:
+        inputs, flat = self._inputs(embeds_BLD, layout)
+        output = self.language_model(**inputs, use_cache=False, **kwargs)
+        if flat is not None:
+            output.logits = flat.restore(output.logits, embeds_BLD.shape[:2])
+        return output
+
+    def _answer_loss(
+        self,
+        embeds_BLD: torch.Tensor,
+        layout: Layout,
+        labels_BL: torch.Tensor,
+        num_items: int | torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Summed cross-entropy of the answer tokens, divided by ``num_items`` or by how many there are; 0-d float32."""
+        inputs, flat = self._inputs(embeds_BLD, layout)
+        tokens = flat or layout.unpadded()
+        next_N = tokens.next_labels(labels_BL)
+        answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
+        # Where the language model's output for these tokens is: it has rows, or all tokens in one.
+        places_N = answers_N if flat is not None else tokens.kept_N[answers_N]
+        inputs |= {"use_cache": False, **kwargs}
+        if self._has_answer_head:
+            hidden = self.language_model.base_model(**inputs).last_hidden_state
+            loss = self.language_model.get_output_embeddings()(hidden.flatten(0, 1)[places_N], next_N[answers_N])
+        else:
+            logits = self.language_model(**inputs).logits.flatten(0, 1)[places_N]
+            loss = F.cross_entropy(logits.float(), next_N[answers_N], reduction="sum")
+        return loss / (max(len(answers_N), 1) if num_items is None else num_items)
 
     @torch.inference_mode()
     def generate(
@@ -210,10 +237,10 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             (B, new tokens), the answers alone.
         """
         kwargs.pop("labels", None)
-        embeds_BLD, attention_mask, _ = self.embed(
+        embeds_BLD, attended_BL, _ = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
         )
-        return self.language_model.generate(inputs_embeds=embeds_BLD, attention_mask=attention_mask.long(), **kwargs)
+        return self.language_model.generate(inputs_embeds=embeds_BLD, attention_mask=attended_BL.long(), **kwargs)
 
 
 def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:

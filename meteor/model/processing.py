@@ -84,7 +84,7 @@ class MeteorProcessor:
                 self._conversation(question, len(group)), self.tokenizer, self.template, for_generation=True
             )
             longer, slots = expand_images(tokens, layouts, self.budget, self.separators)
-            samples.append(longer)
+            samples.append([longer])
             num_slots += slots
         input_ids, attention_mask, _ = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
         return {

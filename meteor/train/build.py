@@ -27,6 +27,7 @@ def build_model(
     cache_identity: dict[str, Any],
     dtype: torch.dtype,
     seed: int,
+    attention: str = "sdpa",
 ) -> MeteorForConditionalGeneration:
     """A language model with pretrained weights and a new projector; no vision tower (training reads features).
 
@@ -38,6 +39,7 @@ def build_model(
         cache_identity: which caches the model may read.
         dtype: of all weights.
         seed: of the projector's initial weights.
+        attention: the language model's, one of `meteor.model.attention.IMPLEMENTATIONS`.
     """
     language_model = load_llm(llm_path, dtype)
     config = MeteorConfig(
@@ -50,6 +52,7 @@ def build_model(
     torch.manual_seed(seed)
     model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=language_model)
     model.projector.to(dtype)
+    model.language_model.set_attn_implementation(attention)
     return model
 
 
@@ -75,6 +78,15 @@ def freeze_for(model: MeteorForConditionalGeneration, stage: Stage) -> None:
     model.projector.requires_grad_(True)
     if stage == "finetune":
         model.language_model.requires_grad_(True)
+
+
+def checkpoint_activations(model: MeteorForConditionalGeneration) -> None:
+    """Recompute the language model's activations in the backward pass, layer by layer."""
+    language_model = model.language_model
+    # transformers renames it between 5.17 and 6, and warns of the old name.
+    enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    model.train()
 
 
 def llm_fingerprint(path: str) -> str:

@@ -7,14 +7,15 @@ from contextlib import closing
 from meteor.cache.row import ImageFeatures
 from meteor.data.collate import Batch
 from meteor.data.features import FeatureSource
+from meteor.data.order import MicroBatch
 from meteor.data.table import SampleTable
 from meteor.text.tokens import TokenisedSample
 
-Collate = Callable[[list[tuple[TokenisedSample, list[ImageFeatures]]]], Batch]
+Collate = Callable[[list[list[tuple[TokenisedSample, list[ImageFeatures]]]]], Batch]
 
 
 def load_batches(
-    micro_batches: Iterable[list[int]],
+    micro_batches: Iterable[MicroBatch],
     *,
     table: SampleTable,
     source: FeatureSource,
@@ -25,15 +26,17 @@ def load_batches(
     """One batch for each micro batch, in order; pictures of later ones are read in the meantime.
 
     Args:
-        micro_batches: table positions of each; may be endless, an empty one gives a batch of no samples.
+        micro_batches: rows of table positions; may be endless, an empty one gives a batch of no samples.
         table: tokens and image keys by position.
         source: of the pictures. Of a cache whole pictures are read, even where a stage trains on global views alone: the
             checksum is one over all sub-images.
-        collate: samples with their pictures -> a batch.
+        collate: rows of samples with their pictures -> a batch.
         num_threads, max_bytes: how far pictures are read ahead (`FeatureCache.prefetch`).
     """
     micro_batches, coming = itertools.tee(micro_batches)
-    keys = (key for positions in coming for i in positions for key in table.image_keys(i))
+    keys = (key for rows in coming for row in rows for i in row for key in table.image_keys(i))
     with closing(source.prefetch(keys, num_threads=num_threads, max_bytes=max_bytes)) as images:
-        for positions in micro_batches:
-            yield collate([(table.tokens(i), [next(images) for _ in table.image_keys(i)]) for i in positions])
+        for rows in micro_batches:
+            yield collate(
+                [[(table.tokens(i), [next(images) for _ in table.image_keys(i)]) for i in row] for row in rows]
+            )

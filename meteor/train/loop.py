@@ -7,22 +7,25 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from meteor.checkpoint.format import checkpoint_uri, prune, publish, write_fragments
 from meteor.data.collate import Batch
-from meteor.data.order import assign, epoch_order
+from meteor.data.order import MicroBatch, assign, epoch_order, pack
 from meteor.data.table import SampleTable
 from meteor.errors import TrainingError
 from meteor.projector.statistics import NUM_SUMS, mean_selection
 from meteor.train.engine import Engine, all_reduce_sum, barrier
 from meteor.train.schedule import learning_rate, native_weight
 
-# Table positions of the coming micro batches -> those batches collated, in the same order. It may look ahead of what it
+# The coming micro batches as table positions -> those batches collated, in the same order. It may look ahead of what it
 # yields; closing it ends whatever it started.
-LoadBatches = Callable[[Iterable[list[int]]], Generator[Batch, None, None]]
+LoadBatches = Callable[[Iterable[MicroBatch]], Generator[Batch, None, None]]
+
+
+Batching = Literal["padded", "grouped", "packed"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Recipe:
     native_warmup: float
     native_weight_full: float | None
     aux_loss_coefficient: float
-    group_by_length: bool
+    batching: Batching
+    max_length: int
     checkpoint_every_steps: int
     keep_checkpoints: int
 
@@ -75,20 +79,20 @@ class StepPlan:
                 seed=self._recipe.seed,
                 epoch=epoch,
                 index_digest=self._index_digest,
-                group=self._recipe.group_by_length,
+                group=self._recipe.batching == "grouped",
             )
             first = epoch * self.steps_per_epoch
             for i in range(max(start - first, 0), len(batches)):
                 yield Step(first + i, epoch, batches[i])
 
-    def micro_steps(self, step: Step, rank: int, world_size: int) -> list[list[int]]:
+    def micro_steps(self, step: Step, rank: int, world_size: int) -> list[MicroBatch]:
         """This worker's micro batches; every worker has equally many, some may be empty."""
-        return assign(
-            step.positions,
-            self._table.grouping_lengths,
-            world_size=world_size,
-            micro_batch_size=self._recipe.micro_batch_size,
-        )[rank]
+        size, lengths = self._recipe.micro_batch_size, self._table.lengths
+        if self._recipe.batching == "packed":
+            rows = pack(step.positions, lengths, capacity=self._recipe.max_length, multiple=world_size * size)
+        else:
+            rows = [[position] for position in step.positions]
+        return assign(rows, lengths, world_size=world_size, micro_batch_size=size)[rank]
 
     def num_answer_tokens(self, step: Step) -> int:
         """What the loss of the global batch is divided by."""
@@ -169,7 +173,7 @@ def _failure(step: Step, problem: str) -> TrainingError:
 
 def _accumulate(
     engine: Engine, plan: StepPlan, recipe: Recipe, step: Step, micro_batches: Sequence[Batch]
-) -> tuple[float, dict[str, int], dict[str, float]]:
+) -> tuple[float, dict[str, Any], dict[str, float]]:
     """Forward and backward of one global batch; loss, token counts and the selection's means are over all workers."""
     num_answer_tokens = plan.num_answer_tokens(step)
     extra: dict[str, Any] = {}
@@ -178,7 +182,7 @@ def _accumulate(
         extra["native_weight"] = torch.tensor(weight, device=engine.device)
     # On the device, so that the host does not wait for each micro step; one vector, so that every worker does the same one
     # reduction, whatever its batches held.
-    totals = torch.zeros(3 + NUM_SUMS, dtype=torch.float64, device=engine.device)
+    totals = torch.zeros(4 + NUM_SUMS, dtype=torch.float64, device=engine.device)
     for i, batch in enumerate(micro_batches):
         num_samples = batch.num_samples
         inputs = batch.to(engine.device).as_inputs()
@@ -195,16 +199,20 @@ def _accumulate(
         totals[0] += micro_step.loss
         totals[1] += batch.num_visual_tokens
         # The batch that stands in for no samples holds one token, which nobody wrote.
-        totals[2] += batch.num_text_tokens if num_samples else 0
+        if num_samples:
+            totals[2] += batch.num_text_tokens
+            totals[3] += batch.input_ids.numel()
         if micro_step.selection_sums is not None:
-            totals[3:] += micro_step.selection_sums
+            totals[4:] += micro_step.selection_sums
     totals = all_reduce_sum(totals).cpu()
     counts = {
         "num_visual_tokens": int(totals[1]),
         "num_text_tokens": int(totals[2]),
         "num_answer_tokens": num_answer_tokens,
+        # Of the rows; `varlen` attention leaves it out of the language model.
+        "padding_share": 1 - float(totals[1] + totals[2]) / max(float(totals[3]), 1.0),
     }
-    return float(totals[0]), counts, mean_selection(totals[3:])
+    return float(totals[0]), counts, mean_selection(totals[4:])
 
 
 def save_checkpoint(engine: Engine, root: str, step: int, *, epoch: int, keep: int) -> None:

@@ -31,7 +31,7 @@ def make_sample(*ids, answer=2):
 
 def collated(samples, k=5, **options):
     settings = {"budget": at_most(k), "separators": SEPARATORS, "pad_id": 0, "vision_width": 16, "select_layer": -2}
-    return collate(samples, **{**settings, **options})
+    return collate([[sample] for sample in samples], **{**settings, **options})
 
 
 def test_global_view_first_then_slices_row_by_row_with_a_separator_after_each():
@@ -127,7 +127,7 @@ def test_a_batch_holds_each_sub_image_and_each_sample_as_given(make_features):
     second = [1, *[V] * 5, 7, 8, 9]
     padding = len(first) - len(second)
     assert batch.input_ids.tolist() == [first, second + [0] * padding]
-    assert batch.attention_mask.tolist() == [[True] * 20, [True] * 9 + [False] * padding]
+    assert batch.attention_mask.tolist() == [[1] * 20, [1] * 9 + [0] * padding]
     assert batch.labels[1].tolist() == [X] * 7 + [8, 9] + [X] * padding
     assert (batch.num_visual_tokens, batch.num_text_tokens) == (20, 20 + 9 - 20)
 
@@ -136,7 +136,7 @@ def test_padding_on_the_left_moves_whole_rows(make_features):
     samples = [(make_sample(1, 5, 6, 7, 8, 9), []), (make_sample(1, V, 9, answer=1), [make_features("a")])]
     batch = collated(samples, k=1, padding_side="left")
     assert batch.input_ids.tolist() == [[1, 5, 6, 7, 8, 9], [0, 0, 0, 1, V, 9]]
-    assert batch.attention_mask[1].tolist() == [False, False, False, True, True, True]
+    assert batch.attention_mask[1].tolist() == [0, 0, 0, 1, 1, 1]
     assert batch.labels[1].tolist() == [X, X, X, X, X, 9]
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from meteor.data.order import assign, epoch_order, steps_per_epoch
+from meteor.data.order import assign, epoch_order, pack, steps_per_epoch
 
 
 def make_lengths(num_samples, seed=0):
@@ -87,7 +87,9 @@ def test_the_short_last_batch_favours_no_length():
 def test_a_batch_is_divided_whole_with_equal_steps_for_every_rank(batch_size, world_size, micro_batch_size):
     lengths = make_lengths(batch_size + 10)
     batch = list(range(batch_size + 9, 9, -1))
-    ranks = assign(batch, lengths, world_size=world_size, micro_batch_size=micro_batch_size)
+    rows = [[sample] for sample in batch]
+    ranks = assign(rows, lengths, world_size=world_size, micro_batch_size=micro_batch_size)
+    ranks = [[[sample for [sample] in step] for step in rank] for rank in ranks]
     steps = [step for rank in ranks for step in rank]
     assert sorted(sample for step in steps for sample in step) == sorted(batch)
     assert len(ranks) == world_size
@@ -95,15 +97,15 @@ def test_a_batch_is_divided_whole_with_equal_steps_for_every_rank(batch_size, wo
     assert max(map(len, steps)) <= micro_batch_size
     assert all(step for rank in ranks for step in rank[:-1])
     assert all(sorted(step, key=batch.index) == step for step in steps)
-    again = assign(batch, lengths, world_size=world_size, micro_batch_size=micro_batch_size)
-    assert ranks == again
+    again = assign(rows, lengths, world_size=world_size, micro_batch_size=micro_batch_size)
+    assert [[[[sample] for sample in step] for step in rank] for rank in ranks] == again
 
 
 def test_ranks_and_steps_carry_even_lengths():
     lengths = make_lengths(4000)
     for batch in order(lengths, global_batch_size=128)[:-1]:
-        ranks = assign(batch, lengths, world_size=4, micro_batch_size=4)
-        totals = [[sum(lengths[sample] for sample in step) for step in rank] for rank in ranks]
+        ranks = assign([[sample] for sample in batch], lengths, world_size=4, micro_batch_size=4)
+        totals = [[sum(lengths[sample] for [sample] in step) for step in rank] for rank in ranks]
         per_rank = [sum(rank) for rank in totals]
         assert max(per_rank) < 1.05 * min(per_rank)
         for step in zip(*totals, strict=True):
@@ -113,9 +115,38 @@ def test_ranks_and_steps_carry_even_lengths():
 def test_a_batch_divided_by_hand():
     lengths = [9, 1, 8, 2, 7]
     # Slots of at most 2: 9 | 8 | 7, then 2 joins 7, 1 joins 8: {0}, {2, 1}, {4, 3} and one slot left for nobody.
-    assert assign([0, 1, 2, 3, 4], lengths, world_size=3, micro_batch_size=2) == [[[0]], [[1, 2]], [[3, 4]]]
-    assert assign([1], lengths, world_size=2, micro_batch_size=2) == [[[1]], [[]]]
+    rows = [[0], [1], [2], [3], [4]]
+    assert assign(rows, lengths, world_size=3, micro_batch_size=2) == [[[[0]]], [[[1], [2]]], [[[3], [4]]]]
+    # A row counts as one, with the length of all its samples: 10 | 9 and 8.
+    assert assign([[0, 1], [4, 3], [2]], lengths, world_size=2, micro_batch_size=2) == [[[[4, 3], [2]]], [[[0, 1]]]]
+    assert assign([[1]], lengths, world_size=2, micro_batch_size=2) == [[[[1]]], [[]]]
     assert assign([], lengths, world_size=2, micro_batch_size=2) == [[[]], [[]]]
+
+
+def test_rows_packed_by_hand():
+    lengths = [5, 9, 4, 1, 6]
+    # First fit for decreasing lengths: 9 + 1 | 6 + 4 | 5. Spread evenly: 9 | 6 + 1 | 5 + 4.
+    assert pack([0, 1, 2, 3, 4], lengths, capacity=10) == [[1], [3, 4], [0, 2]]
+    # With room for four rows at once the last sample has one of its own.
+    assert pack([0, 1, 2, 3, 4], lengths, capacity=10, multiple=4) == [[1], [4], [0], [2, 3]]
+    assert pack([3, 2], lengths, capacity=10, multiple=4) == [[2], [3]]
+    assert pack([], lengths, capacity=10, multiple=4) == []
+    # 4 + 4 | 3 + 3 + 2 fits; spread evenly it would be 4 + 3 + 2 | 4 + 3, and does not.
+    assert pack([0, 1, 2, 3, 4], [4, 4, 3, 3, 2], capacity=8) == [[0, 1], [2, 3, 4]]
+    # Longer than a row: alone.
+    assert pack([0, 1, 2], [12, 3, 4], capacity=10) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 64])
+def test_rows_hold_every_sample_once_and_are_nearly_full(multiple):
+    lengths = make_lengths(4000)
+    for batch in order(lengths, global_batch_size=128, group=False)[:-1]:
+        rows = pack(batch, lengths, capacity=2048, multiple=multiple)
+        assert sorted(sample for row in rows for sample in row) == sorted(batch)
+        totals = [sum(lengths[sample] for sample in row) for row in rows]
+        assert max(totals) <= 2048
+        fewest = -(-sum(totals) // 2048)
+        assert fewest <= len(rows) <= max(fewest + 1, -(-(fewest + 1) // multiple) * multiple)
 
 
 def test_an_order_of_the_full_mixture_takes_seconds():

@@ -80,7 +80,7 @@ def test_totals_are_those_of_the_batches_trained_on(make_features, sub_images):
     features = {"k": make_features("k", sliced=True), "l": make_features("l")}
     batches = [
         collate(
-            [(table.tokens(i), [features[key] for key in table.image_keys(i)])],
+            [[(table.tokens(i), [features[key] for key in table.image_keys(i)])]],
             budget=visual_token_budget("meteor", {"k": 4}),
             separators=Separators(3, 4),
             pad_id=0,

@@ -97,9 +97,9 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
     )
     table = plan.table
 
-    def load_batch(positions):
+    def load_batch(rows):
         return collate(
-            [(table.tokens(i), [cache.get(key) for key in table.image_keys(i)]) for i in positions],
+            [[(table.tokens(i), [cache.get(key) for key in table.image_keys(i)]) for i in row] for row in rows],
             budget=budget,
             separators=separators,
             pad_id=tokenizer.pad_token_id,
@@ -128,7 +128,8 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
         native_warmup=0.3,
         native_weight_full=0.2,
         aux_loss_coefficient=0.0,
-        group_by_length=False,
+        batching="padded",
+        max_length=512,
         checkpoint_every_steps=1000,
         keep_checkpoints=1,
     )

@@ -43,7 +43,7 @@ def training_inputs(processor, model, questions):
         sliced = [slice_bytes(data, "key", PIXELS) for data in files]
         conversation = Conversation((Turn("human", words, len(files)), Turn("gpt", "what it says")))
         tokens = tokenise(conversation, processor.tokenizer, "vicuna_v1", for_generation=True)
-        samples.append((tokens, encode_sliced(sliced, model.frozen_clip())))
+        samples.append([(tokens, encode_sliced(sliced, model.frozen_clip()))])
         pixels += [normalise(sub, processor.mean, processor.std) for one in sliced for sub in one.sub_images]
     batch = collate(
         samples,

@@ -59,7 +59,8 @@ def test_any_split_into_micro_steps_gives_the_same_loss_and_weights(make_model, 
     got = run_steps(make_torch_engine(split, batch), batches, 3)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     for (name, one), other in zip(whole.named_parameters(), split.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        # Adam makes a step of the size of lr out of a gradient of rounding errors.
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_an_empty_batch_adds_nothing_and_touches_every_parameter(make_model, make_features, make_batch):

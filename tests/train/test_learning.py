@@ -63,7 +63,8 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
         native_warmup=0.3,
         native_weight_full=0.2,
         aux_loss_coefficient=0.0,
-        group_by_length=False,
+        batching="padded",
+        max_length=512,
         checkpoint_every_steps=10_000,
         keep_checkpoints=1,
     )
@@ -79,12 +80,9 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
     )
 
     def load_batches(micro_batches):
-        for positions in micro_batches:
+        for rows in micro_batches:
             yield make_batch(
-                [
-                    (table.tokens(i), [make_features(key, seed=int(key)) for key in table.image_keys(i)])
-                    for i in positions
-                ]
+                [(table.tokens(i), [make_features(key, seed=int(key)) for key in table.image_keys(i)]) for [i] in rows]
             )
 
     rows: list[dict[str, Any]] = []

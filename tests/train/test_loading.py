@@ -12,7 +12,7 @@ from meteor.data.table import SampleTable
 from meteor.errors import DataError
 from meteor.train.loading import load_batches
 
-MICRO_BATCHES = [[0, 1], [], [5, 2, 3], [4], [1, 0]]
+MICRO_BATCHES = [[[0], [1]], [], [[5, 2], [3]], [[4]], [[1, 0]]]
 
 
 def make_table():
@@ -60,7 +60,7 @@ def load(source, micro_batches, **options):
         micro_batches,
         table=make_table(),
         source=source,
-        collate=lambda samples: [(list(tokens.input_ids)[-2] - 10, images) for tokens, images in samples],
+        collate=lambda rows: [[(list(tokens.input_ids)[-2] - 10, images) for tokens, images in row] for row in rows],
         **settings,
     )
 
@@ -69,19 +69,19 @@ def load(source, micro_batches, **options):
 def test_each_sample_gets_its_own_pictures_in_order(max_bytes):
     table = make_table()
     batches = list(load(SlowSource(1), MICRO_BATCHES, max_bytes=max_bytes))
-    assert batches == [[(i, list(table.image_keys(i))) for i in positions] for positions in MICRO_BATCHES]
+    assert batches == [[[(i, list(table.image_keys(i))) for i in row] for row in rows] for rows in MICRO_BATCHES]
 
 
 def test_pictures_of_several_batches_are_on_their_way_at_once():
     # Each of the four waits for the other three: one after the other, or batch by batch, none would ever arrive.
     source = SlowSource(4)
-    batches = list(load(source, [[1], [4], [2]], num_threads=4))
-    assert batches == [[(1, ["k1"])], [(4, ["k4"])], [(2, ["k2", "k3"])]]
+    batches = list(load(source, [[[1]], [[4]], [[2]]], num_threads=4))
+    assert batches == [[[(1, ["k1"])]], [[(4, ["k4"])]], [[(2, ["k2", "k3"])]]]
 
 
 def test_an_endless_plan_is_read_no_further_than_the_memory_allows():
     source = SlowSource(1)
-    batches = load(source, itertools.cycle([[1], [2], [4], [5]]), max_bytes=3)
+    batches = load(source, itertools.cycle([[[1]], [[2]], [[4]], [[5]]]), max_bytes=3)
     for _ in range(10):
         next(batches)
     batches.close()
@@ -102,7 +102,7 @@ def test_an_error_of_a_picture_comes_with_its_batch():
                 raise DataError("no such picture")
             return image_key
 
-    batches = load(Broken(1), [[1], [2], [4], [0]])
+    batches = load(Broken(1), [[[1]], [[2]], [[4]], [[0]]])
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(DataError, match="no such picture"):
         next(batches)

@@ -56,7 +56,8 @@ def make_recipe(**changes):
         "native_warmup": 1.0,
         "native_weight_full": 0.2,
         "aux_loss_coefficient": 0.5,
-        "group_by_length": True,
+        "batching": "grouped",
+        "max_length": 40,
         "checkpoint_every_steps": 2,
         "keep_checkpoints": 2,
     }
@@ -67,10 +68,10 @@ def make_step_plan(table=None, **changes):
     return StepPlan(make_table() if table is None else table, make_recipe(**changes), "digest of the index")
 
 
-@pytest.mark.parametrize("group_by_length", [True, False])
+@pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
 @pytest.mark.parametrize("global_batch_size", [1, 3, 7, 50])
-def test_every_epoch_has_every_sample_once(global_batch_size, group_by_length):
-    plan = make_step_plan(global_batch_size=global_batch_size, group_by_length=group_by_length, epochs=3)
+def test_every_epoch_has_every_sample_once(global_batch_size, batching):
+    plan = make_step_plan(global_batch_size=global_batch_size, batching=batching, epochs=3)
     steps = list(plan.steps())
     assert [step.index for step in steps] == list(range(plan.num_steps))
     assert plan.num_steps == 3 * plan.steps_per_epoch
@@ -81,23 +82,38 @@ def test_every_epoch_has_every_sample_once(global_batch_size, group_by_length):
 
 
 def test_epochs_and_data_sets_have_orders_of_their_own():
-    table, recipe = make_table(60), make_recipe(group_by_length=False)
+    table, recipe = make_table(60), make_recipe(batching="padded")
     orders = [[step.positions for step in StepPlan(table, recipe, digest).steps()] for digest in ("one", "other")]
     assert orders[0][:20] != orders[0][20:]
     assert orders[0] != orders[1]
 
 
+@pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
-def test_any_number_of_workers_trains_on_the_same_global_batches(micro_batch_size):
+def test_any_number_of_workers_trains_on_the_same_global_batches(micro_batch_size, batching):
     table = make_table(50)
-    plan = make_step_plan(table, global_batch_size=8, micro_batch_size=micro_batch_size)
+    plan = make_step_plan(table, global_batch_size=8, micro_batch_size=micro_batch_size, batching=batching)
     for step in plan.steps():
-        for world_size in (1, 2, 3):
+        for world_size in (1, 2, 3, 4, 8):
             shares = [plan.micro_steps(step, rank, world_size) for rank in range(world_size)]
             assert len({len(share) for share in shares}) == 1
             assert all(len(micro) <= micro_batch_size for share in shares for micro in share)
-            everything = Counter(position for share in shares for micro in share for position in micro)
-            assert everything == Counter(step.positions)
+            rows = [row for share in shares for micro in share for row in micro]
+            assert Counter(position for row in rows for position in row) == Counter(step.positions)
+            if batching == "packed":
+                assert all(sum(table.lengths[position] for position in row) <= 40 for row in rows)
+            else:
+                assert all(len(row) == 1 for row in rows)
+
+
+def test_packing_takes_fewer_micro_steps():
+    table = make_table(64)
+    for step in make_step_plan(table, global_batch_size=16, batching="packed").steps():
+        packed, padded = (
+            make_step_plan(table, global_batch_size=16, micro_batch_size=2, batching=batching).micro_steps(step, 0, 1)
+            for batching in ("packed", "padded")
+        )
+        assert (len(packed) < len(padded)) == (len(step.positions) == 16)
 
 
 def test_resuming_anywhere_yields_the_remaining_steps():
@@ -147,10 +163,12 @@ class RecordingEngine:
 def make_loader(make_features, make_batch):
     def make(table, projector=None):
         def load_batches(micro_batches):
-            for positions in micro_batches:
+            for rows in micro_batches:
+                positions = [position for row in rows for position in row]
                 yield make_batch(
                     [(table.tokens(i), [make_features(key, seed=i) for key in table.image_keys(i)]) for i in positions],
                     projector,
+                    rows=[[positions.index(i) for i in row] for row in rows],
                 )
 
         return load_batches
@@ -181,7 +199,7 @@ def test_each_micro_step_gets_its_share_of_the_global_batch(make_loader, tmp_pat
             assert inputs["num_items_in_batch"] == plan.num_answer_tokens(step)
             assert inputs["aux_loss_coefficient"] == pytest.approx(0.5 * len(share) / len(step.positions))
             assert float(inputs["native_weight"]) == pytest.approx(native_weight(step.index, 2, full=0.2, warmup=1.0))
-            assert int((inputs["labels"] != X).sum()) == sum(table.num_answer_tokens(i) for i in share)
+            assert int((inputs["labels"] != X).sum()) == sum(table.num_answer_tokens(i) for [i] in share)
         assert row["loss"] == 0.25 * len(shares)
 
 
@@ -315,6 +333,9 @@ def test_each_step_reports_its_numbers(run):
             assert 0 < row["visual_entropy"] < math.log(8)
             assert 0 < row["native_entropy"] < math.log(8)
             assert 0 <= row["expert_disagreement"] <= 1
+        rows = [[sum(table.lengths[i] for i in one) for one in micro] for micro in plan.micro_steps(step, 0, 1)]
+        positions = sum(len(micro) * max(micro) for micro in rows)
+        assert row["padding_share"] == pytest.approx(1 - sum(map(sum, rows)) / positions)
         assert 0 <= row["loader_wait_s"] <= row["seconds"]
         assert row["samples_per_s"] == row["num_samples"] / row["seconds"]
     # Random weights know nothing: about ln(64) for each of 64 tokens; and then they learn.
@@ -371,9 +392,9 @@ def test_values_that_are_not_finite_stop_before_the_step(run, make_loader, tmp_p
     assert any(make_table().image_keys(position) for position in poisoned)
 
     def load_poisoned(micro_batches):
-        for positions in micro_batches:
-            [batch] = load_batches([positions])
-            if set(positions) & set(poisoned):
+        for rows in micro_batches:
+            [batch] = load_batches([rows])
+            if {position for row in rows for position in row} & set(poisoned):
                 batch.features.fill_(torch.nan)
             yield batch
 

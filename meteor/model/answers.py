@@ -1,0 +1,100 @@
+"""The loss of answer tokens without ever holding all their logits: (tokens x vocabulary) a chunk at a time.
+
+Letters: N answer tokens, D LLM width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# 1,024 x 32,000 fp32 logits are 131 MB; of 16,384 answer tokens they would be 2.1 GB, and their gradient as much again.
+CHUNK_TOKENS = 1024
+
+
+class AnswerHead(nn.Linear):
+    """A language model's output layer that can also give the loss.
+
+    It is a module's call, not a function of its weight, so that ZeRO-3 gathers the weight before it.
+    """
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of ``hidden``; with ``labels`` (N,) of ``hidden`` (N, D) the 0-d float32 *sum* of cross-entropies."""
+        if labels is None:
+            return super().forward(hidden)
+        return _AnswerLoss.apply(hidden, self.weight, self.bias, labels)
+
+    @classmethod
+    def around(cls, head: nn.Linear) -> "AnswerHead":
+        """The same layer with the same parameters."""
+        answer_head = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        answer_head.weight, answer_head.bias = head.weight, head.bias
+        return answer_head
+
+
+class _AnswerLoss(torch.autograd.Function):
+    """Cross-entropy whose gradients are computed in the forward pass, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_N: torch.Tensor,
+    ) -> torch.Tensor:
+        loss = torch.zeros((), device=hidden_ND.device)
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        for start in range(0, hidden_ND.shape[0], CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            logits_nV = F.linear(hidden_ND[chunk], weight_VD, bias_V).float()
+            labels_n1 = labels_N[chunk].unsqueeze(-1)
+            normaliser_n1 = logits_nV.logsumexp(-1, keepdim=True)
+            loss += (normaliser_n1 - logits_nV.gather(-1, labels_n1)).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            # d loss / d logits = softmax - one at the label; in place, so that one fp32 chunk is alive.
+            logits_nV.sub_(normaliser_n1).exp_()
+            logits_nV.scatter_add_(-1, labels_n1, torch.full_like(labels_n1, -1.0, dtype=torch.float32))
+            slope_nV = logits_nV.to(hidden_ND.dtype)
+            if grad_ND is not None:
+                grad_ND[chunk] = slope_nV @ weight_VD
+            if grad_VD is not None:
+                grad_VD += slope_nV.T @ hidden_ND[chunk]
+            if grad_V is not None:
+                grad_V += logits_nV.sum(0)
+        ctx.save_for_backward(grad_ND, grad_VD, grad_V)
+        ctx.dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        [grad] = grads
+        grad_ND, grad_VD, grad_V = ctx.saved_tensors
+        return (
+            None if grad_ND is None else grad_ND * grad.to(grad_ND.dtype),
+            None if grad_VD is None else grad_VD.mul_(grad).to(ctx.dtype),
+            None if grad_V is None else grad_V.mul_(grad).to(ctx.dtype),
+            None,
+        )
+
+
+def answer_head(language_model: Any) -> AnswerHead | None:
+    """Put an `AnswerHead` in the place of the output layer; None where logits are not the output layer's alone.
+
+    Gemma caps its logits, Granite and Cohere scale them: their loss needs the model's own forward pass.
+    """
+    config, head = language_model.config, language_model.get_output_embeddings()
+    changed = any(
+        getattr(config, name, None) not in (None, 1, 1.0)
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    )
+    if changed or type(head) not in (nn.Linear, AnswerHead):
+        return None
+    answers = head if isinstance(head, AnswerHead) else AnswerHead.around(head)
+    language_model.set_output_embeddings(answers)
+    return answers

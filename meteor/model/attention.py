@@ -1,0 +1,202 @@
+"""Attention in which a token sees the earlier tokens of its own sample and nothing else, for several samples in a row.
+
+Libraries find packed rows by themselves, and not always: logits of one sample then depend on another's, in silence. Here the
+mask, or the lengths of the samples, are always given.
+
+Letters: B rows, L sequence, N tokens of all samples without padding, H heads, d head width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, PretrainedConfig
+
+from meteor.constants import IGNORE_INDEX
+from meteor.errors import SettingsError
+
+VARLEN = "varlen"
+IMPLEMENTATIONS = ("eager", "sdpa", VARLEN)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens belong together.
+
+    Attributes:
+        sample_BL: long, number of each token's sample in its row; 0 at padding and at visual slots without a token.
+        position_BL: long, place of each token in its sample.
+    """
+
+    sample_BL: torch.Tensor
+    position_BL: torch.Tensor
+
+    @classmethod
+    def of(cls, sample_BL: torch.Tensor, attended_BL: torch.Tensor) -> "Layout":
+        """Args:
+        sample_BL: sample numbers, 0 at padding.
+        attended_BL: bool, False at tokens that nothing attends to; they take no position.
+        """
+        starts_BL = torch.ones_like(attended_BL)
+        starts_BL[:, 1:] = sample_BL[:, 1:] != sample_BL[:, :-1]
+        before_BL = attended_BL.long().cumsum(-1) - attended_BL.long()
+        first_BL = torch.where(starts_BL, before_BL, 0).cummax(-1).values
+        return cls(sample_BL * attended_BL, before_BL - first_BL)
+
+    def mask(self, config: PretrainedConfig, dtype: torch.dtype) -> torch.Tensor:
+        """The explicit block mask: (B, 1, L, L), bool for ``sdpa``, additive for ``eager``.
+
+        Padding sees padding, so that no softmax is over nothing; no sample sees it.
+
+        Raises:
+            SettingsError: rows are longer than a window the language model attends in, which this mask does not have.
+        """
+        length, window = self.sample_BL.shape[1], _window(config)
+        if window is not None and length > window:
+            raise SettingsError(
+                f"rows of {length} tokens, and the language model attends within {window}: lower max_length"
+            )
+        same_BLL = self.sample_BL[:, :, None] == self.sample_BL[:, None, :]
+        mask_B1LL = same_BLL.tril().unsqueeze(1)
+        if config._attn_implementation != "eager":
+            return mask_B1LL
+        return torch.zeros_like(mask_B1LL, dtype=dtype).masked_fill(~mask_B1LL, torch.finfo(dtype).min)
+
+    def unpadded(self) -> "Unpadded":
+        return Unpadded.of(self)
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """All samples one after the other, without padding.
+
+    Attributes:
+        kept_N: long, index of each token in the flattened (B x L).
+        position_1N: long.
+        bounds: (samples + 1,) int32, where each sample starts, and the end.
+        longest: tokens of the longest sample.
+    """
+
+    kept_N: torch.Tensor
+    position_1N: torch.Tensor
+    bounds: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> "Unpadded":
+        sample_M, length = layout.sample_BL.flatten(), layout.sample_BL.shape[1]
+        kept_N = sample_M.nonzero().squeeze(-1)
+        # Rows count their samples anew, so row and number together tell two samples apart.
+        _, lengths = torch.unique_consecutive(
+            torch.stack([kept_N // length, sample_M[kept_N]]), dim=1, return_counts=True
+        )
+        bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        return cls(kept_N, layout.position_BL.flatten()[kept_N][None], bounds, int(lengths.max()))
+
+    def next_labels(self, labels_BL: torch.Tensor) -> torch.Tensor:
+        """(N,) what each token predicts: the label of the following one; the last token of a sample predicts nothing."""
+        next_N = F.pad(labels_BL.flatten()[self.kept_N][1:], (0, 1), value=IGNORE_INDEX)
+        next_N[self.bounds[1:].long() - 1] = IGNORE_INDEX
+        return next_N
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) -> (1, N, ...)."""
+        return values.flatten(0, 1)[self.kept_N][None]
+
+    def restore(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """(1, N, ...) -> (B, L, ...), zero at padding."""
+        flat = values.new_zeros(shape[0] * shape[1], *values.shape[2:])
+        flat[self.kept_N] = values[0]
+        return flat.view(*shape, *values.shape[2:])
+
+    def attention_arguments(self) -> dict[str, Any]:
+        """What transformers hands down to the attention of every layer, under its own names."""
+        return {
+            "cu_seq_lens_q": self.bounds,
+            "cu_seq_lens_k": self.bounds,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
+
+
+def varlen_attention(
+    module: nn.Module,
+    query_1HNd: torch.Tensor,
+    key_1HNd: torch.Tensor,
+    value_1HNd: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample of one long row; transformers' interface.
+
+    On CUDA torch's FlashAttention for samples of different lengths; elsewhere one call a sample, which computes no more.
+
+    Returns:
+        (1, N, H, d), and no weights.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise SettingsError(
+            f"attention {VARLEN!r} is for training, where samples' lengths are known; answer with 'sdpa'"
+        )
+    assert dropout == 0.0, "no causal LM of these stages drops attention"
+    query_NHd, key_NHd, value_NHd = (x.squeeze(0).transpose(0, 1) for x in (query_1HNd, key_1HNd, value_1HNd))
+    grouped = query_NHd.shape[1] != key_NHd.shape[1]
+    if query_NHd.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+        output_NHd = varlen_attn(
+            query_NHd,
+            key_NHd,
+            value_NHd,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=window,
+            enable_gqa=grouped,
+        )
+        assert isinstance(output_NHd, torch.Tensor), "no auxiliary output was asked for"
+        return output_NHd.unsqueeze(0), None
+    if sliding_window is not None and max_length_q > sliding_window:
+        raise SettingsError(
+            f"a sample of {max_length_q} tokens, and the language model attends within {sliding_window}"
+        )
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = [
+        F.scaled_dot_product_attention(q_Hnd, k_Hnd, v_Hnd, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q_Hnd, k_Hnd, v_Hnd in zip(
+            *(x.squeeze(0).split(lengths, dim=1) for x in (query_1HNd, key_1HNd, value_1HNd)), strict=True
+        )
+    ]
+    return torch.cat(parts, dim=1).transpose(0, 1).unsqueeze(0), None
+
+
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``auto`` is `varlen`, but for float32 on CUDA, which FlashAttention does not compute.
+
+    Raises:
+        SettingsError: ``varlen`` in float32 on CUDA.
+    """
+    possible = device.type != "cuda" or dtype in (torch.float16, torch.bfloat16)
+    if wanted == VARLEN and not possible:
+        raise SettingsError(f"llm.attention={VARLEN} needs bfloat16 or float16 on CUDA, and llm.dtype is {dtype}")
+    if wanted == "auto":
+        return VARLEN if possible else "sdpa"
+    return wanted
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
