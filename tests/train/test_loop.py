@@ -333,9 +333,9 @@ def test_each_step_reports_its_numbers(run):
             assert 0 < row["visual_entropy"] < math.log(8)
             assert 0 < row["native_entropy"] < math.log(8)
             assert 0 <= row["expert_disagreement"] <= 1
-        rows = [[sum(table.lengths[i] for i in one) for one in micro] for micro in plan.micro_steps(step, 0, 1)]
-        positions = sum(len(micro) * max(micro) for micro in rows)
-        assert row["padding_share"] == pytest.approx(1 - sum(map(sum, rows)) / positions)
+        micros = [[sum(table.lengths[i] for i in one) for one in micro] for micro in plan.micro_steps(step, 0, 1)]
+        positions = sum(len(micro) * max(micro) for micro in micros)
+        assert row["padding_share"] == pytest.approx(1 - sum(map(sum, micros)) / positions)
         assert 0 <= row["loader_wait_s"] <= row["seconds"]
         assert row["samples_per_s"] == row["num_samples"] / row["seconds"]
     # Random weights know nothing: about ln(64) for each of 64 tokens; and then they learn.
