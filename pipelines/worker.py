@@ -21,10 +21,11 @@ from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.attention import choose_attention
 from meteor.text.tokens import Separators, load_tokenizer
 from meteor.train.build import DTYPES, Stage, build_model, checkpoint_activations, freeze_for, load_projector
-from meteor.train.engine import barrier, make_engine
+from meteor.train.engine import loading_for, make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.train.loading import load_batches
 from meteor.train.loop import LoadBatches, Recipe, StepPlan, train
+from meteor.train.protocol import barrier
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.inputs import open_features
 from pipelines.metrics import MetricsSegment
@@ -70,8 +71,9 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
     table = SampleTable.read(storage.join(task.run_uri, "samples.parquet"))
     loader = _batch_loader(task, table, str(device))
-    attention = choose_attention(settings.llm.attention, device, DTYPES[settings.llm.dtype])
-    model = _build(task, attention=attention)
+    dtype = DTYPES[settings.llm.dtype]
+    with loading_for(zero_stage=stage.zero_stage, dtype=dtype, options=stage.deepspeed):
+        model = _build(task, attention=choose_attention(settings.llm.attention, device, dtype))
     checkpoints = storage.join(task.run_uri, "checkpoints")
     done = complete_checkpoints(checkpoints)
     resumed = Checkpoint(done[-1]) if done else None
@@ -83,13 +85,14 @@ def train_worker(config: dict[str, Any]) -> None:
         engine = make_engine(
             model,
             zero_stage=stage.zero_stage,
-            dtype=DTYPES[settings.llm.dtype],
+            dtype=dtype,
             device=device,
             max_grad_norm=stage.max_grad_norm,
             empty_inputs=empty.to(device).as_inputs(),
             checkpoint=resumed,
+            options=stage.deepspeed,
         )
-        reporter = _Reporter(task, start_step, plan.num_steps, engine.rank)
+        reporter = _Reporter(task, start_step, engine.rank)
         train(
             engine,
             plan,
@@ -98,6 +101,7 @@ def train_worker(config: dict[str, Any]) -> None:
             checkpoints=checkpoints,
             start_step=start_step,
             on_step=reporter,
+            before_checkpoint=reporter.flush,
         )
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])
@@ -121,6 +125,7 @@ def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> 
         batching=stage.batching,
         max_length=stage.max_length,
         checkpoint_every_steps=stage.checkpoint_every_steps,
+        checkpoint_every_s=stage.checkpoint_every_minutes * 60,
         keep_checkpoints=stage.keep_checkpoints,
     )
 
@@ -202,19 +207,21 @@ def _batch_loader(task: WorkerTask, table: SampleTable, device: str) -> LoadBatc
 class _Reporter:
     """Metrics of each step: first to the run's files, then to the controller, which logs them to MLflow."""
 
-    def __init__(self, task: WorkerTask, start_step: int, num_steps: int, rank: int) -> None:
-        stage = task.stage_settings
-        # Rows must be stored before the checkpoint after them is: a resumed run does not do their steps again.
-        self._every, self._rank = (stage.report_every_steps, stage.checkpoint_every_steps), rank
-        self._num_steps = num_steps
+    def __init__(self, task: WorkerTask, start_step: int, rank: int) -> None:
+        self._every, self._rank = task.stage_settings.report_every_steps, rank
         self._segment = MetricsSegment(task.run_uri, start_step)
         self._rows: list[dict[str, Any]] = []
 
     def __call__(self, row: dict[str, Any]) -> None:
         self._rows.append({**row, "time_ms": int(time.time() * 1000)})
-        if row["step"] != self._num_steps and all(row["step"] % every for every in self._every):
+        if row["step"] % self._every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Store and report what is pending; all workers come here at the same steps."""
+        if not self._rows:
             return
         if self._rank == 0:
             self._segment.add(self._rows)
-        ray.train.report({"rows": self._rows})  # a barrier: every worker reports at the same steps
+        ray.train.report({"rows": self._rows})
         self._rows = []

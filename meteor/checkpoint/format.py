@@ -1,9 +1,11 @@
 """Checkpoint files: fragments of named tensors as safetensors, one set of files a rank, and a manifest written last.
 
 Layout of one checkpoint:
-    step_00000040/rank_00000_000.safetensors    tensors "weights/<name>@<offset>", "exp_avg/...", "exp_avg_sq/..."
-    step_00000040/parts/rank_00000.json         what that rank wrote, with a crc32 for every fragment
-    step_00000040/manifest.json                 its existence means: complete
+    step_00000040/<attempt>/rank_00000_000.safetensors    tensors "weights/<name>@<offset>", "exp_avg/...", "exp_avg_sq/..."
+    step_00000040/<attempt>/rank_00000.json               what that rank wrote, last; a crc32 for every fragment
+    step_00000040/manifest.json                           its existence means: complete
+
+An attempt is one start of the workers: what a killed one left of the same step is never mixed with what the next one writes.
 """
 
 import json
@@ -21,6 +23,8 @@ from meteor.errors import CheckpointError, NotFoundError
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 _FILE_BYTES = 1 << 30
+# A reader of part of a tensor reads whole fragments, to check them: at most so much too much at either end.
+_FRAGMENT_ELEMENTS = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -45,8 +49,9 @@ def checkpoint_uri(root: str, step: int) -> str:
     return storage.join(root, f"step_{step:08d}")
 
 
-def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment]) -> None:
+def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment], *, attempt: str = "0") -> None:
     """Write this rank's share; files of about 1 GiB, so that a fragment is in memory once, not the whole state."""
+    folder = storage.join(uri, attempt)
     parts: list[dict[str, Any]] = []
     pending: dict[str, torch.Tensor] = {}
     num_files = pending_bytes = 0
@@ -54,12 +59,12 @@ def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment]) -> None:
     def flush() -> None:
         nonlocal num_files, pending_bytes
         if pending:
-            storage.write_bytes(storage.join(uri, f"rank_{rank:05d}_{num_files:03d}.safetensors"), save(pending))
+            storage.write_bytes(storage.join(folder, f"rank_{rank:05d}_{num_files:03d}.safetensors"), save(pending))
             num_files += 1
         pending.clear()
         pending_bytes = 0
 
-    for fragment in fragments:
+    for fragment in _divided(fragments):
         values = fragment.values.detach().to("cpu", torch.float32).reshape(-1).contiguous()
         key = f"{fragment.kind}/{fragment.name}@{fragment.offset}"
         parts.append(
@@ -70,7 +75,7 @@ def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment]) -> None:
                 "num_elements": values.numel(),
                 "crc32": zlib.crc32(values.numpy().data),
                 "key": key,
-                "file": f"rank_{rank:05d}_{num_files:03d}.safetensors",
+                "file": f"{attempt}/rank_{rank:05d}_{num_files:03d}.safetensors",
             }
         )
         pending[key] = values
@@ -78,26 +83,42 @@ def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment]) -> None:
         if pending_bytes >= _FILE_BYTES:
             flush()
     flush()
-    storage.write_json(storage.join(uri, "parts", f"rank_{rank:05d}.json"), parts)
+    storage.write_json(storage.join(folder, f"rank_{rank:05d}.json"), parts)
 
 
-def publish(uri: str, *, world_size: int, shapes: dict[str, list[int]], state: dict[str, Any]) -> None:
+def _divided(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
+    for fragment in fragments:
+        flat = fragment.values.reshape(-1)
+        for start in range(0, max(flat.numel(), 1), _FRAGMENT_ELEMENTS):
+            values = flat[start : start + _FRAGMENT_ELEMENTS]
+            yield Fragment(fragment.kind, fragment.name, fragment.offset + start, values)
+
+
+def num_written(uri: str, *, attempt: str, world_size: int) -> int:
+    """How many ranks of an attempt have written all their fragments."""
+    return sum(storage.exists(_part(uri, attempt, rank)) for rank in range(world_size))
+
+
+def _part(uri: str, attempt: str, rank: int) -> str:
+    return storage.join(uri, attempt, f"rank_{rank:05d}.json")
+
+
+def publish(
+    uri: str, *, world_size: int, shapes: dict[str, list[int]], state: dict[str, Any], attempt: str = "0"
+) -> None:
     """Write the manifest after every rank has written its fragments: from now on the checkpoint exists.
 
     Args:
         uri: the checkpoint.
         world_size: how many ranks wrote.
+        attempt: which files are meant.
         shapes: parameter -> shape, all trained parameters.
         state: order state, fingerprints; JSON.
 
     Raises:
         CheckpointError: a parameter is not covered by the fragments.
     """
-    fragments = [
-        part
-        for rank in range(world_size)
-        for part in storage.read_json(storage.join(uri, "parts", f"rank_{rank:05d}.json"))
-    ]
+    fragments = [part for rank in range(world_size) for part in storage.read_json(_part(uri, attempt, rank))]
     spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for part in fragments:
         spans.setdefault((part["kind"], part["name"]), []).append((part["offset"], part["num_elements"]))
@@ -156,12 +177,23 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint has no such tensor, or a checksum does not match.
         """
+        return self.read_range(kind, name, 0, torch.Size(self.shapes.get(name, ())).numel()).view(self.shapes[name])
+
+    def read_range(self, kind: str, name: str, start: int, num_elements: int) -> torch.Tensor:
+        """(num_elements,) float32 of the flattened tensor, from element ``start`` on; no fragment beside them is read.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor, or a checksum does not match.
+        """
         if (kind, name) not in self._fragments:
             raise CheckpointError(f"{self.uri} has no {kind} of {name}")
-        flat = torch.empty(torch.Size(self.shapes[name]).numel())
+        end, values = start + num_elements, torch.empty(num_elements)
         for part in self._fragments[kind, name]:
-            flat[part["offset"] : part["offset"] + part["num_elements"]] = self._read_fragment(part)
-        return flat.view(self.shapes[name])
+            first, last = max(start, part["offset"]), min(end, part["offset"] + part["num_elements"])
+            if first < last:
+                inside = slice(first - part["offset"], last - part["offset"])
+                values[first - start : last - start] = self._read_fragment(part)[inside]
+        return values
 
     def _read_fragment(self, part: dict[str, Any]) -> torch.Tensor:
         uri = storage.join(self.uri, part["file"])
@@ -193,16 +225,22 @@ def complete_checkpoints(root: str) -> list[str]:
     return sorted(info.uri.removesuffix(suffix) for info in storage.list_objects(root) if info.uri.endswith(suffix))
 
 
+def best_checkpoint(root: str) -> str | None:
+    """The complete checkpoint of the lowest held-out loss; None where none has one."""
+    losses = [(Checkpoint(uri).state.get("held_out_loss"), uri) for uri in complete_checkpoints(root)]
+    return min(((loss, uri) for loss, uri in losses if loss is not None), default=(None, None))[1]
+
+
 def prune(root: str, *, keep: int) -> list[str]:
-    """Delete all but the newest ``keep`` complete checkpoints, and what crashed attempts older than those left behind.
+    """Delete all but the newest ``keep`` complete checkpoints and the best, and what crashed attempts older than those left.
 
     The manifest goes first, so that a crash in between leaves an incomplete checkpoint, never a damaged one.
     """
     root = storage.absolute(root)
-    kept = complete_checkpoints(root)[-keep:]
+    kept, best = complete_checkpoints(root)[-keep:], best_checkpoint(root)
     removed: list[str] = []
     for uri, files in _by_checkpoint(root):
-        if not kept or uri in kept or uri > kept[-1]:
+        if not kept or uri in (*kept, best) or uri > kept[-1]:
             continue
         for file in sorted(files, key=lambda file: not file.endswith("manifest.json")):
             storage.delete(file)

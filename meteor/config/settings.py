@@ -119,8 +119,12 @@ class StageSettings(_Settings):
         16, "rows of one forward pass on one worker: samples, or with `packed` rows of max_length tokens", ge=1
     )
     zero_stage: Literal[0, 1, 2, 3] = operational(2, "DeepSpeed's ZeRO stage")
-    checkpoint_every_steps: int = operational(500, "steps between checkpoints", ge=1)
-    keep_checkpoints: int = operational(2, "how many of the newest checkpoints stay", ge=1)
+    deepspeed: dict[str, Any] = operational(
+        {}, "part of DeepSpeed's own configuration: {zero_optimization: {offload_optimizer: {device: cpu}}}"
+    )
+    checkpoint_every_minutes: float = operational(30, "minutes between checkpoints; written beside the training", gt=0)
+    checkpoint_every_steps: int | None = operational(None, "a checkpoint after so many steps as well", ge=1)
+    keep_checkpoints: int = operational(2, "how many of the newest checkpoints stay, besides the best", ge=1)
     report_every_steps: int = operational(1, "steps between reported metrics", ge=1)
 
 

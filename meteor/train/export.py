@@ -14,7 +14,7 @@ from meteor.errors import CacheMismatchError
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.trained_projector import PROJECTOR_PREFIX, projector_metadata
 from meteor.projector.file import write_projector_file
-from meteor.train.engine import load_weights
+from meteor.train.protocol import load_weights
 from meteor.vision.encoder import FrozenClip
 
 

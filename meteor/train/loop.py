@@ -7,17 +7,17 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from meteor.checkpoint.format import checkpoint_uri, prune, publish, write_fragments
 from meteor.data.collate import Batch
 from meteor.data.order import MicroBatch, assign, epoch_order, pack
 from meteor.data.table import SampleTable
 from meteor.errors import TrainingError
 from meteor.projector.statistics import NUM_SUMS, mean_selection
-from meteor.train.engine import Engine, all_reduce_sum, barrier
+from meteor.train.checkpoints import CheckpointWriter
+from meteor.train.protocol import Engine, all_reduce_sum
 from meteor.train.schedule import learning_rate, native_weight
 
 # The coming micro batches as table positions -> those batches collated, in the same order. It may look ahead of what it
@@ -46,7 +46,8 @@ class Recipe:
     aux_loss_coefficient: float
     batching: Batching
     max_length: int
-    checkpoint_every_steps: int
+    checkpoint_every_steps: int | None
+    checkpoint_every_s: float
     keep_checkpoints: int
 
 
@@ -60,6 +61,13 @@ class Step:
 
 
 LoadedStep = tuple[Step, list[Batch]]
+
+
+class Wishes(NamedTuple):
+    """What some worker wants after a step; all act on it alike."""
+
+    checkpoint: bool
+    urgent: bool
 
 
 class StepPlan:
@@ -108,6 +116,8 @@ def train(
     checkpoints: str,
     start_step: int,
     on_step: Callable[[dict[str, Any]], None],
+    before_checkpoint: Callable[[], None] = lambda: None,
+    is_urgent: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run the steps from ``start_step`` to the end of the plan.
 
@@ -116,54 +126,71 @@ def train(
         plan: which samples when.
         recipe: learning rate and the like.
         load_batches: table positions of all coming micro batches -> the batches; runs one step ahead in a thread.
-        checkpoints: root URI; one is written every ``checkpoint_every_steps`` and at the end.
+        checkpoints: root URI; one is written every ``checkpoint_every_steps`` steps and ``checkpoint_every_s`` seconds, and at
+            the end.
         start_step: first step to do.
         on_step: gets the metrics of each step, the same on all workers; numbers only. What the selection did
             (`mean_selection`) is among them where the projector selects.
+        before_checkpoint: called on all workers after `on_step`, before the state is copied.
+        is_urgent: whether this worker is to lose its machine; a step that finds one so ends with a checkpoint, and training
+            goes on when it is complete.
 
     Raises:
         TrainingError: the loss is not finite, or the projector refuses features or scores that are not; the weights are
             those before the step.
     """
-    loaded = _one_ahead(_loaded_steps(engine, plan, load_batches, start_step))
-    while True:
-        started = time.perf_counter()
-        try:
-            step, micro_batches = next(loaded)
-        except StopIteration:
-            return
-        wait_s = time.perf_counter() - started
-        lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
-        try:
-            loss, counts, selection = _accumulate(engine, plan, recipe, step, micro_batches)
-        except ValueError as error:
-            raise _failure(step, str(error)) from error
-        if not math.isfinite(loss):
-            raise _failure(step, f"the loss is {loss}. Lower the learning rate, or use bfloat16 or float32.")
-        grad_norm = engine.step(lr)
-        done = step.index + 1
-        seconds = time.perf_counter() - started
-        # Before the checkpoint: a run resumed from it does not come back to this step, and its row would be lost.
-        on_step(
-            {
-                "step": done,
-                "num_steps": plan.num_steps,
-                "epoch": step.epoch + (done - step.epoch * plan.steps_per_epoch) / plan.steps_per_epoch,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "num_samples": len(step.positions),
-                **counts,
-                **selection,
-                "seconds": seconds,
-                "loader_wait_s": wait_s,
-                "samples_per_s": len(step.positions) / seconds,
-                "visual_tokens_per_s": counts["num_visual_tokens"] / seconds,
-                "text_tokens_per_s": counts["num_text_tokens"] / seconds,
-            }
-        )
-        if done % recipe.checkpoint_every_steps == 0 or done == plan.num_steps:
-            save_checkpoint(engine, checkpoints, done, epoch=step.epoch, keep=recipe.keep_checkpoints)
+    writer = CheckpointWriter(engine, checkpoints, keep=recipe.keep_checkpoints)
+    with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as loaded:
+        last_checkpoint = time.monotonic()
+        while True:
+            started = time.perf_counter()
+            try:
+                step, micro_batches = next(loaded)
+            except StopIteration:
+                break
+            wait_s = time.perf_counter() - started
+            lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
+            is_late = time.monotonic() - last_checkpoint >= recipe.checkpoint_every_s
+            wishes = Wishes(checkpoint=is_late and engine.rank == 0, urgent=is_urgent())
+            try:
+                loss, counts, selection, wishes = _accumulate(engine, plan, recipe, step, micro_batches, wishes)
+            except ValueError as error:
+                raise _failure(step, str(error)) from error
+            if not math.isfinite(loss):
+                raise _failure(step, f"the loss is {loss}. Lower the learning rate, or use bfloat16 or float32.")
+            grad_norm = engine.step(lr)
+            if not math.isfinite(grad_norm):
+                raise _failure(step, f"the gradient's norm is {grad_norm}. Lower the learning rate.")
+            done = step.index + 1
+            seconds = time.perf_counter() - started
+            on_step(
+                {
+                    "step": done,
+                    "num_steps": plan.num_steps,
+                    "epoch": step.epoch + (done - step.epoch * plan.steps_per_epoch) / plan.steps_per_epoch,
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": grad_norm,
+                    "num_samples": len(step.positions),
+                    **counts,
+                    **selection,
+                    "seconds": seconds,
+                    "loader_wait_s": wait_s,
+                    "samples_per_s": len(step.positions) / seconds,
+                    "visual_tokens_per_s": counts["num_visual_tokens"] / seconds,
+                    "text_tokens_per_s": counts["num_text_tokens"] / seconds,
+                }
+            )
+            every = recipe.checkpoint_every_steps
+            is_regular = done == plan.num_steps or (every is not None and done % every == 0)
+            if is_regular or wishes.checkpoint or wishes.urgent:
+                # The rows first: a run resumed from the checkpoint does not come back to its steps.
+                before_checkpoint()
+                writer.save(done, {"epoch": step.epoch})
+                last_checkpoint = time.monotonic()
+            if wishes.urgent:
+                writer.finish()
+        writer.finish()
 
 
 def _failure(step: Step, problem: str) -> TrainingError:
@@ -172,8 +199,8 @@ def _failure(step: Step, problem: str) -> TrainingError:
 
 
 def _accumulate(
-    engine: Engine, plan: StepPlan, recipe: Recipe, step: Step, micro_batches: Sequence[Batch]
-) -> tuple[float, dict[str, Any], dict[str, float]]:
+    engine: Engine, plan: StepPlan, recipe: Recipe, step: Step, micro_batches: Sequence[Batch], wishes: Wishes
+) -> tuple[float, dict[str, Any], dict[str, float], Wishes]:
     """Forward and backward of one global batch; loss, token counts and the selection's means are over all workers."""
     num_answer_tokens = plan.num_answer_tokens(step)
     extra: dict[str, Any] = {}
@@ -182,7 +209,8 @@ def _accumulate(
         extra["native_weight"] = torch.tensor(weight, device=engine.device)
     # On the device, so that the host does not wait for each micro step; one vector, so that every worker does the same one
     # reduction, whatever its batches held.
-    totals = torch.zeros(4 + NUM_SUMS, dtype=torch.float64, device=engine.device)
+    totals = torch.zeros(6 + NUM_SUMS, dtype=torch.float64, device=engine.device)
+    totals[4], totals[5] = wishes
     for i, batch in enumerate(micro_batches):
         num_samples = batch.num_samples
         inputs = batch.to(engine.device).as_inputs()
@@ -203,7 +231,7 @@ def _accumulate(
             totals[2] += batch.num_text_tokens
             totals[3] += batch.input_ids.numel()
         if micro_step.selection_sums is not None:
-            totals[4:] += micro_step.selection_sums
+            totals[6:] += micro_step.selection_sums
     totals = all_reduce_sum(totals).cpu()
     counts = {
         "num_visual_tokens": int(totals[1]),
@@ -212,18 +240,8 @@ def _accumulate(
         # Of the rows; `varlen` attention leaves it out of the language model.
         "padding_share": 1 - float(totals[1] + totals[2]) / max(float(totals[3]), 1.0),
     }
-    return float(totals[0]), counts, mean_selection(totals[4:])
-
-
-def save_checkpoint(engine: Engine, root: str, step: int, *, epoch: int, keep: int) -> None:
-    """Every worker writes its fragments; the manifest comes last, then older checkpoints go."""
-    uri = checkpoint_uri(root, step)
-    write_fragments(uri, engine.rank, engine.fragments())
-    barrier()
-    if engine.rank == 0:
-        publish(uri, world_size=engine.world_size, shapes=engine.shapes(), state={"step": step, "epoch": epoch})
-        prune(root, keep=keep)
-    barrier()
+    agreed = Wishes(checkpoint=bool(totals[4]), urgent=bool(totals[5]))
+    return float(totals[0]), counts, mean_selection(totals[6:]), agreed
 
 
 def _loaded_steps(
@@ -238,7 +256,7 @@ def _loaded_steps(
             yield step, [next(batches) for _ in micro_steps]
 
 
-def _one_ahead(steps: Generator[LoadedStep, None, None]) -> Iterator[LoadedStep]:
+def _one_ahead(steps: Generator[LoadedStep, None, None]) -> Generator[LoadedStep, None, None]:
     """Load the next step's batches in a thread while the current one trains."""
     # The thread ends first, then what it was reading from.
     with closing(steps), ThreadPoolExecutor(max_workers=1) as pool:

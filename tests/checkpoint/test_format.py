@@ -10,8 +10,10 @@ from meteor.checkpoint.format import (
     KINDS,
     Checkpoint,
     Fragment,
+    best_checkpoint,
     checkpoint_uri,
     complete_checkpoints,
+    num_written,
     prune,
     publish,
     write_fragments,
@@ -40,10 +42,10 @@ def pieces(state, cuts):
             yield Fragment(kind, name, start, flat[start:end])
 
 
-def write_checkpoint(root, step, state=None, **options):
+def write_checkpoint(root, step, state=None, **facts):
     uri = checkpoint_uri(root, step)
     write_fragments(uri, 0, pieces(state or make_state(step), []))
-    publish(uri, world_size=1, shapes=SHAPES, state={"step": step}, **options)
+    publish(uri, world_size=1, shapes=SHAPES, state={"step": step, **facts})
     return uri
 
 
@@ -87,7 +89,7 @@ def test_large_shares_are_divided_among_files(tmp_path, monkeypatch):
     publish(uri, world_size=1, shapes=SHAPES, state={})
     # A file closes at 10 elements or more: 2 + 10 | 2 + 3 + 1, 2 + 10 | 2 + 3 + 1, 2 + 10 | 2 + 3 + 1.
     assert [name for name in files_below(tmp_path) if name.endswith("safetensors")] == [
-        f"step_00000001/rank_00000_{i:03d}.safetensors" for i in range(4)
+        f"step_00000001/0/rank_00000_{i:03d}.safetensors" for i in range(4)
     ]
     assert_holds(Checkpoint(uri), state)
 
@@ -140,6 +142,35 @@ def test_what_an_attempt_with_more_ranks_left_behind_is_not_read(tmp_path):
     assert_holds(Checkpoint(uri), state)
 
 
+def test_what_a_killed_attempt_wrote_of_the_same_step_is_not_read(tmp_path):
+    uri, state = checkpoint_uri(str(tmp_path), 1), make_state(1)
+    write_fragments(uri, 0, pieces(make_state(2), []), attempt="killed")
+    write_fragments(uri, 1, [], attempt="killed")
+    assert num_written(uri, attempt="next", world_size=2) == 0
+    write_fragments(uri, 1, pieces(state, []), attempt="next")
+    assert num_written(uri, attempt="next", world_size=2) == 1
+    write_fragments(uri, 0, [], attempt="next")
+    assert num_written(uri, attempt="next", world_size=2) == 2
+    publish(uri, world_size=2, shapes=SHAPES, state={}, attempt="next")
+    assert_holds(Checkpoint(uri), state)
+
+
+@pytest.mark.parametrize("cuts", [[], [5], [3, 4, 9]])
+def test_a_range_is_read_from_the_fragments_it_touches_and_no_other(tmp_path, monkeypatch, cuts):
+    monkeypatch.setattr(checkpoint_format, "_FRAGMENT_ELEMENTS", 4)
+    state, uri = make_state(), checkpoint_uri(str(tmp_path), 1)
+    write_fragments(uri, 0, pieces(state, cuts))
+    publish(uri, world_size=1, shapes=SHAPES, state={})
+    flat, checkpoint, read = state["exp_avg", "projector.weight"].reshape(-1), Checkpoint(uri), []
+    original = checkpoint._read_fragment
+    monkeypatch.setattr(checkpoint, "_read_fragment", lambda part: read.append(part) or original(part))
+    for start, end in itertools.combinations_with_replacement(range(13), 2):
+        read.clear()
+        assert torch.equal(checkpoint.read_range("exp_avg", "projector.weight", start, end - start), flat[start:end])
+        assert all(part["offset"] < end and part["offset"] + part["num_elements"] > start for part in read)
+        assert all(part["num_elements"] <= 4 for part in read)
+
+
 def reads_as(checkpoint, tensor, values):
     try:
         return torch.equal(checkpoint.read(*tensor), values)
@@ -150,7 +181,7 @@ def reads_as(checkpoint, tensor, values):
 def test_a_damaged_header_never_gives_a_wrong_tensor(tmp_path):
     state = make_state()
     uri = write_checkpoint(str(tmp_path), 1, state)
-    file = tmp_path / "step_00000001/rank_00000_000.safetensors"
+    file = tmp_path / "step_00000001/0/rank_00000_000.safetensors"
     intact = file.read_bytes()
     num_refused = 0
     for position in range(8 + int.from_bytes(intact[:8], "little")):
@@ -168,7 +199,7 @@ def test_a_damaged_header_never_gives_a_wrong_tensor(tmp_path):
 def test_every_damaged_byte_of_a_tensor_is_noticed(tmp_path):
     state = make_state()
     uri = write_checkpoint(str(tmp_path), 1, state)
-    file = tmp_path / "step_00000001/rank_00000_000.safetensors"
+    file = tmp_path / "step_00000001/0/rank_00000_000.safetensors"
     intact = file.read_bytes()
     first = 8 + int.from_bytes(intact[:8], "little")
     for position in range(first, len(intact), 7):
@@ -185,7 +216,7 @@ def test_unknown_tensors_and_newer_formats_are_refused(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="has no weights of elsewhere"):
         Checkpoint(uri).read("weights", "elsewhere")
     monkeypatch.setattr(checkpoint_format, "CHECKPOINT_FORMAT_VERSION", 0)
-    with pytest.raises(CheckpointError, match="has format 1; this version reads 0"):
+    with pytest.raises(CheckpointError, match="has format 2; this version reads 0"):
         Checkpoint(uri)
 
 
@@ -199,6 +230,19 @@ def test_pruning_keeps_the_newest_and_removes_older_leftovers_but_none_being_wri
     left = {info.uri.removeprefix(root).split("/")[1] for info in storage.list_objects(root)}
     assert left == {"step_00000050", "step_00000060", "step_00000070"}
     assert_holds(Checkpoint(complete[60]), make_state(60))
+
+
+def test_the_best_on_held_out_samples_is_kept_beside_the_newest(tmp_path):
+    losses = {1: 3.0, 2: 1.5, 3: 2.0, 4: 1.5, 5: 1.8}
+    uris = [write_checkpoint(str(tmp_path), step, held_out_loss=loss) for step, loss in losses.items()]
+    assert best_checkpoint(str(tmp_path)) == uris[1]  # the first of equals
+    prune(str(tmp_path), keep=1)
+    assert complete_checkpoints(str(tmp_path)) == [uris[1], uris[4]]
+
+
+def test_without_held_out_samples_there_is_no_best(tmp_path):
+    write_checkpoint(str(tmp_path), 1)
+    assert best_checkpoint(str(tmp_path)) is None
 
 
 def test_pruning_before_the_first_complete_checkpoint_removes_nothing(tmp_path):

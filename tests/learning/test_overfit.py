@@ -130,7 +130,8 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
         aux_loss_coefficient=0.0,
         batching="padded",
         max_length=512,
-        checkpoint_every_steps=1000,
+        checkpoint_every_steps=None,
+        checkpoint_every_s=1e9,
         keep_checkpoints=1,
     )
     engine = make_engine(

@@ -10,8 +10,8 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import CheckpointError, SettingsError
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import freeze_for
+from meteor.train.checkpoints import save_checkpoint
 from meteor.train.engine import make_engine
-from meteor.train.loop import save_checkpoint
 
 
 def make_samples(make_features, num=4):

@@ -1,83 +1,159 @@
-"""Two real processes: every engine against the plain one in one process, with unequal shares of the batch, and resuming."""
+"""Real processes: every engine against the plain one in one process, with unequal shares of the batch, and resuming."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
-from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.model import MeteorForConditionalGeneration
 from meteor.text.tokens import TokenisedSample
-from meteor.train.build import freeze_for
-from meteor.train.engine import make_engine
-from meteor.train.loop import save_checkpoint
+from meteor.train.build import checkpoint_activations, freeze_for
+from meteor.train.checkpoints import save_checkpoint
+from meteor.train.engine import loading_for, make_engine
+
+pytestmark = pytest.mark.slow
 
 NUM_STEPS, SAVED_AT = 4, 2
-# Rank 1 has one sample fewer; its second micro step is the empty batch.
-SHARES = [[[0, 1], [2]], [[3], []]]
+# Of two workers, the second has one sample fewer; its second micro step is the empty batch.
+SHARES = {1: [[[0, 1, 2, 3]]], 2: [[[0, 1], [2]], [[3], []]]}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a group of workers does: resume from ``source`` if given, train, save at `SAVED_AT` and at the end in ``name``."""
+
+    name: str
+    stage: str = "finetune"
+    zero_stage: int = 0
+    dtype: torch.dtype = torch.float32
+    source: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    llm: str | None = None
 
 
 def make_samples(make_features: Callable, num: int = 4) -> list:
+    """Sample 2 is text alone: in its micro step one worker has no picture."""
     rows = []
     for i in range(num):
-        ids = [1, IMAGE_TOKEN_ID, 10 + i, 20 + i, 2]
-        rows.append(
-            (TokenisedSample(ids, [IGNORE_INDEX] * 3 + [20 + i, 2]), [make_features(f"k{i}", sliced=i == 1, seed=i)])
-        )
+        images = [make_features(f"k{i}", sliced=i == 1, seed=i)] if i != 2 else []
+        ids = [1, *[IMAGE_TOKEN_ID] * len(images), 10 + i, 20 + i, 2]
+        rows.append((TokenisedSample(ids, [IGNORE_INDEX] * (len(ids) - 2) + ids[-2:]), images))
     return rows
 
 
-def run(stage: str, zero_stage: int, folder: str, fixtures: tuple) -> None:
-    """One process: trains, saves at `SAVED_AT`, goes on; or resumes from that checkpoint where there is one."""
+def run(case: Case, folder: str, fixtures: tuple) -> None:
+    """One process of the group."""
     make_model, make_features, make_batch = fixtures
     samples = make_samples(make_features)
-    shares = SHARES[dist.get_rank()] if dist.get_world_size() == 2 else [[0, 1, 2, 3]]
-    batches = [make_batch([samples[i] for i in share]) for share in shares]
+    batches = [make_batch([samples[i] for i in share]) for share in SHARES[dist.get_world_size()][dist.get_rank()]]
     model = make_model()
-    freeze_for(model, stage)
-    done = complete_checkpoints(f"{folder}/checkpoints")
+    if case.llm is not None:
+        with loading_for(zero_stage=case.zero_stage, dtype=case.dtype, options=case.options):
+            llm = AutoModelForCausalLM.from_pretrained(case.llm, dtype=case.dtype)
+        built = MeteorForConditionalGeneration(model.config, vision_tower=False, language_model=llm)
+        built.projector.load_state_dict(model.projector.state_dict())
+        model = built
+    freeze_for(model, case.stage)
+    checkpoint_activations(model)
+    source = None if case.source is None else Checkpoint(complete_checkpoints(f"{folder}/{case.source}")[0])
     engine = make_engine(
         model,
-        zero_stage=zero_stage,
-        dtype=torch.float32,
+        zero_stage=case.zero_stage,
+        dtype=case.dtype,
         device=torch.device("cpu"),
         max_grad_norm=1.0,
         empty_inputs=make_batch([]).as_inputs(),
-        checkpoint=Checkpoint(done[-1]) if done else None,
+        checkpoint=source,
+        options=case.options,
     )
-    for step in range(SAVED_AT if done else 0, NUM_STEPS):
+    root, first = f"{folder}/{case.name}", 0
+    if source is not None:
+        first = source.state["step"]
+        save_checkpoint(engine, root, first, keep=9)
+    for step in range(first, NUM_STEPS):
         for i, batch in enumerate(batches):
             engine.forward_backward({**batch.as_inputs(), "num_items_in_batch": 8}, last=i == len(batches) - 1)
         engine.step(lr=1e-2 / (step + 1))
-        if step + 1 == SAVED_AT and not done:
-            save_checkpoint(engine, f"{folder}/checkpoints", step + 1, epoch=0, keep=2)
-    save_checkpoint(engine, f"{folder}/{'resumed' if done else 'straight'}", NUM_STEPS, epoch=0, keep=1)
+        if step + 1 in (SAVED_AT, NUM_STEPS):
+            save_checkpoint(engine, root, step + 1, keep=9)
 
 
-def weights_of(folder: str, name: str) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint(complete_checkpoints(f"{folder}/{name}")[-1])
-    return {
-        f"{kind}/{key}": checkpoint.read(kind, key) for key in checkpoint.shapes for kind in ("weights", "exp_avg_sq")
-    }
+@pytest.fixture
+def start(tmp_path, make_model, make_features, make_batch, start_workers):
+    def start_group(num_workers: int, case: Case) -> None:
+        start_workers(num_workers, run, case, str(tmp_path), (make_model, make_features, make_batch))
+
+    return start_group
 
 
-@pytest.mark.slow
+def state_of(folder, name, which) -> dict[str, torch.Tensor]:
+    """Everything in the first (0) or last (-1) checkpoint of a case."""
+    checkpoint = Checkpoint(complete_checkpoints(f"{folder}/{name}")[which])
+    return {f"{kind}/{key}": checkpoint.read(kind, key) for key in checkpoint.shapes for kind in KINDS}
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(state[name], values), name
+
+
+def assert_close(state, expected, *, rtol, atol):
+    for name, values in expected.items():
+        torch.testing.assert_close(
+            state[name], values, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_two_workers_equal_one_and_a_resumed_run_equals_an_uninterrupted_one(
-    zero_stage, stage, tmp_path, make_model, make_features, make_batch, start_workers
+def test_two_workers_equal_one_and_a_resumed_run_equals_an_uninterrupted_one(zero_stage, stage, tmp_path, start):
+    start(1, Case("one", stage))
+    start(2, Case("two", stage, zero_stage))
+    straight = state_of(tmp_path, "two", -1)
+    assert_close(straight, state_of(tmp_path, "one", -1), rtol=1e-3, atol=2e-5)
+    start(2, Case("resumed", stage, zero_stage, source="two"))
+    assert_same(state_of(tmp_path, "resumed", -1), straight)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bfloat16_resumes_bit_for_bit(zero_stage, tmp_path, start):
+    start(2, Case("two", zero_stage=zero_stage, dtype=torch.bfloat16))
+    start(2, Case("resumed", zero_stage=zero_stage, dtype=torch.bfloat16, source="two"))
+    assert_same(state_of(tmp_path, "resumed", -1), state_of(tmp_path, "two", -1))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_resuming_with_other_workers_and_another_stage_starts_from_the_very_same_state(
+    zero_stage, before, after, tmp_path, start
 ):
-    fixtures = (make_model, make_features, make_batch)
-    folder, truth = str(tmp_path / "two"), str(tmp_path / "one")
-    start_workers(1, run, stage, 0, truth, fixtures)
-    start_workers(2, run, stage, zero_stage, folder, fixtures)
-    straight = weights_of(folder, "straight")
-    for name, expected in weights_of(truth, "straight").items():
-        torch.testing.assert_close(
-            straight[name], expected, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    start_workers(2, run, stage, zero_stage, folder, fixtures)
-    resumed = weights_of(folder, "resumed")
-    for name, expected in straight.items():
-        assert torch.equal(resumed[name], expected), name
+    start(before, Case("before", zero_stage=zero_stage))
+    for other in {zero_stage, 0, 3}:
+        start(after, Case(f"after {other}", zero_stage=other, source="before"))
+        assert_same(state_of(tmp_path, f"after {other}", 0), state_of(tmp_path, "before", 0))
+        assert_close(state_of(tmp_path, f"after {other}", -1), state_of(tmp_path, "before", -1), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_masters_and_moments_in_the_hosts_memory_train_and_resume_alike(zero_stage, tmp_path, start):
+    start(2, Case("device", zero_stage=zero_stage))
+    start(2, Case("host", zero_stage=zero_stage, options=OFFLOAD))
+    assert_close(state_of(tmp_path, "host", -1), state_of(tmp_path, "device", -1), rtol=1e-3, atol=2e-5)
+    start(2, Case("resumed", zero_stage=zero_stage, options=OFFLOAD, source="host"))
+    assert_same(state_of(tmp_path, "resumed", -1), state_of(tmp_path, "host", -1))
+
+
+def test_a_model_loaded_in_parts_trains_like_one_loaded_whole(tmp_path, start, llm_folder):
+    start(2, Case("whole", zero_stage=2, llm=llm_folder))
+    start(2, Case("parts", zero_stage=3, llm=llm_folder))
+    assert_close(state_of(tmp_path, "parts", -1), state_of(tmp_path, "whole", -1), rtol=1e-3, atol=2e-5)
+    start(2, Case("resumed", zero_stage=3, llm=llm_folder, source="parts"))
+    assert_same(state_of(tmp_path, "resumed", -1), state_of(tmp_path, "parts", -1))

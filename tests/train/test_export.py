@@ -16,9 +16,9 @@ from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.trained_projector import load_trained_projector, projector_metadata
 from meteor.text.tokens import TokenisedSample, load_tokenizer
 from meteor.train.build import build_model, freeze_for, load_projector
+from meteor.train.checkpoints import save_checkpoint
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model, export_projector
-from meteor.train.loop import save_checkpoint
 from meteor.vision.encoder import FrozenClip, read_vision_config
 
 V, X = IMAGE_TOKEN_ID, IGNORE_INDEX

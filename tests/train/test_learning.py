@@ -65,7 +65,8 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
         aux_loss_coefficient=0.0,
         batching="padded",
         max_length=512,
-        checkpoint_every_steps=10_000,
+        checkpoint_every_steps=None,
+        checkpoint_every_s=1e9,
         keep_checkpoints=1,
     )
     model = make_model(seed=seed)

@@ -15,8 +15,9 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.table import SampleTable
 from meteor.errors import DataError, TrainingError
 from meteor.train.build import freeze_for
-from meteor.train.engine import MicroStep, make_engine
+from meteor.train.engine import make_engine
 from meteor.train.loop import Recipe, StepPlan, train
+from meteor.train.protocol import MicroStep
 from meteor.train.schedule import learning_rate, native_weight
 
 V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
@@ -59,6 +60,7 @@ def make_recipe(**changes):
         "batching": "grouped",
         "max_length": 40,
         "checkpoint_every_steps": 2,
+        "checkpoint_every_s": 1e9,
         "keep_checkpoints": 2,
     }
     return Recipe(**{**settings, **changes})

@@ -1,0 +1,155 @@
+"""DeepSpeed with ZeRO 1, 2 or 3: the one door to it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from meteor.checkpoint.format import KINDS, Checkpoint, Fragment
+from meteor.optional import import_optional
+from meteor.train.deepspeed_config import offloads_optimizer
+from meteor.train.protocol import BETAS, EPS, MicroStep, full_shape, trained_parameters, zero3_part
+
+_INSTALL = "pip install deepspeed accelerate"
+
+
+@contextmanager
+def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, ``from_pretrained`` in the block cuts each weight up as it loads it.
+
+    The first worker reads the files and hands each parameter round: one copy of the weights in one host's memory, none on
+    any device. Other stages load as usual.
+    """
+    if config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    _import_deepspeed("sharded loading")
+    helper = import_optional("transformers.integrations.deepspeed", needed_for="sharded loading", install=_INSTALL)
+    # transformers holds it by a weak reference: it must live as long as the block.
+    known = helper.HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        helper.unset_hf_deepspeed_config()
+        del known
+
+
+class DeepSpeedEngine:
+    """One parameter group, no weight decay: ZeRO-3 and state by name allow nothing else."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        empty_inputs: dict[str, Any],
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        deepspeed = _import_deepspeed(f"zero_stage={config['zero_optimization']['stage']}")
+        self._utils = import_optional("deepspeed.utils", needed_for="checkpoints", install=_INSTALL)
+        self.device = device
+        model.to(dtype)
+        self._parameters = trained_parameters(model)
+        self._shapes = {name: full_shape(parameter) for name, parameter in self._parameters.items()}
+        # DeepSpeed's own Adam for the host counts its steps where no checkpoint reaches, and does not resume bit for bit.
+        fused = True if offloads_optimizer(config) else None
+        optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0, fused=fused
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=not dist.is_initialized()
+        )
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if checkpoint is not None:
+            self._load(checkpoint, empty_inputs)
+
+    def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> MicroStep:
+        self._engine.set_gradient_accumulation_boundary(last)
+        output = self._engine(**inputs)
+        # DeepSpeed averages over workers; the loss is already divided by the global batch's answer tokens.
+        self._engine.backward(output.loss * self.world_size)
+        if not last:
+            self._engine.step()  # counts the micro step; updates nothing before the boundary
+        return MicroStep(output.loss.detach(), output.selection_sums)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: dict[str, Any]) -> MicroStep:
+        training = self._engine.module.training
+        self._engine.eval()
+        output = self._engine(**inputs)
+        self._engine.train(training)
+        return MicroStep(output.loss, output.selection_sums)
+
+    def step(self, lr: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()  # skips the update where the norm is not finite
+        return float("inf") if self._optimizer.overflow else float(self._engine.get_global_grad_norm() or 0.0)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self._parameters.items():
+            start, num_elements = _part(parameter)
+            if num_elements:
+                for kind in KINDS:
+                    yield Fragment(kind, name, start, self._read(parameter, kind)[:num_elements])
+
+    def shapes(self) -> dict[str, list[int]]:
+        return self._shapes
+
+    def _load(self, checkpoint: Checkpoint, empty_inputs: dict[str, Any]) -> None:
+        """Masters and moments of this worker's parts, exactly.
+
+        The weights were loaded before `initialize`, which made the low-precision copies of them; moments exist only after a
+        first step, so one is taken with lr 0.
+        """
+        self.forward_backward(empty_inputs, last=True)
+        self.step(lr=0.0)
+        for name, parameter in self._parameters.items():
+            start, num_elements = _part(parameter)
+            if num_elements:
+                for kind in KINDS:
+                    self._write(parameter, kind, checkpoint.read_range(kind, name, start, num_elements))
+        for state in self._optimizer.optimizer.state.values():
+            state["step"] = torch.tensor(float(checkpoint.state["step"]))
+
+    def _read(self, parameter: Any, kind: str) -> torch.Tensor:
+        """This worker's part of a master or moment; padded under ZeRO-3."""
+        if hasattr(parameter, "ds_tensor"):
+            if kind == "weights":
+                return self._utils.safe_get_local_fp32_param(parameter)
+            return self._utils.safe_get_local_optimizer_state(parameter, kind)
+        return parameter._hp_mapping.get_hp_fragment(None if kind == "weights" else kind)
+
+    @torch.no_grad()
+    def _write(self, parameter: Any, kind: str, values: torch.Tensor) -> None:
+        if not hasattr(parameter, "ds_tensor"):
+            self._read(parameter, kind).copy_(values)
+            return
+        padded = torch.zeros(parameter.ds_tensor.ds_numel, device=self.device)
+        padded[: len(values)] = values
+        if kind == "weights":
+            self._utils.safe_set_local_fp32_param(parameter, padded)
+        else:
+            self._utils.safe_set_local_optimizer_state(parameter, padded, kind)
+
+
+def _part(parameter: Any) -> tuple[int, int]:
+    """(first element, number of elements) of the flattened parameter whose master and moments this worker holds."""
+    if hasattr(parameter, "ds_tensor"):
+        return zero3_part(parameter)
+    mapping = parameter._hp_mapping
+    return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+
+def _import_deepspeed(needed_for: str) -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = import_optional("deepspeed", needed_for=needed_for, install=_INSTALL)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
