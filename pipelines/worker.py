@@ -102,6 +102,7 @@ def train_worker(config: dict[str, Any]) -> None:
             start_step=start_step,
             on_step=reporter,
             before_checkpoint=reporter.flush,
+            is_urgent=lambda: ray.train.get_preemption_info() is not None,
         )
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])

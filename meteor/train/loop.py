@@ -63,11 +63,27 @@ class Step:
 LoadedStep = tuple[Step, list[Batch]]
 
 
+# Asking whether a machine is about to go is a call that all workers make together.
+_LOOK_EVERY_S = 5.0
+
+
 class Wishes(NamedTuple):
-    """What some worker wants after a step; all act on it alike."""
+    """What the first worker's clock wants after a step; all act on it alike."""
 
     checkpoint: bool
-    urgent: bool
+    look: bool
+
+
+class _Clock:
+    """When the first worker wishes for what."""
+
+    def __init__(self, checkpoint_every_s: float) -> None:
+        self._every_s = checkpoint_every_s
+        self.last_checkpoint = self.last_look = time.monotonic()
+
+    def wishes(self) -> Wishes:
+        now = time.monotonic()
+        return Wishes(now - self.last_checkpoint >= self._every_s, now - self.last_look >= _LOOK_EVERY_S)
 
 
 class StepPlan:
@@ -132,8 +148,8 @@ def train(
         on_step: gets the metrics of each step, the same on all workers; numbers only. What the selection did
             (`mean_selection`) is among them where the projector selects.
         before_checkpoint: called on all workers after `on_step`, before the state is copied.
-        is_urgent: whether this worker is to lose its machine; a step that finds one so ends with a checkpoint, and training
-            goes on when it is complete.
+        is_urgent: whether some worker is about to lose its machine; asked on all workers at once, every few seconds, and the
+            same on all. The step after which it becomes so ends with a checkpoint, and training goes on when it is complete.
 
     Raises:
         TrainingError: the loss is not finite, or the projector refuses features or scores that are not; the weights are
@@ -141,7 +157,7 @@ def train(
     """
     writer = CheckpointWriter(engine, checkpoints, keep=recipe.keep_checkpoints)
     with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as loaded:
-        last_checkpoint = time.monotonic()
+        clock, was_urgent = _Clock(recipe.checkpoint_every_s), False
         while True:
             started = time.perf_counter()
             try:
@@ -150,10 +166,8 @@ def train(
                 break
             wait_s = time.perf_counter() - started
             lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
-            is_late = time.monotonic() - last_checkpoint >= recipe.checkpoint_every_s
-            wishes = Wishes(checkpoint=is_late and engine.rank == 0, urgent=is_urgent())
             try:
-                loss, counts, selection, wishes = _accumulate(engine, plan, recipe, step, micro_batches, wishes)
+                loss, counts, selection, wishes = _accumulate(engine, plan, recipe, step, micro_batches, clock.wishes())
             except ValueError as error:
                 raise _failure(step, str(error)) from error
             if not math.isfinite(loss):
@@ -183,12 +197,17 @@ def train(
             )
             every = recipe.checkpoint_every_steps
             is_regular = done == plan.num_steps or (every is not None and done % every == 0)
-            if is_regular or wishes.checkpoint or wishes.urgent:
+            if wishes.look:
+                urgent, clock.last_look = is_urgent(), time.monotonic()
+                is_new, was_urgent = urgent and not was_urgent, urgent
+            else:
+                is_new = False
+            if is_regular or wishes.checkpoint or is_new:
                 # The rows first: a run resumed from the checkpoint does not come back to its steps.
                 before_checkpoint()
                 writer.save(done, {"epoch": step.epoch})
-                last_checkpoint = time.monotonic()
-            if wishes.urgent:
+                clock.last_checkpoint = time.monotonic()
+            if is_new:
                 writer.finish()
         writer.finish()
 
@@ -210,7 +229,8 @@ def _accumulate(
     # On the device, so that the host does not wait for each micro step; one vector, so that every worker does the same one
     # reduction, whatever its batches held.
     totals = torch.zeros(6 + NUM_SUMS, dtype=torch.float64, device=engine.device)
-    totals[4], totals[5] = wishes
+    if engine.rank == 0:
+        totals[4], totals[5] = wishes
     for i, batch in enumerate(micro_batches):
         num_samples = batch.num_samples
         inputs = batch.to(engine.device).as_inputs()
@@ -240,7 +260,7 @@ def _accumulate(
         # Of the rows; `varlen` attention leaves it out of the language model.
         "padding_share": 1 - float(totals[1] + totals[2]) / max(float(totals[3]), 1.0),
     }
-    agreed = Wishes(checkpoint=bool(totals[4]), urgent=bool(totals[5]))
+    agreed = Wishes(checkpoint=bool(totals[4]), look=bool(totals[5]))
     return float(totals[0]), counts, mean_selection(totals[6:]), agreed
 
 

