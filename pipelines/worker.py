@@ -24,7 +24,8 @@ from meteor.train.build import DTYPES, Stage, build_model, checkpoint_activation
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.train.loading import load_batches
-from meteor.train.loop import LoadBatches, Recipe, StepPlan, train
+from meteor.train.loop import LoadBatches, train
+from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import barrier
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.inputs import open_features

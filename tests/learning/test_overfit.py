@@ -27,7 +27,8 @@ from meteor.text.tokens import load_tokenizer, tokenise, visual_separators
 from meteor.train.build import build_model, freeze_for
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model
-from meteor.train.loop import Recipe, StepPlan, train
+from meteor.train.loop import train
+from meteor.train.plan import Recipe, StepPlan
 from meteor.vision.encoder import FrozenClip
 
 PIXELS = PixelSettings(resolution=112)

@@ -17,7 +17,8 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.table import SampleTable
 from meteor.train.build import freeze_for
 from meteor.train.engine import make_engine
-from meteor.train.loop import Recipe, StepPlan, train
+from meteor.train.loop import train
+from meteor.train.plan import Recipe, StepPlan
 
 GLOBAL_BATCH_SIZE = 8
 NUM_PICTURES = 4

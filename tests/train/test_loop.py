@@ -17,7 +17,9 @@ from meteor.errors import DataError, TrainingError
 from meteor.train import loop
 from meteor.train.build import freeze_for
 from meteor.train.engine import make_engine
-from meteor.train.loop import Recipe, StepPlan, train
+from meteor.train.held_out import held_out_loss
+from meteor.train.loop import train
+from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import MicroStep
 from meteor.train.schedule import learning_rate, native_weight
 
@@ -380,6 +382,16 @@ def test_a_notice_of_preemption_leads_to_one_complete_checkpoint(run, tmp_path, 
     assert steps_on_disk(tmp_path / "a") == [3, 6]
 
 
+def test_what_is_measured_at_a_checkpoint_is_reported_and_kept(run, tmp_path):
+    losses = iter([3.0, 1.0, 2.0])
+    calls = {"evaluate": lambda: {"held_out_loss": next(losses)}}
+    _, rows = run("a", calls=calls, checkpoint_every_steps=2, keep_checkpoints=1)
+    assert [row.get("held_out_loss") for row in rows] == [None, 3.0, None, 1.0, None, 2.0]
+    # The best stays besides the newest.
+    states = [Checkpoint(uri).state for uri in complete_checkpoints(str(tmp_path / "a"))]
+    assert [(state["step"], state["held_out_loss"]) for state in states] == [(4, 1.0), (6, 2.0)]
+
+
 def test_what_is_pending_is_reported_before_the_state_is_copied(run, tmp_path):
     seen = []
     before = {"before_checkpoint": lambda: seen.append(steps_on_disk(tmp_path / "a"))}
@@ -526,3 +538,33 @@ def test_one_step_is_loaded_while_another_trains(make_loader, tmp_path):
         on_step=lambda row: None,
     )
     assert len(trained) == plan.num_steps == 7
+
+
+@pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_the_held_out_loss_is_the_mean_over_all_answer_tokens(
+    make_model, make_batch, make_loader, batching, micro_batch_size
+):
+    model = make_model()
+    freeze_for(model, "finetune")
+    engine = make_engine(
+        model,
+        zero_stage=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        max_grad_norm=1.0,
+        empty_inputs=make_batch([]).as_inputs(),
+    )
+    table, recipe = make_table(), make_recipe(batching=batching, micro_batch_size=micro_batch_size, seed=5)
+    [batch] = make_loader(table)([[[position] for position in range(len(table))]])
+    with torch.no_grad():
+        logits = model.eval()(**{**batch.as_inputs(), "labels": None}).logits[:, :-1].double()
+    labels = batch.labels[:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=X)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    found = held_out_loss(engine, table, recipe, load_batches=make_loader(table))
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert model.training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
