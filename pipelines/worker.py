@@ -20,7 +20,15 @@ from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.attention import choose_attention
 from meteor.text.tokens import Separators, load_tokenizer
-from meteor.train.build import DTYPES, Stage, build_model, checkpoint_activations, freeze_for, load_projector
+from meteor.train.build import (
+    DTYPES,
+    Stage,
+    build_model,
+    checkpoint_activations,
+    compile_layers,
+    freeze_for,
+    load_projector,
+)
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.train.loading import load_batches
@@ -170,6 +178,8 @@ def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForCondit
     freeze_for(model, task.stage)
     if attention and settings.llm.gradient_checkpointing:
         checkpoint_activations(model)
+    if attention and settings.llm.compile:
+        compile_layers(model, zero_stage=task.stage_settings.zero_stage)
     return model
 
 
