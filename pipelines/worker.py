@@ -110,8 +110,8 @@ def train_worker(config: dict[str, Any]) -> None:
             checkpoints=checkpoints,
             start_step=start_step,
             on_step=reporter,
-            before_checkpoint=reporter.flush,
-            is_urgent=lambda: ray.train.get_preemption_info() is not None,
+            store=reporter.store,
+            meet=reporter.meet,
         )
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])
@@ -220,20 +220,23 @@ class _Reporter:
     """Metrics of each step: first to the run's files, then to the controller, which logs them to MLflow."""
 
     def __init__(self, task: WorkerTask, start_step: int, rank: int) -> None:
-        self._every, self._rank = task.stage_settings.report_every_steps, rank
+        self._rank = rank
         self._segment = MetricsSegment(task.run_uri, start_step)
-        self._rows: list[dict[str, Any]] = []
+        self._unstored: list[dict[str, Any]] = []
+        self._unreported: list[dict[str, Any]] = []
 
     def __call__(self, row: dict[str, Any]) -> None:
-        self._rows.append({**row, "time_ms": int(time.time() * 1000)})
-        if row["step"] % self._every == 0:
-            self.flush()
+        self._unstored.append({**row, "time_ms": int(time.time() * 1000)})
 
-    def flush(self) -> None:
-        """Store and report what is pending; all workers come here at the same steps."""
-        if not self._rows:
-            return
-        if self._rank == 0:
-            self._segment.add(self._rows)
-        ray.train.report({"rows": self._rows})
-        self._rows = []
+    def store(self) -> None:
+        if self._rank == 0 and self._unstored:
+            self._segment.add(self._unstored)
+        self._unreported += self._unstored
+        self._unstored = []
+
+    def meet(self) -> bool:
+        """Store and report what is pending, on all workers after the same steps; whether a machine is about to go."""
+        self.store()
+        ray.train.report({"rows": self._unreported})
+        self._unreported = []
+        return ray.train.get_preemption_info() is not None

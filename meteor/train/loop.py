@@ -24,8 +24,8 @@ from meteor.train.schedule import learning_rate, native_weight
 # yields; closing it ends whatever it started.
 LoadBatches = Callable[[Iterable[MicroBatch]], Generator[Batch, None, None]]
 
-# Asking whether a machine is about to go is a call that all workers make together.
-_LOOK_EVERY_S = 5.0
+# A meeting holds up all workers: Ray Train takes one report every two seconds, so that one a step would make short steps wait.
+_MEET_EVERY_S = 5.0
 
 
 def train(
@@ -37,8 +37,8 @@ def train(
     checkpoints: str,
     start_step: int,
     on_step: Callable[[dict[str, Any]], None],
-    before_checkpoint: Callable[[], None] = lambda: None,
-    is_urgent: Callable[[], bool] = lambda: False,
+    store: Callable[[], None] = lambda: None,
+    meet: Callable[[], bool] = lambda: False,
     evaluate: Callable[[], dict[str, float]] = dict,
 ) -> None:
     """Run the steps from ``start_step`` to the end of the plan.
@@ -53,9 +53,10 @@ def train(
         start_step: first step to do.
         on_step: gets the metrics of each step, the same on all workers; numbers only. What the selection did
             (`mean_selection`) is among them where the projector selects.
-        before_checkpoint: called on all workers after `on_step`, before the state is copied.
-        is_urgent: whether some worker is about to lose its machine; asked on all workers at once, every few seconds, and the
-            same on all. The step after which it becomes so ends with a checkpoint, and training goes on when it is complete.
+        store: called before each checkpoint: make what `on_step` was given outlive this process.
+        meet: called on all workers at once, every few seconds and at the end; whether some worker is about to lose its
+            machine, the same on all. The step after which it becomes so ends with a checkpoint, and training goes on when it
+            is complete.
         evaluate: metrics of the weights before a checkpoint that is not urgent, on all workers at once; they are reported
             with the step and kept in the checkpoint's manifest.
 
@@ -64,36 +65,42 @@ def train(
             those before the step.
     """
     writer = CheckpointWriter(engine, checkpoints, keep=recipe.keep_checkpoints)
-    saving = _Saving(recipe, plan.num_steps, is_urgent)
+    saving = _Saving(recipe, plan.num_steps, meet)
     with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as steps:
+        clock = time.perf_counter()
         for loaded, wait_s in _timed(steps):
-            row, wishes = _take_step(engine, plan, recipe, loaded, wait_s, saving.wishes())
+            row, wishes = _take_step(engine, plan, recipe, loaded, saving.wishes())
+            # With what came after the step before: reports, copies for a checkpoint.
+            seconds = time.perf_counter() - clock
+            clock += seconds
+            row |= _rates(row, seconds, wait_s)
             done = row["step"]
             is_due, is_urgent_now = saving.decide(done, wishes)
             evaluated = evaluate() if is_due and not is_urgent_now else {}
-            # The row first: a run resumed from the checkpoint does not come back to its step.
-            on_step({**row, **evaluated})
+            on_step(row | evaluated)
             if is_due:
-                before_checkpoint()
+                # The rows first: a run resumed from the checkpoint does not come back to their steps.
+                store()
                 writer.save(done, {"epoch": loaded.step.epoch, **evaluated})
             if is_urgent_now:
                 writer.finish()
         writer.finish()
+        meet()
 
 
 class _Wishes(NamedTuple):
     """What the first worker's clock wants after a step; all act on it alike."""
 
     checkpoint: bool
-    look: bool
+    meet: bool
 
 
 class _Saving:
     """When checkpoints are due: by count, by the first worker's clock, and when a machine is about to go."""
 
-    def __init__(self, recipe: Recipe, num_steps: int, is_urgent: Callable[[], bool]) -> None:
-        self._recipe, self._num_steps, self._is_urgent = recipe, num_steps, is_urgent
-        self._last_checkpoint = self._last_look = time.monotonic()
+    def __init__(self, recipe: Recipe, num_steps: int, meet: Callable[[], bool]) -> None:
+        self._recipe, self._num_steps, self._meet = recipe, num_steps, meet
+        self._last_checkpoint = self._last_meeting = time.monotonic()
         self._was_urgent = False
 
     def wishes(self) -> _Wishes:
@@ -101,14 +108,14 @@ class _Saving:
         now = time.monotonic()
         return _Wishes(
             checkpoint=now - self._last_checkpoint >= self._recipe.checkpoint_every_s,
-            look=now - self._last_look >= _LOOK_EVERY_S,
+            meet=now - self._last_meeting >= _MEET_EVERY_S,
         )
 
     def decide(self, done: int, wishes: _Wishes) -> tuple[bool, bool]:
         """Whether a checkpoint follows after ``done`` steps, and whether it is urgent; the same on all workers."""
         became_urgent = False
-        if wishes.look:
-            urgent, self._last_look = self._is_urgent(), time.monotonic()
+        if wishes.meet:
+            urgent, self._last_meeting = self._meet(), time.monotonic()
             became_urgent, self._was_urgent = urgent and not self._was_urgent, urgent
         every = self._recipe.checkpoint_every_steps
         is_regular = done == self._num_steps or (every is not None and done % every == 0)
@@ -127,10 +134,10 @@ class _LoadedStep:
 
 
 def _take_step(
-    engine: Engine, plan: StepPlan, recipe: Recipe, loaded: _LoadedStep, wait_s: float, wishes: _Wishes
+    engine: Engine, plan: StepPlan, recipe: Recipe, loaded: _LoadedStep, wishes: _Wishes
 ) -> tuple[dict[str, Any], _Wishes]:
     """One optimiser step: its metrics over all workers, and what the first worker wishes."""
-    started, step = time.perf_counter(), loaded.step
+    step = loaded.step
     lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
     try:
         totals = _accumulate(engine, plan, recipe, loaded, wishes)
@@ -141,7 +148,6 @@ def _take_step(
     grad_norm = engine.step(lr)
     if not math.isfinite(grad_norm):
         raise _failure(step, f"the gradient's norm is {grad_norm}. Lower the learning rate.")
-    seconds = wait_s + time.perf_counter() - started
     row = {
         "step": step.index + 1,
         "num_steps": plan.num_steps,
@@ -155,13 +161,18 @@ def _take_step(
         "num_answer_tokens": plan.num_answer_tokens(step),
         "padding_share": totals.padding_share,
         **totals.selection,
-        "seconds": seconds,
-        "loader_wait_s": wait_s,
-        "samples_per_s": len(step.positions) / seconds,
-        "visual_tokens_per_s": totals.num_visual_tokens / seconds,
-        "text_tokens_per_s": totals.num_text_tokens / seconds,
     }
     return row, totals.wishes
+
+
+def _rates(row: dict[str, Any], seconds: float, wait_s: float) -> dict[str, float]:
+    return {
+        "seconds": seconds,
+        "loader_wait_s": wait_s,
+        "samples_per_s": row["num_samples"] / seconds,
+        "visual_tokens_per_s": row["num_visual_tokens"] / seconds,
+        "text_tokens_per_s": row["num_text_tokens"] / seconds,
+    }
 
 
 def _failure(step: Step, problem: str) -> TrainingError:
@@ -221,14 +232,14 @@ def _accumulate(engine: Engine, plan: StepPlan, recipe: Recipe, loaded: _LoadedS
             sums[3] += batch.input_ids.numel()
         if micro_step.selection_sums is not None:
             sums[6:] += micro_step.selection_sums
-    loss, num_visual, num_text, num_places, checkpoint, look, *selection = all_reduce_sum(sums).tolist()
+    loss, num_visual, num_text, num_places, checkpoint, meet, *selection = all_reduce_sum(sums).tolist()
     return _Totals(
         loss=loss,
         num_visual_tokens=int(num_visual),
         num_text_tokens=int(num_text),
         padding_share=1 - (num_visual + num_text) / max(num_places, 1.0),
         selection=mean_selection(torch.tensor(selection, dtype=torch.float64)),
-        wishes=_Wishes(checkpoint=bool(checkpoint), look=bool(look)),
+        wishes=_Wishes(checkpoint=bool(checkpoint), meet=bool(meet)),
     )
 
 
