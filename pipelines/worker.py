@@ -16,6 +16,7 @@ from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.config import RunSettings, StageSettings
 from meteor.data.collate import collate
 from meteor.data.table import SampleTable
+from meteor.errors import FailedStepError, TrainingError
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.attention import choose_attention
@@ -94,20 +95,33 @@ def train_worker(config: dict[str, Any]) -> None:
             options=stage.deepspeed,
         )
         reporter = _Reporter(task, start_step, engine.rank)
-        train(
-            engine,
-            plan,
-            recipe,
-            load_batches=loader,
-            checkpoints=checkpoints,
-            start_step=start_step,
-            on_step=reporter,
-            before_checkpoint=reporter.flush,
-            is_urgent=lambda: ray.train.get_preemption_info() is not None,
-        )
+        try:
+            train(
+                engine,
+                plan,
+                recipe,
+                load_batches=loader,
+                checkpoints=checkpoints,
+                start_step=start_step,
+                on_step=reporter,
+                before_checkpoint=reporter.flush,
+                is_urgent=lambda: ray.train.get_preemption_info() is not None,
+            )
+        except FailedStepError as error:
+            raise write_failure(error, task.run_uri) from error
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])
     barrier()
+
+
+def write_failure(error: FailedStepError, run_uri: str) -> TrainingError:
+    """Leave the samples of a failed step in the run's folder; the error that names the file.
+
+    Every worker that fails comes here: the first one's error ends the others, and all write the same.
+    """
+    uri = storage.join(run_uri, "failures", f"step_{error.failure['step']:08d}.json")
+    storage.write_json(uri, error.failure)
+    return TrainingError(f"{error} The samples of its global batch: {uri}")
 
 
 def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> Recipe:

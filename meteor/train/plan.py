@@ -48,6 +48,7 @@ class StepPlan:
 
     def __init__(self, table: SampleTable, recipe: Recipe, index_digest: str) -> None:
         self._table, self._recipe, self._index_digest = table, recipe, index_digest
+        self.sample_ids = table.sample_ids
         self.steps_per_epoch = math.ceil(len(table) / recipe.global_batch_size)
         self.num_steps = self.steps_per_epoch * recipe.epochs
 

@@ -1,0 +1,207 @@
+"""One optimiser step: forward and backward of a global batch, and what it measured, or why it failed."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from meteor.data.collate import Batch
+from meteor.errors import FailedStepError
+from meteor.projector.statistics import NUM_SUMS, mean_selection
+from meteor.train.plan import Recipe, Step, StepPlan
+from meteor.train.protocol import Engine, all_reduce_sum
+from meteor.train.schedule import learning_rate, native_weight
+
+
+class Wishes(NamedTuple):
+    """What the first worker's clock wants after a step; all act on it alike."""
+
+    checkpoint: bool
+    look: bool
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """A step with this worker's micro batches."""
+
+    step: Step
+    micro_batches: list[Batch]
+
+
+def take_step(
+    engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedStep, wait_s: float, wishes: Wishes
+) -> tuple[dict[str, Any], Wishes]:
+    """One optimiser step: its metrics over all workers, and what the first worker wishes.
+
+    Raises:
+        FailedStepError: the loss or the gradient's norm is not finite, or the projector refuses what it was given; the weights
+            are those before the step.
+    """
+    started, step = time.perf_counter(), loaded.step
+    lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
+    try:
+        totals = _accumulate(engine, plan, recipe, loaded, wishes)
+    except ValueError as error:
+        raise _failure(engine, plan, step, str(error), lr=lr) from error
+    loss, micro_losses = totals.loss, totals.micro_losses
+    if not math.isfinite(loss):
+        problem = f"the loss is {loss}. Lower the learning rate, or use bfloat16 or float32."
+        raise _failure(engine, plan, step, problem, lr=lr, loss=loss, micro_losses=micro_losses)
+    grad_norm = engine.step(lr)
+    if not math.isfinite(grad_norm):
+        problem = f"the gradient's norm is {grad_norm}. Lower the learning rate."
+        raise _failure(engine, plan, step, problem, lr=lr, loss=loss, grad_norm=grad_norm, micro_losses=micro_losses)
+    seconds = wait_s + time.perf_counter() - started
+    row = {
+        "step": step.index + 1,
+        "num_steps": plan.num_steps,
+        "epoch": plan.epochs_done(step),
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "num_samples": len(step.positions),
+        "num_visual_tokens": totals.num_visual_tokens,
+        "num_text_tokens": totals.num_text_tokens,
+        "num_answer_tokens": plan.num_answer_tokens(step),
+        "padding_share": totals.padding_share,
+        **totals.selection,
+        "seconds": seconds,
+        "loader_wait_s": wait_s,
+        "samples_per_s": len(step.positions) / seconds,
+        "visual_tokens_per_s": totals.num_visual_tokens / seconds,
+        "text_tokens_per_s": totals.num_text_tokens / seconds,
+    }
+    return row, totals.wishes
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Numbers of one global batch over micro batches and workers.
+
+    Attributes:
+        micro_losses: [worker][micro batch], shares of the loss.
+        padding_share: of the rows; `varlen` attention leaves it out of the language model.
+        selection: see `mean_selection`.
+        wishes: of the first worker.
+    """
+
+    micro_losses: list[list[float]]
+    num_visual_tokens: int
+    num_text_tokens: int
+    padding_share: float
+    selection: dict[str, float]
+    wishes: Wishes
+
+    @property
+    def loss(self) -> float:
+        """Of the global batch."""
+        return sum(map(sum, self.micro_losses))
+
+
+def _accumulate(engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedStep, wishes: Wishes) -> _Totals:
+    """Forward and backward of one global batch."""
+    step, num_answer_tokens = loaded.step, plan.num_answer_tokens(loaded.step)
+    extra: dict[str, Any] = {}
+    if recipe.native_weight_full is not None:
+        weight = native_weight(step.index, plan.num_steps, full=recipe.native_weight_full, warmup=recipe.native_warmup)
+        extra["native_weight"] = torch.tensor(weight, device=engine.device)
+    numbers = _Numbers(engine, len(loaded.micro_batches))
+    if engine.rank == 0:
+        numbers.shared[3], numbers.shared[4] = wishes
+    for i, batch in enumerate(loaded.micro_batches):
+        num_samples = batch.num_samples
+        inputs = batch.to(engine.device).as_inputs()
+        micro_step = engine.forward_backward(
+            {
+                **inputs,
+                **extra,
+                "num_items_in_batch": num_answer_tokens,
+                # A mean over samples, like the loss is one over tokens: empty batches add nothing.
+                "aux_loss_coefficient": recipe.aux_loss_coefficient * num_samples / len(step.positions),
+            },
+            last=i == len(loaded.micro_batches) - 1,
+        )
+        numbers.own[i] = micro_step.loss
+        numbers.shared[0] += batch.num_visual_tokens
+        # The batch that stands in for no samples holds one token, which nobody wrote.
+        if num_samples:
+            numbers.shared[1] += batch.num_text_tokens
+            numbers.shared[2] += batch.input_ids.numel()
+        if micro_step.selection_sums is not None:
+            numbers.shared[5:] += micro_step.selection_sums
+    (num_visual, num_text, num_places, checkpoint, look, *selection), of_workers = numbers.reduce()
+    return _Totals(
+        micro_losses=of_workers,
+        num_visual_tokens=int(num_visual),
+        num_text_tokens=int(num_text),
+        padding_share=1 - (num_visual + num_text) / max(num_places, 1.0),
+        selection=mean_selection(torch.tensor(selection, dtype=torch.float64)),
+        wishes=Wishes(checkpoint=bool(checkpoint), look=bool(look)),
+    )
+
+
+class _Numbers:
+    """What the workers tell each other of a step, in one vector and so in one reduction, whatever their batches held.
+
+    It lies on the device, so that the host does not wait for each micro step.
+
+    Attributes:
+        shared: summed over workers.
+        own: a row of a table that all workers see whole: it is zero but for this worker's row, until it is summed.
+    """
+
+    def __init__(self, engine: Engine, num_own: int) -> None:
+        num_shared = 5 + NUM_SUMS
+        size = num_shared + engine.world_size * num_own
+        self._vector = torch.zeros(size, dtype=torch.float64, device=engine.device)
+        self.shared = self._vector[:num_shared]
+        self._table = self._vector[num_shared:].view(engine.world_size, num_own)
+        self.own = self._table[engine.rank]
+
+    def reduce(self) -> tuple[list[float], list[list[float]]]:
+        """The sums, and the table of all workers' rows."""
+        all_reduce_sum(self._vector)
+        return self.shared.tolist(), self._table.tolist()
+
+
+def _failure(
+    engine: Engine,
+    plan: StepPlan,
+    step: Step,
+    problem: str,
+    *,
+    lr: float,
+    loss: float | None = None,
+    grad_norm: float | None = None,
+    micro_losses: list[list[float]] | None = None,
+) -> FailedStepError:
+    samples = [
+        {
+            "id": plan.sample_ids[position],
+            "row": position,
+            "worker": worker,
+            "micro_batch": i,
+            "micro_batch_loss": _json_number(micro_losses[worker][i] if micro_losses else None),
+        }
+        for worker in range(engine.world_size)
+        for i, rows in enumerate(plan.micro_steps(step, worker, engine.world_size))
+        for row in rows
+        for position in row
+    ]
+    failure = {
+        "step": step.index + 1,
+        "epoch": plan.epochs_done(step),
+        "problem": problem,
+        "lr": lr,
+        "loss": _json_number(loss),
+        "grad_norm": _json_number(grad_norm),
+        "samples": samples,
+    }
+    return FailedStepError(f"step {step.index + 1}: {problem}", failure)
+
+
+def _json_number(value: float | None) -> float | str | None:
+    """JSON knows neither nan nor inf."""
+    return value if value is None or math.isfinite(value) else str(value)
