@@ -24,6 +24,7 @@ from meteor.text.tokens import Separators, load_tokenizer
 from meteor.train.build import DTYPES, Stage, build_model, checkpoint_activations, freeze_for, load_projector
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.export import export_model, export_projector
+from meteor.train.flops import ModelFlops, peak_flops
 from meteor.train.loading import load_batches
 from meteor.train.loop import LoadBatches, train
 from meteor.train.plan import Recipe, StepPlan
@@ -95,6 +96,7 @@ def train_worker(config: dict[str, Any]) -> None:
             options=stage.deepspeed,
         )
         reporter = _Reporter(task, start_step, engine.rank)
+        flops = _flops(model, device, settings.runtime.peak_tflops)
         try:
             train(
                 engine,
@@ -106,6 +108,7 @@ def train_worker(config: dict[str, Any]) -> None:
                 on_step=reporter,
                 before_checkpoint=reporter.flush,
                 is_urgent=lambda: ray.train.get_preemption_info() is not None,
+                flops=flops,
             )
         except FailedStepError as error:
             raise write_failure(error, task.run_uri) from error
@@ -122,6 +125,14 @@ def write_failure(error: FailedStepError, run_uri: str) -> TrainingError:
     uri = storage.join(run_uri, "failures", f"step_{error.failure['step']:08d}.json")
     storage.write_json(uri, error.failure)
     return TrainingError(f"{error} The samples of its global batch: {uri}")
+
+
+def _flops(model: MeteorForConditionalGeneration, device: torch.device, peak_tflops: float | None) -> ModelFlops | None:
+    """None where the device's peak is neither set nor known."""
+    if peak_tflops is not None:
+        return ModelFlops.of(model, peak_tflops * 1e12)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if peak is None else ModelFlops.of(model, peak)
 
 
 def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> Recipe:

@@ -10,6 +10,7 @@ from typing import Any
 from meteor.data.collate import Batch
 from meteor.data.order import MicroBatch
 from meteor.train.checkpoints import CheckpointWriter
+from meteor.train.flops import ModelFlops
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine
 from meteor.train.step import LoadedStep, Wishes, take_step
@@ -34,6 +35,7 @@ def train(
     before_checkpoint: Callable[[], None] = lambda: None,
     is_urgent: Callable[[], bool] = lambda: False,
     evaluate: Callable[[], dict[str, float]] = dict,
+    flops: ModelFlops | None = None,
 ) -> None:
     """Run the steps from ``start_step`` to the end of the plan.
 
@@ -52,6 +54,7 @@ def train(
             same on all. The step after which it becomes so ends with a checkpoint, and training goes on when it is complete.
         evaluate: metrics of the weights before a checkpoint that is not urgent, on all workers at once; they are reported
             with the step and kept in the checkpoint's manifest.
+        flops: of the model; with them ``mfu`` is among the metrics.
 
     Raises:
         FailedStepError: a loss or gradient is not finite, or the projector refuses features or scores that are not; the
@@ -61,7 +64,7 @@ def train(
     saving = _Saving(recipe, plan.num_steps, is_urgent)
     with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as steps:
         for loaded, wait_s in _timed(steps):
-            row, wishes = take_step(engine, plan, recipe, loaded, wait_s, saving.wishes())
+            row, wishes = take_step(engine, plan, recipe, loaded, wait_s, saving.wishes(), flops)
             done = row["step"]
             is_due, is_urgent_now = saving.decide(done, wishes)
             evaluated = evaluate() if is_due and not is_urgent_now else {}

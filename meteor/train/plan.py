@@ -80,6 +80,10 @@ class StepPlan:
         """Passes over the samples when the step is over, whole and begun."""
         return step.epoch + (step.index + 1 - step.epoch * self.steps_per_epoch) / self.steps_per_epoch
 
+    def lengths(self, step: Step) -> list[int]:
+        """Tokens of each of its samples, visual ones included."""
+        return [self._table.lengths[position] for position in step.positions]
+
     def num_answer_tokens(self, step: Step) -> int:
         """What the loss of the global batch is divided by."""
         return sum(self._table.num_answer_tokens(position) for position in step.positions)

@@ -1,6 +1,7 @@
 """One optimiser step: forward and backward of a global batch, and what it measured, or why it failed."""
 
 import math
+import resource
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from meteor.data.collate import Batch
 from meteor.errors import FailedStepError
 from meteor.projector.statistics import NUM_SUMS, mean_selection
+from meteor.train.flops import ModelFlops
 from meteor.train.plan import Recipe, Step, StepPlan
 from meteor.train.protocol import Engine, all_reduce_sum
 from meteor.train.schedule import learning_rate, native_weight
@@ -31,9 +33,22 @@ class LoadedStep:
 
 
 def take_step(
-    engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedStep, wait_s: float, wishes: Wishes
+    engine: Engine,
+    plan: StepPlan,
+    recipe: Recipe,
+    loaded: LoadedStep,
+    wait_s: float,
+    wishes: Wishes,
+    flops: ModelFlops | None,
 ) -> tuple[dict[str, Any], Wishes]:
     """One optimiser step: its metrics over all workers, and what the first worker wishes.
+
+    Args:
+        engine, plan, recipe: see `meteor.train.loop.train`.
+        loaded: what to train on.
+        wait_s: how long it was waited for.
+        wishes: this worker's.
+        flops: for the MFU, which is left out where None.
 
     Raises:
         FailedStepError: the loss or the gradient's norm is not finite, or the projector refuses what it was given; the weights
@@ -42,7 +57,7 @@ def take_step(
     started, step = time.perf_counter(), loaded.step
     lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
     try:
-        totals = _accumulate(engine, plan, recipe, loaded, wishes)
+        totals = _accumulate(engine, plan, recipe, loaded, wait_s, wishes)
     except ValueError as error:
         raise _failure(engine, plan, step, str(error), lr=lr) from error
     loss, micro_losses = totals.loss, totals.micro_losses
@@ -53,7 +68,7 @@ def take_step(
     if not math.isfinite(grad_norm):
         problem = f"the gradient's norm is {grad_norm}. Lower the learning rate."
         raise _failure(engine, plan, step, problem, lr=lr, loss=loss, grad_norm=grad_norm, micro_losses=micro_losses)
-    seconds = wait_s + time.perf_counter() - started
+    seconds, num_workers = wait_s + time.perf_counter() - started, engine.world_size
     row = {
         "step": step.index + 1,
         "num_steps": plan.num_steps,
@@ -68,11 +83,17 @@ def take_step(
         "padding_share": totals.padding_share,
         **totals.selection,
         "seconds": seconds,
-        "loader_wait_s": wait_s,
+        # The slowest worker's; the others wait for it in the step.
+        "loader_wait_s": totals.wait_s,
+        "loader_wait_share": min(totals.wait_s / seconds, 1.0),
         "samples_per_s": len(step.positions) / seconds,
-        "visual_tokens_per_s": totals.num_visual_tokens / seconds,
-        "text_tokens_per_s": totals.num_text_tokens / seconds,
+        "visual_tokens_per_s_per_gpu": totals.num_visual_tokens / seconds / num_workers,
+        "text_tokens_per_s_per_gpu": totals.num_text_tokens / seconds / num_workers,
+        "memory_gb": totals.memory_bytes / 1e9,
     }
+    if flops is not None:
+        num_flops = flops.count(plan.lengths(step), totals.num_visual_tokens, plan.num_answer_tokens(step))
+        row["mfu"] = num_flops / (seconds * num_workers * flops.peak)
     return row, totals.wishes
 
 
@@ -85,6 +106,8 @@ class _Totals:
         padding_share: of the rows; `varlen` attention leaves it out of the language model.
         selection: see `mean_selection`.
         wishes: of the first worker.
+        wait_s: of the worker that waited longest for its batches.
+        memory_bytes: of the worker with most; see `_peak_memory`.
     """
 
     micro_losses: list[list[float]]
@@ -93,6 +116,8 @@ class _Totals:
     padding_share: float
     selection: dict[str, float]
     wishes: Wishes
+    wait_s: float
+    memory_bytes: float
 
     @property
     def loss(self) -> float:
@@ -100,14 +125,16 @@ class _Totals:
         return sum(map(sum, self.micro_losses))
 
 
-def _accumulate(engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedStep, wishes: Wishes) -> _Totals:
+def _accumulate(
+    engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedStep, wait_s: float, wishes: Wishes
+) -> _Totals:
     """Forward and backward of one global batch."""
     step, num_answer_tokens = loaded.step, plan.num_answer_tokens(loaded.step)
     extra: dict[str, Any] = {}
     if recipe.native_weight_full is not None:
         weight = native_weight(step.index, plan.num_steps, full=recipe.native_weight_full, warmup=recipe.native_warmup)
         extra["native_weight"] = torch.tensor(weight, device=engine.device)
-    numbers = _Numbers(engine, len(loaded.micro_batches))
+    numbers = _Numbers(engine, 2 + len(loaded.micro_batches))
     if engine.rank == 0:
         numbers.shared[3], numbers.shared[4] = wishes
     for i, batch in enumerate(loaded.micro_batches):
@@ -123,7 +150,7 @@ def _accumulate(engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedSt
             },
             last=i == len(loaded.micro_batches) - 1,
         )
-        numbers.own[i] = micro_step.loss
+        numbers.own[2 + i] = micro_step.loss
         numbers.shared[0] += batch.num_visual_tokens
         # The batch that stands in for no samples holds one token, which nobody wrote.
         if num_samples:
@@ -131,15 +158,27 @@ def _accumulate(engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedSt
             numbers.shared[2] += batch.input_ids.numel()
         if micro_step.selection_sums is not None:
             numbers.shared[5:] += micro_step.selection_sums
+    numbers.own[0], numbers.own[1] = wait_s, _peak_memory(engine.device)
     (num_visual, num_text, num_places, checkpoint, look, *selection), of_workers = numbers.reduce()
     return _Totals(
-        micro_losses=of_workers,
+        micro_losses=[micro_losses for _, _, *micro_losses in of_workers],
         num_visual_tokens=int(num_visual),
         num_text_tokens=int(num_text),
         padding_share=1 - (num_visual + num_text) / max(num_places, 1.0),
         selection=mean_selection(torch.tensor(selection, dtype=torch.float64)),
         wishes=Wishes(checkpoint=bool(checkpoint), look=bool(look)),
+        wait_s=max(waited for waited, *_ in of_workers),
+        memory_bytes=max(memory for _, memory, *_ in of_workers),
     )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU since this was last asked; on a CPU the process's peak so far."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 class _Numbers:

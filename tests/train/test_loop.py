@@ -4,11 +4,13 @@ import copy
 import math
 import pickle
 import threading
+import time
 from collections import Counter
 
 import pyarrow as pa
 import pytest
 import torch
+import torch.distributed as dist
 
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.config import RunSettings
@@ -18,6 +20,7 @@ from meteor.errors import DataError, FailedStepError
 from meteor.train import loop
 from meteor.train.build import freeze_for
 from meteor.train.engine import make_engine
+from meteor.train.flops import ModelFlops
 from meteor.train.held_out import held_out_loss
 from meteor.train.loop import train
 from meteor.train.plan import Recipe, StepPlan
@@ -209,6 +212,61 @@ def test_each_micro_step_gets_its_share_of_the_global_batch(make_loader, tmp_pat
         assert row["loss"] == 0.25 * len(shares)
 
 
+def test_rates_are_those_of_one_of_the_workers(make_loader, tmp_path):
+    table = make_table(13)
+    recipe = make_recipe(global_batch_size=8, micro_batch_size=2, epochs=1)
+    plan, rows = StepPlan(table, recipe, "d"), []
+    flops = ModelFlops(per_token=3, per_squared_length=5, per_answer_token=7, per_visual_token=11, peak=1e4)
+    train(
+        RecordingEngine(),
+        plan,
+        recipe,
+        load_batches=make_loader(table),
+        checkpoints=str(tmp_path),
+        start_step=0,
+        on_step=rows.append,
+        flops=flops,
+    )
+    for step, row in zip(plan.steps(), rows, strict=True):
+        assert row["visual_tokens_per_s_per_gpu"] == pytest.approx(row["num_visual_tokens"] / row["seconds"] / 3)
+        assert row["text_tokens_per_s_per_gpu"] == pytest.approx(row["num_text_tokens"] / row["seconds"] / 3)
+        lengths = [table.lengths[position] for position in step.positions]
+        of_llm = 3 * sum(lengths) + 5 * sum(length**2 for length in lengths)
+        of_ends = 7 * row["num_answer_tokens"] + 11 * row["num_visual_tokens"]
+        assert row["mfu"] == pytest.approx((of_llm + of_ends) / (row["seconds"] * 3 * 1e4))
+
+
+def report_of_one_of_two(table, make_loader, folder):
+    """A process of `test_the_slowest_worker_is_the_one_that_is_reported`."""
+    rank = dist.get_rank()
+
+    def load_slowly(micro_batches):
+        for batch in make_loader(table)(micro_batches):
+            time.sleep(0.3 * rank)
+            yield batch
+
+    engine, recipe, rows = RecordingEngine(), make_recipe(global_batch_size=8, micro_batch_size=4, epochs=1), []
+    engine.rank, engine.world_size = rank, 2
+    train(
+        engine,
+        StepPlan(table, recipe, "d"),
+        recipe,
+        load_batches=load_slowly,
+        checkpoints=folder,
+        start_step=0,
+        on_step=rows.append,
+    )
+    [row] = rows
+    assert row["loader_wait_s"] >= 0.3
+    assert 0.5 < row["loader_wait_share"] <= 1
+    assert row["loss"] == 0.25 * 2
+    assert row["num_visual_tokens"] == 4 * 5
+
+
+def test_the_slowest_worker_is_the_one_that_is_reported(make_loader, tmp_path, start_workers):
+    start_workers(2, report_of_one_of_two, make_table(8), make_loader, str(tmp_path))
+
+
 @pytest.fixture
 def record(make_loader, tmp_path):
     """Run the loop with an engine that only notes; its steps, and the rows it reported."""
@@ -344,7 +402,12 @@ def test_each_step_reports_its_numbers(run):
         positions = sum(len(micro) * max(micro) for micro in micros)
         assert row["padding_share"] == pytest.approx(1 - sum(map(sum, micros)) / positions)
         assert 0 <= row["loader_wait_s"] <= row["seconds"]
+        assert row["loader_wait_share"] == row["loader_wait_s"] / row["seconds"]
         assert row["samples_per_s"] == row["num_samples"] / row["seconds"]
+        assert row["visual_tokens_per_s_per_gpu"] == row["num_visual_tokens"] / row["seconds"]
+        assert row["text_tokens_per_s_per_gpu"] == row["num_text_tokens"] / row["seconds"]
+        assert 0.01 < row["memory_gb"] < 100
+        assert "mfu" not in row
     # Random weights know nothing: about ln(64) for each of 64 tokens; and then they learn.
     assert rows[0]["loss"] == pytest.approx(4.16, abs=0.3)
     assert rows[-1]["loss"] < rows[0]["loss"]
