@@ -317,10 +317,11 @@ def _run_workers(settings: RunSettings, task: WorkerTask, tracker: Tracker, run_
         last.update(read_last(task.run_uri) or {})
         return int(last.get("step", 0))
 
-    def loss() -> str:
-        return f", loss {last['loss']:.4f}" if "loss" in last else ""
+    def detail() -> str:
+        epochs = stage_settings(settings, task.stage).epochs
+        return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
 
-    with progress(f"{task.stage} steps", num_steps, steps_done, detail=loss):
+    with progress(f"{task.stage}: step", num_steps, steps_done, detail=detail):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
