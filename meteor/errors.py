@@ -16,9 +16,12 @@ MeteorError
 │   ├── CacheMismatchError   the cache was made with other settings than the model wants
 │   └── CorruptPayloadError  a checksum does not match
 ├── CheckpointError          a checkpoint is incomplete, damaged, or does not fit
-├── TrainingError            training cannot go on (a loss that is not finite, say)
+├── TrainingError            training cannot go on
+│   └── FailedStepError      a step's loss or gradient is not finite; carries the samples of its batch
 └── TrackingError            the tracking server refused
 """
+
+from typing import Any
 
 
 class MeteorError(Exception):
@@ -98,6 +101,23 @@ class CheckpointError(MeteorError):
 
 class TrainingError(MeteorError):
     pass
+
+
+class FailedStepError(TrainingError):
+    """A step that was stopped before the weights changed.
+
+    Attributes:
+        failure: as JSON: ``step``, ``epoch``, ``problem``, ``lr``, ``loss`` and ``grad_norm`` (None where it did not come to
+            them, a text where they are not finite), and ``samples``: of the global batch, each with its ``id``, its ``row``
+            in the sample table, its ``worker``, ``micro_batch`` and ``micro_batch_loss``.
+    """
+
+    def __init__(self, message: str, failure: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, Any]]]:
+        return type(self), (str(self), self.failure)
 
 
 class TrackingError(MeteorError):

@@ -97,8 +97,9 @@ class Tracker:
         """Log rows with a ``step`` and, as they like, ``time_ms``; numbers only. An outage is reported once and forgiven."""
         if self._outage_until is not None and time.monotonic() < self._outage_until:
             return
+        now_ms = int(time.time() * 1000)
         try:
-            self._send(run_id, rows)
+            self._send(run_id, [metric for row in rows for metric in self._metrics(row, row.get("time_ms", now_ms))])
             self._outage_until = None
         except self._failures() as error:
             if self._outage_until is None:
@@ -110,14 +111,27 @@ class Tracker:
             self._outage_until = time.monotonic() + _OUTAGE_PAUSE_S
 
     def backfill(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Log those rows whose step MLflow does not have yet; returns how many.
+        """Log what MLflow does not have of the rows; returns how many numbers that were.
+
+        A number is known by its name, step and time, as a row may have been sent in part. So a step that was done again
+        after a resume has both its points in MLflow, which cannot forget one: the later one is in the run's files too, and
+        is its latest value.
+
+        Args:
+            run_id: of the run.
+            rows: as in `log_metrics`, each with ``time_ms``.
 
         Raises:
             TrackingError: the server cannot be reached.
         """
+        metrics = [metric for row in rows for metric in self._metrics(row, row["time_ms"])]
         with self._reaching():
-            known = {metric.step for metric in self._client.get_metric_history(run_id, "loss")}
-            missing = [row for row in rows if row["step"] not in known]
+            known = {
+                (metric.key, metric.step, metric.timestamp)
+                for key in {metric.key for metric in metrics}
+                for metric in self._client.get_metric_history(run_id, key)
+            }
+            missing = [metric for metric in metrics if (metric.key, metric.step, metric.timestamp) not in known]
             self._send(run_id, missing)
         return len(missing)
 
@@ -138,14 +152,15 @@ class Tracker:
         with self._reaching():
             self._client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
 
-    def _send(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        now_ms = int(time.time() * 1000)
-        metrics = [
-            self._entities.Metric(key, float(value), int(row.get("time_ms", now_ms)), int(row["step"]))
-            for row in rows
+    def _metrics(self, row: Mapping[str, Any], time_ms: int) -> list[Any]:
+        """A row's numbers."""
+        return [
+            self._entities.Metric(key, float(value), time_ms, int(row["step"]))
             for key, value in row.items()
             if key not in {"step", "time_ms"} and isinstance(value, int | float)
         ]
+
+    def _send(self, run_id: str, metrics: Sequence[Any]) -> None:
         for start in range(0, len(metrics), _MAX_METRICS):
             self._client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
 

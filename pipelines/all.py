@@ -4,7 +4,8 @@ import sys
 
 from meteor.config import RunSettings, load_run, resolve_paths
 from pipelines import cache_features, evaluate, finetune, pretrain, report
-from pipelines.stage import Summary, stage_main, timed, tracking_uri
+from pipelines.stage import Summary, stage_main, timed
+from pipelines.stage_log import tracking_uri
 
 _DESCRIPTION = """Run cache_features, pretrain, finetune and evaluate for this run and for those in report.compare, then report.
 What has finished before is found and not done again."""

@@ -26,7 +26,7 @@ from pipelines.calibration import calibrate_cache
 from pipelines.encoding import encode_missing
 from pipelines.indexing import update_index
 from pipelines.inputs import SampleSet, load_sets
-from pipelines.stage import StageRun, Summary, canonical, log_cache, stage_main, timed
+from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _LOG = logging.getLogger(__name__)
 _CODEC_ERRORS = ("mean_relative_error", "max_relative_error", "min_cosine", "mean_top_k_agreement")
@@ -52,9 +52,9 @@ def run(settings: RunSettings) -> Summary:
         _LOG.info("%d distinct pictures, %d of them to encode", len(wanted), len(missing))
         before = stage.finished()
         if before and not missing and not num_read:
-            return before
+            return stage.reuse(before)
         stage.start(cache=cache_uri, cache_key=identity.key, sample_sets={one.name: one.uri for one in sets})
-        with stage.tracked(canonical(mathematical_settings(settings))) as (tracker, run_id, _):
+        with stage.tracked(canonical(mathematical_settings(settings))) as log:
             encoding: dict[str, float] = {}
             if missing:
                 calibrate_cache(settings, cache_uri, wanted)
@@ -64,8 +64,8 @@ def run(settings: RunSettings) -> Summary:
             cache = FeatureCache.open(cache_uri)
             bad = refused + [row for row in cache.quarantine() if row.image_key in wanted]
             summary = _summary(cache, index, rows, wanted, bad, num_read, len(missing), encoding, seconds())
-            tracker.log_metrics(run_id, [{"step": 0, **summary.counts, "seconds": summary.seconds}])
-            log_cache(tracker, run_id, cache, context="cache")
+            log.metrics({**summary.counts, "seconds": summary.seconds})
+            log.cache(cache, context="cache")
             _check_share_of_bad(settings, len(rows), bad)
         return stage.finish(summary)
 

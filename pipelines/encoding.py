@@ -36,7 +36,7 @@ def encode_missing(settings: RunSettings, cache_uri: str, missing: Mapping[str, 
     bad: list[QuarantineRow] = []
     committed_at = time.monotonic()
     try:
-        with progress("pictures encoded", len(missing), lambda: meter.num_pictures, detail=meter.detail):
+        with progress("pictures encoded:", len(missing), lambda: meter.num_pictures, detail=meter.detail):
             for outcomes in _stream(settings, cache_uri, missing):
                 meter.add(outcomes)
                 bad += [_quarantine_row(row, missing[row["image_key"]]) for row in outcomes if row["reason"]]

@@ -23,7 +23,7 @@ from meteor.evaluation.scoring import score_row, score_table
 from meteor.train.build import DTYPES
 from pipelines.inputs import SampleSet, indexed_images, load_set, open_features, quarantine_into, uris_by_key
 from pipelines.runtime import Counter, num_blocks, progress, worker_environment
-from pipelines.stage import StageRun, Summary, canonical, log_cache, stage_main, timed
+from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 from pipelines.training import prepare
 
 _LOG = logging.getLogger(__name__)
@@ -39,14 +39,11 @@ def run(settings: RunSettings) -> Summary:
         stage = find_run(settings)
         finished = stage.finished()
         if finished:
-            return finished
+            return stage.reuse(finished)
         index, cache = _index(settings), FeatureCache.open(find_cache(settings))
         stage.start(parent={"uri": model_uri, "digest": model_digest}, cache=cache.uri, cache_key=cache.identity.key)
-        with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate)})) as (
-            tracker,
-            run_id,
-            parent,
-        ):
+        with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate)})) as log:
+            log.cache(cache, context="evaluation")
             questions, quarantined = find_questions(settings, sets, index, cache)
             predictions = answer(settings, questions, model_uri, cache, uris_by_key(index.rows()))
             rows = [_row(name, q, predictions[name, q.id], "") for name, q in questions]
@@ -59,10 +56,8 @@ def run(settings: RunSettings) -> Summary:
                 for name, score in scores.items()
                 for kind, part in score["by_type"].items()
             }
-            for one in (run_id, parent):
-                tracker.log_metrics(one, [{"step": 0, **metrics}])
-            log_cache(tracker, run_id, cache, context="evaluation")
-            tracker.log_file(run_id, "scores.json", storage.json_bytes(scores))
+            log.metrics(metrics, pipeline=True)
+            log.file("scores.json")
         elapsed = seconds()
         counts = {"questions": len(rows), "quarantined": len(quarantined), "questions_per_s": len(questions) / elapsed}
         counts |= {f"exact_match {name}": score["exact_match"] for name, score in scores.items()}
@@ -186,7 +181,7 @@ def answer(
     counter = Counter.remote()
     shared = ray.put([question for _, question in ordered])
     answers: dict[tuple[str, str], str] = {}
-    with progress("questions answered", len(ordered), lambda: ray.get(counter.count.remote())):
+    with progress("questions answered:", len(ordered), lambda: ray.get(counter.count.remote())):
         dataset = ray.data.from_items(
             table, override_num_blocks=num_blocks(len(table), options.batch_size)
         ).map_batches(

@@ -74,7 +74,7 @@ def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
     num_done = 0
     with (
         ThreadPoolExecutor(_NUM_STAT_THREADS) as pool,
-        progress("pictures looked up", len(wanted) + len(single), lambda: num_done),
+        progress("pictures looked up:", len(wanted) + len(single), lambda: num_done),
     ):
         for infos in pool.map(storage.list_objects, sorted(listed)):
             new = {info.uri: info for info in infos if info.uri in wanted}
@@ -102,7 +102,7 @@ def read_pictures(places: list[dict[str, str]], max_pixels: int) -> Iterator[Ind
         _read_picture, fn_kwargs={"max_pixels": max_pixels}
     )
     num_done = 0
-    with progress("pictures indexed", len(places), lambda: num_done):
+    with progress("pictures indexed:", len(places), lambda: num_done):
         for row in dataset.iter_rows():
             num_done += 1
             yield IndexRow(**row)

@@ -15,7 +15,7 @@ from meteor import storage
 from meteor.assembly import index_uri, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, load_run, resolve_paths
-from meteor.errors import MeteorError, SettingsError
+from meteor.errors import MeteorError, SettingsError, TrackingError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.selection import SelectedPatches, select_patches
 from meteor.image.decode import decode_image
@@ -29,7 +29,8 @@ from meteor.report import (
     write_report,
 )
 from pipelines import cache_features, evaluate
-from pipelines.stage import Summary, make_tracker, pipeline_digest, stage_main, timed
+from pipelines.stage import Summary, stage_main, timed
+from pipelines.stage_log import make_tracker, pipeline_digest
 from pipelines.training import prepare
 
 _LOG = logging.getLogger(__name__)
@@ -54,13 +55,20 @@ def run(settings: RunSettings) -> Summary:
             cache=cache_facts(settings),
             thumbnails=_thumbnails(settings, variants),
         )
-        tracker = make_tracker(settings)
-        parent = tracker.run(settings.name, pipeline_digest(settings), tags={"meteor.kind": "pipeline"})
-        for path in (paths.markdown, paths.html):
-            tracker.log_file(parent, f"report/{path.rpartition('/')[2]}", storage.read_bytes(path))
-        tracker.finish(parent)
+        try:
+            _log(settings, [paths.markdown, paths.html])
+        except TrackingError as error:
+            _LOG.warning("%s. The report is written; run this stage again to keep it in MLflow as well", error)
         counts = {"variants": len(variants), "figures_of_pictures": len(panels)}
         return Summary("report", counts, seconds(), {"markdown": paths.markdown, "html": paths.html})
+
+
+def _log(settings: RunSettings, paths: Sequence[str]) -> None:
+    tracker = make_tracker(settings)
+    parent = tracker.run(settings.name, pipeline_digest(settings), tags={"meteor.kind": "pipeline"})
+    for path in paths:
+        tracker.log_file(parent, f"report/{path.rpartition('/')[2]}", storage.read_bytes(path))
+    tracker.finish(parent)
 
 
 def plan(settings: RunSettings) -> str:

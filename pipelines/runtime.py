@@ -70,6 +70,35 @@ def configure_logging() -> None:
     transformers_logging.disable_progress_bar()
 
 
+class Pace:
+    """How fast a count grows, from its first change on: before that, processes start and models load.
+
+    A count that falls, because workers go on from a checkpoint, begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+        self._since: tuple[float, int] | None = None
+
+    def per_s(self, done: int, now_s: float) -> float | None:
+        """The rate when the count is seen at ``done``; None while it is not known."""
+        if self._last is not None and (done < self._last or (self._since is None and done > self._last)):
+            self._since = now_s, done
+        self._last = done
+        if self._since is None or done == self._since[1]:
+            return None
+        return (done - self._since[1]) / (now_s - self._since[0])
+
+
+def progress_line(what: str, done: int, total: int, per_s: float | None) -> str:
+    """``pretrain: step 120 of 4,650, 1.4 a second, 53 min 56 s left``; without a rate, the count alone."""
+    line = f"{what} {done:,} of {total:,}"
+    if per_s is None:
+        return line
+    rate = f"{per_s:.1f} a second" if per_s >= 1 else f"{format_duration(1 / per_s)} each"
+    return f"{line}, {rate}, {format_duration((total - done) / per_s)} left"
+
+
 @contextmanager
 def progress(
     what: str, total: int, count: Callable[[], int], *, detail: Callable[[], str] = str, every_s: float = 5.0
@@ -77,22 +106,19 @@ def progress(
     """Log ``count()`` of ``total`` with rate and time left every few seconds while the block runs.
 
     Args:
-        what: unit, for example "pictures encoded".
+        what: what stands before the count, for example "pictures encoded:".
         total: when it is done.
-        count: how many are done; called from a thread.
+        count: how many are done, also before this start; called from a thread.
         detail: more text for the line, for example the loss.
         every_s: seconds between lines.
     """
-    stop = threading.Event()
-    started = time.perf_counter()
+    stop, pace = threading.Event(), Pace()
 
     def watch() -> None:
+        pace.per_s(count(), time.monotonic())
         while not stop.wait(every_s):
             done = count()
-            seconds = time.perf_counter() - started
-            rate = done / seconds
-            left = f", {format_duration((total - done) / rate)} left" if rate else ""
-            _LOG.info("%s: %d of %d, %.1f a second%s%s", what, done, total, rate, left, detail())
+            _LOG.info("%s%s", progress_line(what, done, total, pace.per_s(done, time.monotonic())), detail())
 
     thread = threading.Thread(target=watch, name=f"progress of {what}", daemon=True)
     thread.start()

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -16,13 +15,12 @@ import ray.exceptions
 
 import meteor
 from meteor import storage
-from meteor.cache import FeatureCache
 from meteor.cli.data import check_run
-from meteor.config import RunSettings, load_run, resolve_paths, settings_digest
+from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.errors import MeteorError, NotFoundError
 from meteor.formatting import format_duration
-from meteor.tracking import Tracker
 from pipelines.runtime import configure_logging, error_of_ours, ray_session
+from pipelines.stage_log import StageLog
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,51 +88,28 @@ class StageRun:
         return summary
 
     @contextmanager
-    def tracked(self, params: dict[str, Any]) -> Iterator[tuple[Tracker, str, str]]:
-        """The stage's MLflow run under the pipeline's, with its parameters; ends as finished or failed.
+    def tracked(self, params: dict[str, Any]) -> Iterator[StageLog]:
+        """What MLflow is told of the stage while the block runs: with its parameters, and ending as finished or failed.
 
-        Yields:
-            The tracker, the stage's run id and the pipeline's.
+        The server may be away: see `StageLog`.
         """
-        tracker = make_tracker(self.settings)
-        parent = tracker.run(self.settings.name, pipeline_digest(self.settings), tags={"meteor.kind": "pipeline"})
         tags = {"meteor.kind": "stage", "meteor.stage": self.stage, "meteor.variant": self.settings.name}
         tags |= {"meteor.folder": self.uri, "mlflow.source.git.commit": git_commit() or "unknown"}
-        run_id = tracker.run(f"{self.settings.name} {self.stage}", self.digest, parent=parent, tags=tags)
-        # On the pipeline's run as well: comparing two variants in MLflow then needs no search for their stages.
-        for one in (run_id, parent):
-            tracker.log_params(one, params)
+        log = StageLog.new(self.settings, self.stage, self.digest, self.uri, params=params, tags=tags)
+        log.open()
         try:
-            yield tracker, run_id, parent
+            yield log
         except BaseException:
-            tracker.finish(run_id, failed=True)
+            log.close(failed=True)
             raise
-        tracker.finish(run_id)
-        tracker.finish(parent)
+        log.close(failed=False)
 
-
-def log_cache(tracker: Tracker, run_id: str, cache: FeatureCache, *, context: str) -> None:
-    """Name the cache version as an input: searching MLflow for ``dataset.name = '<cache key>'`` finds all its runs."""
-    tracker.log_dataset(run_id, name=cache.identity.key, digest=cache.digest, source=cache.uri, context=context)
-
-
-def pipeline_digest(settings: RunSettings) -> str:
-    """What the stages of one run share in MLflow."""
-    return settings_digest({"name": settings.name, "output": settings.output})
-
-
-def make_tracker(settings: RunSettings) -> Tracker:
-    return Tracker(tracking_uri(settings), settings.tracking.experiment)
-
-
-def tracking_uri(settings: RunSettings) -> str:
-    """The setting, else MLFLOW_TRACKING_URI, else SQLite beside the results (in the working directory for s3 outputs)."""
-    folder = "." if "://" in settings.output else settings.output
-    return (
-        settings.tracking.uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or f"sqlite:///{storage.absolute(folder)}/mlflow.db"
-    )
+    def reuse(self, summary: Summary) -> Summary:
+        """The summary of a finished run, after telling MLflow what an outage kept from it."""
+        log = StageLog.unsent(self.settings, self.stage, self.digest, self.uri)
+        if log is not None and log.settle():
+            _LOG.info("%s: MLflow has been sent what it missed", self.stage)
+        return summary
 
 
 def git_commit() -> str | None:

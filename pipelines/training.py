@@ -1,6 +1,8 @@
 """Stages 1 and 2 on the driver: pin the data, plan the samples, run the workers, record what came out."""
 
 import logging
+import queue
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +24,12 @@ from meteor.errors import CacheError, NotFoundError, QuarantineLimitError, Setti
 from meteor.image.budget import visual_token_budget
 from meteor.report.data import read_stage_run
 from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise, visual_separators
-from meteor.tracking import Tracker
 from meteor.train.build import Stage, llm_fingerprint
 from pipelines.inputs import SampleSet, indexed_images, load_set, quarantine_into, uris_by_key
 from pipelines.metrics import read_last
 from pipelines.runtime import progress, worker_environment
-from pipelines.stage import StageRun, Summary, canonical, log_cache, timed
+from pipelines.stage import StageRun, Summary, canonical, timed
+from pipelines.stage_log import StageLog
 from pipelines.worker import WorkerTask, train_worker
 
 _LOG = logging.getLogger(__name__)
@@ -219,7 +221,7 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
         prepared = prepare(settings, stage)
         finished = prepared.run.finished()
         if finished:
-            return finished
+            return prepared.run.reuse(finished)
         cache = hold_pin(settings, prepared)
         plan = plan_samples(settings, stage, prepared)
         run = prepared.run
@@ -228,17 +230,14 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
         task = _task(settings, stage, prepared)
         run.start(pin=vars(prepared.pin), parent=prepared.parent, cache=task.cache_uri, cache_key=prepared.identity.key)
         params = {stage: mathematical_settings(stage_settings(settings, stage)), **_shared_params(settings)}
-        with run.tracked(canonical(params)) as (tracker, run_id, _):
-            log_cache(tracker, run_id, cache, context="training")
-            tracker.log_dataset(
-                run_id, name=stage, digest=prepared.samples.digest, source=prepared.samples.uri, context="samples"
-            )
+        with run.tracked(canonical(params)) as log:
+            log.cache(cache, context="training")
+            log.dataset(name=stage, digest=prepared.samples.digest, source=prepared.samples.uri, context="samples")
             num_steps = _num_steps(stage_settings(settings, stage), plan.table)
             _LOG.info("%s: %d samples, %d steps, run %s", stage, len(plan.table), num_steps, run.uri)
-            _run_workers(settings, task, tracker, run_id, num_steps)
+            _run_workers(settings, task, log, num_steps)
             summary = _summary(task, plan, num_steps, seconds())
-            tracker.backfill(run_id, read_stage_run(run.uri).metrics)
-            tracker.set_tags(run_id, {"meteor.result": task.result_uri})
+            log.tag("meteor.result", task.result_uri)
         return run.finish(summary)
 
 
@@ -290,7 +289,7 @@ def _task(settings: RunSettings, stage: Stage, prepared: Prepared) -> WorkerTask
     )
 
 
-def _run_workers(settings: RunSettings, task: WorkerTask, tracker: Tracker, run_id: str, num_steps: int) -> None:
+def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_steps: int) -> None:
     runtime = settings.runtime
     attempts = storage.list_objects(storage.join(task.run_uri, "attempts"))
     # Ray Train returns at once for a name that it knows as finished or failed: every start gets a name of its own.
@@ -308,7 +307,7 @@ def _run_workers(settings: RunSettings, task: WorkerTask, tracker: Tracker, run_
             name=name,
             storage_path=storage.join(settings.output, "ray_train"),
             failure_config=FailureConfig(max_failures=runtime.max_failures),
-            callbacks=[LogToMlflow(tracker.uri, tracker.experiment, run_id)],
+            callbacks=[LogToMlflow(log)],
             worker_runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
         ),
     )
@@ -318,10 +317,11 @@ def _run_workers(settings: RunSettings, task: WorkerTask, tracker: Tracker, run_
         last.update(read_last(task.run_uri) or {})
         return int(last.get("step", 0))
 
-    def loss() -> str:
-        return f", loss {last['loss']:.4f}" if "loss" in last else ""
+    def detail() -> str:
+        epochs = stage_settings(settings, task.stage).epochs
+        return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
 
-    with progress(f"{task.stage} steps", num_steps, steps_done, detail=loss):
+    with progress(f"{task.stage}: step", num_steps, steps_done, detail=detail):
         try:
             trainer.fit()
         # The second where the controller itself has gone.
@@ -337,16 +337,29 @@ def _resources(cpus: float, gpus: float) -> dict[str, float]:
 
 
 class LogToMlflow(UserCallback):
-    """Lives in Ray Train's controller, so that one MLflow run goes on through restarts of the workers."""
+    """Lives in Ray Train's controller, so that one MLflow run goes on through restarts of the workers.
 
-    def __init__(self, uri: str, experiment: str, run_id: str) -> None:
-        self._uri, self._experiment, self._run_id = uri, experiment, run_id
-        self._tracker: Tracker | None = None
+    A thread sends: a server that does not answer holds nobody up. What it has not sent at the end, `StageLog.close` does.
+    """
+
+    def __init__(self, log: StageLog) -> None:
+        self._log = log
+        self._rows: queue.SimpleQueue[Mapping[str, Any]] | None = None
 
     def after_report(self, run_context: Any, metrics: list[Mapping[str, Any]], checkpoint: Any) -> None:
-        if self._tracker is None:
-            self._tracker = Tracker(self._uri, self._experiment)
-        self._tracker.log_metrics(self._run_id, metrics[0]["rows"])
+        if self._rows is None:
+            self._rows = queue.SimpleQueue()
+            threading.Thread(target=self._send, name="log to MLflow", daemon=True).start()
+        for row in metrics[0]["rows"]:
+            self._rows.put(row)
+
+    def _send(self) -> None:
+        assert self._rows is not None
+        while True:
+            rows = [self._rows.get()]
+            while not self._rows.empty():
+                rows.append(self._rows.get())
+            self._log.live(rows)
 
 
 def _summary(task: WorkerTask, plan: TablePlan, num_steps: int, seconds: float) -> Summary:

@@ -16,6 +16,7 @@ from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.config import RunSettings, StageSettings
 from meteor.data.collate import collate
 from meteor.data.table import SampleTable
+from meteor.errors import FailedStepError, TrainingError
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.attention import choose_attention
@@ -31,6 +32,7 @@ from meteor.train.build import (
 )
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.export import export_model, export_projector
+from meteor.train.flops import ModelFlops, peak_flops
 from meteor.train.loading import load_batches
 from meteor.train.loop import LoadBatches, train
 from meteor.train.plan import Recipe, StepPlan
@@ -102,20 +104,43 @@ def train_worker(config: dict[str, Any]) -> None:
             options=stage.deepspeed,
         )
         reporter = _Reporter(task, start_step, engine.rank)
-        train(
-            engine,
-            plan,
-            recipe,
-            load_batches=loader,
-            checkpoints=checkpoints,
-            start_step=start_step,
-            on_step=reporter,
-            store=reporter.store,
-            meet=reporter.meet,
-        )
+        flops = _flops(model, device, settings.runtime.peak_tflops)
+        try:
+            train(
+                engine,
+                plan,
+                recipe,
+                load_batches=loader,
+                checkpoints=checkpoints,
+                start_step=start_step,
+                on_step=reporter,
+                store=reporter.store,
+                meet=reporter.meet,
+                flops=flops,
+            )
+        except FailedStepError as error:
+            raise write_failure(error, task.run_uri) from error
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])
     barrier()
+
+
+def write_failure(error: FailedStepError, run_uri: str) -> TrainingError:
+    """Leave the samples of a failed step in the run's folder; the error that names the file.
+
+    Every worker that fails comes here: the first one's error ends the others, and all write the same.
+    """
+    uri = storage.join(run_uri, "failures", f"step_{error.failure['step']:08d}.json")
+    storage.write_json(uri, error.failure)
+    return TrainingError(f"{error} The samples of its global batch: {uri}")
+
+
+def _flops(model: MeteorForConditionalGeneration, device: torch.device, peak_tflops: float | None) -> ModelFlops | None:
+    """None where the device's peak is neither set nor known."""
+    if peak_tflops is not None:
+        return ModelFlops.of(model, peak_tflops * 1e12)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if peak is None else ModelFlops.of(model, peak)
 
 
 def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> Recipe:

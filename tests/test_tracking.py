@@ -186,13 +186,44 @@ def test_what_an_outage_swallowed_is_filled_in_exactly(tracker, client, outage):
     tracker.log_metrics(run_id, make_rows(3))
     outage["now"] += 61
     tracker.log_metrics(run_id, make_rows(1, 4))
-    assert tracker.backfill(run_id, make_rows(1, 2, 3, 4, 5)) == 3
+    assert tracker.backfill(run_id, make_rows(1, 2, 3, 4, 5)) == 3 * 2
     assert sorted(history(client, run_id, "loss")) == [(step, 1 / step) for step in (1, 2, 3, 4, 5)]
     assert len(history(client, run_id, "lr")) == 5
     assert tracker.backfill(run_id, make_rows(1, 2, 3, 4, 5)) == 0
     outage["on"] = True
     with pytest.raises(TrackingError, match="the server is away"):
         tracker.backfill(run_id, make_rows(6))
+
+
+def test_a_row_that_was_cut_in_the_middle_is_completed(tracker, client, outage, monkeypatch):
+    run_id, rows = tracker.run("a", "a"), make_rows(1, 2, 3)
+    monkeypatch.setattr(tracking, "_MAX_METRICS", 3)
+    send = tracker._client.log_batch
+
+    def send_once(*args, **kwargs):
+        send(*args, **kwargs)
+        outage["on"] = True
+
+    monkeypatch.setattr(tracker._client, "log_batch", send_once)
+    tracker.log_metrics(run_id, rows)
+    # The first call took row 1 and half of row 2.
+    assert [len(history(client, run_id, key)) for key in ("loss", "lr")] == [2, 1]
+    monkeypatch.setattr(tracker._client, "log_batch", send)
+    outage["on"] = False
+    assert tracker.backfill(run_id, rows) == 3
+    assert history(client, run_id, "loss") == [(step, 1 / step) for step in (1, 2, 3)]
+    assert history(client, run_id, "lr") == [(step, 0.1) for step in (1, 2, 3)]
+
+
+def test_a_step_that_is_done_again_has_both_points_and_the_later_one_counts(tracker, client):
+    run_id = tracker.run("a", "a")
+    lost = [{"step": 3, "loss": 9.0, "time_ms": 1003}]
+    again = [{"step": 3, "loss": 1.0, "time_ms": 5003}]
+    tracker.log_metrics(run_id, lost)
+    assert tracker.backfill(run_id, again) == 1
+    assert tracker.backfill(run_id, again) == 0
+    assert history(client, run_id, "loss") == [(3, 9.0), (3, 1.0)]
+    assert client.get_run(run_id).data.metrics["loss"] == 1.0
 
 
 def test_requests_give_up_soon_unless_the_environment_says_otherwise(uri, monkeypatch):

@@ -176,6 +176,9 @@ class RuntimeSettings(_Settings):
     num_workers: int = operational(1, "training workers", ge=1)
     cpus_per_worker: float = operational(1, "CPU cores of a training worker", gt=0)
     gpus_per_worker: float = operational(0, "GPUs of a training worker", ge=0)
+    peak_tflops: float | None = operational(
+        None, "TFLOP/s of a training worker's device, for the MFU; dense bfloat16 of the usual GPUs if not given", gt=0
+    )
     max_failures: int = operational(2, "restarts of the worker group before a stage gives up", ge=0)
     num_encoders: int = operational(1, "encoder actors", ge=1)
     cpus_per_encoder: float = operational(1, "CPU cores of an encoder actor", gt=0)

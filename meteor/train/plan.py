@@ -48,6 +48,7 @@ class StepPlan:
 
     def __init__(self, table: SampleTable, recipe: Recipe, index_digest: str) -> None:
         self._table, self._recipe, self._index_digest = table, recipe, index_digest
+        self.sample_ids = table.sample_ids
         self.steps_per_epoch = math.ceil(len(table) / recipe.global_batch_size)
         self.num_steps = self.steps_per_epoch * recipe.epochs
 
@@ -78,6 +79,10 @@ class StepPlan:
     def epochs_done(self, step: Step) -> float:
         """Passes over the samples when the step is over, whole and begun."""
         return step.epoch + (step.index + 1 - step.epoch * self.steps_per_epoch) / self.steps_per_epoch
+
+    def lengths(self, step: Step) -> list[int]:
+        """Tokens of each of its samples, visual ones included."""
+        return [self._table.lengths[position] for position in step.positions]
 
     def num_answer_tokens(self, step: Step) -> int:
         """What the loss of the global batch is divided by."""

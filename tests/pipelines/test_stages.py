@@ -14,7 +14,8 @@ from meteor.evaluation.answer import Answerer
 from meteor.report import read_stage_run
 from meteor.tracking import Tracker
 from pipelines import cache_features, evaluate, finetune, pretrain, report, training
-from pipelines.stage import Summary, tracking_uri
+from pipelines.stage import Summary
+from pipelines.stage_log import tracking_uri
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 

@@ -2,21 +2,25 @@
 
 import copy
 import math
+import pickle
 import threading
+import time
 from collections import Counter
 
 import pyarrow as pa
 import pytest
 import torch
+import torch.distributed as dist
 
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.config import RunSettings
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.table import SampleTable
-from meteor.errors import DataError, TrainingError
+from meteor.errors import DataError, FailedStepError
 from meteor.train import loop
 from meteor.train.build import freeze_for
 from meteor.train.engine import make_engine
+from meteor.train.flops import ModelFlops
 from meteor.train.held_out import held_out_loss
 from meteor.train.loop import train
 from meteor.train.plan import Recipe, StepPlan
@@ -208,6 +212,61 @@ def test_each_micro_step_gets_its_share_of_the_global_batch(make_loader, tmp_pat
         assert row["loss"] == 0.25 * len(shares)
 
 
+def test_rates_are_those_of_one_of_the_workers(make_loader, tmp_path):
+    table = make_table(13)
+    recipe = make_recipe(global_batch_size=8, micro_batch_size=2, epochs=1)
+    plan, rows = StepPlan(table, recipe, "d"), []
+    flops = ModelFlops(per_token=3, per_squared_length=5, per_answer_token=7, per_visual_token=11, peak=1e4)
+    train(
+        RecordingEngine(),
+        plan,
+        recipe,
+        load_batches=make_loader(table),
+        checkpoints=str(tmp_path),
+        start_step=0,
+        on_step=rows.append,
+        flops=flops,
+    )
+    for step, row in zip(plan.steps(), rows, strict=True):
+        assert row["visual_tokens_per_s_per_gpu"] == pytest.approx(row["num_visual_tokens"] / row["seconds"] / 3)
+        assert row["text_tokens_per_s_per_gpu"] == pytest.approx(row["num_text_tokens"] / row["seconds"] / 3)
+        lengths = [table.lengths[position] for position in step.positions]
+        of_llm = 3 * sum(lengths) + 5 * sum(length**2 for length in lengths)
+        of_ends = 7 * row["num_answer_tokens"] + 11 * row["num_visual_tokens"]
+        assert row["mfu"] == pytest.approx((of_llm + of_ends) / (row["seconds"] * 3 * 1e4))
+
+
+def report_of_one_of_two(table, make_loader, folder):
+    """A process of `test_the_slowest_worker_is_the_one_that_is_reported`."""
+    rank = dist.get_rank()
+
+    def load_slowly(micro_batches):
+        for batch in make_loader(table)(micro_batches):
+            time.sleep(0.3 * rank)
+            yield batch
+
+    engine, recipe, rows = RecordingEngine(), make_recipe(global_batch_size=8, micro_batch_size=4, epochs=1), []
+    engine.rank, engine.world_size = rank, 2
+    train(
+        engine,
+        StepPlan(table, recipe, "d"),
+        recipe,
+        load_batches=load_slowly,
+        checkpoints=folder,
+        start_step=0,
+        on_step=rows.append,
+    )
+    [row] = rows
+    assert row["loader_wait_s"] >= 0.3
+    assert 0.5 < row["loader_wait_share"] <= 1
+    assert row["loss"] == 0.25 * 2
+    assert row["num_visual_tokens"] == 4 * 5
+
+
+def test_the_slowest_worker_is_the_one_that_is_reported(make_loader, tmp_path, start_workers):
+    start_workers(2, report_of_one_of_two, make_table(8), make_loader, str(tmp_path))
+
+
 @pytest.fixture
 def record(make_loader, tmp_path):
     """Run the loop with an engine that only notes; its steps, and the rows it reported."""
@@ -343,7 +402,12 @@ def test_each_step_reports_its_numbers(run):
         positions = sum(len(micro) * max(micro) for micro in micros)
         assert row["padding_share"] == pytest.approx(1 - sum(map(sum, micros)) / positions)
         assert 0 <= row["loader_wait_s"] <= row["seconds"]
+        assert row["loader_wait_share"] == row["loader_wait_s"] / row["seconds"]
         assert row["samples_per_s"] == row["num_samples"] / row["seconds"]
+        assert row["visual_tokens_per_s_per_gpu"] == row["num_visual_tokens"] / row["seconds"]
+        assert row["text_tokens_per_s_per_gpu"] == row["num_text_tokens"] / row["seconds"]
+        assert 0.01 < row["memory_gb"] < 100
+        assert "mfu" not in row
     # Random weights know nothing: about ln(64) for each of 64 tokens; and then they learn.
     assert rows[0]["loss"] == pytest.approx(4.16, abs=0.3)
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -421,8 +485,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(run, make_loader,
             weights.append(copy.deepcopy(row["weights"]))
             monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: torch.tensor(torch.inf))
 
-    with pytest.raises(TrainingError, match=r"step 3: the gradient's norm is inf"):
+    with pytest.raises(FailedStepError, match=r"step 3: the gradient's norm is inf") as caught:
         run("a", on_step=lambda row: (poison(row), weights.append(row["weights"])))
+    failure = caught.value.failure
+    assert (failure["step"], failure["grad_norm"]) == (3, "inf")
+    # Each micro batch's share of a loss that is still a number.
+    shares = {(one["worker"], one["micro_batch"]): one["micro_batch_loss"] for one in failure["samples"]}
+    assert sum(shares.values()) == pytest.approx(failure["loss"])
     torch.testing.assert_close(weights[-1], weights[1], rtol=0, atol=0)
 
 
@@ -447,11 +516,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, la
 @pytest.mark.parametrize(
     ("projector", "message"),
     [
-        ({"name": "mlp"}, r"step 2: the loss is nan\. .*samples\.parquet"),
-        (
-            {"name": "meteor", "k": 4},
-            r"step 2: The native score .*not finite in fused and instruction.*samples\.parquet",
-        ),
+        ({"name": "mlp"}, r"step 2: the loss is nan\. "),
+        ({"name": "meteor", "k": 4}, r"step 2: The native score .*not finite in fused and instruction"),
     ],
 )
 def test_values_that_are_not_finite_stop_before_the_step(run, make_loader, tmp_path, projector, message):
@@ -470,12 +536,49 @@ def test_values_that_are_not_finite_stop_before_the_step(run, make_loader, tmp_p
         rows.append(row)
         copies.append(copy.deepcopy(row["weights"]))
 
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(FailedStepError, match=message) as caught:
         run("a", load_batches=load_poisoned, on_step=note, checkpoint_every_steps=1, projector=projector)
+    failure, lr = caught.value.failure, learning_rate(1, 6, peak=1e-2, warmup_ratio=0.2)
+    loss = "nan" if projector["name"] == "mlp" else None  # the other one refuses before there is a loss
+    assert (failure["step"], failure["lr"], failure["loss"], failure["grad_norm"]) == (2, lr, loss, None)
+    assert sorted(one["row"] for one in failure["samples"]) == sorted(poisoned)
+    assert all(one["id"] == f"s{one['row']}" for one in failure["samples"])
     assert [row["step"] for row in rows] == [1]
     # The row shares the model's memory: what it holds now is what the failed step left.
     torch.testing.assert_close(rows[-1]["weights"], copies[-1], rtol=0, atol=0)
     assert steps_on_disk(tmp_path / "a") == [1]
+
+
+def test_a_failed_step_says_which_worker_had_each_sample_in_which_micro_batch(make_loader, tmp_path):
+    class Diverging(RecordingEngine):
+        def forward_backward(self, inputs, *, last):
+            self.pending.append(inputs)
+            return MicroStep(torch.tensor(torch.nan if last else 0.5), None)
+
+    table, recipe = make_table(13), make_recipe(global_batch_size=13, micro_batch_size=2)
+    plan, rows = StepPlan(table, recipe, "d"), []
+    with pytest.raises(FailedStepError) as caught:
+        train(
+            Diverging(),
+            plan,
+            recipe,
+            load_batches=make_loader(table),
+            checkpoints=str(tmp_path),
+            start_step=0,
+            on_step=rows.append,
+        )
+    step, found = next(plan.steps()), caught.value.failure["samples"]
+    shares = [plan.micro_steps(step, rank, 3) for rank in range(3)]
+    for one in found:
+        assert [one["row"]] in shares[one["worker"]][one["micro_batch"]]
+    assert len(found) == 13
+    # Rank 1 knows its own numbers; its neighbours are not there.
+    last = len(shares[1]) - 1
+    assert {one["micro_batch"]: one["micro_batch_loss"] for one in found if one["worker"] == 1} == {
+        **dict.fromkeys(range(last), 0.5),
+        last: "nan",
+    }
+    assert pickle.loads(pickle.dumps(caught.value)).failure == caught.value.failure
 
 
 def test_an_error_while_loading_comes_out_of_the_loop(run):

@@ -1,0 +1,208 @@
+"""What benchmarks/train.py trains: pictures and samples as LLaVA's mixture has them, a cache, a model of a known shape."""
+
+import hashlib
+import io
+import random
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, write_feature_file
+from meteor.cache.row import ImageFeatures
+from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.data.collate import Batch, collate
+from meteor.data.features import PixelSettings, encode_sliced, slice_bytes
+from meteor.data.order import MicroBatch
+from meteor.data.samples import Sample
+from meteor.data.table import IndexedImage, SampleTable, plan_table
+from meteor.image.budget import visual_token_budget
+from meteor.image.transform import normalise_batch
+from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+from meteor.text.tokens import Separators, TokenisedSample
+from meteor.vision.encoder import FrozenClip
+
+# Width and height of COCO's, GQA's and TextVQA's usual pictures.
+SIZES = [(640, 480), (640, 427), (500, 375), (480, 640), (1024, 768), (427, 640), (640, 480), (336, 336)]
+SEPARATORS = Separators(slice_id=29892, row_id=13)
+PIXELS = PixelSettings()
+
+# (language model, vision encoder): Llama's shapes, and CLIP's.
+_CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_CLIP_SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
+SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "tiny": (
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
+    ),
+    "small": (
+        {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
+        _CLIP_SMALL,
+    ),
+    "1b": (
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+        },
+        _CLIP_LARGE,
+    ),
+    "7b": (
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+        _CLIP_LARGE,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Samples of a stage, their pictures as files and as a cache, and the model."""
+
+    table: SampleTable
+    cache: FeatureCache
+    pictures: dict[str, bytes]
+    model: MeteorForConditionalGeneration
+    collate: Callable[..., Batch]
+
+
+def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: int, device: torch.device) -> Work:
+    """Random weights, in bfloat16 on a GPU; the vision tower stands in the model, frozen."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    llm, clip = SHAPES[shape]
+    vision = CLIPVisionConfig(**clip, image_size=336, patch_size=14)
+    identity = CacheIdentity(
+        encoder_digest="0" * 64,
+        encoder_dtype=str(dtype).removeprefix("torch."),
+        select_layer=-2,
+        preprocessing={"mean": CLIP_MEAN, "std": CLIP_STD, "rescale": "1/255"},
+        slicing={"max_slices": PIXELS.max_slices, "resolution": PIXELS.resolution, "patch_size": PIXELS.patch_size},
+    )
+    config = MeteorConfig(
+        text_config={"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **llm},
+        vision_config=vision.to_dict(),
+        projector=projector,
+        cache_identity=identity.to_dict(),
+    )
+    torch.set_default_dtype(dtype)
+    with device:
+        model = MeteorForConditionalGeneration(config, vision_tower=True)
+    torch.set_default_dtype(torch.float32)
+    pictures = {hashlib.sha256(data).hexdigest(): data for data in map(_jpeg, range(num_samples))}
+    cache = _fill_cache(folder, identity, pictures, model.vision_tower)
+    settings = dict(projector)
+    budget = visual_token_budget(settings.pop("name"), settings)
+    return Work(
+        table=_make_table(pictures, budget),
+        cache=cache,
+        pictures=pictures,
+        model=model,
+        collate=partial(
+            collate, budget=budget, separators=SEPARATORS, pad_id=0, vision_width=clip["hidden_size"], select_layer=-2
+        ),
+    )
+
+
+def _jpeg(number: int) -> bytes:
+    """A picture of coarse noise: its file is about as large as a photo's."""
+    width, height = SIZES[number % len(SIZES)]
+    noise = np.random.default_rng(number).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _fill_cache(
+    folder: Path, identity: CacheIdentity, pictures: dict[str, bytes], tower: CLIPVisionModel
+) -> FeatureCache:
+    encoder = FrozenClip(tower, select_layer=-2, attention_layers=(-2,), digest=identity.encoder_digest)
+    uri = create_cache(str(folder), identity, "float16")
+    rows = []
+    for key, data in pictures.items():
+        rows.append(encode_row(encode_sliced([slice_bytes(data, key, PIXELS)], encoder)[0]))
+    for start in range(0, len(rows), 32):
+        write_feature_file(uri, rows[start : start + 32])
+    commit(uri)
+    return FeatureCache.open(uri)
+
+
+def _make_table(pictures: dict[str, bytes], budget: Callable[..., list[int]]) -> SampleTable:
+    """A sample a picture: a few turns, of which the answers are about half the text, as in LLaVA's mixture."""
+    chance = random.Random(0)
+
+    def tokens(sample: Sample) -> TokenisedSample:
+        ids, labels = [1, IMAGE_TOKEN_ID, *(chance.randrange(3, 32000) for _ in range(40))], [IGNORE_INDEX] * 42
+        for _ in range(chance.choice([1, 1, 2, 3, 5, 8])):
+            for length, is_answer in (
+                (chance.randint(8, 40), False),
+                (min(int(chance.lognormvariate(3, 1)), 300) + 2, True),
+            ):
+                turn = [chance.randrange(3, 32000) for _ in range(length)]
+                ids += turn
+                labels += turn if is_answer else [IGNORE_INDEX] * length
+        return TokenisedSample(ids, labels)
+
+    images = {key: IndexedImage(key, *Image.open(io.BytesIO(data)).size, "") for key, data in pictures.items()}
+    samples = [Sample(key[:12], (key,), ()) for key in pictures]
+    return plan_table(samples, [], images, tokenise=tokens, budget=budget, pixels=PIXELS, max_length=2048).table
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """A batch with pixels in the place of features: the encoder runs inside the step."""
+
+    batch: Batch
+    pixels: list[torch.Tensor]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batch, name)
+
+    def to(self, device: torch.device) -> "PixelBatch":
+        return PixelBatch(self.batch.to(device), [one.to(device, non_blocking=True) for one in self.pixels])
+
+    def as_inputs(self) -> dict[str, Any]:
+        inputs = self.batch.as_inputs()
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels", "num_slots")}
+        return {**kept, "pixel_values": self.pixels}
+
+
+def load_pixels(
+    micro_batches: Iterable[MicroBatch], *, work: Work, num_threads: int, dtype: torch.dtype
+) -> Generator[PixelBatch, None, None]:
+    """The usual loader: decodes, slices, resizes and normalises each sample's picture, several at a time."""
+
+    def prepare(position: int) -> tuple[tuple[TokenisedSample, list[ImageFeatures]], list[torch.Tensor]]:
+        [key] = work.table.image_keys(position)
+        sliced = slice_bytes(work.pictures[key], key, PIXELS)
+        grids = sliced.plan.patch_grids
+        # Only the layout of it is used.
+        stand_in = ImageFeatures(
+            image_key=key,
+            width=sliced.width,
+            height=sliced.height,
+            grid=sliced.plan.grid,
+            patch_grids=grids,
+            attention_layers=(-2,),
+            features=[torch.zeros(rows * columns, 1) for rows, columns in grids],
+            cls_attention=[torch.zeros(1, rows * columns) for rows, columns in grids],
+            cls=torch.zeros(len(grids), 1),
+        )
+        pixels = normalise_batch(sliced.sub_images, CLIP_MEAN, CLIP_STD, device=torch.device("cpu"), dtype=dtype)
+        return (work.table.tokens(position), [stand_in]), list(pixels)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        for rows in micro_batches:
+            prepared = list(pool.map(prepare, [position for row in rows for position in row]))
+            yield PixelBatch(
+                work.collate([[sample] for sample, _ in prepared], vision_width=1),
+                [one for _, pixels in prepared for one in pixels],
+            )

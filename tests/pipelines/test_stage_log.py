@@ -1,0 +1,242 @@
+"""A tracking server that is away at the start, in the middle and at the end of a stage."""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from meteor import storage
+from meteor.config import RunSettings
+from meteor.errors import TrackingError
+from meteor.tracking import Tracker
+from pipelines import stage_log
+from pipelines.metrics import MetricsSegment
+from pipelines.stage import StageRun, Summary
+
+# MLflow's own way with SQLAlchemy.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory):
+    """MLflow takes seconds to bring a new database to its present form."""
+    file = tmp_path_factory.mktemp("mlflow") / "template.db"
+    Tracker(f"sqlite:///{file}", "template")
+    return file
+
+
+@pytest.fixture
+def database(migrated_database, tmp_path):
+    return str(shutil.copy(migrated_database, tmp_path / "mlflow.db"))
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A stage of a run, as it is again at each start of its command."""
+
+    def make(tracking_uri):
+        settings = RunSettings.model_validate(
+            {"name": "r", "output": str(tmp_path / "out"), "tracking": {"uri": tracking_uri, "experiment": "e"}}
+        )
+        run = StageRun(settings, "pretrain", "d" * 64)
+        run.start()
+        return run
+
+    return make
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """A switch: while on, there is no server."""
+    state = {"on": True}
+
+    def connect(settings):
+        if state["on"]:
+            raise TrackingError("MLflow cannot be reached")
+        return Tracker(stage_log.tracking_uri(settings), settings.tracking.experiment)
+
+    monkeypatch.setattr(stage_log, "make_tracker", connect)
+    return state
+
+
+def make_rows(*steps):
+    return [{"step": step, "loss": 1 / step, "lr": 0.1, "time_ms": 1000 + step} for step in steps]
+
+
+def runs_of(uri):
+    """Stage -> MLflow's run; the pipeline's under ""."""
+    client = MlflowClient(tracking_uri=uri)
+    found = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    return {run.data.tags.get("meteor.stage", ""): run for run in found}
+
+
+def points(uri, run, key):
+    history = MlflowClient(tracking_uri=uri).get_metric_history(run.info.run_id, key)
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def test_a_stage_without_a_server_finishes_and_is_logged_when_it_is_found_finished(make_run, database, away, caplog):
+    uri = f"sqlite:///{database}"
+    run = make_run(uri)
+    with run.tracked({"pretrain": {"lr": 0.1}}) as log:
+        log.dataset(name="cache", digest="k", source="/cache", context="training")
+        segment = MetricsSegment(run.uri, 0)
+        segment.add(make_rows(1, 2))
+        log.live(make_rows(1, 2))
+        storage.write_json(storage.join(run.uri, "scores.json"), {})
+        log.metrics({"exact_match": 0.5}, pipeline=True)
+        log.file("scores.json")
+        log.tag("meteor.result", "/result")
+    run.finish(Summary("pretrain", {}, 1.0, {}))
+    assert [record.message.partition(". ")[2][:9] for record in caplog.records] == ["The stage", "What MLfl"]
+
+    again = make_run(uri)
+    found = again.finished()
+    assert again.reuse(found) is found  # still away
+    away["on"] = False
+    for _ in range(2):
+        again.reuse(found)
+    runs = runs_of(uri)
+    stage, pipeline = runs["pretrain"], runs[""]
+    assert (stage.info.status, pipeline.info.status) == ("FINISHED", "FINISHED")
+    assert stage.data.params == pipeline.data.params == {"pretrain.lr": "0.1"}
+    assert stage.data.tags["mlflow.parentRunId"] == pipeline.info.run_id
+    assert stage.data.tags["meteor.result"] == "/result"
+    assert [one.dataset.name for one in stage.inputs.dataset_inputs] == ["cache"]
+    assert points(uri, stage, "loss") == [(1, 1.0), (2, 0.5)]
+    for one in (stage, pipeline):
+        assert points(uri, one, "exact_match") == [(0, 0.5)]
+    artifacts = MlflowClient(tracking_uri=uri).list_artifacts(stage.info.run_id)
+    assert [one.path for one in artifacts] == ["scores.json"]
+
+
+def test_a_server_that_comes_in_the_middle_gets_what_it_missed_and_goes_on(make_run, database, away, monkeypatch):
+    uri, clock = f"sqlite:///{database}", {"now": 0.0}
+    monkeypatch.setattr(stage_log.time, "monotonic", lambda: clock["now"])
+    run = make_run(uri)
+    with run.tracked({}) as log:
+        segment = MetricsSegment(run.uri, 0)
+
+        def report(step):
+            segment.add(make_rows(step))
+            log.live(make_rows(step))
+
+        report(1)
+        away["on"] = False
+        report(2)  # within a minute of the last try
+        with pytest.raises(AttributeError):
+            runs_of(uri)
+        clock["now"] += 61
+        report(3)
+        assert points(uri, runs_of(uri)["pretrain"], "loss") == [(step, 1 / step) for step in (1, 2, 3)]
+        assert runs_of(uri)["pretrain"].info.status == "RUNNING"
+        report(4)
+        assert len(points(uri, runs_of(uri)["pretrain"], "loss")) == 4
+    assert points(uri, runs_of(uri)["pretrain"], "loss") == [(step, 1 / step) for step in (1, 2, 3, 4)]
+    assert stage_log.StageLog.unsent(run.settings, "pretrain", run.digest, run.uri) is None
+
+
+def test_a_stage_that_fails_is_a_failed_run(make_run, database):
+    uri = f"sqlite:///{database}"
+    with pytest.raises(ValueError, match="broken"), make_run(uri).tracked({}):
+        raise ValueError("broken")
+    assert runs_of(uri)["pretrain"].info.status == "FAILED"
+    with make_run(uri).tracked({}):
+        assert runs_of(uri)["pretrain"].info.status == "RUNNING"
+    assert runs_of(uri)["pretrain"].info.status == "FINISHED"
+
+
+class Server:
+    """``mlflow server`` on loopback, to be stopped and started again."""
+
+    def __init__(self, database):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self._database, self.uri = database, f"http://127.0.0.1:{self._port}"
+        self._process = None
+
+    def start(self):
+        options = ["--backend-store-uri", f"sqlite:///{self._database}", "--host", "127.0.0.1", "--workers", "1"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *options, "--port", str(self._port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None
+            try:
+                socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise TimeoutError("the server did not start")
+
+    def kill(self):
+        """All of it at one moment: its workers are processes of their own."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(database):
+    server = Server(database)
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_real_server_that_dies_while_a_stage_logs_has_every_number_once_in_the_end(
+    make_run, server, database, monkeypatch, caplog
+):
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("meteor.tracking._OUTAGE_PAUSE_S", 0.0)
+    monkeypatch.setattr(stage_log, "_RETRY_S", 0.0)
+    monkeypatch.setattr("meteor.tracking._MAX_METRICS", 3)  # calls end in the middle of rows
+    steps = iter(range(1, 1000))
+    run = make_run(server.uri)
+    with run.tracked({"lr": 0.1}) as log:  # away at the start
+        segment = MetricsSegment(run.uri, 0)
+
+        def report(num_steps):
+            for _ in range(num_steps):
+                rows = make_rows(*(next(steps) for _ in range(5)))
+                segment.add(rows)
+                log.live(rows)
+
+        report(2)
+        server.start()
+        report(10)
+        # While rows are on their way.
+        killer = threading.Timer(0.2, server.kill)
+        killer.start()
+        report(60)
+        killer.join()
+        report(2)
+        server.start()
+        report(3)
+        server.kill()
+    run.finish(Summary("pretrain", {}, 1.0, {}))  # away at the end
+    assert "run the same command again" in caplog.text
+    last = next(steps) - 1
+    server.start()
+    again = make_run(server.uri)
+    again.reuse(again.finished())
+    stage = runs_of(server.uri)["pretrain"]
+    assert stage.info.status == "FINISHED"
+    assert points(server.uri, stage, "loss") == [(step, 1 / step) for step in range(1, last + 1)]
+    assert points(server.uri, stage, "lr") == [(step, 0.1) for step in range(1, last + 1)]
