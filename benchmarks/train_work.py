@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, write_feature_file
+from meteor.cache.calibration import open_codec
 from meteor.cache.row import ImageFeatures
 from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import Batch, collate
@@ -126,9 +127,9 @@ def _fill_cache(
 ) -> FeatureCache:
     encoder = FrozenClip(tower, select_layer=-2, attention_layers=(-2,), digest=identity.encoder_digest)
     uri = create_cache(str(folder), identity, "float16")
-    rows = []
+    codec, rows = open_codec(uri), []
     for key, data in pictures.items():
-        rows.append(encode_row(encode_sliced([slice_bytes(data, key, PIXELS)], encoder)[0]))
+        rows.append(encode_row(encode_sliced([slice_bytes(data, key, PIXELS)], encoder)[0], codec))
     for start in range(0, len(rows), 32):
         write_feature_file(uri, rows[start : start + 32])
     commit(uri)
