@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.table import SampleTable
 from meteor.train.build import freeze_for
@@ -20,7 +21,7 @@ from meteor.train.engine import make_engine
 from meteor.train.loop import train
 from meteor.train.plan import Recipe, StepPlan
 
-GLOBAL_BATCH_SIZE = 8
+GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 8, 2
 NUM_PICTURES = 4
 
 
@@ -57,7 +58,7 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
     recipe = Recipe(
         lr=3e-3,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        micro_batch_size=2,
+        micro_batch_size=MICRO_BATCH_SIZE,
         epochs=1,
         warmup_ratio=0.03,
         seed=0,
@@ -66,9 +67,9 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
         aux_loss_coefficient=0.0,
         batching="padded",
         max_length=512,
-        checkpoint_every_steps=None,
+        checkpoint_every_steps=1 if num_steps < 10 else None,
         checkpoint_every_s=1e9,
-        keep_checkpoints=1,
+        keep_checkpoints=num_steps,
     )
     model = make_model(seed=seed)
     freeze_for(model, "finetune")
@@ -115,18 +116,42 @@ def reported(start_workers, make_model, make_features, make_batch, tmp_path) -> 
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if not key.endswith("_s") and key != "seconds"}
+    """What all workers, and any number of them, must agree in: not times, rates and memory."""
+    return {
+        key: value
+        for key, value in row.items()
+        if key not in {"seconds", "loader_wait_share", "memory_gb", "mfu"} and not key.endswith(("_s", "_s_per_gpu"))
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_two_workers_report_the_loss_and_the_selection_that_one_does(reported, zero_stage):
-    one, two = reported(1, 5), reported(2, 5, zero_stage=zero_stage)
+@pytest.mark.parametrize(("zero_stage", "num_workers"), [(0, 2), (2, 2), (3, 2), (0, 4), (2, 4), (3, 4)])
+def test_four_micro_steps_of_one_worker_two_of_two_and_one_of_four_give_the_same_loss_and_gradients(
+    reported, tmp_path, zero_stage, num_workers
+):
+    one, several = reported(1, 5), reported(num_workers, 5, zero_stage=zero_stage)
+    assert one[0]["num_samples"] == GLOBAL_BATCH_SIZE == 4 * MICRO_BATCH_SIZE
     assert {"visual_entropy", "native_entropy", "expert_disagreement"} < one[0].keys()
-    for expected, row in zip(one, two, strict=True):
+    for expected, row in zip(one, several, strict=True):
         assert row.keys() == expected.keys()
         for key, value in without_times(expected).items():
             assert row[key] == pytest.approx(value, rel=1e-4), key
+    # After the first step a first moment is a tenth of the clipped gradient.
+    alone, together = (
+        Checkpoint(complete_checkpoints(str(tmp_path / name / "checkpoints"))[0])
+        for name in (f"1 0 {torch.float32}", f"{num_workers} {zero_stage} {torch.float32}")
+    )
+    assert alone.state["step"] == 1
+    assert alone.shapes == together.shapes
+    for name in alone.shapes:
+        gradient = 10 * alone.read("exp_avg", name)
+        torch.testing.assert_close(
+            10 * together.read("exp_avg", name),
+            gradient,
+            rtol=1e-4,
+            atol=1e-5 * float(gradient.abs().max()) + 1e-9,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.slow
