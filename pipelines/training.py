@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
@@ -323,8 +324,12 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
     with progress(f"{task.stage}: step", num_steps, steps_done, detail=detail):
         try:
             trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise TrainingError(f"{task.stage} failed; finished steps are in {task.run_uri}. Cause: {error}") from error
+        # The second where the controller itself has gone.
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            raise TrainingError(
+                f"{task.stage} failed. Started again with the same command it goes on from its last checkpoint in "
+                f"{task.run_uri}. Cause: {error}"
+            ) from error
 
 
 def _resources(cpus: float, gpus: float) -> dict[str, float]:

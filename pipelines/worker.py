@@ -21,7 +21,15 @@ from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.attention import choose_attention
 from meteor.text.tokens import Separators, load_tokenizer
-from meteor.train.build import DTYPES, Stage, build_model, checkpoint_activations, freeze_for, load_projector
+from meteor.train.build import (
+    DTYPES,
+    Stage,
+    build_model,
+    checkpoint_activations,
+    compile_layers,
+    freeze_for,
+    load_projector,
+)
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.train.flops import ModelFlops, peak_flops
@@ -96,7 +104,6 @@ def train_worker(config: dict[str, Any]) -> None:
             options=stage.deepspeed,
         )
         reporter = _Reporter(task, start_step, engine.rank)
-        flops = _flops(model, device, settings.runtime.peak_tflops)
         try:
             train(
                 engine,
@@ -106,11 +113,12 @@ def train_worker(config: dict[str, Any]) -> None:
                 checkpoints=checkpoints,
                 start_step=start_step,
                 on_step=reporter,
-                before_checkpoint=reporter.flush,
-                is_urgent=lambda: ray.train.get_preemption_info() is not None,
-                flops=flops,
+                store=reporter.store,
+                meet=reporter.meet,
+                flops=_flops(model, device, settings.runtime.peak_tflops),
             )
         except FailedStepError as error:
+            reporter.store()  # how the loss went before it
             raise write_failure(error, task.run_uri) from error
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])
@@ -195,6 +203,8 @@ def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForCondit
     freeze_for(model, task.stage)
     if attention and settings.llm.gradient_checkpointing:
         checkpoint_activations(model)
+    if attention and settings.llm.compile:
+        compile_layers(model, zero_stage=task.stage_settings.zero_stage)
     return model
 
 
@@ -235,20 +245,23 @@ class _Reporter:
     """Metrics of each step: first to the run's files, then to the controller, which logs them to MLflow."""
 
     def __init__(self, task: WorkerTask, start_step: int, rank: int) -> None:
-        self._every, self._rank = task.stage_settings.report_every_steps, rank
+        self._rank = rank
         self._segment = MetricsSegment(task.run_uri, start_step)
-        self._rows: list[dict[str, Any]] = []
+        self._unstored: list[dict[str, Any]] = []
+        self._unreported: list[dict[str, Any]] = []
 
     def __call__(self, row: dict[str, Any]) -> None:
-        self._rows.append({**row, "time_ms": int(time.time() * 1000)})
-        if row["step"] % self._every == 0:
-            self.flush()
+        self._unstored.append({**row, "time_ms": int(time.time() * 1000)})
 
-    def flush(self) -> None:
-        """Store and report what is pending; all workers come here at the same steps."""
-        if not self._rows:
-            return
-        if self._rank == 0:
-            self._segment.add(self._rows)
-        ray.train.report({"rows": self._rows})
-        self._rows = []
+    def store(self) -> None:
+        if self._rank == 0 and self._unstored:
+            self._segment.add(self._unstored)
+        self._unreported += self._unstored
+        self._unstored = []
+
+    def meet(self) -> bool:
+        """Store and report what is pending, on all workers after the same steps; whether a machine is about to go."""
+        self.store()
+        ray.train.report({"rows": self._unreported})
+        self._unreported = []
+        return ray.train.get_preemption_info() is not None

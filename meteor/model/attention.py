@@ -170,14 +170,28 @@ def varlen_attention(
         raise SettingsError(
             f"a sample of {max_length_q} tokens, and the language model attends within {sliding_window}"
         )
-    lengths = cu_seq_lens_q.diff().tolist()
+    output_1HNd = _sample_by_sample(query_1HNd, key_1HNd, value_1HNd, cu_seq_lens_q, scaling, grouped)
+    return output_1HNd.transpose(1, 2), None
+
+
+# What a compiler makes of it would hold for these lengths alone.
+@torch.compiler.disable
+def _sample_by_sample(
+    query_1HNd: torch.Tensor,
+    key_1HNd: torch.Tensor,
+    value_1HNd: torch.Tensor,
+    bounds: torch.Tensor,
+    scaling: float | None,
+    grouped: bool,
+) -> torch.Tensor:
+    lengths = bounds.diff().tolist()
     parts = [
-        F.scaled_dot_product_attention(q_Hnd, k_Hnd, v_Hnd, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q_Hnd, k_Hnd, v_Hnd in zip(
-            *(x.squeeze(0).split(lengths, dim=1) for x in (query_1HNd, key_1HNd, value_1HNd)), strict=True
+        F.scaled_dot_product_attention(q_1Hnd, k_1Hnd, v_1Hnd, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q_1Hnd, k_1Hnd, v_1Hnd in zip(
+            *(x.split(lengths, dim=2) for x in (query_1HNd, key_1HNd, value_1HNd)), strict=True
         )
     ]
-    return torch.cat(parts, dim=1).transpose(0, 1).unsqueeze(0), None
+    return torch.cat(parts, dim=2)
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -13,14 +13,14 @@ from meteor.train.checkpoints import CheckpointWriter
 from meteor.train.flops import ModelFlops
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine
-from meteor.train.step import LoadedStep, Wishes, take_step
+from meteor.train.step import LoadedStep, Wishes, rates, take_step
 
 # The coming micro batches as table positions -> those batches collated, in the same order. It may look ahead of what it
 # yields; closing it ends whatever it started.
 LoadBatches = Callable[[Iterable[MicroBatch]], Generator[Batch, None, None]]
 
-# Asking whether a machine is about to go is a call that all workers make together.
-_LOOK_EVERY_S = 5.0
+# A meeting holds up all workers: Ray Train takes one report every two seconds, so that one a step would make short steps wait.
+_MEET_EVERY_S = 5.0
 
 
 def train(
@@ -32,8 +32,8 @@ def train(
     checkpoints: str,
     start_step: int,
     on_step: Callable[[dict[str, Any]], None],
-    before_checkpoint: Callable[[], None] = lambda: None,
-    is_urgent: Callable[[], bool] = lambda: False,
+    store: Callable[[], None] = lambda: None,
+    meet: Callable[[], bool] = lambda: False,
     evaluate: Callable[[], dict[str, float]] = dict,
     flops: ModelFlops | None = None,
 ) -> None:
@@ -49,9 +49,10 @@ def train(
         start_step: first step to do.
         on_step: gets the metrics of each step, the same on all workers; numbers only. What the selection did
             (`mean_selection`) is among them where the projector selects.
-        before_checkpoint: called on all workers after `on_step`, before the state is copied.
-        is_urgent: whether some worker is about to lose its machine; asked on all workers at once, every few seconds, and the
-            same on all. The step after which it becomes so ends with a checkpoint, and training goes on when it is complete.
+        store: called before each checkpoint: make what `on_step` was given outlive this process.
+        meet: called on all workers at once, every few seconds and at the end; whether some worker is about to lose its
+            machine, the same on all. The step after which it becomes so ends with a checkpoint, and training goes on when it
+            is complete.
         evaluate: metrics of the weights before a checkpoint that is not urgent, on all workers at once; they are reported
             with the step and kept in the checkpoint's manifest.
         flops: of the model; with them ``mfu`` is among the metrics.
@@ -61,29 +62,38 @@ def train(
             weights are those before the step.
     """
     writer = CheckpointWriter(engine, checkpoints, keep=recipe.keep_checkpoints)
-    saving = _Saving(recipe, plan.num_steps, is_urgent)
+    saving = _Saving(recipe, plan.num_steps, meet)
     with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as steps:
+        clock = time.perf_counter()
         for loaded, wait_s in _timed(steps):
-            row, wishes = take_step(engine, plan, recipe, loaded, wait_s, saving.wishes(), flops)
+            row, wishes = take_step(engine, plan, recipe, loaded, wait_s, saving.wishes())
+            # With what came after the step before: reports, copies for a checkpoint.
+            seconds = time.perf_counter() - clock
+            clock += seconds
+            row |= rates(row, seconds, engine.world_size)
+            if flops is not None:
+                num_flops = flops.count(plan.lengths(loaded.step), row["num_visual_tokens"], row["num_answer_tokens"])
+                row["mfu"] = num_flops / (seconds * engine.world_size * flops.peak)
             done = row["step"]
             is_due, is_urgent_now = saving.decide(done, wishes)
             evaluated = evaluate() if is_due and not is_urgent_now else {}
-            # The row first: a run resumed from the checkpoint does not come back to its step.
-            on_step({**row, **evaluated})
+            on_step(row | evaluated)
             if is_due:
-                before_checkpoint()
+                # The rows first: a run resumed from the checkpoint does not come back to their steps.
+                store()
                 writer.save(done, {"epoch": loaded.step.epoch, **evaluated})
             if is_urgent_now:
                 writer.finish()
         writer.finish()
+        meet()
 
 
 class _Saving:
     """When checkpoints are due: by count, by the first worker's clock, and when a machine is about to go."""
 
-    def __init__(self, recipe: Recipe, num_steps: int, is_urgent: Callable[[], bool]) -> None:
-        self._recipe, self._num_steps, self._is_urgent = recipe, num_steps, is_urgent
-        self._last_checkpoint = self._last_look = time.monotonic()
+    def __init__(self, recipe: Recipe, num_steps: int, meet: Callable[[], bool]) -> None:
+        self._recipe, self._num_steps, self._meet = recipe, num_steps, meet
+        self._last_checkpoint = self._last_meeting = time.monotonic()
         self._was_urgent = False
 
     def wishes(self) -> Wishes:
@@ -91,14 +101,14 @@ class _Saving:
         now = time.monotonic()
         return Wishes(
             checkpoint=now - self._last_checkpoint >= self._recipe.checkpoint_every_s,
-            look=now - self._last_look >= _LOOK_EVERY_S,
+            meet=now - self._last_meeting >= _MEET_EVERY_S,
         )
 
     def decide(self, done: int, wishes: Wishes) -> tuple[bool, bool]:
         """Whether a checkpoint follows after ``done`` steps, and whether it is urgent; the same on all workers."""
         became_urgent = False
-        if wishes.look:
-            urgent, self._last_look = self._is_urgent(), time.monotonic()
+        if wishes.meet:
+            urgent, self._last_meeting = self._meet(), time.monotonic()
             became_urgent, self._was_urgent = urgent and not self._was_urgent, urgent
         every = self._recipe.checkpoint_every_steps
         is_regular = done == self._num_steps or (every is not None and done % every == 0)

@@ -31,7 +31,11 @@ class TorchEngine:
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
             for name, parameter in self._parameters.items()
         }
-        self._optimizer = torch.optim.AdamW(self._masters.values(), lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0)
+        # On a GPU torch's default makes temporary copies of whole states; the fused kernel makes none.
+        fused = True if self.device.type == "cuda" else None
+        self._optimizer = torch.optim.AdamW(
+            self._masters.values(), lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0, fused=fused
+        )
         if checkpoint is not None:
             self._load(checkpoint)
 

@@ -1,6 +1,7 @@
 """One Ray session for all pipeline tests, and a small run on disk: generated pictures, models with random weights."""
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from meteor.config import RunSettings, resolve_paths
 from meteor.synthetic.dataset import write_dataset
 from meteor.synthetic.models import make_tiny_models
 from pipelines.runtime import ray_session
+
+# What benchmarks/kills.py uses as well.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,15 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from kills import KILLS, actors, command, kill_driver, kill_session, train_through_kills
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.cache import FeatureCache
 from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
 from meteor.report import read_stage_run
-
-
-def command(stage: str, run_file: Path) -> list[str]:
-    return [sys.executable, "-m", f"pipelines.{stage}", "--run", str(run_file)]
 
 
 def write_run(folder: Path, name: str, settings) -> Path:
@@ -32,29 +28,6 @@ def write_run(folder: Path, name: str, settings) -> Path:
     return file
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Process id -> command line of everything below a process: Ray's session and its workers."""
-    parents, lines = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            # After the name, which is in brackets and may hold anything: state, parent.
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            lines[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    found, waiting = {}, [pid]
-    while waiting:
-        parent = waiting.pop()
-        children = [child for child, its_parent in parents.items() if its_parent == parent]
-        found |= {child: lines[child] for child in children}
-        waiting += children
-    return found
-
-
-def workers(started: subprocess.Popen, name: str) -> list[int]:
-    return [pid for pid, line in descendants(started.pid).items() if line.startswith("ray::") and name in line]
-
-
 def wait_for(started: subprocess.Popen, ready) -> None:
     deadline = time.monotonic() + 240
     while not ready():
@@ -63,21 +36,9 @@ def wait_for(started: subprocess.Popen, ready) -> None:
         time.sleep(0.05)
 
 
-def kill_driver(started: subprocess.Popen) -> None:
-    os.kill(started.pid, signal.SIGKILL)
-    started.wait()
-
-
 def kill_encoder(started: subprocess.Popen) -> None:
-    (actor,) = workers(started, "Encoder")
+    (actor,) = actors(started, "Encoder")
     os.kill(actor, signal.SIGKILL)
-
-
-def kill_session(started: subprocess.Popen) -> None:
-    """Driver, raylet, control store and workers at one moment."""
-    for pid in [*descendants(started.pid), started.pid]:
-        os.kill(pid, signal.SIGKILL)
-    started.wait()
 
 
 def cache_in(folder: Path, codec: str = "float16") -> Path:
@@ -102,29 +63,36 @@ def assert_same_rows(first: FeatureCache, second: FeatureCache) -> None:
             assert torch.equal(a, b)
 
 
+def assert_same_state(checkpoints: str, expected: str) -> None:
+    one, other = (Checkpoint(complete_checkpoints(root)[-1]) for root in (expected, checkpoints))
+    assert one.state == other.state
+    for name in one.shapes:
+        for kind in KINDS:
+            assert torch.equal(one.read(kind, name), other.read(kind, name)), f"{kind} of {name}"
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("zero_stage", [0, 2])
-def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(make_settings, tmp_path, zero_stage):
-    stage = {"epochs": 12, "checkpoint_every_steps": 2, "zero_stage": zero_stage}
-    settings = make_settings(pretrain=stage, cache={"uri": str(tmp_path / "cache"), "rows_per_file": 8})
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("zero_stage", "num_workers"), [(0, 1), (2, 2)])
+def test_a_training_that_is_killed_in_every_way_ends_with_the_weights_of_an_undisturbed_one(
+    make_settings, tmp_path, zero_stage, num_workers
+):
+    stage = {"epochs": 100, "checkpoint_every_steps": 2, "zero_stage": zero_stage}
+    settings = make_settings(
+        pretrain=stage,
+        cache={"uri": str(tmp_path / "cache"), "rows_per_file": 8},
+        runtime={"num_workers": num_workers, "max_failures": 9},
+    )
     straight, killed = (write_run(tmp_path, name, settings) for name in ("straight", "killed"))
     subprocess.run(command("cache_features", straight), check=True)
     subprocess.run(command("pretrain", straight), check=True)
     (undisturbed,) = (tmp_path / "straight").glob("runs/pretrain-*/checkpoints")
-    root = str(tmp_path / "killed" / undisturbed.relative_to(tmp_path / "straight"))
-    started = subprocess.Popen(command("pretrain", killed))
-    wait_for(started, lambda: len(complete_checkpoints(root)) >= 2)
-    kill_driver(started)
-    interrupted_at = Checkpoint(complete_checkpoints(root)[-1]).state["step"]
-    subprocess.run(command("pretrain", killed), check=True)
-    one = Checkpoint(complete_checkpoints(str(undisturbed))[-1])
-    other = Checkpoint(complete_checkpoints(root)[-1])
-    assert interrupted_at < one.state["step"] == other.state["step"]
-    for name in one.shapes:
-        for kind in KINDS:
-            assert torch.equal(one.read(kind, name), other.read(kind, name)), f"{kind} of {name}"
-    rows = [read_stage_run(str(Path(folder).parent)).metrics for folder in (undisturbed, root)]
+    checkpoints = str(tmp_path / "killed" / undisturbed.relative_to(tmp_path / "straight"))
+    kills = []
+    train_through_kills(command("pretrain", killed), checkpoints, list(KILLS), seed=zero_stage, report=kills.append)
+    assert len(kills) == len(KILLS)
+    assert_same_state(checkpoints, str(undisturbed))
+    rows = [read_stage_run(str(Path(folder).parent)).metrics for folder in (undisturbed, checkpoints)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
@@ -149,7 +117,7 @@ def test_a_killed_caching_loses_no_finished_picture_and_ends_with_the_same_rows(
     subprocess.run(command("cache_features", straight), check=True)
     undisturbed = FeatureCache.open(str(cache_in(tmp_path / "straight")))
     started = subprocess.Popen(command("cache_features", killed))
-    wait_for(started, lambda: len(ledger(tmp_path / "killed")) >= 4 and workers(started, "Encoder"))
+    wait_for(started, lambda: len(ledger(tmp_path / "killed")) >= 4 and actors(started, "Encoder"))
     kill(started)
     if kill is kill_encoder:
         # Ray starts another one, and the command goes on.
@@ -170,14 +138,14 @@ def test_a_kill_while_an_int8_cache_is_calibrated_changes_nothing(make_settings,
     straight, killed = (write_run(tmp_path, name, settings) for name in ("straight", "killed"))
     subprocess.run(command("cache_features", straight), check=True)
     started = subprocess.Popen(command("cache_features", killed))
-    wait_for(started, lambda: workers(started, "_calibrate"))
+    wait_for(started, lambda: actors(started, "_calibrate"))
     assert not (cache_in(tmp_path / "killed", "int8") / "calibration.json").exists()
     if whole_session:
         kill_session(started)
         assert ledger(tmp_path / "killed") == []
         subprocess.run(command("cache_features", killed), check=True)
     else:
-        for worker in workers(started, "_calibrate"):
+        for worker in actors(started, "_calibrate"):
             os.kill(worker, signal.SIGKILL)
         assert started.wait(timeout=300) == 0
     one, other = (cache_in(tmp_path / name, "int8") for name in ("straight", "killed"))

@@ -432,11 +432,11 @@ def test_the_clock_asks_for_checkpoints_too(run, tmp_path):
 
 
 def test_a_notice_of_preemption_leads_to_one_complete_checkpoint(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_LOOK_EVERY_S", 0.0)
-    notices, seen = iter([False, False, True, True, False, True]), []
+    monkeypatch.setattr(loop, "_MEET_EVERY_S", 0.0)
+    notices, seen = iter([False, False, True, True, False, True, True]), []
     run(
         "a",
-        calls={"is_urgent": lambda: next(notices)},
+        calls={"meet": lambda: next(notices)},
         on_step=lambda row: seen.append(steps_on_disk(tmp_path / "a")),
         checkpoint_every_steps=None,
         keep_checkpoints=9,
@@ -456,11 +456,21 @@ def test_what_is_measured_at_a_checkpoint_is_reported_and_kept(run, tmp_path):
     assert [(state["step"], state["held_out_loss"]) for state in states] == [(4, 1.0), (6, 2.0)]
 
 
-def test_what_is_pending_is_reported_before_the_state_is_copied(run, tmp_path):
+def test_rows_are_stored_before_the_checkpoint_of_their_step_exists(run, tmp_path):
     seen = []
-    before = {"before_checkpoint": lambda: seen.append(steps_on_disk(tmp_path / "a"))}
-    run("a", calls=before, checkpoint_every_steps=3)
+    run("a", calls={"store": lambda: seen.append(steps_on_disk(tmp_path / "a"))}, checkpoint_every_steps=3)
     assert seen == [[], [3]]
+
+
+def test_workers_meet_by_the_clock_and_at_the_end(run, monkeypatch):
+    done, met = [], []
+    calls = {"meet": lambda: met.append(len(done))}
+    monkeypatch.setattr(loop, "_MEET_EVERY_S", 0.0)
+    run("a", on_step=done.append, calls=calls)
+    assert met == [0, 1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(loop, "_MEET_EVERY_S", 1e9)
+    run("b", on_step=done.append, calls=calls)
+    assert met[7:] == [12]
 
 
 class Crash(Exception):
