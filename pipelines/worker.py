@@ -104,7 +104,6 @@ def train_worker(config: dict[str, Any]) -> None:
             options=stage.deepspeed,
         )
         reporter = _Reporter(task, start_step, engine.rank)
-        flops = _flops(model, device, settings.runtime.peak_tflops)
         try:
             train(
                 engine,
@@ -116,9 +115,10 @@ def train_worker(config: dict[str, Any]) -> None:
                 on_step=reporter,
                 store=reporter.store,
                 meet=reporter.meet,
-                flops=flops,
+                flops=_flops(model, device, settings.runtime.peak_tflops),
             )
         except FailedStepError as error:
+            reporter.store()  # how the loss went before it
             raise write_failure(error, task.run_uri) from error
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])

@@ -13,7 +13,7 @@ from meteor.train.checkpoints import CheckpointWriter
 from meteor.train.flops import ModelFlops
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine
-from meteor.train.step import LoadedStep, Wishes, take_step
+from meteor.train.step import LoadedStep, Wishes, rates, take_step
 
 # The coming micro batches as table positions -> those batches collated, in the same order. It may look ahead of what it
 # yields; closing it ends whatever it started.
@@ -64,10 +64,16 @@ def train(
     writer = CheckpointWriter(engine, checkpoints, keep=recipe.keep_checkpoints)
     saving = _Saving(recipe, plan.num_steps, meet)
     with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as steps:
-        since = time.perf_counter()
+        clock = time.perf_counter()
         for loaded, wait_s in _timed(steps):
-            row, wishes = take_step(engine, plan, recipe, loaded, saving.wishes(), flops, since=since, wait_s=wait_s)
-            since += row["seconds"]
+            row, wishes = take_step(engine, plan, recipe, loaded, wait_s, saving.wishes())
+            # With what came after the step before: reports, copies for a checkpoint.
+            seconds = time.perf_counter() - clock
+            clock += seconds
+            row |= rates(row, seconds, engine.world_size)
+            if flops is not None:
+                num_flops = flops.count(plan.lengths(loaded.step), row["num_visual_tokens"], row["num_answer_tokens"])
+                row["mfu"] = num_flops / (seconds * engine.world_size * flops.peak)
             done = row["step"]
             is_due, is_urgent_now = saving.decide(done, wishes)
             evaluated = evaluate() if is_due and not is_urgent_now else {}

@@ -2,7 +2,7 @@
 
 import math
 import resource
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ import torch
 from meteor.data.collate import Batch
 from meteor.errors import FailedStepError
 from meteor.projector.statistics import NUM_SUMS, mean_selection
-from meteor.train.flops import ModelFlops
 from meteor.train.plan import Recipe, Step, StepPlan
 from meteor.train.protocol import Engine, all_reduce_sum
 from meteor.train.schedule import learning_rate, native_weight
@@ -37,21 +36,16 @@ def take_step(
     plan: StepPlan,
     recipe: Recipe,
     loaded: LoadedStep,
-    wishes: Wishes,
-    flops: ModelFlops | None,
-    *,
-    since: float,
     wait_s: float,
+    wishes: Wishes,
 ) -> tuple[dict[str, Any], Wishes]:
     """One optimiser step: its metrics over all workers, and what the first worker wishes.
 
     Args:
         engine, plan, recipe: see `meteor.train.loop.train`.
         loaded: what to train on.
+        wait_s: how long it was waited for.
         wishes: this worker's.
-        flops: for the MFU, which is left out where None.
-        since: when the step before was done (`time.perf_counter`): reports and copies for a checkpoint count as well.
-        wait_s: how long the batches were waited for.
 
     Raises:
         FailedStepError: the loss or the gradient's norm is not finite, or the projector refuses what it was given; the weights
@@ -71,7 +65,6 @@ def take_step(
     if not math.isfinite(grad_norm):
         problem = f"the gradient's norm is {grad_norm}. Lower the learning rate."
         raise _failure(engine, plan, step, problem, lr=lr, loss=loss, grad_norm=grad_norm, micro_losses=micro_losses)
-    seconds, num_workers = time.perf_counter() - since, engine.world_size
     row = {
         "step": step.index + 1,
         "num_steps": plan.num_steps,
@@ -85,19 +78,22 @@ def take_step(
         "num_answer_tokens": plan.num_answer_tokens(step),
         "padding_share": totals.padding_share,
         **totals.selection,
-        "seconds": seconds,
         # The slowest worker's; the others wait for it in the step.
         "loader_wait_s": totals.wait_s,
-        "loader_wait_share": min(totals.wait_s / seconds, 1.0),
-        "samples_per_s": len(step.positions) / seconds,
-        "visual_tokens_per_s_per_gpu": totals.num_visual_tokens / seconds / num_workers,
-        "text_tokens_per_s_per_gpu": totals.num_text_tokens / seconds / num_workers,
         "memory_gb": totals.memory_bytes / 1e9,
     }
-    if flops is not None:
-        num_flops = flops.count(plan.lengths(step), totals.num_visual_tokens, plan.num_answer_tokens(step))
-        row["mfu"] = num_flops / (seconds * num_workers * flops.peak)
     return row, totals.wishes
+
+
+def rates(row: Mapping[str, Any], seconds: float, num_workers: int) -> dict[str, float]:
+    """The metrics of a step that took so long, from what `take_step` says of it."""
+    return {
+        "seconds": seconds,
+        "loader_wait_share": min(row["loader_wait_s"] / seconds, 1.0),
+        "samples_per_s": row["num_samples"] / seconds,
+        "visual_tokens_per_s_per_gpu": row["num_visual_tokens"] / seconds / num_workers,
+        "text_tokens_per_s_per_gpu": row["num_text_tokens"] / seconds / num_workers,
+    }
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -80,6 +81,44 @@ def test_the_number_of_workers_changes_neither_run_nor_loss(make_settings, tmp_p
     second = pretrain.run(two)
     assert Path(second.results["run"]).name == Path(first.results["run"]).name
     assert second.counts["loss_last"] == pytest.approx(first.counts["loss_last"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_training_without_a_tracking_server_finishes_and_is_logged_when_it_is_started_again(
+    make_settings, tracking_database, monkeypatch
+):
+    settings = make_settings()
+    cache_features.run(settings)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        away = {**settings.tracking.model_dump(), "uri": f"http://127.0.0.1:{probe.getsockname()[1]}"}
+    first = pretrain.run(make_settings(tracking=away))
+    assert not first.reused
+    assert pretrain.run(settings).reused
+    tracker = Tracker(tracking_database, settings.tracking.experiment)
+    runs = tracker._client.search_runs([tracker.experiment_id], filter_string="tags.`meteor.stage` = 'pretrain'")
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    rows = read_stage_run(first.results["run"]).metrics
+    for name in ("loss", "memory_gb", "loader_wait_share"):
+        history = tracker._client.get_metric_history(runs[0].info.run_id, name)
+        assert [(one.step, one.value) for one in history] == [(row["step"], row[name]) for row in rows]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_out(make_settings):
+    settings = make_settings(pretrain={"lr": 1e30, "warmup_ratio": 0.0}, runtime={"max_failures": 0})
+    cache_features.run(settings)
+    with pytest.raises(TrainingError, match=r"failures/step_\d+\.json"):
+        pretrain.run(settings)
+    run = training.prepare(settings, "pretrain").run
+    (file,) = Path(run.uri, "failures").iterdir()
+    failure = json.loads(file.read_text())
+    table = pq.read_table(f"{run.uri}/samples.parquet").to_pylist()
+    # The first update ruined the weights; the epoch's second and last step has what is left of 12 samples.
+    assert (failure["step"], len(failure["samples"])) == (2, 4)
+    assert all(table[one["row"]]["sample_id"] == one["id"] for one in failure["samples"])
+    assert file.name == "step_00000002.json"
 
 
 def test_stages_say_what_must_run_before_them(make_settings, tmp_path):
