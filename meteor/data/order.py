@@ -7,6 +7,8 @@ depends on the number of workers, so a run resumed on another number of workers 
 import hashlib
 import heapq
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 # Samples of similar length are looked for among so many global batches, or a quarter of a small epoch (transformers'
 # numbers): sorting the whole epoch by length would give the same batches every epoch.
@@ -20,6 +22,65 @@ MicroBatch = list[list[int]]
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     """Optimiser steps an epoch takes; the last batch may be short."""
     return -(-num_samples // global_batch_size)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples of a mixture that have a weight of their own, one after the other in the table.
+
+    Attributes:
+        num_samples: how many.
+        weight: passes over them in an epoch.
+    """
+
+    num_samples: int
+    weight: float = 1.0
+
+    def seen_before(self, epoch: int) -> int:
+        """Samples that the epochs before this one take, repeats counted; rounded down, so that no error adds up."""
+        return int(epoch * self.num_samples * Fraction(str(self.weight)))
+
+
+def epoch_length(parts: Sequence[Part], epoch: int) -> int:
+    """Samples of an epoch, repeats counted; with weights that are not whole it may differ by one a part."""
+    return sum(part.seen_before(epoch + 1) - part.seen_before(epoch) for part in parts)
+
+
+def epoch_samples(parts: Sequence[Part], *, seed: int, epoch: int, index_digest: str) -> list[int]:
+    """Which samples an epoch takes, and how often.
+
+    Each part is gone through in rounds, every round a permutation of its own; an epoch takes the next ``weight`` rounds, and
+    the epoch after it goes on from there. So a whole weight takes every sample equally often, and of any other no sample is
+    ever seen twice more often than another.
+
+    Args:
+        parts: of the table, in its order.
+        seed: of the run.
+        epoch: counted from 0.
+        index_digest: of the dataset index.
+
+    Returns:
+        Positions in the table, ascending, repeated as often as the sample comes.
+    """
+    samples: list[int] = []
+    first = 0
+    for number, part in enumerate(parts):
+        begin, end = part.seen_before(epoch), part.seen_before(epoch + 1)
+        if part.num_samples:
+            for round_ in range(begin // part.num_samples, -(-end // part.num_samples)):
+                start = round_ * part.num_samples
+                taken = slice(max(begin - start, 0), min(end - start, part.num_samples))
+                samples += [first + i for i in _round(part, f"{seed}/{number}/{round_}/{index_digest}", taken)]
+        first += part.num_samples
+    return sorted(samples)
+
+
+def _round(part: Part, context: str, taken: slice) -> list[int]:
+    """Some places of a permutation."""
+    if taken == slice(0, part.num_samples):
+        return list(range(part.num_samples))  # all of them: their order does not matter
+    key = _random_keys(context)
+    return sorted(range(part.num_samples), key=lambda i: key("round", i))[taken]
 
 
 def epoch_order(

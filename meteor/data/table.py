@@ -3,6 +3,7 @@
 To train, workers read this table and the feature cache; they open no annotation file, and with cached features no picture.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from meteor import storage
 from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE, IGNORE_INDEX
 from meteor.data.collate import ImageLayout, VisualTokenBudget, cut_text, num_image_tokens
 from meteor.data.features import PixelSettings
+from meteor.data.order import Part
 from meteor.data.samples import Sample, SampleProblem
 from meteor.errors import BadImageError, DataError, TokenisationError
 from meteor.text.tokens import TokenisedSample
@@ -31,6 +33,9 @@ _SCHEMA = pa.schema(
         ("grouping_length", pa.int32()),
     ]
 )
+
+
+_PARTS = b"parts"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class SampleTable:
         visual, text = (table.column(f"num_{kind}_tokens").to_numpy() for kind in ("visual", "text"))
         self.lengths: list[int] = (visual + text).tolist()
         self.sample_ids: list[str] = table.column("sample_id").to_pylist()
+        # Rows of one file stand together; what each file weighs is for the order to know.
+        stored = (table.schema.metadata or {}).get(_PARTS)
+        self.parts = [Part(*part) for part in json.loads(stored)] if stored else [Part(len(self))]
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -99,6 +107,13 @@ class SampleTable:
         storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
     @classmethod
+    def mixture(cls, tables: Sequence["SampleTable"], weights: Sequence[float]) -> "SampleTable":
+        """The rows of several tables, each with its weight; see `meteor.data.order.epoch_samples`."""
+        joined = pa.concat_tables([one._table.replace_schema_metadata(None) for one in tables])
+        parts = [(len(table), weight) for table, weight in zip(tables, weights, strict=True)]
+        return cls(joined.replace_schema_metadata({_PARTS: json.dumps(parts)}))
+
+    @classmethod
     def read(cls, uri: str) -> "SampleTable":
         return cls(pq.read_table(pa.BufferReader(storage.read_bytes(uri))))
 
@@ -110,6 +125,15 @@ class TablePlan:
     table: SampleTable
     excluded: tuple[Exclusion, ...]
     num_cut: int
+
+    @classmethod
+    def mixture(cls, plans: Sequence["TablePlan"], weights: Sequence[float]) -> "TablePlan":
+        """Several files' as one; see `SampleTable.mixture`."""
+        return cls(
+            SampleTable.mixture([plan.table for plan in plans], weights),
+            tuple(exclusion for plan in plans for exclusion in plan.excluded),
+            sum(plan.num_cut for plan in plans),
+        )
 
     def reasons(self) -> dict[str, int]:
         """Number of excluded samples by reason."""

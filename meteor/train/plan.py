@@ -1,11 +1,20 @@
 """A stage's steps as arithmetic: which samples each one has, and what a worker does of them."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate, pairwise
+from typing import Any, Literal
 
-from meteor.data.order import MicroBatch, assign, epoch_order, pack
+from meteor.data.order import (
+    MicroBatch,
+    Part,
+    assign,
+    epoch_length,
+    epoch_order,
+    epoch_samples,
+    pack,
+    steps_per_epoch,
+)
 from meteor.data.table import SampleTable
 
 Batching = Literal["padded", "grouped", "packed"]
@@ -43,29 +52,40 @@ class Step:
     positions: Sequence[int]
 
 
+def first_steps(parts: Sequence[Part], *, global_batch_size: int, epochs: int) -> list[int]:
+    """The index of each epoch's first step, and at the end the number of all steps."""
+    lengths = (epoch_length(parts, epoch) for epoch in range(epochs))
+    return list(accumulate((steps_per_epoch(length, global_batch_size) for length in lengths), initial=0))
+
+
 class StepPlan:
     """All steps of a stage as arithmetic: f(seed, epoch, index digest); the same on every worker and after every crash."""
 
     def __init__(self, table: SampleTable, recipe: Recipe, index_digest: str) -> None:
         self._table, self._recipe, self._index_digest = table, recipe, index_digest
         self.sample_ids = table.sample_ids
-        self.steps_per_epoch = math.ceil(len(table) / recipe.global_batch_size)
-        self.num_steps = self.steps_per_epoch * recipe.epochs
+        size, epochs = recipe.global_batch_size, recipe.epochs
+        self._firsts = first_steps(table.parts, global_batch_size=size, epochs=epochs)
+        self.num_steps = self._firsts[-1]
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """Steps ``start`` ... ``num_steps`` - 1."""
-        for epoch in range(start // max(self.steps_per_epoch, 1), self._recipe.epochs):
-            batches = epoch_order(
-                self._table.grouping_lengths,
-                global_batch_size=self._recipe.global_batch_size,
-                seed=self._recipe.seed,
-                epoch=epoch,
-                index_digest=self._index_digest,
-                group=self._recipe.batching == "grouped",
-            )
-            first = epoch * self.steps_per_epoch
-            for i in range(max(start - first, 0), len(batches)):
-                yield Step(first + i, epoch, batches[i])
+        for epoch, (first, end) in enumerate(pairwise(self._firsts)):
+            if start < end:
+                for i, positions in enumerate(self._epoch(epoch)[max(start - first, 0) :], max(start, first)):
+                    yield Step(i, epoch, positions)
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """The global batches of an epoch as positions in the table."""
+        context: dict[str, Any] = {"seed": self._recipe.seed, "epoch": epoch, "index_digest": self._index_digest}
+        samples = epoch_samples(self._table.parts, **context)
+        batches = epoch_order(
+            [self._table.grouping_lengths[sample] for sample in samples],
+            global_batch_size=self._recipe.global_batch_size,
+            group=self._recipe.batching == "grouped",
+            **context,
+        )
+        return [[samples[i] for i in batch] for batch in batches]
 
     def micro_steps(self, step: Step, rank: int, world_size: int) -> list[MicroBatch]:
         """This worker's micro batches; every worker has equally many, some may be empty."""
@@ -78,7 +98,8 @@ class StepPlan:
 
     def epochs_done(self, step: Step) -> float:
         """Passes over the samples when the step is over, whole and begun."""
-        return step.epoch + (step.index + 1 - step.epoch * self.steps_per_epoch) / self.steps_per_epoch
+        first, end = self._firsts[step.epoch : step.epoch + 2]
+        return step.epoch + (step.index + 1 - first) / (end - first)
 
     def lengths(self, step: Step) -> list[int]:
         """Tokens of each of its samples, visual ones included."""

@@ -5,7 +5,6 @@ import math
 import pickle
 import threading
 import time
-from collections import Counter
 
 import pyarrow as pa
 import pytest
@@ -75,72 +74,6 @@ def make_recipe(**changes):
 
 def make_step_plan(table=None, **changes):
     return StepPlan(make_table() if table is None else table, make_recipe(**changes), "digest of the index")
-
-
-@pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
-@pytest.mark.parametrize("global_batch_size", [1, 3, 7, 50])
-def test_every_epoch_has_every_sample_once(global_batch_size, batching):
-    plan = make_step_plan(global_batch_size=global_batch_size, batching=batching, epochs=3)
-    steps = list(plan.steps())
-    assert [step.index for step in steps] == list(range(plan.num_steps))
-    assert plan.num_steps == 3 * plan.steps_per_epoch
-    for epoch in range(3):
-        positions = [position for step in steps if step.epoch == epoch for position in step.positions]
-        assert sorted(positions) == list(range(NUM_SAMPLES))
-        assert all(len(step.positions) <= global_batch_size for step in steps)
-
-
-def test_epochs_and_data_sets_have_orders_of_their_own():
-    table, recipe = make_table(60), make_recipe(batching="padded")
-    orders = [[step.positions for step in StepPlan(table, recipe, digest).steps()] for digest in ("one", "other")]
-    assert orders[0][:20] != orders[0][20:]
-    assert orders[0] != orders[1]
-
-
-@pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
-def test_any_number_of_workers_trains_on_the_same_global_batches(micro_batch_size, batching):
-    table = make_table(50)
-    plan = make_step_plan(table, global_batch_size=8, micro_batch_size=micro_batch_size, batching=batching)
-    for step in plan.steps():
-        for world_size in (1, 2, 3, 4, 8):
-            shares = [plan.micro_steps(step, rank, world_size) for rank in range(world_size)]
-            assert len({len(share) for share in shares}) == 1
-            assert all(len(micro) <= micro_batch_size for share in shares for micro in share)
-            rows = [row for share in shares for micro in share for row in micro]
-            assert Counter(position for row in rows for position in row) == Counter(step.positions)
-            if batching == "packed":
-                assert all(sum(table.lengths[position] for position in row) <= 40 for row in rows)
-            else:
-                assert all(len(row) == 1 for row in rows)
-
-
-def test_packing_takes_fewer_micro_steps():
-    table = make_table(64)
-    for step in make_step_plan(table, global_batch_size=16, batching="packed").steps():
-        packed, padded = (
-            make_step_plan(table, global_batch_size=16, micro_batch_size=2, batching=batching).micro_steps(step, 0, 1)
-            for batching in ("packed", "padded")
-        )
-        assert (len(packed) < len(padded)) == (len(step.positions) == 16)
-
-
-def test_resuming_anywhere_yields_the_remaining_steps():
-    plan = make_step_plan(epochs=3)
-    steps = list(plan.steps())
-    for start in range(plan.num_steps + 1):
-        assert list(plan.steps(start)) == steps[start:]
-
-
-def test_the_loss_is_divided_by_the_answer_tokens_of_the_global_batch():
-    plan = make_step_plan()
-    for step in plan.steps():
-        assert plan.num_answer_tokens(step) == sum(position % 3 + 1 for position in step.positions)
-
-
-def test_an_empty_table_has_no_steps():
-    plan = make_step_plan(make_table(0))
-    assert (plan.num_steps, list(plan.steps())) == (0, [])
 
 
 class RecordingEngine:
