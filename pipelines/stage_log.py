@@ -5,7 +5,6 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from meteor import storage
@@ -35,7 +34,9 @@ class StageLog:
     def __init__(self, settings: RunSettings, stage: str, digest: str, uri: str, content: dict[str, Any]) -> None:
         self._settings, self._stage, self._digest, self._uri = settings, stage, digest, uri
         self._content = content
-        self._connected: tuple[Tracker, str] | None = None
+        # Apart, as a copy in another process needs a connection of its own, and no second look for the run.
+        self._run_id: str | None = None
+        self._tracker: Tracker | None = None
         self._retry_at = -math.inf
 
     @classmethod
@@ -88,14 +89,20 @@ class StageLog:
 
     def live(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send rows of ``metrics/`` while the stage runs, as far as the server is there; `close` sends what is missing."""
-        if self._connected is not None:
-            tracker, run_id = self._connected
-            tracker.log_metrics(run_id, rows)
-        elif time.monotonic() >= self._retry_at:
-            with suppress(TrackingError):
+        if time.monotonic() < self._retry_at:
+            return
+        try:
+            if self._run_id is None:
                 # It takes these rows from the folder, and what came before them.
                 self._send()
+            else:
+                self._tracker = self._tracker or make_tracker(self._settings)
+                self._tracker.log_metrics(self._run_id, rows)
+        except TrackingError:
             self._retry_at = time.monotonic() + _RETRY_S
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tracker": None}
 
     def open(self) -> None:
         """The stage starts."""
@@ -134,7 +141,7 @@ class StageLog:
         for file in content["files"]:
             tracker.log_file(run_id, file, storage.read_bytes(storage.join(self._uri, file)))
         tracker.set_tags(run_id, content["tags"])
-        self._connected = tracker, run_id
+        self._tracker, self._run_id = tracker, run_id
         if status != "running":
             tracker.finish(run_id, failed=status == "failed")
             if status == "finished":

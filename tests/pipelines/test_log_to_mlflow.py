@@ -2,10 +2,6 @@
 
 import threading
 
-from ray import cloudpickle
-
-from meteor.config import RunSettings
-from pipelines.stage_log import StageLog
 from pipelines.training import LogToMlflow
 
 
@@ -31,9 +27,3 @@ def test_a_server_that_does_not_answer_holds_nobody_up():
     log.may_go_on.set()
     assert log.has_all.wait(20)
     assert log.steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_the_callback_travels_to_the_controller(tmp_path):
-    settings = RunSettings(output=str(tmp_path))
-    log = StageLog.new(settings, "pretrain", "d", str(tmp_path / "run"), params={}, tags={})
-    assert isinstance(cloudpickle.loads(cloudpickle.dumps(LogToMlflow(log)))._log, StageLog)

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from mlflow import MlflowClient
+from ray import cloudpickle
 
 from meteor import storage
 from meteor.config import RunSettings
@@ -20,6 +21,7 @@ from meteor.tracking import Tracker
 from pipelines import stage_log
 from pipelines.metrics import MetricsSegment
 from pipelines.stage import StageRun, Summary
+from pipelines.training import LogToMlflow
 
 # MLflow's own way with SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -142,6 +144,14 @@ def test_a_server_that_comes_in_the_middle_gets_what_it_missed_and_goes_on(make_
         assert len(points(uri, runs_of(uri)["pretrain"], "loss")) == 4
     assert points(uri, runs_of(uri)["pretrain"], "loss") == [(step, 1 / step) for step in (1, 2, 3, 4)]
     assert stage_log.StageLog.unsent(run.settings, "pretrain", run.digest, run.uri) is None
+
+
+def test_the_callback_in_ray_s_controller_logs_to_the_same_run(make_run, database):
+    uri = f"sqlite:///{database}"
+    with make_run(uri).tracked({}) as log:
+        there = cloudpickle.loads(cloudpickle.dumps(LogToMlflow(log)))
+        there._log.live(make_rows(1, 2))
+        assert points(uri, runs_of(uri)["pretrain"], "loss") == [(1, 1.0), (2, 0.5)]
 
 
 def test_a_stage_that_fails_is_a_failed_run(make_run, database):
