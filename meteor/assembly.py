@@ -1,5 +1,9 @@
 """From a run's settings to what several commands and stages share: sizes of pixels, the encoder, places of caches."""
 
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
 import torch
 
 from meteor import storage
@@ -9,19 +13,56 @@ from meteor.data.features import PixelSettings
 from meteor.errors import SettingsError
 from meteor.vision.encoder import FrozenClip
 
+Stage = Literal["pretrain", "finetune"]
+STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
 
-def sample_uris(settings: RunSettings) -> dict[str, str]:
-    """Name -> annotation file of every sample set that the run names.
+
+@dataclass(frozen=True)
+class SampleFile:
+    """An annotation file of a run.
+
+    Attributes:
+        name: the stage, with the file's name where it has several; a question set's own name.
+        uri: where it is.
+        stage: whose settings say how its samples are read; None for questions.
+        weight: passes over it in an epoch; 0 where it is held out.
+    """
+
+    name: str
+    uri: str
+    stage: Stage | None
+    weight: float
+
+
+def sample_files(settings: RunSettings) -> list[SampleFile]:
+    """Every annotation file that the run names.
 
     Raises:
         SettingsError: the run names none.
     """
     data = settings.data
-    named = {"pretrain": data.pretrain, "finetune": data.finetune, **data.evaluate}
-    uris = {name: uri for name, uri in named.items() if uri}
-    if not uris:
+    files = [file for stage in STAGES for file in training_files(settings, stage)]
+    files += [SampleFile(f"{stage}, held out", uri, stage, 0.0) for stage, uri in data.held_out.items()]
+    files += [SampleFile(name, uri, None, 0.0) for name, uri in data.evaluate.items()]
+    if not files:
         raise SettingsError("the run names no samples: set data.pretrain, data.finetune or data.evaluate")
-    return uris
+    return files
+
+
+def training_files(settings: RunSettings, stage: Stage) -> list[SampleFile]:
+    """The files that a stage trains on.
+
+    Raises:
+        SettingsError: two of them have the same name.
+    """
+    sources = settings.data.sources(stage)
+    names = [PurePosixPath(uri).name for uri in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingsError(f"data.{stage} names two files {twice[0]!r}, and samples are told apart by it: rename one")
+    return [
+        SampleFile(stage if len(sources) == 1 else f"{stage}, {name}", uri, stage, weight)
+        for name, (uri, weight) in zip(names, sources.items(), strict=True)
+    ]
 
 
 def pixel_settings(settings: RunSettings) -> PixelSettings:

@@ -25,7 +25,7 @@ from meteor.errors import BadImageError, QuarantineLimitError
 from pipelines.calibration import calibrate_cache
 from pipelines.encoding import encode_missing
 from pipelines.indexing import update_index
-from pipelines.inputs import SampleSet, load_sets
+from pipelines.inputs import SampleSet, load_sets, names_of_images
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _LOG = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def plan(settings: RunSettings) -> str:
 
 
 def _rows_of(index: DatasetIndex, sets: list[SampleSet]) -> list[IndexRow]:
-    names = set().union(*(one.image_names for one in sets))
+    names = names_of_images(sets)
     return [row for row in index.rows() if row.name in names]
 
 

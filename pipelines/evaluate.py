@@ -22,9 +22,9 @@ from meteor.evaluation.answer import Answerer, Question, last_answer
 from meteor.evaluation.scoring import score_row, score_table
 from meteor.train.build import DTYPES
 from pipelines.inputs import SampleSet, indexed_images, load_set, open_features, quarantine_into, uris_by_key
+from pipelines.preparation import prepare
 from pipelines.runtime import Counter, num_blocks, progress, worker_environment
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
-from pipelines.training import prepare
 
 _LOG = logging.getLogger(__name__)
 _DESCRIPTION = """Answer the questions of data.evaluate greedily and score them: exact match, over all and by type of question.

@@ -18,7 +18,7 @@ from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
 from meteor.errors import BadImageError, ImagePathError, NotFoundError
 from meteor.image.decode import decode_image
-from pipelines.inputs import SampleSet
+from pipelines.inputs import SampleSet, names_of_images
 from pipelines.runtime import num_blocks, progress
 
 _LOG = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _read_picture(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
 def _places(settings: RunSettings, sets: list[SampleSet]) -> dict[str, str]:
     """Image name -> URI; a name that leaves its root keeps a marked place, and is never opened."""
     places: dict[str, str] = {}
-    for name in sorted(set().union(*(one.image_names for one in sets))):
+    for name in sorted(names_of_images(sets)):
         try:
             places[name] = resolve_image(name, settings.data.roots)
         except ImagePathError:

@@ -1,29 +1,36 @@
 """What several stages read first: sample files, pictures' places, the encoder and the cache identity it makes."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
+from pathlib import PurePosixPath
 
 from meteor import storage
-from meteor.assembly import load_encoder, pixel_settings, sample_uris
+from meteor.assembly import Stage, load_encoder, pixel_settings, sample_files, training_files
 from meteor.cache import DatasetIndex, FeatureCache, IndexRow
 from meteor.cache.disk_tier import DiskTier
-from meteor.config import RunSettings
+from meteor.config import RunSettings, settings_digest
 from meteor.data.features import LiveFeatures
 from meteor.data.samples import Sample, SampleProblem, load_samples
 from meteor.data.table import IndexedImage
+from meteor.errors import SettingsError
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """One annotation file: its samples, the records that cannot be used, and a fingerprint of the file."""
+    """One annotation file: its samples, the records that cannot be used, and a fingerprint of the file.
+
+    ``weight``: passes over it in an epoch of training.
+    """
 
     name: str
     uri: str
     samples: list[Sample]
     problems: list[SampleProblem]
     digest: str
+    weight: float = 1.0
 
     @cached_property
     def image_names(self) -> set[str]:
@@ -37,7 +44,49 @@ def load_set(name: str, uri: str) -> SampleSet:
 
 def load_sets(settings: RunSettings) -> list[SampleSet]:
     """All sample sets of the run; `SettingsError` where it names none."""
-    return [load_set(name, uri) for name, uri in sample_uris(settings).items()]
+    return [load_set(file.name, file.uri) for file in sample_files(settings)]
+
+
+def load_mixture(settings: RunSettings, stage: Stage) -> list[SampleSet]:
+    """What a stage trains on, in an order that depends on the files' content alone.
+
+    Of several files each sample's id begins with its file's name.
+
+    Raises:
+        SettingsError: there is none, or the same file twice.
+    """
+    files = training_files(settings, stage)
+    if not files:
+        raise SettingsError(f"data.{stage} is not set: name the LLaVA JSON of this stage")
+    sets = [replace(load_set(file.name, file.uri), weight=file.weight) for file in files]
+    if len(sets) > 1:
+        sets = sorted(map(_with_ids_of_its_own, sets), key=lambda one: one.digest)
+    for one, other in pairwise(sets):
+        if one.digest == other.digest:
+            raise SettingsError(
+                f"data.{stage}: {one.uri} and {other.uri} are the same file: give one of them the weight"
+            )
+    return sets
+
+
+def _with_ids_of_its_own(one: SampleSet) -> SampleSet:
+    name = PurePosixPath(one.uri).name
+    return replace(
+        one,
+        samples=[replace(sample, id=f"{name}/{sample.id}") for sample in one.samples],
+        problems=[replace(problem, sample_id=f"{name}/{problem.sample_id}") for problem in one.problems],
+    )
+
+
+def mixture_digest(sets: Sequence[SampleSet]) -> str:
+    """The file's own where there is one and it weighs 1."""
+    if [one.weight for one in sets] == [1]:
+        return sets[0].digest
+    return settings_digest([[one.digest, one.weight] for one in sets])
+
+
+def names_of_images(sets: Iterable[SampleSet]) -> set[str]:
+    return set().union(*(one.image_names for one in sets))
 
 
 def indexed_images(index: DatasetIndex, names: Iterable[str]) -> dict[str, IndexedImage]:

@@ -29,9 +29,9 @@ from meteor.report import (
     write_report,
 )
 from pipelines import cache_features, evaluate
+from pipelines.preparation import prepare
 from pipelines.stage import Summary, stage_main, timed
 from pipelines.stage_log import make_tracker, pipeline_digest
-from pipelines.training import prepare
 
 _LOG = logging.getLogger(__name__)
 _DESCRIPTION = """Lay settings, loss curves, scores, throughput and figures of this run, and of those in report.compare, side by

@@ -4,7 +4,6 @@ import logging
 import queue
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,201 +13,25 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from meteor import storage
-from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
-from meteor.cache import CacheIdentity, DatasetIndex, FeatureCache
-from meteor.cache.manifest import latest_manifest
-from meteor.config import RunSettings, StageSettings, mathematical_settings, settings_digest
-from meteor.data.samples import Sample
-from meteor.data.table import SampleTable, TablePlan, plan_table
-from meteor.errors import CacheError, NotFoundError, QuarantineLimitError, SettingsError, TrainingError
-from meteor.image.budget import visual_token_budget
+from meteor.assembly import cache_uri
+from meteor.checkpoint.format import Checkpoint, best_checkpoint
+from meteor.config import RunSettings, StageSettings, mathematical_settings
+from meteor.data.order import epoch_length
+from meteor.data.table import SampleTable, TablePlan
+from meteor.errors import TrainingError
 from meteor.report.data import read_stage_run
-from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise, visual_separators
-from meteor.train.build import Stage, llm_fingerprint
-from pipelines.inputs import SampleSet, indexed_images, load_set, quarantine_into, uris_by_key
+from meteor.text.tokens import load_tokenizer, visual_separators
+from meteor.train.build import Stage
+from meteor.train.plan import first_steps
+from pipelines.inputs import uris_by_key
 from pipelines.metrics import read_last
+from pipelines.preparation import Prepared, hold_pin, plan_held_out, plan_samples, prepare, stage_settings
 from pipelines.runtime import progress, worker_environment
-from pipelines.stage import StageRun, Summary, canonical, timed
+from pipelines.stage import Summary, canonical, timed
 from pipelines.stage_log import StageLog
 from pipelines.worker import WorkerTask, train_worker
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Pin:
-    """What a run read at its first start, and reads for ever: index and cache may grow meanwhile."""
-
-    run_digest: str
-    index_version: int
-    index_digest: str
-    cache_version: int
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A stage before its workers start."""
-
-    run: StageRun
-    pin: Pin
-    pin_uri: str
-    identity: CacheIdentity
-    samples: SampleSet
-    index: DatasetIndex
-    parent: dict[str, str] | None
-
-
-def stage_settings(settings: RunSettings, stage: Stage) -> StageSettings:
-    return settings.pretrain if stage == "pretrain" else settings.finetune
-
-
-def prepare(settings: RunSettings, stage: Stage) -> Prepared:
-    """Find or make the pin and with it the run: its digest is over settings, samples, pictures, and the parent's digest.
-
-    Raises:
-        SettingsError: the stage has no samples, or stage 2 no stage 1.
-        CacheError: cache_features has not run.
-    """
-    uri = getattr(settings.data, stage)
-    if uri is None:
-        raise SettingsError(f"data.{stage} is not set: name the LLaVA JSON of this stage")
-    samples = load_set(stage, uri)
-    identity = cache_identity(settings, load_encoder(settings))
-    parent = _parent(settings) if stage == "finetune" else None
-    content = canonical(
-        {
-            "stage": stage,
-            "samples": samples.digest,
-            "cache": identity.key,
-            "codec": settings.cache.codec,
-            "data": mathematical_settings(settings.data),
-            "projector": mathematical_settings(settings.projector),
-            "llm": {**mathematical_settings(settings.llm), "fingerprint": llm_fingerprint(settings.llm.path)},
-            "settings": mathematical_settings(stage_settings(settings, stage)),
-            "parent": parent and parent["digest"],
-        }
-    )
-    return _pinned(settings, stage, content, samples, identity, parent)
-
-
-def _pinned(
-    settings: RunSettings,
-    stage: Stage,
-    content: dict[str, Any],
-    samples: SampleSet,
-    identity: CacheIdentity,
-    parent: dict[str, str] | None,
-) -> Prepared:
-    """An unfinished run keeps its pin; a finished one is taken up anew where the pictures have changed since."""
-    pin_uri = storage.join(settings.output, "pins", f"{stage}-{settings_digest(content)[:16]}.json")
-    current, index = _current_pin(settings, content, samples, identity)
-    pin = _read_pin(pin_uri) or current
-    if pin.run_digest != current.run_digest and StageRun(settings, stage, pin.run_digest).finished():
-        pin = current
-    if pin.index_version != index.version:
-        index = DatasetIndex.open(index_uri(settings), pin.index_version)
-    return Prepared(StageRun(settings, stage, pin.run_digest), pin, pin_uri, identity, samples, index, parent)
-
-
-def hold_pin(settings: RunSettings, prepared: Prepared) -> FeatureCache:
-    """Write the pin: for the next start of this run, and in the cache, so that nothing it reads is cleaned up.
-
-    Returns:
-        The pinned version.
-    """
-    storage.write_json(prepared.pin_uri, vars(prepared.pin))
-    cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)
-    cache.pin(prepared.pin.run_digest, {"name": settings.name, "stage": prepared.run.stage, "output": settings.output})
-    return cache
-
-
-def _current_pin(
-    settings: RunSettings, content: dict[str, Any], samples: SampleSet, identity: CacheIdentity
-) -> tuple[Pin, DatasetIndex]:
-    index, cache = DatasetIndex.latest(index_uri(settings)), cache_uri(settings, identity)
-    if index is None:
-        raise CacheError(f"there is no dataset index at {index_uri(settings)}: run cache_features first")
-    version = latest_manifest(cache)
-    if not version:
-        raise CacheError(f"there is no feature cache at {cache}: run cache_features with these settings first")
-    index_digest = index.digest(samples.image_names)
-    return Pin(settings_digest({**content, "index": index_digest}), index.version, index_digest, version), index
-
-
-def _read_pin(uri: str) -> Pin | None:
-    try:
-        return Pin(**storage.read_json(uri))
-    except NotFoundError:
-        return None
-
-
-def _parent(settings: RunSettings) -> dict[str, str]:
-    """URI and digest of stage 1: the one named, or this run's own."""
-    named = settings.finetune.pretrained
-    if named:
-        data = storage.read_bytes(named)
-        return {"uri": named, "digest": settings_digest({"projector": data.hex()})}
-    if settings.data.pretrain is None:
-        raise SettingsError("stage 2 needs a projector: set finetune.pretrained, or data.pretrain and run pretrain")
-    own = prepare(settings, "pretrain")
-    summary = own.run.finished()
-    if summary is None:
-        raise SettingsError(
-            "stage 1 of this run has not finished: run pretrain with the same settings first, or set finetune.pretrained"
-        )
-    return {"uri": summary.results["projector"], "digest": own.run.digest}
-
-
-def plan_samples(settings: RunSettings, stage: Stage, prepared: Prepared) -> TablePlan:
-    """The sample table of the pinned index and cache."""
-    options = stage_settings(settings, stage)
-    tokenizer = load_tokenizer(settings.llm.path)
-    cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)
-    images = indexed_images(prepared.index, prepared.samples.image_names)
-    images = quarantine_into(images, cache.quarantined())
-    samples = _fraction(prepared.samples.samples, options.fraction, options.seed)
-
-    def tokens(sample: Sample) -> TokenisedSample:
-        return tokenise(sample.conversation, tokenizer, options.template, sample_id=sample.id)
-
-    table = plan_table(
-        samples,
-        prepared.samples.problems,
-        images,
-        tokenise=tokens,
-        budget=visual_token_budget(settings.projector.name, settings.projector.settings),
-        pixels=pixel_settings(settings),
-        max_length=options.max_length,
-        sub_images=options.sub_images,
-    )
-    _check(settings, table, len(samples), cache, options)
-    return table
-
-
-def _fraction(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
-    """A seeded share of the samples, in their order."""
-    if fraction == 1:
-        return samples
-    ranked = sorted(range(len(samples)), key=lambda i: settings_digest([seed, i]))
-    return [samples[i] for i in sorted(ranked[: max(1, round(fraction * len(samples)))])]
-
-
-def _check(
-    settings: RunSettings, plan: TablePlan, num_samples: int, cache: FeatureCache, options: StageSettings
-) -> None:
-    limit = max(settings.data.min_bad_images - 1, settings.data.max_bad_share * num_samples)
-    if len(plan.excluded) > limit:
-        raise QuarantineLimitError(
-            f"{len(plan.excluded)} of {num_samples} samples cannot be used ({plan.reasons()}), for example "
-            f"{plan.excluded[0].sample_id}: {plan.excluded[0].message}. See `meteor data check`, or raise data.max_bad_share"
-        )
-    if not len(plan.table):
-        raise SettingsError("no usable sample is left to train on")
-    missing = set(plan.table.all_image_keys()) - set(cache.keys()) if options.features == "cache" else set()
-    if missing:
-        raise CacheError(
-            f"{len(missing)} pictures are indexed and not in version {cache.version} of {cache.uri}: run cache_features again"
-        )
 
 
 def run_stage(settings: RunSettings, stage: Stage) -> Summary:
@@ -223,16 +46,19 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
         if finished:
             return prepared.run.reuse(finished)
         cache = hold_pin(settings, prepared)
-        plan = plan_samples(settings, stage, prepared)
+        plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared)
         run = prepared.run
         plan.table.write(storage.join(run.uri, "samples.parquet"))
+        if held_out is not None:
+            held_out.table.write(storage.join(run.uri, "held_out.parquet"))
         storage.write_json(storage.join(run.uri, "excluded.json"), [vars(one) for one in plan.excluded])
-        task = _task(settings, stage, prepared)
+        task = _task(settings, stage, prepared, has_held_out=held_out is not None)
         run.start(pin=vars(prepared.pin), parent=prepared.parent, cache=task.cache_uri, cache_key=prepared.identity.key)
         params = {stage: mathematical_settings(stage_settings(settings, stage)), **_shared_params(settings)}
         with run.tracked(canonical(params)) as log:
             log.cache(cache, context="training")
-            log.dataset(name=stage, digest=prepared.samples.digest, source=prepared.samples.uri, context="samples")
+            for one in prepared.samples:
+                log.dataset(name=one.name, digest=one.digest, source=one.uri, context="samples")
             num_steps = _num_steps(stage_settings(settings, stage), plan.table)
             _LOG.info("%s: %d samples, %d steps, run %s", stage, len(plan.table), num_steps, run.uri)
             _run_workers(settings, task, log, num_steps)
@@ -244,7 +70,8 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
 def plan_text(settings: RunSettings, stage: Stage) -> str:
     """The plan of a stage for ``--dry-run``."""
     prepared = prepare(settings, stage)
-    plan, options = plan_samples(settings, stage, prepared), stage_settings(settings, stage)
+    plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared)
+    options = stage_settings(settings, stage)
     totals = plan.table.totals()
     num_steps = _num_steps(options, plan.table)
     state = "finished" if prepared.run.finished() else "to run or resume"
@@ -252,6 +79,12 @@ def plan_text(settings: RunSettings, stage: Stage) -> str:
         f"{stage}: plan",
         f"  run                {prepared.run.uri} ({state})",
         f"  samples            {totals['samples']:,} used, {len(plan.excluded)} excluded {plan.reasons() or ''}",
+        *(
+            [f"  an epoch           {epoch_length(plan.table.parts, 0):,}: {_weights(prepared)}"]
+            if _weights(prepared)
+            else []
+        ),
+        *([f"  held out           {len(held_out.table):,}, {len(held_out.excluded)} excluded"] if held_out else []),
         f"  cut to max_length  {plan.num_cut:,}",
         f"  sub-images         {totals['sub_images']:,} of {totals['distinct_images']:,} distinct pictures",
         f"  tokens             {totals['visual_tokens']:,} visual, {totals['text_tokens']:,} text",
@@ -262,8 +95,16 @@ def plan_text(settings: RunSettings, stage: Stage) -> str:
     return "\n".join(lines)
 
 
+def _weights(prepared: Prepared) -> str:
+    """ "" where there is one file that weighs 1."""
+    sets = prepared.samples
+    if [one.weight for one in sets] == [1]:
+        return ""
+    return ", ".join(f"{one.weight:g} x {one.uri.rpartition('/')[2]}" for one in sets)
+
+
 def _num_steps(options: StageSettings, table: SampleTable) -> int:
-    return -(-len(table) // options.global_batch_size) * options.epochs
+    return first_steps(table.parts, global_batch_size=options.global_batch_size, epochs=options.epochs)[-1]
 
 
 def _shared_params(settings: RunSettings) -> dict[str, Any]:
@@ -271,7 +112,7 @@ def _shared_params(settings: RunSettings) -> dict[str, Any]:
     return {name: mathematical_settings(getattr(settings, name)) for name in names}
 
 
-def _task(settings: RunSettings, stage: Stage, prepared: Prepared) -> WorkerTask:
+def _task(settings: RunSettings, stage: Stage, prepared: Prepared, *, has_held_out: bool) -> WorkerTask:
     tokenizer = load_tokenizer(settings.llm.path)
     live = stage_settings(settings, stage).features == "live"
     return WorkerTask(
@@ -286,6 +127,7 @@ def _task(settings: RunSettings, stage: Stage, prepared: Prepared) -> WorkerTask
         pad_id=tokenizer.pad_token_id,
         projector_uri=prepared.parent["uri"] if prepared.parent else None,
         image_uris=uris_by_key(prepared.index.rows()) if live else {},
+        has_held_out=has_held_out,
     )
 
 
@@ -366,7 +208,7 @@ def _summary(task: WorkerTask, plan: TablePlan, num_steps: int, seconds: float) 
     rows = read_stage_run(task.run_uri).metrics
     busy_s = sum(row["seconds"] for row in rows)
     totals = plan.table.totals()
-    counts = {
+    counts: dict[str, Any] = {
         "samples": totals["samples"],
         "excluded": len(plan.excluded),
         "cut": plan.num_cut,
@@ -377,6 +219,10 @@ def _summary(task: WorkerTask, plan: TablePlan, num_steps: int, seconds: float) 
         "text_tokens": totals["text_tokens"],
         "samples_per_s": sum(row["num_samples"] for row in rows) / busy_s,
     }
+    best = best_checkpoint(storage.join(task.run_uri, "checkpoints"))
+    if best is not None:
+        state = Checkpoint(best).state
+        counts |= {"best_held_out_loss": state["held_out_loss"], "best_checkpoint_step": state["step"]}
     kind = "projector" if task.stage == "pretrain" else "model"
     extra = {"training_seconds": busy_s, "excluded_reasons": plan.reasons(), "totals": totals}
     return Summary(task.stage, counts, seconds, {kind: task.result_uri, "run": task.run_uri}, extra=extra)

@@ -1,6 +1,7 @@
 """What runs inside a Ray Train worker: build the model, resume, train, leave the result."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,10 +34,11 @@ from meteor.train.build import (
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.train.flops import ModelFlops, peak_flops
+from meteor.train.held_out import held_out_loss
 from meteor.train.loading import load_batches
-from meteor.train.loop import LoadBatches, train
+from meteor.train.loop import train
 from meteor.train.plan import Recipe, StepPlan
-from meteor.train.protocol import barrier
+from meteor.train.protocol import Engine, barrier
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.inputs import open_features
 from pipelines.metrics import MetricsSegment
@@ -57,6 +59,7 @@ class WorkerTask:
     pad_id: int
     projector_uri: str | None
     image_uris: dict[str, str]
+    has_held_out: bool
 
     @property
     def stage_settings(self) -> StageSettings:
@@ -81,7 +84,8 @@ def train_worker(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
     table = SampleTable.read(storage.join(task.run_uri, "samples.parquet"))
-    loader = _batch_loader(task, table, str(device))
+    load_from = _batch_loader(task, str(device))
+    loader = partial(load_from, table=table)
     dtype = DTYPES[settings.llm.dtype]
     with loading_for(zero_stage=stage.zero_stage, dtype=dtype, options=stage.deepspeed):
         model = _build(task, attention=choose_attention(settings.llm.attention, device, dtype))
@@ -115,6 +119,7 @@ def train_worker(config: dict[str, Any]) -> None:
                 on_step=reporter,
                 store=reporter.store,
                 meet=reporter.meet,
+                evaluate=partial(_evaluate, task, engine, recipe, load_from),
                 flops=_flops(model, device, settings.runtime.peak_tflops),
             )
         except FailedStepError as error:
@@ -123,6 +128,13 @@ def train_worker(config: dict[str, Any]) -> None:
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])
     barrier()
+
+
+def _evaluate(task: WorkerTask, engine: Engine, recipe: Recipe, load_from: Callable[..., Any]) -> dict[str, float]:
+    if not task.has_held_out:
+        return {}
+    table = SampleTable.read(storage.join(task.run_uri, "held_out.parquet"))
+    return {"held_out_loss": held_out_loss(engine, table, recipe, load_batches=partial(load_from, table=table))}
 
 
 def write_failure(error: FailedStepError, run_uri: str) -> TrainingError:
@@ -208,7 +220,8 @@ def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForCondit
     return model
 
 
-def _batch_loader(task: WorkerTask, table: SampleTable, device: str) -> LoadBatches:
+def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:
+    """`load_batches` of the stage's features, still without its table."""
     settings, stage = task.settings, task.stage_settings
     source = open_features(
         settings,
@@ -225,7 +238,6 @@ def _batch_loader(task: WorkerTask, table: SampleTable, device: str) -> LoadBatc
 
     return partial(
         load_batches,
-        table=table,
         source=source,
         collate=partial(
             collate,

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings, sample_uris
+from meteor.assembly import SampleFile, cache_identity, cache_uri, index_uri, load_encoder, pixel_settings, sample_files
 from meteor.cache import CODEC_NAMES, DatasetIndex, FeatureCache
 from meteor.cache.codec import INT8_CODEC, get_codec
 from meteor.cache.manifest import latest_manifest
-from meteor.config import RunSettings, StageSettings
-from meteor.data.cache_plan import CachePlan, EncoderShape, StagePlan, plan_stage
+from meteor.config import RunSettings
+from meteor.data.cache_plan import FLOPS_PER_PARAMETER, CachePlan, EncoderShape, StagePlan, plan_stage
 from meteor.data.features import PixelSettings
 from meteor.data.pictures import inspect_picture
 from meteor.data.samples import Sample, load_samples
@@ -33,8 +33,8 @@ def plan_cache(settings: RunSettings) -> CachePlan:
     Raises:
         SettingsError: the run names no samples, or there is no encoder at ``vision.path``.
     """
-    sets = {name: load_samples(uri)[0] for name, uri in sample_uris(settings).items()}
-    names = sorted({image for samples in sets.values() for sample in samples for image in sample.images})
+    sets = [(file, load_samples(file.uri)[0]) for file in sample_files(settings)]
+    names = sorted({image for _, samples in sets for sample in samples for image in sample.images})
     encoder, pixels = load_encoder(settings), pixel_settings(settings)
     keys, plans = _indexed(settings, names, pixels)
     num_unindexed = len(names) - len(keys)
@@ -107,9 +107,11 @@ def _payload_bytes(codec: str, num_patches: int, width: int, num_layers: int) ->
 
 
 def _stages(
-    settings: RunSettings, sets: Mapping[str, Sequence[Sample]], plans: Mapping[str, SlicePlan], shape: EncoderShape
+    settings: RunSettings,
+    sets: Sequence[tuple[SampleFile, Sequence[Sample]]],
+    plans: Mapping[str, SlicePlan],
+    shape: EncoderShape,
 ) -> tuple[list[StagePlan], str]:
-    trained = {name: sets[name] for name in ("pretrain", "finetune") if name in sets}
     try:
         num_parameters = _num_llm_parameters(settings.llm.path)
         tokenizer = load_tokenizer(settings.llm.path)
@@ -117,8 +119,10 @@ def _stages(
         return [], f"no shares of training: llm.path={settings.llm.path!r} cannot be read here ({error})".split("\n")[0]
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
     stages = []
-    for name, samples in trained.items():
-        options: StageSettings = getattr(settings, name)
+    for file, samples in sets:
+        if file.stage is None or not file.weight:
+            continue
+        options = settings.pretrain if file.stage == "pretrain" else settings.finetune
         usable = [sample for sample in samples if all(image in plans for image in sample.images)]
         only_global = options.sub_images == "global"
         grids = [
@@ -129,10 +133,11 @@ def _stages(
         lengths = [length for sample in spread if (length := _text_length(sample, tokenizer, options.template))]
         stages.append(
             plan_stage(
-                name,
+                file.name,
                 grids,
                 encoder=shape,
-                epochs=options.epochs,
+                epochs=options.epochs * file.weight,
+                flops_per_parameter=FLOPS_PER_PARAMETER[file.stage],
                 num_llm_parameters=num_parameters,
                 num_visual_tokens=sum(sum(budget(picture)) for sample in grids for picture in sample),
                 num_text_tokens=len(usable) * sum(lengths) / max(len(lengths), 1),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from meteor.assembly import pixel_settings, sample_uris
+from meteor.assembly import SampleFile, pixel_settings, sample_files
 from meteor.cli.options import add_json, add_run, read_run, show_progress
 from meteor.config import RunSettings
 from meteor.data.check import CheckedSet, check_data
@@ -38,7 +38,7 @@ def check_run(settings: RunSettings, *, full: bool = False, progress: bool = Fal
     Raises:
         SettingsError: the run names no samples.
     """
-    sets = {name: _checked(settings, name, uri) for name, uri in sample_uris(settings).items()}
+    sets = {file.name: _checked(settings, file) for file in sample_files(settings)}
     return check_data(
         sets,
         roots=settings.data.roots,
@@ -48,9 +48,9 @@ def check_run(settings: RunSettings, *, full: bool = False, progress: bool = Fal
     )
 
 
-def _checked(settings: RunSettings, name: str, uri: str) -> CheckedSet:
-    stage = settings.pretrain if name == "pretrain" else settings.finetune
-    template = settings.evaluate.template if name in settings.data.evaluate else stage.template
+def _checked(settings: RunSettings, file: SampleFile) -> CheckedSet:
+    stage = settings.pretrain if file.stage == "pretrain" else settings.finetune
+    template = stage.template if file.stage else settings.evaluate.template
     tokenizer = load_tokenizer(settings.llm.path)
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
 
@@ -61,5 +61,5 @@ def _checked(settings: RunSettings, name: str, uri: str) -> CheckedSet:
             layouts = [layout.only_global() for layout in layouts]
         return len(tokens.input_ids) - len(plans) + sum(num_image_tokens(layout, budget) for layout in layouts)
 
-    samples, problems = load_samples(uri)
+    samples, problems = load_samples(file.uri)
     return CheckedSet(samples, problems, stage.max_length, count_tokens)

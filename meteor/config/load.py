@@ -145,8 +145,9 @@ def resolve_paths(settings: RunSettings) -> RunSettings:
         "data": data.model_copy(
             update={
                 "roots": {prefix: _absolute(root) for prefix, root in data.roots.items()},
-                "pretrain": data.pretrain and _absolute(data.pretrain),
-                "finetune": data.finetune and _absolute(data.finetune),
+                "pretrain": _absolute_sources(data.pretrain),
+                "finetune": _absolute_sources(data.finetune),
+                "held_out": {stage: _absolute(uri) for stage, uri in data.held_out.items()},
                 "evaluate": {name: _absolute(uri) for name, uri in data.evaluate.items()},
             }
         ),
@@ -161,6 +162,12 @@ def resolve_paths(settings: RunSettings) -> RunSettings:
         ),
     }
     return settings.model_copy(update=update)
+
+
+def _absolute_sources(named: str | dict[str, float] | None) -> str | dict[str, float] | None:
+    if isinstance(named, dict):
+        return {_absolute(uri): weight for uri, weight in named.items()}
+    return named and _absolute(named)
 
 
 def _model_path(path: str) -> str:

@@ -19,6 +19,7 @@ def setting(default: Any, description: str, **constraints: Any) -> Any:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(gt=0)]
 
 
 class _Settings(BaseModel):
@@ -29,13 +30,24 @@ class DataSettings(_Settings):
     """Where samples and pictures are, and which pictures are refused."""
 
     roots: dict[str, str] = operational({"": "."}, "image folders: prefix of an image name -> folder or s3:// URI")
-    pretrain: str | None = operational(None, "LLaVA JSON / JSONL of stage 1")
-    finetune: str | None = operational(None, "LLaVA JSON / JSONL of stage 2")
+    pretrain: str | dict[str, Weight] | None = operational(
+        None,
+        "LLaVA JSON / JSONL of stage 1; or several, each with the passes over it in an epoch: {a.json: 1, b.json: 0.5}",
+    )
+    finetune: str | dict[str, Weight] | None = operational(None, "the same of stage 2")
+    held_out: dict[Literal["pretrain", "finetune"], str] = operational(
+        {}, "stage -> LLaVA JSON / JSONL whose loss is measured at each checkpoint; the best checkpoint is kept"
+    )
     evaluate: dict[str, str] = operational({}, "name -> LLaVA JSON / JSONL to answer and score")
     max_aspect_ratio: float = setting(24.0, "a picture longer than this, either way, is quarantined", ge=1)
     max_pixels: int = setting(178_956_970, "a picture with more pixels is quarantined (a decompression bomb)", gt=0)
     max_bad_share: Fraction = operational(0.01, "the job fails, after publishing, above this share of bad pictures ...")
     min_bad_images: int = operational(10, "... if at least so many are bad", ge=0)
+
+    def sources(self, stage: Literal["pretrain", "finetune"]) -> dict[str, float]:
+        """Annotation file of the stage -> its weight; empty where the run names none."""
+        named = getattr(self, stage)
+        return dict(named) if isinstance(named, dict) else {named: 1.0} if named else {}
 
 
 class SlicingSettings(_Settings):

@@ -42,7 +42,7 @@ class StagePlan:
     """One training stage of one run.
 
     Attributes:
-        name: "pretrain" or "finetune".
+        name: of the stage, or of one of its files.
         num_samples: samples of an epoch.
         num_sub_images: sub-images that their pictures have, a picture counted as often as samples show it.
         epochs: passes over the samples.
@@ -53,7 +53,7 @@ class StagePlan:
     name: str
     num_samples: int
     num_sub_images: int
-    epochs: int
+    epochs: float
     encoder_flops: float
     llm_flops: float
 
@@ -160,7 +160,8 @@ def plan_stage(
     patch_grids: Sequence[Sequence[Sequence[tuple[int, int]]]],
     *,
     encoder: EncoderShape,
-    epochs: int,
+    epochs: float,
+    flops_per_parameter: int,
     num_llm_parameters: int,
     num_visual_tokens: int,
     num_text_tokens: float,
@@ -168,17 +169,18 @@ def plan_stage(
     """Arithmetic of a stage.
 
     Args:
-        name: "pretrain" or "finetune".
+        name: of the stage, or of one of its files.
         patch_grids: sample -> picture -> (Hu, Wu) of each sub-image that the stage uses.
         encoder: its shape.
         epochs: passes.
+        flops_per_parameter: of the language model, a token (`FLOPS_PER_PARAMETER`).
         num_llm_parameters: those that multiply (all but the token embeddings).
         num_visual_tokens, num_text_tokens: of all samples, once.
     """
     grids = [grid for sample in patch_grids for picture in sample for grid in picture]
     encoder_flops = epochs * sum(encoder.flops(rows * columns) for rows, columns in grids)
     num_tokens = num_visual_tokens + num_text_tokens
-    llm_flops = epochs * FLOPS_PER_PARAMETER[name] * num_llm_parameters * num_tokens
+    llm_flops = epochs * flops_per_parameter * num_llm_parameters * num_tokens
     return StagePlan(name, len(patch_grids), len(grids), epochs, encoder_flops, llm_flops)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from meteor.data.cache_plan import CachePlan, EncoderShape, StagePlan, plan_stage
+from meteor.data.cache_plan import FLOPS_PER_PARAMETER, CachePlan, EncoderShape, StagePlan, plan_stage
 
 
 @pytest.mark.parametrize("patches", [(4, 4), (2, 7)])
@@ -41,6 +41,7 @@ def test_llm_operations_are_those_that_torch_counts_for_its_linear_layers(stage:
         [[[(2, 2)]]],
         encoder=EncoderShape(8, 8, 1, 14),
         epochs=3,
+        flops_per_parameter=FLOPS_PER_PARAMETER[stage],
         num_llm_parameters=num_parameters,
         num_visual_tokens=4,
         num_text_tokens=7.0,
@@ -56,6 +57,7 @@ def test_a_stage_counts_a_picture_as_often_as_samples_show_it() -> None:
         [[picture], [picture, picture], []],
         encoder=shape,
         epochs=2,
+        flops_per_parameter=FLOPS_PER_PARAMETER["pretrain"],
         num_llm_parameters=10,
         num_visual_tokens=21,
         num_text_tokens=9,

@@ -1,7 +1,6 @@
 """All stages after the cache, on Ray, with models of random weights: that they fit, find finished work, resume, and refuse."""
 
 import json
-import shutil
 import socket
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingEr
 from meteor.evaluation.answer import Answerer
 from meteor.report import read_stage_run
 from meteor.tracking import Tracker
-from pipelines import cache_features, evaluate, finetune, pretrain, report, training
-from pipelines.stage import Summary
+from pipelines import cache_features, evaluate, finetune, pretrain, report
+from pipelines.preparation import prepare
 from pipelines.stage_log import tracking_uri
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
@@ -84,6 +83,28 @@ def test_the_number_of_workers_changes_neither_run_nor_loss(make_settings, tmp_p
 
 
 @pytest.mark.slow
+def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(make_settings, small):
+    file = small / "data/evaluate.json"
+    # It learns, and then a rate that is far too high spoils it.
+    stage = {"epochs": 6, "checkpoint_every_steps": 2, "keep_checkpoints": 1, "lr": 20.0, "warmup_ratio": 1.0}
+    settings = make_settings(data={"held_out": {"pretrain": str(file)}}, pretrain={**stage, "zero_stage": 0})
+    cache_features.run(settings)
+    assert "held out           37, 1 excluded" in pretrain.plan(settings)
+    summary = pretrain.run(settings)
+    losses = {
+        row["step"]: row["held_out_loss"]
+        for row in read_stage_run(summary.results["run"]).metrics
+        if "held_out_loss" in row
+    }
+    assert sorted(losses) == [2, 4, 6, 8, 10, 12]
+    best = min(losses, key=losses.get)
+    assert summary.counts["best_checkpoint_step"] == best < 12
+    assert summary.counts["best_held_out_loss"] == losses[best]
+    kept = complete_checkpoints(f"{summary.results['run']}/checkpoints")
+    assert [int(uri[-8:]) for uri in kept] == [best, 12]
+
+
+@pytest.mark.slow
 def test_training_without_a_tracking_server_finishes_and_is_logged_when_it_is_started_again(
     make_settings, tracking_database, monkeypatch
 ):
@@ -111,7 +132,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_ou
     cache_features.run(settings)
     with pytest.raises(TrainingError, match=r"failures/step_\d+\.json"):
         pretrain.run(settings)
-    run = training.prepare(settings, "pretrain").run
+    run = prepare(settings, "pretrain").run
     (file,) = Path(run.uri, "failures").iterdir()
     failure = json.loads(file.read_text())
     table = pq.read_table(f"{run.uri}/samples.parquet").to_pylist()
@@ -152,22 +173,3 @@ def test_a_dry_run_writes_nothing(make_settings, digest_of, tmp_path):
     assert "2 of 8 samples" in pretrain.plan(settings)
     cache_features.plan(settings)
     assert digest_of(tmp_path / "out") == before
-
-
-def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_changed_pictures(
-    make_settings, small, tmp_path
-):
-    shutil.copytree(small / "data/images", tmp_path / "images")
-    settings = make_settings(data={"roots": {"": str(tmp_path / "images")}})
-    cache_features.run(settings)
-    first = training.prepare(settings, "pretrain")
-    training.hold_pin(settings, first)
-    name = sorted(first.samples.image_names)[0]
-    other = sorted(first.samples.image_names)[-1]
-    shutil.copy(tmp_path / "images" / other, tmp_path / "images" / name)
-    cache_features.run(settings)
-    assert training.prepare(settings, "pretrain").pin == first.pin
-    first.run.finish(Summary("pretrain", {}, 0.0, {}))
-    changed = training.prepare(settings, "pretrain").pin
-    assert changed.run_digest != first.pin.run_digest
-    assert changed.index_version == first.pin.index_version + 1

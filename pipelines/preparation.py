@@ -1,0 +1,239 @@
+"""Before a stage trains: its samples, the index and cache it is pinned to, the digest of all that, the table of samples."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from meteor import storage
+from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
+from meteor.cache import CacheIdentity, DatasetIndex, FeatureCache
+from meteor.cache.manifest import latest_manifest
+from meteor.config import RunSettings, StageSettings, mathematical_settings, settings_digest
+from meteor.data.samples import Sample
+from meteor.data.table import TablePlan, plan_table
+from meteor.errors import CacheError, NotFoundError, QuarantineLimitError, SettingsError
+from meteor.image.budget import visual_token_budget
+from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise
+from meteor.train.build import Stage, llm_fingerprint
+from pipelines.inputs import (
+    SampleSet,
+    indexed_images,
+    load_mixture,
+    load_set,
+    mixture_digest,
+    names_of_images,
+    quarantine_into,
+)
+from pipelines.stage import StageRun, canonical
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What a run read at its first start, and reads for ever: index and cache may grow meanwhile."""
+
+    run_digest: str
+    index_version: int
+    index_digest: str
+    cache_version: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage before its workers start."""
+
+    run: StageRun
+    pin: Pin
+    pin_uri: str
+    identity: CacheIdentity
+    samples: list[SampleSet]
+    index: DatasetIndex
+    parent: dict[str, str] | None
+
+
+def stage_settings(settings: RunSettings, stage: Stage) -> StageSettings:
+    return settings.pretrain if stage == "pretrain" else settings.finetune
+
+
+def prepare(settings: RunSettings, stage: Stage) -> Prepared:
+    """Find or make the pin and with it the run: its digest is over settings, samples, pictures, and the parent's digest.
+
+    Raises:
+        SettingsError: the stage has no samples, or stage 2 no stage 1.
+        CacheError: cache_features has not run.
+    """
+    samples = load_mixture(settings, stage)
+    identity = cache_identity(settings, load_encoder(settings))
+    parent = _parent(settings) if stage == "finetune" else None
+    content = canonical(
+        {
+            "stage": stage,
+            "samples": mixture_digest(samples),
+            "cache": identity.key,
+            "codec": settings.cache.codec,
+            "data": mathematical_settings(settings.data),
+            "projector": mathematical_settings(settings.projector),
+            "llm": {**mathematical_settings(settings.llm), "fingerprint": llm_fingerprint(settings.llm.path)},
+            "settings": mathematical_settings(stage_settings(settings, stage)),
+            "parent": parent and parent["digest"],
+        }
+    )
+    return _pinned(settings, stage, content, samples, identity, parent)
+
+
+def _pinned(
+    settings: RunSettings,
+    stage: Stage,
+    content: dict[str, Any],
+    samples: list[SampleSet],
+    identity: CacheIdentity,
+    parent: dict[str, str] | None,
+) -> Prepared:
+    """An unfinished run keeps its pin; a finished one is taken up anew where the pictures have changed since."""
+    pin_uri = storage.join(settings.output, "pins", f"{stage}-{settings_digest(content)[:16]}.json")
+    current, index = _current_pin(settings, content, samples, identity)
+    pin = _read_pin(pin_uri) or current
+    if pin.run_digest != current.run_digest and StageRun(settings, stage, pin.run_digest).finished():
+        pin = current
+    if pin.index_version != index.version:
+        index = DatasetIndex.open(index_uri(settings), pin.index_version)
+    return Prepared(StageRun(settings, stage, pin.run_digest), pin, pin_uri, identity, samples, index, parent)
+
+
+def hold_pin(settings: RunSettings, prepared: Prepared) -> FeatureCache:
+    """Write the pin: for the next start of this run, and in the cache, so that nothing it reads is cleaned up.
+
+    Returns:
+        The pinned version.
+    """
+    storage.write_json(prepared.pin_uri, vars(prepared.pin))
+    cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)
+    cache.pin(prepared.pin.run_digest, {"name": settings.name, "stage": prepared.run.stage, "output": settings.output})
+    return cache
+
+
+def _current_pin(
+    settings: RunSettings, content: dict[str, Any], samples: list[SampleSet], identity: CacheIdentity
+) -> tuple[Pin, DatasetIndex]:
+    index, cache = DatasetIndex.latest(index_uri(settings)), cache_uri(settings, identity)
+    if index is None:
+        raise CacheError(f"there is no dataset index at {index_uri(settings)}: run cache_features first")
+    version = latest_manifest(cache)
+    if not version:
+        raise CacheError(f"there is no feature cache at {cache}: run cache_features with these settings first")
+    index_digest = index.digest(names_of_images(samples))
+    return Pin(settings_digest({**content, "index": index_digest}), index.version, index_digest, version), index
+
+
+def _read_pin(uri: str) -> Pin | None:
+    try:
+        return Pin(**storage.read_json(uri))
+    except NotFoundError:
+        return None
+
+
+def _parent(settings: RunSettings) -> dict[str, str]:
+    """URI and digest of stage 1: the one named, or this run's own."""
+    named = settings.finetune.pretrained
+    if named:
+        data = storage.read_bytes(named)
+        return {"uri": named, "digest": settings_digest({"projector": data.hex()})}
+    if not settings.data.sources("pretrain"):
+        raise SettingsError("stage 2 needs a projector: set finetune.pretrained, or data.pretrain and run pretrain")
+    own = prepare(settings, "pretrain")
+    summary = own.run.finished()
+    if summary is None:
+        raise SettingsError(
+            "stage 1 of this run has not finished: run pretrain with the same settings first, or set finetune.pretrained"
+        )
+    return {"uri": summary.results["projector"], "digest": own.run.digest}
+
+
+def plan_samples(settings: RunSettings, stage: Stage, prepared: Prepared) -> TablePlan:
+    """The sample table of the pinned index and cache.
+
+    Raises:
+        QuarantineLimitError: too many samples cannot be used.
+        CacheError: pictures are not in the cache.
+    """
+    options = stage_settings(settings, stage)
+    plans = [
+        _plan_set(
+            settings, stage, prepared, replace(one, samples=_fraction(one.samples, options.fraction, options.seed))
+        )
+        for one in prepared.samples
+    ]
+    return plans[0] if len(plans) == 1 else TablePlan.mixture(plans, [one.weight for one in prepared.samples])
+
+
+def plan_held_out(settings: RunSettings, stage: Stage, prepared: Prepared) -> TablePlan | None:
+    """The same of the samples whose loss is measured at checkpoints; None where the run names none.
+
+    They belong to no run: what they hold changes nothing of what is trained.
+    """
+    uri = settings.data.held_out.get(stage)
+    if uri is None:
+        return None
+    samples = load_set(f"{stage}, held out", uri)
+    trained = {(sample.images, sample.turns) for one in prepared.samples for sample in one.samples}
+    if num_trained := sum((sample.images, sample.turns) in trained for sample in samples.samples):
+        _LOG.warning("%s: %d of %d held-out samples are trained on too", stage, num_trained, len(samples.samples))
+    known = {row.name for row in prepared.index.rows()}
+    if unknown := sorted(samples.image_names - known):
+        raise CacheError(
+            f"{len(unknown)} pictures of data.held_out.{stage}, for example {unknown[0]!r}, are not in the index that this run "
+            "was pinned to at its first start: run cache_features before it, or leave the held-out samples away"
+        )
+    return _plan_set(settings, stage, prepared, samples)
+
+
+def _plan_set(settings: RunSettings, stage: Stage, prepared: Prepared, samples: SampleSet) -> TablePlan:
+    options = stage_settings(settings, stage)
+    tokenizer = load_tokenizer(settings.llm.path)
+    cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)
+    images = quarantine_into(indexed_images(prepared.index, samples.image_names), cache.quarantined())
+
+    def tokens(sample: Sample) -> TokenisedSample:
+        return tokenise(sample.conversation, tokenizer, options.template, sample_id=sample.id)
+
+    plan = plan_table(
+        samples.samples,
+        samples.problems,
+        images,
+        tokenise=tokens,
+        budget=visual_token_budget(settings.projector.name, settings.projector.settings),
+        pixels=pixel_settings(settings),
+        max_length=options.max_length,
+        sub_images=options.sub_images,
+    )
+    _check(settings, samples, plan, cache, options)
+    return plan
+
+
+def _fraction(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
+    """A seeded share of the samples, in their order."""
+    if fraction == 1:
+        return samples
+    ranked = sorted(range(len(samples)), key=lambda i: settings_digest([seed, i]))
+    return [samples[i] for i in sorted(ranked[: max(1, round(fraction * len(samples)))])]
+
+
+def _check(
+    settings: RunSettings, samples: SampleSet, plan: TablePlan, cache: FeatureCache, options: StageSettings
+) -> None:
+    num_samples = len(samples.samples)
+    limit = max(settings.data.min_bad_images - 1, settings.data.max_bad_share * num_samples)
+    if len(plan.excluded) > limit:
+        raise QuarantineLimitError(
+            f"{len(plan.excluded)} of {num_samples} samples of {samples.uri} cannot be used ({plan.reasons()}), for example "
+            f"{plan.excluded[0].sample_id}: {plan.excluded[0].message}. See `meteor data check`, or raise data.max_bad_share"
+        )
+    if not len(plan.table):
+        raise SettingsError(f"no usable sample of {samples.uri} is left")
+    missing = set(plan.table.all_image_keys()) - set(cache.keys()) if options.features == "cache" else set()
+    if missing:
+        raise CacheError(
+            f"{len(missing)} pictures of {samples.uri} are indexed and not in version {cache.version} of {cache.uri}: run "
+            "cache_features again"
+        )

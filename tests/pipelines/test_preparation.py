@@ -1,0 +1,153 @@
+"""What a run reads is fixed before it starts: its mixture of files, the index and the cache that it is pinned to."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from meteor.cache import FeatureCache
+from meteor.data.order import Part
+from meteor.errors import CacheError, SettingsError
+from meteor.train.plan import Recipe, StepPlan
+from pipelines import cache_features, pretrain
+from pipelines.preparation import hold_pin, plan_held_out, plan_samples, prepare
+from pipelines.stage import Summary
+
+pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def mixture(make_settings, small, tmp_path):
+    """Settings of a stage 1 with these weights of two halves of its samples, in files with these names."""
+    records = json.loads((small / "data/pretrain.json").read_text())
+
+    def make(names=("a.json", "b.json"), weights=(1, 0.5), folder="one", **changes):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        half = len(records) // 2
+        sources = {}
+        for name, weight, part in zip(names, weights, (records[:half], records[half:]), strict=True):
+            (tmp_path / folder / name).write_text(json.dumps(part))
+            sources[str(tmp_path / folder / name)] = weight
+        return make_settings(data={"pretrain": sources, **changes})
+
+    return make
+
+
+def global_batches(settings):
+    """Sample ids by global batch, as a run of these settings lists them."""
+    prepared = prepare(settings, "pretrain")
+    plan = plan_samples(settings, "pretrain", prepared)
+    stage = settings.pretrain
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    recipe = {name: value for name, value in stage.model_dump().items() if name in fields}
+    recipe |= {"native_weight_full": None, "checkpoint_every_s": 1e9}
+    steps = StepPlan(plan.table, Recipe(**recipe), prepared.pin.index_digest)
+    return [[plan.table.sample_ids[i] for i in step.positions] for step in steps.steps()]
+
+
+def test_a_mixture_is_the_same_run_wherever_its_files_are_and_in_any_order(mixture):
+    settings = mixture()
+    cache_features.run(settings)
+    first = prepare(settings, "pretrain")
+    moved = mixture(folder="other")
+    turned = moved.model_copy(
+        update={"data": moved.data.model_copy(update={"pretrain": dict(reversed(moved.data.pretrain.items()))})}
+    )
+    assert prepare(turned, "pretrain").pin == first.pin
+    assert global_batches(turned) == global_batches(settings)
+    assert prepare(mixture(weights=(1, 0.25)), "pretrain").pin.run_digest != first.pin.run_digest
+
+
+def test_samples_of_a_mixture_are_named_by_their_file_and_come_as_often_as_it_weighs(mixture):
+    settings = mixture(weights=(2, 0.5))
+    cache_features.run(settings)
+    plan = plan_samples(settings, "pretrain", prepare(settings, "pretrain"))
+    assert sorted(plan.table.parts, key=lambda part: part.weight) == [Part(6, 0.5), Part(6, 2.0)]
+    ids = [name for batch in global_batches(settings) for name in batch]
+    by_file = {file: [name for name in ids if name.startswith(f"{file}/")] for file in ("a.json", "b.json")}
+    assert [len(names) for names in by_file.values()] == [12, 3]
+    assert len(set(by_file["a.json"])) == 6
+    text = pretrain.plan(settings)
+    assert "an epoch           15: " in text
+    assert "2 x a.json" in text
+    assert "0.5 x b.json" in text
+
+
+def test_two_files_that_cannot_be_told_apart_are_refused(mixture, make_settings, small, tmp_path):
+    (tmp_path / "x").mkdir()
+    for name in ("x/pretrain.json", "copy.json"):
+        shutil.copy(small / "data/pretrain.json", tmp_path / name)
+    named = str(small / "data/pretrain.json")
+    with pytest.raises(SettingsError, match=r"two files 'pretrain\.json'"):
+        prepare(make_settings(data={"pretrain": {named: 1, str(tmp_path / "x/pretrain.json"): 1}}), "pretrain")
+    with pytest.raises(SettingsError, match="are the same file"):
+        prepare(make_settings(data={"pretrain": {named: 1, str(tmp_path / "copy.json"): 1}}), "pretrain")
+    with pytest.raises(SettingsError, match=r"data\.pretrain is not set"):
+        prepare(make_settings(data={"pretrain": {}}), "pretrain")
+
+
+def test_held_out_samples_change_no_run_and_are_counted_where_they_are_trained_on(
+    make_settings, small, tmp_path, caplog
+):
+    records = json.loads((small / "data/pretrain.json").read_text())
+    (tmp_path / "held_out.json").write_text(json.dumps(records[:3]))
+    plain, settings = make_settings(), make_settings(data={"held_out": {"pretrain": str(tmp_path / "held_out.json")}})
+    cache_features.run(settings)
+    prepared = prepare(settings, "pretrain")
+    assert prepared.pin == prepare(plain, "pretrain").pin
+    assert plan_held_out(plain, "pretrain", prepared) is None
+    with caplog.at_level("WARNING"):
+        assert len(plan_held_out(settings, "pretrain", prepared).table) == 3
+    assert "3 of 3 held-out samples are trained on too" in caplog.text
+
+
+def test_held_out_pictures_that_a_pinned_run_does_not_know_are_refused_with_the_reason(make_settings, small, tmp_path):
+    settings = make_settings(data={"finetune": None, "evaluate": {}})
+    cache_features.run(settings)
+    prepared = prepare(settings, "pretrain")
+    late = make_settings(data={"finetune": None, "held_out": {"pretrain": str(small / "data/evaluate.json")}})
+    with pytest.raises(CacheError, match="was pinned to at its first start"):
+        plan_held_out(late, "pretrain", prepared)
+
+
+def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_changed_pictures(
+    make_settings, small, tmp_path
+):
+    shutil.copytree(small / "data/images", tmp_path / "images")
+    settings = make_settings(data={"roots": {"": str(tmp_path / "images")}})
+    cache_features.run(settings)
+    first = prepare(settings, "pretrain")
+    hold_pin(settings, first)
+    names = sorted(first.samples[0].image_names)
+    shutil.copy(tmp_path / "images" / names[-1], tmp_path / "images" / names[0])
+    cache_features.run(settings)
+    assert prepare(settings, "pretrain").pin == first.pin
+    first.run.finish(Summary("pretrain", {}, 0.0, {}))
+    changed = prepare(settings, "pretrain").pin
+    assert changed.run_digest != first.pin.run_digest
+    assert changed.index_version == first.pin.index_version + 1
+
+
+def test_more_pictures_and_newly_quarantined_ones_change_no_batch_of_a_run_that_has_begun(
+    make_settings, small, tmp_path
+):
+    shutil.copytree(small / "data/images", tmp_path / "images")
+    roots = {"": str(tmp_path / "images")}
+    settings = make_settings(data={"roots": roots, "finetune": None, "evaluate": {}})
+    cache_features.run(settings)
+    begun = prepare(settings, "pretrain")
+    cache = hold_pin(settings, begun)
+    expected = global_batches(settings)
+    # The cache is extended by another stage's pictures, and one picture has been damaged in the meantime.
+    bad = sorted(begun.samples[0].image_names)[0]
+    (tmp_path / "images" / bad).write_bytes(b"no picture")
+    cache_features.run(make_settings(data={"roots": roots}))
+    assert FeatureCache.open(cache.uri).version > cache.version
+    assert global_batches(settings) == expected
+
+    # Another run begins now: it leaves the sample out, and says so.
+    other = make_settings(data={"roots": roots, "finetune": None, "evaluate": {}}, pretrain={"seed": 1})
+    plan = plan_samples(other, "pretrain", prepare(other, "pretrain"))
+    assert len(plan.excluded) == 1
+    assert {*plan.table.sample_ids, plan.excluded[0].sample_id} == set().union(*expected)
