@@ -15,16 +15,16 @@ from ray.train.torch import TorchTrainer
 from meteor import storage
 from meteor.assembly import cache_uri
 from meteor.checkpoint.format import Checkpoint, best_checkpoint
-from meteor.config import RunSettings, StageSettings, mathematical_settings
-from meteor.data.order import epoch_length
-from meteor.data.table import SampleTable, TablePlan
+from meteor.config import RunSettings, mathematical_settings
+from meteor.data.table import TablePlan
 from meteor.errors import TrainingError
 from meteor.report.data import read_stage_run
 from meteor.text.tokens import load_tokenizer, visual_separators
 from meteor.train.build import Stage
-from meteor.train.plan import first_steps
 from pipelines.inputs import uris_by_key
+from pipelines.memory_plan import check_memory
 from pipelines.metrics import read_last
+from pipelines.plan import num_steps
 from pipelines.preparation import Prepared, hold_pin, plan_held_out, plan_samples, prepare, stage_settings
 from pipelines.runtime import progress, worker_environment
 from pipelines.stage import Summary, canonical, timed
@@ -38,6 +38,7 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
     """Train a stage, or resume it, or say that it is finished.
 
     Raises:
+        SettingsError: it will not fit into the GPUs' memory.
         TrainingError: the workers failed more often than ``runtime.max_failures``.
     """
     with timed() as seconds:
@@ -47,6 +48,7 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
             return prepared.run.reuse(finished)
         cache = hold_pin(settings, prepared)
         plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared)
+        check_memory(settings, stage, plan.table)
         run = prepared.run
         plan.table.write(storage.join(run.uri, "samples.parquet"))
         if held_out is not None:
@@ -59,52 +61,12 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
             log.cache(cache, context="training")
             for one in prepared.samples:
                 log.dataset(name=one.name, digest=one.digest, source=one.uri, context="samples")
-            num_steps = _num_steps(stage_settings(settings, stage), plan.table)
-            _LOG.info("%s: %d samples, %d steps, run %s", stage, len(plan.table), num_steps, run.uri)
-            _run_workers(settings, task, log, num_steps)
-            summary = _summary(task, plan, num_steps, seconds())
+            steps = num_steps(stage_settings(settings, stage), plan.table)
+            _LOG.info("%s: %d samples, %d steps, run %s", stage, len(plan.table), steps, run.uri)
+            _run_workers(settings, task, log, steps)
+            summary = _summary(task, plan, steps, seconds())
             log.tag("meteor.result", task.result_uri)
         return run.finish(summary)
-
-
-def plan_text(settings: RunSettings, stage: Stage) -> str:
-    """The plan of a stage for ``--dry-run``."""
-    prepared = prepare(settings, stage)
-    plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared)
-    options = stage_settings(settings, stage)
-    totals = plan.table.totals()
-    num_steps = _num_steps(options, plan.table)
-    state = "finished" if prepared.run.finished() else "to run or resume"
-    lines = [
-        f"{stage}: plan",
-        f"  run                {prepared.run.uri} ({state})",
-        f"  samples            {totals['samples']:,} used, {len(plan.excluded)} excluded {plan.reasons() or ''}",
-        *(
-            [f"  an epoch           {epoch_length(plan.table.parts, 0):,}: {_weights(prepared)}"]
-            if _weights(prepared)
-            else []
-        ),
-        *([f"  held out           {len(held_out.table):,}, {len(held_out.excluded)} excluded"] if held_out else []),
-        f"  cut to max_length  {plan.num_cut:,}",
-        f"  sub-images         {totals['sub_images']:,} of {totals['distinct_images']:,} distinct pictures",
-        f"  tokens             {totals['visual_tokens']:,} visual, {totals['text_tokens']:,} text",
-        f"  steps              {num_steps:,} of {options.global_batch_size} samples, {options.epochs} epochs",
-        f"  workers            {settings.runtime.num_workers}, ZeRO stage {options.zero_stage}, features: {options.features}",
-        f"  pinned             index version {prepared.pin.index_version}, cache version {prepared.pin.cache_version}",
-    ]
-    return "\n".join(lines)
-
-
-def _weights(prepared: Prepared) -> str:
-    """ "" where there is one file that weighs 1."""
-    sets = prepared.samples
-    if [one.weight for one in sets] == [1]:
-        return ""
-    return ", ".join(f"{one.weight:g} x {one.uri.rpartition('/')[2]}" for one in sets)
-
-
-def _num_steps(options: StageSettings, table: SampleTable) -> int:
-    return first_steps(table.parts, global_batch_size=options.global_batch_size, epochs=options.epochs)[-1]
 
 
 def _shared_params(settings: RunSettings) -> dict[str, Any]:

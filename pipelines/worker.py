@@ -42,6 +42,7 @@ from meteor.train.protocol import Engine, barrier
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.inputs import open_features
 from pipelines.metrics import MetricsSegment
+from pipelines.recipe import make_recipe
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def train_worker(config: dict[str, Any]) -> None:
     checkpoints = storage.join(task.run_uri, "checkpoints")
     done = complete_checkpoints(checkpoints)
     resumed = Checkpoint(done[-1]) if done else None
-    recipe = make_recipe(stage, model)
+    recipe = make_recipe(stage, _native_weight_full(model))
     plan = StepPlan(table, recipe, task.index_digest)
     start_step = resumed.state["step"] if resumed else 0
     if start_step < plan.num_steps:
@@ -155,26 +156,10 @@ def _flops(model: MeteorForConditionalGeneration, device: torch.device, peak_tfl
     return None if peak is None else ModelFlops.of(model, peak)
 
 
-def make_recipe(stage: StageSettings, model: MeteorForConditionalGeneration) -> Recipe:
-    """The stage's settings as the loop wants them; the warm-up's end is the projector's own native weight."""
+def _native_weight_full(model: MeteorForConditionalGeneration) -> float | None:
+    """The warm-up's end is the projector's own native weight."""
     projector = model.projector.settings
-    full = 1.0 - projector["visual_weight"] if projector.get("experts") == "visual_native" else None
-    return Recipe(
-        lr=stage.lr,
-        global_batch_size=stage.global_batch_size,
-        micro_batch_size=stage.micro_batch_size,
-        epochs=stage.epochs,
-        warmup_ratio=stage.warmup_ratio,
-        seed=stage.seed,
-        native_warmup=stage.native_warmup,
-        native_weight_full=full,
-        aux_loss_coefficient=stage.aux_loss_coefficient,
-        batching=stage.batching,
-        max_length=stage.max_length,
-        checkpoint_every_steps=stage.checkpoint_every_steps,
-        checkpoint_every_s=stage.checkpoint_every_minutes * 60,
-        keep_checkpoints=stage.keep_checkpoints,
-    )
+    return 1.0 - projector["visual_weight"] if projector.get("experts") == "visual_native" else None
 
 
 def export(task: WorkerTask, checkpoint_uri: str) -> None:

@@ -188,6 +188,11 @@ class RuntimeSettings(_Settings):
     num_workers: int = operational(1, "training workers", ge=1)
     cpus_per_worker: float = operational(1, "CPU cores of a training worker", gt=0)
     gpus_per_worker: float = operational(0, "GPUs of a training worker", ge=0)
+    gpu_memory_gb: float | None = operational(
+        None,
+        "memory of a GPU, with which the plan is compared before training starts; the one of the starting machine if not given",
+        gt=0,
+    )
     peak_tflops: float | None = operational(
         None, "TFLOP/s of a training worker's device, for the MFU; dense bfloat16 of the usual GPUs if not given", gt=0
     )

@@ -67,6 +67,7 @@ class SampleTable:
         self.grouping_lengths: list[int] = table.column("grouping_length").to_pylist()
         visual, text = (table.column(f"num_{kind}_tokens").to_numpy() for kind in ("visual", "text"))
         self.lengths: list[int] = (visual + text).tolist()
+        self.num_sub_images: list[int] = table.column("num_sub_images").to_pylist()
         self.sample_ids: list[str] = table.column("sample_id").to_pylist()
         # Rows of one file stand together; what each file weighs is for the order to know.
         stored = (table.schema.metadata or {}).get(_PARTS)

@@ -57,6 +57,21 @@ def build_model(
     return model
 
 
+def read_llm_config(path: str) -> PretrainedConfig:
+    """The configuration alone, from a local directory or a hub id.
+
+    Raises:
+        SettingsError: nothing loadable there.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"llm.path={path!r} has no configuration that can be read ({error}). Give a local directory with config.json, or a "
+            "hub id that this machine can reach, such as lmsys/vicuna-7b-v1.5"
+        ) from error
+
+
 def load_llm(path: str, dtype: torch.dtype) -> Any:
     """Weights of a causal LM from a local directory or a hub id; code from a repository is never run.
 

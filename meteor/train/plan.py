@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, Literal
 
 from meteor.data.order import (
@@ -52,6 +52,21 @@ class Step:
     positions: Sequence[int]
 
 
+@dataclass(frozen=True)
+class StepLayout:
+    """Means of a step.
+
+    Attributes:
+        rows: of the global batch.
+        micro_steps: of a worker.
+        padding_share: of the rows' places.
+    """
+
+    rows: float
+    micro_steps: float
+    padding_share: float
+
+
 def first_steps(parts: Sequence[Part], *, global_batch_size: int, epochs: int) -> list[int]:
     """The index of each epoch's first step, and at the end the number of all steps."""
     lengths = (epoch_length(parts, epoch) for epoch in range(epochs))
@@ -95,6 +110,25 @@ class StepPlan:
         else:
             rows = [[position] for position in step.positions]
         return assign(rows, lengths, world_size=world_size, micro_batch_size=size)[rank]
+
+    def sample_layout(self, world_size: int, *, num_steps: int = 20) -> "StepLayout":
+        """How the first steps, which are as random as any, fill rows and micro steps."""
+        num_rows = num_micro_steps = num_tokens = num_places = 0
+        steps = list(islice(self.steps(), num_steps))
+        for step in steps:
+            for rank in range(world_size):
+                micro_steps = self.micro_steps(step, rank, world_size)
+                num_micro_steps += len(micro_steps)
+                for rows in micro_steps:
+                    lengths = [sum(self._table.lengths[position] for position in row) for row in rows]
+                    num_rows += len(rows)
+                    num_tokens += sum(lengths)
+                    num_places += len(rows) * max(lengths, default=0)
+        return StepLayout(
+            rows=num_rows / len(steps),
+            micro_steps=num_micro_steps / len(steps) / world_size,
+            padding_share=1 - num_tokens / max(num_places, 1),
+        )
 
     def epochs_done(self, step: Step) -> float:
         """Passes over the samples when the step is over, whole and begun."""

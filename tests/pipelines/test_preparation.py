@@ -1,6 +1,5 @@
 """What a run reads is fixed before it starts: its mixture of files, the index and the cache that it is pinned to."""
 
-import dataclasses
 import json
 import shutil
 
@@ -9,9 +8,10 @@ import pytest
 from meteor.cache import FeatureCache
 from meteor.data.order import Part
 from meteor.errors import CacheError, SettingsError
-from meteor.train.plan import Recipe, StepPlan
+from meteor.train.plan import StepPlan
 from pipelines import cache_features, pretrain
 from pipelines.preparation import hold_pin, plan_held_out, plan_samples, prepare
+from pipelines.recipe import make_recipe
 from pipelines.stage import Summary
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
@@ -38,11 +38,7 @@ def global_batches(settings):
     """Sample ids by global batch, as a run of these settings lists them."""
     prepared = prepare(settings, "pretrain")
     plan = plan_samples(settings, "pretrain", prepared)
-    stage = settings.pretrain
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    recipe = {name: value for name, value in stage.model_dump().items() if name in fields}
-    recipe |= {"native_weight_full": None, "checkpoint_every_s": 1e9}
-    steps = StepPlan(plan.table, Recipe(**recipe), prepared.pin.index_digest)
+    steps = StepPlan(plan.table, make_recipe(settings.pretrain, None), prepared.pin.index_digest)
     return [[plan.table.sample_ids[i] for i in step.positions] for step in steps.steps()]
 
 

@@ -1,0 +1,142 @@
+"""What a forward pass keeps for its backward pass, counted on torch's meta device: shapes without memory.
+
+Letters: B rows, L sequence, D LLM width, H heads, d head width, C vision width, P patches.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+
+# Stand-ins, by the attention that they count.
+_COUNTED = {"varlen": "counted_varlen", "sdpa": "counted_sdpa", "eager": "eager"}
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes that the language model keeps of a micro batch.
+
+    Attributes:
+        layer: one decoder layer.
+        layer_input: what activation checkpointing keeps of a layer instead.
+        around: embeddings and the last norm.
+    """
+
+    layer: int
+    layer_input: int
+    around: int
+
+
+def count_layer_bytes(
+    config: PretrainedConfig, *, dtype: torch.dtype, rows: int, length: int, attention: str, trained: bool
+) -> LayerBytes:
+    """Count the tensors that autograd saves in one and in two decoder layers of this shape.
+
+    Args:
+        config: of any Hugging Face causal LM.
+        dtype: of weights and activations.
+        rows: B of a micro batch.
+        length: L, padding included; `varlen` has none, and counts B x L tokens in one row.
+        attention: one of `meteor.model.attention.IMPLEMENTATIONS`.
+        trained: whether the weights take part in training; where they do not, their inputs are not kept.
+    """
+    shape = (1, rows * length) if attention == "varlen" else (rows, length)
+    one, two = (_count(_decoder(config, n, dtype, _COUNTED[attention], trained), shape, dtype) for n in (1, 2))
+    mask = {"varlen": 0, "sdpa": 1, "eager": dtype.itemsize}[attention] * rows * length**2
+    return LayerBytes(
+        layer=two - one,
+        layer_input=rows * length * config.hidden_size * dtype.itemsize,
+        # With visual tokens put into place, the embeddings are there a few times over.
+        around=one - (two - one) + mask + 4 * rows * length * config.hidden_size * dtype.itemsize,
+    )
+
+
+def _decoder(config: PretrainedConfig, num_layers: int, dtype: torch.dtype, attention: str, trained: bool) -> Any:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return model.base_model.requires_grad_(trained)
+
+
+def _count(decoder: Any, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    rows, length = shape
+    with torch.device("meta"):
+        embeds_BLD = torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype, requires_grad=True)
+        positions_BL = torch.empty(rows, length, dtype=torch.long)
+        mask_B1LL = torch.empty(rows, 1, length, length, dtype=dtype)
+    # Their rotary tables are computed from real numbers, and have none here.
+    return count_saved_bytes(
+        lambda: decoder(inputs_embeds=embeds_BLD, position_ids=positions_BL, attention_mask=mask_B1LL, use_cache=False),
+        [*decoder.parameters(), *decoder.buffers(), embeds_BLD, mask_B1LL],
+    )
+
+
+def count_saved_bytes(forward: Callable[[], Any], given: list[torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps after ``forward()``, each memory once, those ``given`` left out."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        # Held, so that no other storage gets its number.
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()
+    for tensor in given:
+        storages.pop(tensor.untyped_storage()._cdata, None)
+    del output
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class _Counted(torch.autograd.Function):
+    """What fused attention keeps: query, key, value, mask, output, and a normaliser for each query and head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError("only counted")
+
+
+def _counted_varlen(
+    module: nn.Module,
+    query_BHLd: torch.Tensor,
+    key_BHLd: torch.Tensor,
+    value_BHLd: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    return _Counted.apply(query_BHLd, key_BHLd, value_BHLd, None).transpose(1, 2).contiguous(), None
+
+
+def _counted_sdpa(
+    module: nn.Module,
+    query_BHLd: torch.Tensor,
+    key_BHLd: torch.Tensor,
+    value_BHLd: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """With a mask keys and values of shared heads are copied, and each layer makes an additive mask of the bool one."""
+    times = query_BHLd.shape[1] // key_BHLd.shape[1]
+    key_BHLd, value_BHLd = (one.repeat_interleave(times, dim=1) for one in (key_BHLd, value_BHLd))
+    assert attention_mask is not None
+    mask = torch.empty_like(attention_mask, dtype=query_BHLd.dtype)
+    return _Counted.apply(query_BHLd, key_BHLd, value_BHLd, mask).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_COUNTED["varlen"], _counted_varlen)
+AttentionInterface.register(_COUNTED["sdpa"], _counted_sdpa)

@@ -1,0 +1,24 @@
+"""A stage's settings as the training loop wants them."""
+
+from meteor.config import StageSettings
+from meteor.train.plan import Recipe
+
+
+def make_recipe(stage: StageSettings, native_weight_full: float | None) -> Recipe:
+    """``native_weight_full``: where the native expert's warm-up ends; None for projectors without one."""
+    return Recipe(
+        lr=stage.lr,
+        global_batch_size=stage.global_batch_size,
+        micro_batch_size=stage.micro_batch_size,
+        epochs=stage.epochs,
+        warmup_ratio=stage.warmup_ratio,
+        seed=stage.seed,
+        native_warmup=stage.native_warmup,
+        native_weight_full=native_weight_full,
+        aux_loss_coefficient=stage.aux_loss_coefficient,
+        batching=stage.batching,
+        max_length=stage.max_length,
+        checkpoint_every_steps=stage.checkpoint_every_steps,
+        checkpoint_every_s=stage.checkpoint_every_minutes * 60,
+        keep_checkpoints=stage.keep_checkpoints,
+    )
