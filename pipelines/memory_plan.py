@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from meteor.formatting import format_bytes, format_share, format_value
 from meteor.model.attention import choose_attention
 from meteor.train.activations import count_layer_bytes
 from meteor.train.build import DTYPES, Stage, read_llm_config
+from meteor.train.lora import add_lora
 from meteor.train.memory import OVERHEAD_BYTES, MemoryPlan, Setup, plan_memory
 from meteor.train.sizes import BatchSizes, ModelSizes, find_model_sizes
 from meteor.vision.encoder import read_vision_config
 from pipelines.preparation import stage_settings
+from pipelines.recipe import make_lora
 
 _LOG = logging.getLogger(__name__)
 # Above this share of a GPU's memory a plan is called tight: it is arithmetic, and allocators leave gaps.
@@ -104,7 +106,10 @@ class StageMemory:
 
     def advice(self) -> str:
         if not self.remedies:
-            return "nothing tried here makes it fit: take GPUs with more memory, or a smaller language model"
+            return (
+                "nothing tried here makes it fit: take GPUs with more memory, a smaller language model, or in stage 2 adapters "
+                "(finetune.lora={})"
+            )
         return f"this would fit: {' '.join(self.remedies)}"
 
     def problem(self) -> str:
@@ -146,16 +151,23 @@ class _Planner:
         needs: of its samples.
         llm: the language model's configuration.
         model: sizes, which no setting that is tried changes.
+        adapt: puts adapters beside its layers, where the stage has them.
     """
 
     stage: Stage
     needs: Needs
     llm: PretrainedConfig
     model: ModelSizes
+    adapt: Callable[[Any], None]
 
     @classmethod
     def of(cls, settings: RunSettings, stage: Stage, needs: Needs) -> "_Planner":
-        llm = read_llm_config(settings.llm.path)
+        llm, lora = read_llm_config(settings.llm.path), make_lora(stage_settings(settings, stage))
+
+        def adapt(language_model: Any) -> None:
+            if lora is not None:
+                add_lora(language_model, lora)
+
         model = find_model_sizes(
             llm,
             read_vision_config(settings.vision.path),
@@ -163,8 +175,9 @@ class _Planner:
             stage,
             dtype=DTYPES[settings.llm.dtype],
             live=stage_settings(settings, stage).features == "live",
+            adapt=adapt,
         )
-        return cls(stage, needs, llm, model)
+        return cls(stage, needs, llm, model, adapt)
 
     def plan(self, settings: RunSettings) -> MemoryPlan:
         options, llm = stage_settings(settings, self.stage), settings.llm
@@ -178,6 +191,7 @@ class _Planner:
             length=options.max_length,
             attention=choose_attention(llm.attention, device, dtype),
             trained=self.stage == "finetune",
+            adapt=self.adapt,
         )
         batch = BatchSizes(
             layers,

@@ -1,6 +1,7 @@
-"""A stage's settings as the training loop wants them."""
+"""A stage's settings as those who train want them."""
 
-from meteor.config import StageSettings
+from meteor.config import FinetuneSettings, StageSettings
+from meteor.train.lora import Lora
 from meteor.train.plan import Recipe
 
 
@@ -21,4 +22,12 @@ def make_recipe(stage: StageSettings, native_weight_full: float | None) -> Recip
         checkpoint_every_steps=stage.checkpoint_every_steps,
         checkpoint_every_s=stage.checkpoint_every_minutes * 60,
         keep_checkpoints=stage.keep_checkpoints,
+        has_dropout=(lora := make_lora(stage)) is not None and lora.dropout > 0,
     )
+
+
+def make_lora(stage: StageSettings) -> Lora | None:
+    """None where the language model trains in full, or not at all."""
+    if not isinstance(stage, FinetuneSettings) or stage.lora is None:
+        return None
+    return Lora(stage.lora.rank, stage.lora.alpha, stage.lora.dropout, stage.seed)

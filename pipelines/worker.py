@@ -32,17 +32,18 @@ from meteor.train.build import (
     load_projector,
 )
 from meteor.train.engine import loading_for, make_engine
-from meteor.train.export import export_model, export_projector
+from meteor.train.export import export_adapter, export_model, export_projector
 from meteor.train.flops import ModelFlops, peak_flops
 from meteor.train.held_out import held_out_loss
 from meteor.train.loading import load_batches
 from meteor.train.loop import train
+from meteor.train.lora import Lora, add_lora
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine, barrier
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.inputs import open_features
 from pipelines.metrics import MetricsSegment
-from pipelines.recipe import make_recipe
+from pipelines.recipe import make_lora, make_recipe
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class WorkerTask:
     @property
     def projector(self) -> dict[str, Any]:
         return {"name": self.settings.projector.name, **self.settings.projector.settings}
+
+    @property
+    def lora(self) -> Lora | None:
+        return make_lora(self.stage_settings)
 
     @property
     def result_uri(self) -> str:
@@ -179,7 +184,11 @@ def export(task: WorkerTask, checkpoint_uri: str) -> None:
         separators=task.separators,
         sub_images=task.stage_settings.sub_images,
     )
-    export_model(model, checkpoint, encoder, processor, task.result_uri, DTYPES[task.settings.llm.dtype])
+    if task.lora is not None:
+        export_adapter(model, checkpoint, task.lora, task.settings.llm.path, storage.join(task.result_uri, "adapter"))
+    export_model(
+        model, checkpoint, encoder, processor, task.result_uri, DTYPES[task.settings.llm.dtype], lora=task.lora
+    )
 
 
 def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForConditionalGeneration:
@@ -198,6 +207,8 @@ def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForCondit
     if task.projector_uri is not None:
         load_projector(model, task.projector_uri)
     freeze_for(model, task.stage)
+    if task.lora is not None:
+        add_lora(model.language_model, task.lora)
     if attention and settings.llm.gradient_checkpointing:
         checkpoint_activations(model)
     if attention and settings.llm.compile:

@@ -2,9 +2,10 @@
 
 from meteor.config.digest import mathematical_settings, settings_digest
 from meteor.config.load import load_run, parse_overrides, resolve_paths
-from meteor.config.settings import RunSettings, StageSettings
+from meteor.config.settings import FinetuneSettings, RunSettings, StageSettings
 
 __all__ = [
+    "FinetuneSettings",
     "RunSettings",
     "StageSettings",
     "load_run",

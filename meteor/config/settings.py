@@ -150,6 +150,16 @@ class PretrainSettings(StageSettings):
     native_warmup: Fraction = setting(0.3, "share of the steps in which the native expert's weight rises from 0")
 
 
+class LoraSettings(_Settings):
+    """Small matrices beside the language model's linear layers, trained in its place."""
+
+    rank: int = setting(128, "of the matrices", ge=1)
+    alpha: float = setting(256, "scale: what they add is multiplied by alpha / rank", gt=0)
+    dropout: float = setting(
+        0.05, "share of their inputs that a step leaves out; which, depends on the number of workers", ge=0, lt=1
+    )
+
+
 class FinetuneSettings(StageSettings):
     """Stage 2: projector and language model learn from instructions (paper, section 4.1)."""
 
@@ -160,6 +170,9 @@ class FinetuneSettings(StageSettings):
         4, "rows of one forward pass on one worker: samples, or with `packed` rows of max_length tokens", ge=1
     )
     zero_stage: Literal[0, 1, 2, 3] = operational(3, "DeepSpeed's ZeRO stage")
+    lora: LoraSettings | None = setting(
+        None, "train adapters in place of the language model's weights; LLaVA's recipe is {} with lr=2e-4"
+    )
     pretrained: str | None = operational(None, "URI of the stage-1 projector; this run's own stage 1 if not given")
 
 

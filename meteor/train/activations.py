@@ -32,7 +32,14 @@ class LayerBytes:
 
 
 def count_layer_bytes(
-    config: PretrainedConfig, *, dtype: torch.dtype, rows: int, length: int, attention: str, trained: bool
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    attention: str,
+    trained: bool,
+    adapt: Callable[[Any], None] = lambda model: None,
 ) -> LayerBytes:
     """Count the tensors that autograd saves in one and in two decoder layers of this shape.
 
@@ -43,9 +50,10 @@ def count_layer_bytes(
         length: L, padding included; `varlen` has none, and counts B x L tokens in one row.
         attention: one of `meteor.model.attention.IMPLEMENTATIONS`.
         trained: whether the weights take part in training; where they do not, their inputs are not kept.
+        adapt: what is done to a language model before it trains, for example `meteor.train.lora.add_lora`.
     """
     shape = (1, rows * length) if attention == "varlen" else (rows, length)
-    one, two = (_count(_decoder(config, n, dtype, _COUNTED[attention], trained), shape, dtype) for n in (1, 2))
+    one, two = (_count(_decoder(config, n, dtype, _COUNTED[attention], trained, adapt), shape, dtype) for n in (1, 2))
     mask = {"varlen": 0, "sdpa": 1, "eager": dtype.itemsize}[attention] * rows * length**2
     return LayerBytes(
         layer=two - one,
@@ -55,14 +63,23 @@ def count_layer_bytes(
     )
 
 
-def _decoder(config: PretrainedConfig, num_layers: int, dtype: torch.dtype, attention: str, trained: bool) -> Any:
+def _decoder(
+    config: PretrainedConfig,
+    num_layers: int,
+    dtype: torch.dtype,
+    attention: str,
+    trained: bool,
+    adapt: Callable[[Any], None],
+) -> Any:
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    return model.base_model.requires_grad_(trained)
+        model.requires_grad_(trained)
+        adapt(model)
+    return model.base_model
 
 
 def _count(decoder: Any, shape: tuple[int, int], dtype: torch.dtype) -> int:

@@ -14,8 +14,11 @@ from meteor.errors import CacheMismatchError
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.trained_projector import PROJECTOR_PREFIX, projector_metadata
 from meteor.projector.file import write_projector_file
+from meteor.train.lora import Lora, merge_lora, write_adapter
 from meteor.train.protocol import load_weights
 from meteor.vision.encoder import FrozenClip
+
+LLM_PREFIX = "language_model."
 
 
 def export_projector(model: MeteorForConditionalGeneration, checkpoint: Checkpoint, uri: str) -> None:
@@ -28,6 +31,22 @@ def export_projector(model: MeteorForConditionalGeneration, checkpoint: Checkpoi
     write_projector_file(uri, weights, projector_metadata(model.config))
 
 
+def export_adapter(
+    model: MeteorForConditionalGeneration, checkpoint: Checkpoint, lora: Lora, llm_path: str, uri: str
+) -> None:
+    """Write what a LoRA stage trained and no more: the adapters in peft's format, and ``projector.safetensors``.
+
+    Args:
+        model: with adapters.
+        checkpoint: the last one.
+        lora: as they were added.
+        llm_path: the language model that they belong to.
+        uri: folder or s3:// prefix.
+    """
+    write_adapter(model.language_model, checkpoint, lora, uri, prefix=LLM_PREFIX, base=llm_path)
+    export_projector(model, checkpoint, storage.join(uri, "projector.safetensors"))
+
+
 def export_model(
     model: MeteorForConditionalGeneration,
     checkpoint: Checkpoint,
@@ -35,6 +54,8 @@ def export_model(
     processor: MeteorProcessor,
     uri: str,
     dtype: torch.dtype,
+    *,
+    lora: Lora | None = None,
 ) -> None:
     """Write a Hugging Face directory: weights (sharded safetensors), configuration, processor, and the encoder.
 
@@ -45,6 +66,7 @@ def export_model(
         processor: tokenizer, slicing, prompt.
         uri: folder or s3:// prefix.
         dtype: of the stored language model and projector.
+        lora: of the adapters that ``model`` has; they are merged into its weights.
 
     Raises:
         CacheMismatchError: the encoder is not the one whose features the model was trained on.
@@ -56,6 +78,8 @@ def export_model(
             f"vision.path holds {encoder.weights_digest}"
         )
     load_weights(model, checkpoint)
+    if lora is not None:
+        merge_lora(model.language_model, checkpoint, lora, prefix=LLM_PREFIX)
     model.to(dtype)
     model.vision_tower = encoder.model
     model.requires_grad_(True)

@@ -24,7 +24,8 @@ Batching = Literal["padded", "grouped", "packed"]
 class Recipe:
     """What is done with the samples; see `meteor.config.StageSettings` for the meaning of each.
 
-    ``native_weight_full`` is the native expert's weight after the warm-up, None for projectors without one.
+    ``native_weight_full`` is the native expert's weight after the warm-up, None for projectors without one. With
+    ``has_dropout`` each step seeds torch's random numbers, so that a resumed run draws the same.
     """
 
     lr: float
@@ -41,6 +42,7 @@ class Recipe:
     checkpoint_every_steps: int | None
     checkpoint_every_s: float
     keep_checkpoints: int
+    has_dropout: bool = False
 
 
 @dataclass(frozen=True)

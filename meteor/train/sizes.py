@@ -1,5 +1,6 @@
 """How large a stage's model and its micro batches are, found without its weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,7 @@ def find_model_sizes(
     *,
     dtype: torch.dtype,
     live: bool,
+    adapt: Callable[[Any], None] = lambda model: None,
 ) -> ModelSizes:
     """Sizes of a stage's model, on the meta device.
 
@@ -69,13 +71,15 @@ def find_model_sizes(
         stage: what trains.
         dtype: of weights and activations.
         live: whether the encoder runs in the worker.
+        adapt: what is done to the language model before it trains, for example `meteor.train.lora.add_lora`.
     """
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(llm)
         config = MeteorConfig(text_config=llm, vision_config=vision, projector=projector)
         model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=language_model)
         num_encoder = sum(one.numel() for one in CLIPVisionModel(vision).parameters()) if live else 0
-    freeze_for(model, stage)
+        freeze_for(model, stage)
+        adapt(language_model)
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += parameter.numel()

@@ -1,5 +1,6 @@
 """One optimiser step: forward and backward of a global batch, and what it measured, or why it failed."""
 
+import hashlib
 import math
 import resource
 from collections.abc import Mapping
@@ -133,6 +134,8 @@ def _accumulate(
     if recipe.native_weight_full is not None:
         weight = native_weight(step.index, plan.num_steps, full=recipe.native_weight_full, warmup=recipe.native_warmup)
         extra["native_weight"] = torch.tensor(weight, device=engine.device)
+    if recipe.has_dropout:
+        torch.manual_seed(_seed(recipe.seed, step.index, engine.rank))
     numbers = _Numbers(engine, 2 + len(loaded.micro_batches))
     if engine.rank == 0:
         numbers.shared[3], numbers.shared[4] = wishes
@@ -169,6 +172,11 @@ def _accumulate(
         wait_s=max(waited for waited, *_ in of_workers),
         memory_bytes=max(memory for _, memory, *_ in of_workers),
     )
+
+
+def _seed(*numbers: int) -> int:
+    """63 random-looking bits."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingError
@@ -80,6 +82,32 @@ def test_the_number_of_workers_changes_neither_run_nor_loss(make_settings, tmp_p
     second = pretrain.run(two)
     assert Path(second.results["run"]).name == Path(first.results["run"]).name
     assert second.counts["loss_last"] == pytest.approx(first.counts["loss_last"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_stage_of_adapters_leaves_a_whole_model_and_the_adapters_by_themselves(make_settings):
+    settings = make_settings(
+        finetune={
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "max_length": 512,
+            "zero_stage": 2,
+            "fraction": 0.5,
+            "lora": {"rank": 2, "alpha": 4, "dropout": 0.1},
+        }
+    )
+    cache_features.run(settings)
+    pretrain.run(settings)
+    summary = finetune.run(settings)
+    model = Answerer(summary.results["model"], device="cpu", dtype=torch.float32).model
+    weights = load_file(Path(summary.results["model"], "adapter", "adapter_model.safetensors"))
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (weights[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+    base = AutoModelForCausalLM.from_pretrained(settings.llm.path)
+    expected = base.get_parameter(f"{name}.weight") + 2 * b @ a
+    torch.testing.assert_close(model.language_model.get_parameter(f"{name}.weight"), expected)
+    assert b.abs().max() > 0
+    assert evaluate.run(settings).counts
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, freeze_for
 from meteor.train.checkpoints import save_checkpoint
 from meteor.train.engine import loading_for, make_engine
+from meteor.train.lora import Lora, add_lora
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +39,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     llm: str | None = None
     poisoned: bool = False  # after `SAVED_AT` every gradient is nan
+    lora: Lora | None = None
 
 
 def make_samples(make_features: Callable, num: int = 4) -> list:
@@ -63,6 +65,8 @@ def run(case: Case, folder: str, fixtures: tuple) -> None:
         built.projector.load_state_dict(model.projector.state_dict())
         model = built
     freeze_for(model, case.stage)
+    if case.lora is not None:
+        add_lora(model.language_model, case.lora)
     checkpoint_activations(model)
     source = None if case.source is None else Checkpoint(complete_checkpoints(f"{folder}/{case.source}")[0])
     engine = make_engine(
@@ -80,6 +84,7 @@ def run(case: Case, folder: str, fixtures: tuple) -> None:
         first = source.state["step"]
         save_checkpoint(engine, root, first, keep=9)
     for step in range(first, NUM_STEPS):
+        torch.manual_seed(10 * step + dist.get_rank())  # as the loop does where there is dropout
         for i, batch in enumerate(batches):
             num_items = 0 if case.poisoned and step >= SAVED_AT else 8
             engine.forward_backward({**batch.as_inputs(), "num_items_in_batch": num_items}, last=i == len(batches) - 1)
@@ -160,6 +165,19 @@ def test_masters_and_moments_in_the_hosts_memory_train_and_resume_alike(zero_sta
 def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(zero_stage, dtype, tmp_path, start):
     start(2, Case("a", zero_stage=zero_stage, dtype=dtype, poisoned=True))
     assert_same(state_of(tmp_path, "a", -1), state_of(tmp_path, "a", 0))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_adapters_train_alike_on_two_workers_and_resume_bit_for_bit(zero_stage, tmp_path, start, llm_folder):
+    calm = Lora(rank=2, alpha=4, dropout=0.0, seed=1)
+    start(1, Case("one", llm=llm_folder, lora=calm))
+    start(2, Case("two", zero_stage=zero_stage, llm=llm_folder, lora=calm))
+    assert_close(state_of(tmp_path, "two", -1), state_of(tmp_path, "one", -1), rtol=1e-3, atol=2e-5)
+    assert any("lora_A" in name for name in state_of(tmp_path, "one", -1))
+    case = Case("straight", zero_stage=zero_stage, llm=llm_folder, lora=replace(calm, dropout=0.3))
+    start(2, case)
+    start(2, replace(case, name="resumed", source="straight"))
+    assert_same(state_of(tmp_path, "resumed", -1), state_of(tmp_path, "straight", -1))
 
 
 def test_a_model_loaded_in_parts_trains_like_one_loaded_whole(tmp_path, start, llm_folder):
