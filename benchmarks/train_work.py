@@ -75,31 +75,41 @@ class Work:
     collate: Callable[..., Batch]
 
 
-def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: int, device: torch.device) -> Work:
-    """Random weights, in bfloat16 on a GPU; the vision tower stands in the model, frozen."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    llm, clip = SHAPES[shape]
-    vision = CLIPVisionConfig(**clip, image_size=336, patch_size=14)
-    identity = CacheIdentity(
+def make_identity(dtype: torch.dtype) -> CacheIdentity:
+    return CacheIdentity(
         encoder_digest="0" * 64,
         encoder_dtype=str(dtype).removeprefix("torch."),
         select_layer=-2,
         preprocessing={"mean": CLIP_MEAN, "std": CLIP_STD, "rescale": "1/255"},
         slicing={"max_slices": PIXELS.max_slices, "resolution": PIXELS.resolution, "patch_size": PIXELS.patch_size},
     )
+
+
+def make_model(
+    shape: str, projector: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> MeteorForConditionalGeneration:
+    """Random weights, made on the device; with its vision tower."""
+    torch.manual_seed(0)
+    llm, clip = SHAPES[shape]
     config = MeteorConfig(
         text_config={"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **llm},
-        vision_config=vision.to_dict(),
+        vision_config=CLIPVisionConfig(**clip, image_size=336, patch_size=14).to_dict(),
         projector=projector,
-        cache_identity=identity.to_dict(),
+        cache_identity=make_identity(dtype).to_dict(),
     )
     torch.set_default_dtype(dtype)
     with device:
         model = MeteorForConditionalGeneration(config, vision_tower=True)
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: int, device: torch.device) -> Work:
+    """In bfloat16 on a GPU, float32 on a CPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = make_model(shape, projector, device, dtype)
     pictures = {hashlib.sha256(data).hexdigest(): data for data in map(_jpeg, range(num_samples))}
-    cache = _fill_cache(folder, identity, pictures, model.vision_tower)
+    cache = _fill_cache(folder, make_identity(dtype), pictures, model.vision_tower)
     settings = dict(projector)
     budget = visual_token_budget(settings.pop("name"), settings)
     return Work(
@@ -108,7 +118,12 @@ def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: 
         pictures=pictures,
         model=model,
         collate=partial(
-            collate, budget=budget, separators=SEPARATORS, pad_id=0, vision_width=clip["hidden_size"], select_layer=-2
+            collate,
+            budget=budget,
+            separators=SEPARATORS,
+            pad_id=0,
+            vision_width=model.config.vision_config.hidden_size,
+            select_layer=-2,
         ),
     )
 
