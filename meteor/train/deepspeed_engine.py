@@ -57,8 +57,9 @@ class DeepSpeedEngine:
         model.to(dtype)
         self._parameters = trained_parameters(model)
         self._shapes = {name: full_shape(parameter) for name, parameter in self._parameters.items()}
-        # DeepSpeed's own Adam for the host counts its steps where no checkpoint reaches, and does not resume bit for bit.
-        fused = True if offloads_optimizer(config) else None
+        # On the host: DeepSpeed's own Adam counts its steps where no checkpoint reaches, and does not resume bit for bit. On a
+        # GPU: torch's default makes temporary copies of whole states.
+        fused = True if offloads_optimizer(config) or device.type == "cuda" else None
         optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0, fused=fused
         )
@@ -116,7 +117,7 @@ class DeepSpeedEngine:
                 for kind in KINDS:
                     self._write(parameter, kind, checkpoint.read_range(kind, name, start, num_elements))
         for state in self._optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(float(checkpoint.state["step"]))
+            state["step"].fill_(checkpoint.state["step"])
 
     def _read(self, parameter: Any, kind: str) -> torch.Tensor:
         """This worker's part of a master or moment; padded under ZeRO-3."""

@@ -79,7 +79,7 @@ class TorchEngine:
             with torch.no_grad():
                 master.copy_(checkpoint.read("weights", name))
             self._optimizer.state[master] = {
-                "step": torch.tensor(float(checkpoint.state["step"])),
+                "step": torch.tensor(float(checkpoint.state["step"]), device=self.device),
                 **{kind: checkpoint.read(kind, name).to(self.device) for kind in KINDS[1:]},
             }
 
