@@ -39,7 +39,7 @@ from meteor.train.loading import load_batches
 from meteor.train.loop import train
 from meteor.train.lora import Lora, add_lora
 from meteor.train.plan import Recipe, StepPlan
-from meteor.train.protocol import Engine, barrier
+from meteor.train.protocol import Engine
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.inputs import open_features
 from pipelines.metrics import MetricsSegment
@@ -131,9 +131,9 @@ def train_worker(config: dict[str, Any]) -> None:
         except FailedStepError as error:
             reporter.store()  # how the loss went before it
             raise write_failure(error, task.run_uri) from error
+    # The others are done: waiting in a collective would end with its timeout where a large model is slow to write.
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])
-    barrier()
 
 
 def _evaluate(task: WorkerTask, engine: Engine, recipe: Recipe, load_from: Callable[..., Any]) -> dict[str, float]:
