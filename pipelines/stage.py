@@ -154,7 +154,8 @@ def stage_main(
         settings = resolve_paths(load_run(arguments.run, arguments.overrides))
         if arguments.dry_run:
             report = check_run(settings)
-            print(f"{report.to_text()}\n\n{plan(settings)}")
+            print(report.to_text(), end="\n\n")
+            print(plan(settings))
             return 0 if report.ok else 1
         with ray_session(settings.runtime):
             print(run(settings).to_text())
