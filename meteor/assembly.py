@@ -1,16 +1,19 @@
 """From a run's settings to what several commands and stages share: sizes of pixels, the encoder, places of caches."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Literal
 
 import torch
 
 from meteor import storage
-from meteor.cache import CacheIdentity
+from meteor.cache import CacheIdentity, DatasetIndex
+from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings
+from meteor.config.settings import SlicingSettings, VisionSettings
 from meteor.data.features import PixelSettings
-from meteor.errors import SettingsError
+from meteor.errors import CacheError, SettingsError
 from meteor.vision.encoder import FrozenClip
 
 Stage = Literal["pretrain", "finetune"]
@@ -109,11 +112,47 @@ def cache_identity(settings: RunSettings, encoder: FrozenClip) -> CacheIdentity:
     )
 
 
+def identity_of(settings: RunSettings) -> CacheIdentity:
+    """The same of the run's own encoder, whose weights a process reads for it once."""
+    return _identity(settings.vision, settings.slicing)
+
+
+@lru_cache(maxsize=16)
+def _identity(vision: VisionSettings, slicing: SlicingSettings) -> CacheIdentity:
+    settings = RunSettings(vision=vision, slicing=slicing)
+    return cache_identity(settings, load_encoder(settings))
+
+
 def index_uri(settings: RunSettings) -> str:
     """The dataset index lies beside the caches: both outlive runs."""
     return storage.join(settings.cache_root, "index")
 
 
+def open_index(settings: RunSettings) -> DatasetIndex:
+    """The version of the dataset index that a run reads which starts now.
+
+    Raises:
+        CacheError: cache_features has not run.
+    """
+    uri, version = index_uri(settings), settings.cache.index_version
+    index = DatasetIndex.open(uri, version) if version else DatasetIndex.latest(uri)
+    if index is None:
+        raise CacheError(f"there is no dataset index at {uri}: run cache_features first")
+    return index
+
+
 def cache_uri(settings: RunSettings, identity: CacheIdentity) -> str:
     """The variant of the cache that the run reads and fills."""
     return storage.join(settings.cache_root, identity.key, settings.cache.codec)
+
+
+def cache_version(settings: RunSettings, uri: str) -> int:
+    """The version of the cache at ``uri`` that a run reads which starts now.
+
+    Raises:
+        CacheError: cache_features has not run.
+    """
+    version = settings.cache.version or latest_manifest(uri)
+    if not version:
+        raise CacheError(f"there is no feature cache at {uri}: run cache_features with these settings first")
+    return version

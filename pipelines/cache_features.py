@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping
 
-from meteor.assembly import cache_identity, load_encoder, pixel_settings
+from meteor.assembly import identity_of, pixel_settings
 from meteor.cache import (
     DatasetIndex,
     FeatureCache,
@@ -42,7 +42,7 @@ def run(settings: RunSettings) -> Summary:
     """
     with timed() as seconds:
         sets = load_sets(settings)
-        identity = cache_identity(settings, load_encoder(settings))
+        identity = identity_of(settings)
         cache_uri = create_cache(settings.cache_root, identity, settings.cache.codec)
         stage = _stage(settings, sets, identity.key)
         index, num_read = update_index(settings, sets)
@@ -177,7 +177,7 @@ def _check_share_of_bad(settings: RunSettings, num_pictures: int, bad: list[Quar
 
 def find_run(settings: RunSettings) -> StageRun:
     """The folder of this stage for these settings and sample files."""
-    return _stage(settings, load_sets(settings), cache_identity(settings, load_encoder(settings)).key)
+    return _stage(settings, load_sets(settings), identity_of(settings).key)
 
 
 def _stage(settings: RunSettings, sets: list[SampleSet], cache_key: str) -> StageRun:

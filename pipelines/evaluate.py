@@ -12,7 +12,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from meteor import storage
-from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
+from meteor.assembly import cache_uri, cache_version, identity_of, open_index, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
 from meteor.data.features import FeatureSource, PixelSettings
@@ -40,7 +40,7 @@ def run(settings: RunSettings) -> Summary:
         finished = stage.finished()
         if finished:
             return stage.reuse(finished)
-        index, cache = _index(settings), FeatureCache.open(find_cache(settings))
+        index, cache = open_index(settings), open_cache(settings)
         stage.start(parent={"uri": model_uri, "digest": model_digest}, cache=cache.uri, cache_key=cache.identity.key)
         with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate)})) as log:
             log.cache(cache, context="evaluation")
@@ -84,7 +84,7 @@ def load_question_sets(settings: RunSettings) -> list[SampleSet]:
 def find_run(settings: RunSettings) -> StageRun:
     """The folder that an evaluation of these settings, this model and these pictures has."""
     _, model_digest = find_model(settings)
-    index = _index(settings)
+    index = open_index(settings)
     content = {
         "model": model_digest,
         "evaluate": mathematical_settings(settings.evaluate),
@@ -94,15 +94,10 @@ def find_run(settings: RunSettings) -> StageRun:
     return StageRun(settings, "evaluate", settings_digest(canonical(content)))
 
 
-def find_cache(settings: RunSettings) -> str:
-    return cache_uri(settings, cache_identity(settings, load_encoder(settings)))
-
-
-def _index(settings: RunSettings) -> DatasetIndex:
-    index = DatasetIndex.latest(index_uri(settings))
-    if index is None:
-        raise CacheError(f"there is no dataset index at {index_uri(settings)}: run cache_features first")
-    return index
+def open_cache(settings: RunSettings) -> FeatureCache:
+    """The version that an evaluation reads which starts now."""
+    uri = cache_uri(settings, identity_of(settings))
+    return FeatureCache.open(uri, version=cache_version(settings, uri))
 
 
 def find_model(settings: RunSettings) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import PurePosixPath
 
@@ -38,8 +38,15 @@ class SampleSet:
 
 
 def load_set(name: str, uri: str) -> SampleSet:
+    """The sample set of a file, which a process reads once: stages, and their parents, ask for it several times."""
+    info = storage.stat(uri)
+    return replace(_read_set(uri, info.size_bytes, info.etag), name=name)
+
+
+@lru_cache(maxsize=8)
+def _read_set(uri: str, size_bytes: int, etag: str) -> SampleSet:
     samples, problems = load_samples(uri)
-    return SampleSet(name, uri, samples, problems, hashlib.sha256(storage.read_bytes(uri)).hexdigest())
+    return SampleSet("", uri, samples, problems, hashlib.sha256(storage.read_bytes(uri)).hexdigest())
 
 
 def load_sets(settings: RunSettings) -> list[SampleSet]:

@@ -5,9 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meteor import storage
-from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
+from meteor.assembly import (
+    cache_uri,
+    cache_version,
+    identity_of,
+    index_uri,
+    open_index,
+    pixel_settings,
+)
 from meteor.cache import CacheIdentity, DatasetIndex, FeatureCache
-from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings, StageSettings, mathematical_settings, settings_digest
 from meteor.data.samples import Sample
 from meteor.data.table import TablePlan, plan_table
@@ -64,9 +70,17 @@ def prepare(settings: RunSettings, stage: Stage) -> Prepared:
         CacheError: cache_features has not run.
     """
     samples = load_mixture(settings, stage)
-    identity = cache_identity(settings, load_encoder(settings))
+    identity = identity_of(settings)
     parent = _parent(settings) if stage == "finetune" else None
-    content = canonical(
+    content = content_of(settings, stage, samples, identity, parent["digest"] if parent else None)
+    return _pinned(settings, stage, content, samples, identity, parent)
+
+
+def content_of(
+    settings: RunSettings, stage: Stage, samples: list[SampleSet], identity: CacheIdentity, parent: str | None
+) -> dict[str, Any]:
+    """All that decides about a stage's numbers but the pictures: two stages that agree in it and in them are one run."""
+    return canonical(
         {
             "stage": stage,
             "samples": mixture_digest(samples),
@@ -76,10 +90,9 @@ def prepare(settings: RunSettings, stage: Stage) -> Prepared:
             "projector": mathematical_settings(settings.projector),
             "llm": {**mathematical_settings(settings.llm), "fingerprint": llm_fingerprint(settings.llm.path)},
             "settings": mathematical_settings(stage_settings(settings, stage)),
-            "parent": parent and parent["digest"],
+            "parent": parent,
         }
     )
-    return _pinned(settings, stage, content, samples, identity, parent)
 
 
 def _pinned(
@@ -90,10 +103,14 @@ def _pinned(
     identity: CacheIdentity,
     parent: dict[str, str] | None,
 ) -> Prepared:
-    """An unfinished run keeps its pin; a finished one is taken up anew where the pictures have changed since."""
+    """An unfinished run keeps its pin; a finished one is taken up anew where the pictures have changed since.
+
+    Versions that the settings name go before a pin.
+    """
     pin_uri = storage.join(settings.output, "pins", f"{stage}-{settings_digest(content)[:16]}.json")
     current, index = _current_pin(settings, content, samples, identity)
-    pin = _read_pin(pin_uri) or current
+    named = settings.cache.version is not None and settings.cache.index_version is not None
+    pin = (None if named else _read_pin(pin_uri)) or current
     if pin.run_digest != current.run_digest and StageRun(settings, stage, pin.run_digest).finished():
         pin = current
     if pin.index_version != index.version:
@@ -116,12 +133,7 @@ def hold_pin(settings: RunSettings, prepared: Prepared) -> FeatureCache:
 def _current_pin(
     settings: RunSettings, content: dict[str, Any], samples: list[SampleSet], identity: CacheIdentity
 ) -> tuple[Pin, DatasetIndex]:
-    index, cache = DatasetIndex.latest(index_uri(settings)), cache_uri(settings, identity)
-    if index is None:
-        raise CacheError(f"there is no dataset index at {index_uri(settings)}: run cache_features first")
-    version = latest_manifest(cache)
-    if not version:
-        raise CacheError(f"there is no feature cache at {cache}: run cache_features with these settings first")
+    index, version = open_index(settings), cache_version(settings, cache_uri(settings, identity))
     index_digest = index.digest(names_of_images(samples))
     return Pin(settings_digest({**content, "index": index_digest}), index.version, index_digest, version), index
 

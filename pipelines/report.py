@@ -158,7 +158,7 @@ def draw_panels(settings: RunSettings, variant: VariantResult) -> list[Selection
         return []
     model_uri, _ = evaluate.find_model(settings)
     answerer = Answerer(model_uri, device="cpu", dtype=torch.float32)
-    cache = FeatureCache.open(evaluate.find_cache(settings))
+    cache = evaluate.open_cache(settings)
     panels = []
     for row in _pick(settings, variant.predictions, cache):
         image = cache.get(row["image_key"])

@@ -95,6 +95,11 @@ class StageRun:
         """
         tags = {"meteor.kind": "stage", "meteor.stage": self.stage, "meteor.variant": self.settings.name}
         tags |= {"meteor.folder": self.uri, "mlflow.source.git.commit": git_commit() or "unknown"}
+        tracking = self.settings.tracking
+        if tracking.study is not None:
+            tags["meteor.study"] = tracking.study
+        if tracking.used_by:
+            tags["used_by"] = ", ".join(tracking.used_by)
         log = StageLog.new(self.settings, self.stage, self.digest, self.uri, params=params, tags=tags)
         log.open()
         try:

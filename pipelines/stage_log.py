@@ -127,24 +127,27 @@ class StageLog:
         return True
 
     def _send(self) -> None:
-        content, status = self._content, self._content["status"]
-        tracker, name = make_tracker(self._settings), self._settings.name
-        parent = tracker.run(name, pipeline_digest(self._settings), tags={"meteor.kind": "pipeline"})
-        run_id = tracker.run(f"{name} {self._stage}", self._digest, parent=parent, tags=content["tags"])
-        # On the pipeline's run as well: comparing two variants in MLflow then needs no search for their stages.
-        for one in (run_id, parent):
-            tracker.log_params(one, content["params"])
+        content, status, used_by = self._content, self._content["status"], self._settings.tracking.used_by
+        tracker = make_tracker(self._settings)
+        parent, name = parent_run(tracker, self._settings), f"{self._settings.name} {self._stage}"
+        if used_by:
+            name = f"{self._stage} of {', '.join(used_by)}"
+        run_id = tracker.run(name, self._digest, parent=parent, tags=content["tags"])
+        tracker.log_params(run_id, content["params"])
+        if not used_by:
+            # On the pipeline's run as well: comparing two variants in MLflow then needs no search for their stages.
+            tracker.log_params(parent, content["params"])
+            tracker.backfill(parent, content["pipeline_rows"])
         for dataset in content["datasets"]:
             tracker.log_dataset(run_id, **dataset)
         tracker.backfill(run_id, [*content["rows"], *read_stage_run(self._uri).metrics])
-        tracker.backfill(parent, content["pipeline_rows"])
         for file in content["files"]:
             tracker.log_file(run_id, file, storage.read_bytes(storage.join(self._uri, file)))
         tracker.set_tags(run_id, content["tags"])
         self._tracker, self._run_id = tracker, run_id
         if status != "running":
             tracker.finish(run_id, failed=status == "failed")
-            if status == "finished":
+            if status == "finished" and not used_by:
                 tracker.finish(parent)
             content["sent"] = True
             self._save()
@@ -161,9 +164,22 @@ def _file(uri: str) -> str:
     return storage.join(uri, "tracking.json")
 
 
+def parent_run(tracker: Tracker, settings: RunSettings) -> str:
+    """MLflow's run that a run's stages belong to: its own; or the study's, for stages that several variants share."""
+    study, above = settings.tracking.study, None
+    if study is not None:
+        digest = settings_digest({"study": study, "output": settings.output})
+        above = tracker.run(study, digest, tags={"meteor.kind": "study"})
+        if settings.tracking.used_by:
+            return above
+    kind = "pipeline" if study is None else "variant"
+    return tracker.run(settings.name, pipeline_digest(settings), parent=above, tags={"meteor.kind": kind})
+
+
 def pipeline_digest(settings: RunSettings) -> str:
     """What the stages of one run share in MLflow."""
-    return settings_digest({"name": settings.name, "output": settings.output})
+    study = {"study": settings.tracking.study} if settings.tracking.study else {}
+    return settings_digest({"name": settings.name, "output": settings.output, **study})
 
 
 def make_tracker(settings: RunSettings) -> Tracker:

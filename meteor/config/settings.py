@@ -72,6 +72,10 @@ class CacheSettings(_Settings):
 
     uri: str | None = operational(None, "root of the caches; <output>/cache if not given")
     codec: str = setting("float16", "how feature values are stored: float16, bfloat16, float32, int8")
+    version: int | None = operational(
+        None, "version of the cache to read; the newest when a run starts if not given", ge=1
+    )
+    index_version: int | None = operational(None, "the same of the dataset index", ge=1)
     rows_per_file: int = operational(
         32,
         "pictures encoded together and written as one Parquet file (several, of up to 128 MB, if they are large)",
@@ -229,6 +233,10 @@ class TrackingSettings(_Settings):
 
     uri: str | None = operational(None, "tracking server; MLFLOW_TRACKING_URI or SQLite under <output> if not given")
     experiment: str = operational("llava-meteor", "experiment name")
+    study: str | None = operational(None, "the study that this run is a variant of: its run in MLflow is the parent")
+    used_by: tuple[str, ...] = operational(
+        (), "variants of the study that share these stages: they are the study's own children then"
+    )
 
 
 class RunSettings(_Settings):
