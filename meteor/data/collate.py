@@ -41,7 +41,7 @@ class Batch:
             ones too, runs the projector on every rank.
         cls_attention: (S, P) float32.
         grids: (S, 2) long, patch rows and columns.
-        num_slots: (S,) long, how many visual slots each sub-image has in ``input_ids``.
+        num_slots: (S,) long, how many visual slots each sub-image has in ``input_ids``; those without any are left out.
         num_samples: in all rows; 0 for the batch that stands in where a worker has no sample left.
     """
 
@@ -158,9 +158,15 @@ def collate(
                 layouts = [layout.only_global() for layout in layouts]
             longer, slots = expand_images(sample, layouts, budget, separators)
             expanded[-1].append(longer)
-            num_slots += slots
-            for image, layout in zip(images, layouts, strict=True):
-                parts += _sub_images(image, layout.patch_grids, select_layer)
+            sub_images_of_sample = [
+                part
+                for image, layout in zip(images, layouts, strict=True)
+                for part in _sub_images(image, layout.patch_grids, select_layer)
+            ]
+            # Those that the projector makes no tokens of need not be read by it.
+            used = [(part, count) for part, count in zip(sub_images_of_sample, slots, strict=True) if count]
+            parts += [part for part, _ in used]
+            num_slots += [count for _, count in used]
     if not expanded:
         expanded.append([TokenisedSample([pad_id], [IGNORE_INDEX])])
     if not parts:

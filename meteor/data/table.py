@@ -216,7 +216,8 @@ def _row(
         "input_ids": tokens.input_ids,
         "labels": tokens.labels,
         "image_keys": image_keys,
-        "num_sub_images": sum(len(layout.patch_grids) for layout in layouts),
+        # Those that the projector is given.
+        "num_sub_images": sum(count > 0 for layout in layouts for count in budget(layout.patch_grids)),
         "num_visual_tokens": num_visual,
         "num_text_tokens": len(tokens.input_ids) - len(layouts) + num_separators,
     }

@@ -21,7 +21,8 @@ def visual_token_budget(projector: str, settings: Mapping[str, object]) -> Budge
 
     Returns:
         A function, picklable, from the patch grids of one image, ``[(Hu, Wu), ...]``, to the largest number of visual
-        tokens each of these sub-images can become, in the same order. Exact for the projectors below.
+        tokens each of these sub-images can become, in the same order. Exact but for ``focus`` and ``prumerge_plus``, which
+        may make fewer: their unused slots are masked. A sub-image of none is left out of the batch.
 
     Raises:
         SettingsError: no such projector, or a setting that makes no sense.
@@ -43,6 +44,32 @@ def _always_k(settings: Mapping[str, object]) -> Budget:
     return partial(_make_k, k=_count(settings, "k", DEFAULT_KEPT_TOKENS, "the tokens made of each sub-image"))
 
 
+def _only_global(settings: Mapping[str, object]) -> Budget:
+    return _keep_global
+
+
+def _square(default: int) -> Callable[[Mapping[str, object]], Budget]:
+    def budget(settings: Mapping[str, object]) -> Budget:
+        return partial(_make_k, k=_count(settings, "grid", default, "the side of the grid of tokens") ** 2)
+
+    return budget
+
+
+def _sum_of(*names_and_defaults: tuple[str, int]) -> Callable[[Mapping[str, object]], Budget]:
+    def budget(settings: Mapping[str, object]) -> Budget:
+        counts = [_count(settings, name, default, "a number of tokens") for name, default in names_and_defaults]
+        return partial(_keep_at_most, k=sum(counts))
+
+    return budget
+
+
+def _finest_scale(settings: Mapping[str, object]) -> Budget:
+    scales = settings.get("scales", (1,))
+    if not isinstance(scales, list | tuple) or not scales:
+        raise SettingsError(f"the projector's scales is {scales!r}; give a list such as [1, 2, 4]")
+    return partial(_shrink_sides, factor=_count({"scales": scales[0]}, "scales", 1, "a list such as [1, 2, 4]"))
+
+
 def _scaled_map(settings: Mapping[str, object]) -> Budget:
     meaning = "by how much the sides of a map shrink"
     return partial(_shrink_sides, factor=_count(settings, "scale_factor", DEFAULT_SCALE_FACTOR, meaning))
@@ -57,6 +84,10 @@ def _count(settings: Mapping[str, object], name: str, default: int, meaning: str
 
 def _keep_all(patch_grids: PatchGrids) -> list[int]:
     return [rows * columns for rows, columns in patch_grids]
+
+
+def _keep_global(patch_grids: PatchGrids) -> list[int]:
+    return [rows * columns if number == 0 else 0 for number, (rows, columns) in enumerate(patch_grids)]
 
 
 def _keep_at_most(patch_grids: PatchGrids, *, k: int) -> list[int]:
@@ -74,8 +105,18 @@ def _shrink_sides(patch_grids: PatchGrids, *, factor: int) -> list[int]:
 
 _BUDGETS: dict[str, Callable[[Mapping[str, object]], Budget]] = {
     "mlp": _all_patches,
-    "meteor": _at_most_k,
-    "meteor_37m": _at_most_k,
+    "global_view": _only_global,
+    "avg_pool": _square(12),
+    "pixel_shuffle": _scaled_map,
+    "ldpv2": _square(12),
     "resampler": _always_k,
     "tokenpacker": _scaled_map,
+    "c_abstractor": _square(12),
+    "visual_topk": _at_most_k,
+    "visionzip": _sum_of(("dominant", 108), ("contextual", 36)),
+    "prumerge_plus": _sum_of(("max_tokens", 144)),
+    "llava_mini": _square(1),
+    "focus": _finest_scale,
+    "meteor": _at_most_k,
+    "meteor_37m": _at_most_k,
 }

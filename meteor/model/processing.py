@@ -19,7 +19,7 @@ from meteor.image.decode import as_shown
 from meteor.image.transform import normalise, slice_image
 from meteor.model.configuration import MeteorConfig
 from meteor.text.conversation import Conversation, parse_turns
-from meteor.text.tokens import Separators, load_tokenizer, tokenise, visual_separators
+from meteor.text.tokens import Separators, TokenisedSample, load_tokenizer, tokenise, visual_separators
 
 _FILE = "processor_config.json"
 
@@ -70,22 +70,27 @@ class MeteorProcessor:
         """
         texts = [text] if isinstance(text, str) else list(text)
         groups: Any = [images] if isinstance(text, str) else images or [[] for _ in texts]
-        samples, num_slots, pixel_values = [], [], []
+        samples: list[list[TokenisedSample]] = []
+        num_slots: list[int] = []
+        pixel_values: list[torch.Tensor] = []
         for question, group in zip(texts, groups, strict=True):
             shown = [as_shown(image) for image in group]
-            layouts = []
+            layouts, sub_images = [], []
             for image in shown:
                 plan = self.pixels.plan(image.width, image.height)
                 layout = ImageLayout(plan.grid, plan.patch_grids)
                 layouts.append(layout.only_global() if self.sub_images == "global" else layout)
                 used = slice_image(image, plan)[: len(layouts[-1].patch_grids)]
-                pixel_values += [normalise(sub_image, self.mean, self.std) for sub_image in used]
+                sub_images += used
             tokens = tokenise(
                 self._conversation(question, len(group)), self.tokenizer, self.template, for_generation=True
             )
             longer, slots = expand_images(tokens, layouts, self.budget, self.separators)
             samples.append([longer])
-            num_slots += slots
+            pixel_values += [
+                normalise(one, self.mean, self.std) for one, count in zip(sub_images, slots, strict=True) if count
+            ]
+            num_slots += filter(None, slots)
         input_ids, attention_mask, _ = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
         return {
             "input_ids": input_ids,

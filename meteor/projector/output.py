@@ -34,6 +34,16 @@ class ProjectorOutput:
 class Projector(nn.Module):
     """Base of all projectors: ``forward(features, cls_attention, grids, native_weight=None) -> ProjectorOutput``.
 
+    All of them take
+
+    - features: (B, P, C), any floating dtype; padding may hold anything. B may be 0, and then P too.
+    - cls_attention: (B, P), the class token's attention over patches; padding may hold anything.
+    - grids: (B, 2) integer, (Hu, Wu) of each sub-image, on any device.
+    - native_weight: 0-d, of the native expert during warm-up, where there is one.
+
+    No sub-image sees another. K, the tokens' second dimension, is at least what `meteor.image.budget` gives each sub-image of
+    the batch. A wrong shape, or a grid that does not fit P, is a ValueError.
+
     Attributes:
         settings: the name and every setting, as JSON values: ``build_projector(**settings)`` makes an equal module. Set
             by `build_projector`.

@@ -6,19 +6,37 @@ from functools import partial
 from typing import Any
 
 from meteor.errors import SettingsError
+from meteor.projector.c_abstractor import CAbstractor
+from meteor.projector.focus import Focus
+from meteor.projector.ldpv2 import LDPv2
+from meteor.projector.llava_mini import LLaVAMini
 from meteor.projector.meteor import build_meteor
 from meteor.projector.mlp import MLPProjector
 from meteor.projector.output import Projector
+from meteor.projector.plain import AvgPool, GlobalView, PixelShuffle
+from meteor.projector.prumerge import PruMergePlus
 from meteor.projector.resampler import Resampler
 from meteor.projector.tokenpacker import TokenPacker
+from meteor.projector.visionzip import VisionZip
+from meteor.projector.visual_topk import VisualTopK
 
 # Each takes (vision_width, llm_width, *, settings with defaults); the signature is what is allowed in settings.
 PROJECTORS: dict[str, Callable[..., Projector]] = {
     "mlp": MLPProjector,
-    "meteor": partial(build_meteor, "mlp_after_selection"),
-    "meteor_37m": partial(build_meteor, "llm_width"),
+    "global_view": GlobalView,
+    "avg_pool": AvgPool,
+    "pixel_shuffle": PixelShuffle,
+    "ldpv2": LDPv2,
     "resampler": Resampler,
     "tokenpacker": TokenPacker,
+    "c_abstractor": CAbstractor,
+    "visual_topk": VisualTopK,
+    "visionzip": VisionZip,
+    "prumerge_plus": PruMergePlus,
+    "llava_mini": LLaVAMini,
+    "focus": Focus,
+    "meteor": partial(build_meteor, "mlp_after_selection"),
+    "meteor_37m": partial(build_meteor, "llm_width"),
 }
 
 
@@ -49,7 +67,10 @@ def build_projector(name: str, *, vision_width: int, llm_width: int, **settings:
     if unknown:
         allowed = f"its settings are: {', '.join(defaults)}" if defaults else "it has no settings"
         raise SettingsError(f"Projector {name!r} does not know {', '.join(map(repr, unknown))}; {allowed}.")
-    resolved = {**defaults, **settings}
+    # Tuples as JSON would give them back.
+    resolved = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in {**defaults, **settings}.items()
+    }
     projector = PROJECTORS[name](vision_width, llm_width, **resolved)
     projector.settings = {"name": name, "vision_width": vision_width, "llm_width": llm_width, **resolved}
     return projector

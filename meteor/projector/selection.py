@@ -93,6 +93,25 @@ def select_tokens(
     return Selection(indices_BK, kept_BK, score_BP, visual_BP, native_BP)
 
 
+def visual_scores(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
+    """The visual expert by itself (equation 3): (B, P) float32, sums to 1 over real patches.
+
+    Args:
+        cls_attention: (B, P), any scale; padding may hold anything.
+        mask_BP: (B, P) bool, True at real patches.
+
+    Raises:
+        ValueError: attention at a real patch is NaN, infinite or negative (RuntimeError in a compiled graph).
+    """
+    bad_BP = _unsound_attention(cls_attention, mask_BP)
+    require(
+        ~bad_BP.any(),
+        "cls_attention is NaN, infinite or negative at a real patch; run without torch.compile to learn where.",
+        lambda: _describe_attention(cls_attention, bad_BP),
+    )
+    return _visual_scores(cls_attention, mask_BP)
+
+
 def _visual_scores(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
     """Equation 3: the patches' share of the class token's attention, its own share removed."""
     attention_BP = torch.where(mask_BP, cls_attention.to(accumulation_dtype(cls_attention.dtype)), 0)
@@ -140,8 +159,7 @@ def _require_sound(
     cls_attention: Tensor, logit_BP: Tensor, mask_BP: Tensor, fused: Tensor, instruction: Tensor
 ) -> None:
     """Refuse what no ranking can be made of: a NaN among scores would be kept, or dropped, in silence."""
-    # Comparisons with NaN are false.
-    bad_attention_BP = mask_BP & ~((cls_attention >= 0) & (cls_attention < torch.inf))
+    bad_attention_BP = _unsound_attention(cls_attention, mask_BP)
     bad_logit_BP = mask_BP & ~logit_BP.isfinite()
 
     def details() -> str:
@@ -155,6 +173,11 @@ def _require_sound(
         "not finite; run without torch.compile to learn where.",
         details,
     )
+
+
+def _unsound_attention(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
+    # Comparisons with NaN are false.
+    return mask_BP & ~((cls_attention >= 0) & (cls_attention < torch.inf))
 
 
 def _describe_attention(cls_attention: Tensor, bad_BP: Tensor) -> str:

@@ -35,8 +35,33 @@ def test_tokenpacker_divides_both_sides_and_rounds_up() -> None:
     assert visual_token_budget("tokenpacker", {"scale_factor": 3})([*GRIDS, (1, 1)]) == [10 * 7, 16, 2 * 3, 1]
 
 
+def test_the_global_view_alone_gives_slices_nothing() -> None:
+    assert visual_token_budget("global_view", {})(GRIDS) == [551, 0, 0]
+
+
+def test_pooled_maps_and_queries_have_their_grids_tokens() -> None:
+    for name in ("avg_pool", "ldpv2", "c_abstractor"):
+        assert visual_token_budget(name, {})(GRIDS) == [144, 144, 144]
+        assert visual_token_budget(name, {"grid": 5})(GRIDS) == [25, 25, 25]
+    assert visual_token_budget("llava_mini", {})(GRIDS) == [1, 1, 1]
+
+
+def test_what_is_pruned_is_bounded_by_its_settings_and_by_the_map() -> None:
+    assert visual_token_budget("visual_topk", {"k": 64})(GRIDS) == [64, 64, 35]
+    assert visual_token_budget("visionzip", {})(GRIDS) == [144, 144, 35]
+    assert visual_token_budget("visionzip", {"dominant": 20, "contextual": 2})(GRIDS) == [22, 22, 22]
+    assert visual_token_budget("prumerge_plus", {"max_tokens": 40})(GRIDS) == [40, 40, 35]
+
+
+def test_focus_is_bounded_by_its_finest_scale() -> None:
+    assert visual_token_budget("focus", {})(GRIDS) == [551, 144, 35]
+    assert visual_token_budget("focus", {"scales": [2, 4]})(GRIDS) == [15 * 10, 36, 12]
+    with pytest.raises(SettingsError, match="scales is 2"):
+        visual_token_budget("focus", {"scales": 2})
+
+
 def test_an_unknown_projector_is_answered_with_the_names_known() -> None:
-    with pytest.raises(SettingsError, match=r"'metoer'.*meteor, meteor_37m, mlp, resampler, tokenpacker"):
+    with pytest.raises(SettingsError, match=r"'metoer'.*avg_pool.*meteor, meteor_37m, mlp"):
         visual_token_budget("metoer", {})
 
 
@@ -47,7 +72,9 @@ def test_a_setting_that_is_no_count_is_refused(projector: str, name: str, value:
         visual_token_budget(projector, {name: value})
 
 
-@pytest.mark.parametrize("projector", ["mlp", "meteor", "resampler", "tokenpacker"])
+@pytest.mark.parametrize(
+    "projector", ["mlp", "global_view", "avg_pool", "meteor", "resampler", "tokenpacker", "visionzip", "focus"]
+)
 def test_a_budget_travels_between_processes(projector: str) -> None:
     budget = visual_token_budget(projector, {})
     assert pickle.loads(pickle.dumps(budget))(GRIDS) == budget(GRIDS)

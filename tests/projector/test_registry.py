@@ -14,7 +14,6 @@ from meteor.projector.registry import PROJECTORS
 # Settings that differ from the defaults, small enough for tiny maps.
 METEOR_SETTINGS = {"k": 3, "window": 5, "local": "conv", "scan": "both", "state_size": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "mlp": {},
     "meteor": METEOR_SETTINGS,
     "meteor_37m": METEOR_SETTINGS,
     "resampler": {"k": 6},
@@ -24,7 +23,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
-    [("mlp", 31_467_520), ("meteor", 34_991_104), ("meteor_37m", 37_081_088), ("resampler", 137_840_640)],
+    [
+        *(
+            (name, 31_467_520)
+            for name in ("mlp", "global_view", "avg_pool", "visual_topk", "visionzip", "prumerge_plus")
+        ),
+        ("pixel_shuffle", 47_204_352),
+        ("ldpv2", 31_518_720),
+        ("c_abstractor", 47_885_824),
+        ("llava_mini", 35_666_944),
+        ("meteor", 34_991_104),
+        ("meteor_37m", 37_081_088),
+        ("resampler", 137_840_640),
+    ],
 )
 def test_projectors_have_the_published_number_of_parameters(name: str, num_parameters: int) -> None:
     with torch.device("meta"):
@@ -39,7 +50,7 @@ def test_meteor_stays_within_the_papers_37_million() -> None:
 
 
 def test_an_unknown_projector_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match=r"'qformer'.*mlp, meteor, meteor_37m, resampler, tokenpacker"):
+    with pytest.raises(SettingsError, match=r"'qformer'.*mlp, global_view, avg_pool.*meteor, meteor_37m"):
         build_projector("qformer", vision_width=16, llm_width=8)
 
 
@@ -74,7 +85,7 @@ def test_settings_out_of_range_are_refused_when_building(settings: dict[str, Any
 def test_a_projector_rebuilt_from_its_settings_and_weights_gives_the_same_tokens(
     name: str, make_sub_images: Callable[..., Any]
 ) -> None:
-    given = SETTINGS[name]
+    given = SETTINGS.get(name, {})
     projector = build_projector(name, vision_width=16, llm_width=24, **given)
     assert projector.settings | {"name": name, "vision_width": 16, "llm_width": 24, **given} == projector.settings
     rebuilt = build_projector(**json.loads(json.dumps(projector.settings)))

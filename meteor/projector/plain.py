@@ -1,0 +1,110 @@
+"""Plain controls: a smaller picture at equal tokens, by pooling, by the global view alone, or by folding patches into channels.
+
+Letters: B sub-images, P patches, K tokens, N patches of a block, C vision width, D LLM width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from meteor.projector.checks import check_count
+from meteor.projector.inputs import prepare_features
+from meteor.projector.mlp import MLPProjector, two_layer_mlp
+from meteor.projector.output import Projector, ProjectorOutput
+from meteor.projector.pooling import pool_maps
+from meteor.projector.tokenpacker import most_tokens, square_windows
+from meteor.ssm.tensors import gather_rows
+
+
+class GlobalView(MLPProjector):
+    """LLaVA-1.5's MLP on the global view alone: the difference to `mlp` is what slicing buys.
+
+    Which sub-image is the global view its token budget knows (`meteor.image.budget`): it gives slices no tokens, and a
+    sub-image without tokens is left out of the batch.
+    """
+
+
+class AvgPool(Projector):
+    """The map averaged to grid x grid, then the two-layer MLP; 31,467,520 parameters at C = 1024, D = 5120.
+
+    Studies of token compression find that such down-sampling beats many compressors on common benchmarks: what does not
+    beat it at equal tokens has shown nothing.
+
+    Args:
+        vision_width: C.
+        llm_width: D.
+        grid: side of the pooled map; every sub-image, small ones too, becomes grid^2 tokens.
+
+    Raises:
+        SettingsError: grid is no count.
+    """
+
+    def __init__(self, vision_width: int, llm_width: int, *, grid: int = 12) -> None:
+        super().__init__()
+        check_count("grid", grid)
+        self.vision_width, self.grid = vision_width, grid
+        self.mlp = two_layer_mlp(vision_width, llm_width)
+
+    def forward(
+        self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
+    ) -> ProjectorOutput:
+        """Tokens (B, grid^2, D) in map order, all real; arguments as in `Projector`."""
+        dtype = next(self.parameters()).dtype
+        feature_BPC, mask_BP = prepare_features(
+            features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
+        )
+        grids = grids.to(mask_BP.device).long()
+        token_BKD = self.mlp(pool_maps(feature_BPC, grids, (self.grid, self.grid)))
+        return ProjectorOutput(token_BKD, torch.ones(token_BKD.shape[:2], dtype=torch.bool, device=token_BKD.device))
+
+
+class PixelShuffle(Projector):
+    """Blocks of s x s patches become one token of s^2 C channels (InternVL 1.5, arXiv 2404.16821, section 3.1).
+
+    A block's channels are those of its patches one after the other, row by row. Then LayerNorm, Linear(s^2 C, D), GELU and
+    Linear(D, D): 47,204,352 parameters at C = 1024, D = 5120, s = 2. Where s does not divide a side, zeros stand in for the
+    patches beyond the map.
+
+    Args:
+        vision_width: C.
+        llm_width: D.
+        scale_factor: s; Hu x Wu patches become ceil(Hu / s) x ceil(Wu / s) tokens.
+
+    Raises:
+        SettingsError: scale_factor is no count.
+    """
+
+    def __init__(self, vision_width: int, llm_width: int, *, scale_factor: int = 2) -> None:
+        super().__init__()
+        check_count("scale_factor", scale_factor)
+        self.vision_width, self.scale_factor = vision_width, scale_factor
+        folded_width = scale_factor**2 * vision_width
+        self.norm = nn.LayerNorm(folded_width)
+        self.mlp = two_layer_mlp(folded_width, llm_width)
+
+    def forward(
+        self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
+    ) -> ProjectorOutput:
+        """Tokens (B, K, D) in map order; arguments as in `Projector`."""
+        dtype = next(self.parameters()).dtype
+        feature_BPC, mask_BP = prepare_features(
+            features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
+        )
+        folded_BKX, mask_BK = fold_blocks(feature_BPC, grids.to(mask_BP.device).long(), self.scale_factor)
+        return ProjectorOutput(torch.where(mask_BK.unsqueeze(-1), self.mlp(self.norm(folded_BKX)), 0), mask_BK)
+
+
+def fold_blocks(feature_BPC: Tensor, grids: Tensor, scale_factor: int) -> tuple[Tensor, Tensor]:
+    """Space to depth.
+
+    Args:
+        feature_BPC: (B, P, C), finite at padding.
+        grids: (B, 2) long, (Hu, Wu).
+        scale_factor: s.
+
+    Returns:
+        (B, K, s^2 C), zero beyond the map, and (B, K) bool, True at blocks that hold a patch.
+    """
+    max_tokens = most_tokens(grids, feature_BPC.shape[1], scale_factor)
+    window_BKN, seen_BKN = square_windows(grids, scale_factor, max_tokens)
+    patch_BKNC = gather_rows(feature_BPC, window_BKN.flatten(1)).unflatten(1, window_BKN.shape[1:])
+    return torch.where(seen_BKN.unsqueeze(-1), patch_BKNC, 0).flatten(2), seen_BKN[:, :, 0]
