@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _PARENT_TAG = "mlflow.parentRunId"
 _HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 _OUTAGE_PAUSE_S = 60.0
 _MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
+_MAX_CHILDREN = 5000
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -30,6 +32,21 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = str(value)[:_MAX_PARAM_LENGTH]
     return flat
+
+
+@dataclass(frozen=True)
+class ChildRun:
+    """A run below another.
+
+    Attributes:
+        name: of the run.
+        tags: by name, MLflow's own included.
+        metrics: name -> latest value.
+    """
+
+    name: str
+    tags: dict[str, str]
+    metrics: dict[str, float]
 
 
 class Tracker:
@@ -74,6 +91,17 @@ class Tracker:
                 all_tags = {_DIGEST_TAG: digest, **(tags or {}), **({_PARENT_TAG: parent} if parent else {})}
                 run_id = self._client.create_run(self.experiment_id, run_name=name, tags=all_tags).info.run_id
             return run_id
+
+    def children(self, run_id: str) -> list[ChildRun]:
+        """The runs below a run, the oldest first."""
+        with self._reaching():
+            found = self._client.search_runs(
+                [self.experiment_id],
+                filter_string=f"tags.`{_PARENT_TAG}` = '{run_id}'",
+                order_by=["attributes.start_time ASC"],
+                max_results=_MAX_CHILDREN,
+            )
+            return [ChildRun(run.info.run_name, run.data.tags, run.data.metrics) for run in found]
 
     def log_params(self, run_id: str, settings: Mapping[str, Any]) -> None:
         """Log settings flattened with dots; those logged before keep their first value (MLflow's rule)."""

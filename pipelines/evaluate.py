@@ -176,7 +176,7 @@ def answer(
     counter = Counter.remote()
     shared = ray.put([question for _, question in ordered])
     answers: dict[tuple[str, str], str] = {}
-    with progress("questions answered:", len(ordered), lambda: ray.get(counter.count.remote())):
+    with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: ray.get(counter.count.remote())):
         dataset = ray.data.from_items(
             table, override_num_blocks=num_blocks(len(table), options.batch_size)
         ).map_batches(

@@ -1,13 +1,10 @@
 """Stage 4: what the runs found, as Markdown and one self-contained HTML page."""
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -15,23 +12,22 @@ from meteor import storage
 from meteor.assembly import index_uri, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, load_run, resolve_paths
-from meteor.errors import MeteorError, SettingsError, TrackingError
+from meteor.errors import SettingsError, TrackingError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.selection import SelectedPatches, select_patches
 from meteor.image.decode import decode_image
 from meteor.report import (
     SelectionPanel,
-    StageRun,
     SubImageScores,
     VariantResult,
     choose_predictions,
-    read_stage_run,
     write_report,
 )
-from pipelines import cache_features, evaluate
-from pipelines.preparation import prepare
+from meteor.report.seeds import merge_seeds
+from pipelines import cache_features
+from pipelines.results import collect, find_or_log, find_records, read_record, study_tables
 from pipelines.stage import Summary, stage_main, timed
-from pipelines.stage_log import make_tracker, pipeline_digest
+from pipelines.stage_log import make_tracker, parent_run, study_run
 
 _LOG = logging.getLogger(__name__)
 _DESCRIPTION = """Lay settings, loss curves, scores, throughput and figures of this run, and of those in report.compare, side by
@@ -39,13 +35,13 @@ side in report.md and report.html. What has not run is said to be missing."""
 
 
 def run(settings: RunSettings) -> Summary:
-    """Collect, draw, write."""
+    """Collect, draw, write; a study's variants are found in MLflow."""
     with timed() as seconds:
-        runs = [settings, *(resolve_paths(load_run(path)) for path in settings.report.compare)]
-        variants = [collect(one) for one in runs]
+        variants = _collect_all(settings)
         if not any(variant.stages for variant in variants):
             raise SettingsError("no stage of this run has started: there is nothing to report")
-        panels = [panel for one, variant in zip(runs, variants, strict=True) for panel in draw_panels(one, variant)]
+        shown = merge_seeds(variants)
+        panels = [panel for variant in shown for panel in draw_panels(settings, variant)]
         uri = storage.join(settings.output, "report", settings.name)
         paths = write_report(
             uri,
@@ -53,26 +49,35 @@ def run(settings: RunSettings) -> Summary:
             variants=variants,
             panels=panels,
             cache=cache_facts(settings),
-            thumbnails=_thumbnails(settings, variants),
+            thumbnails=_thumbnails(settings, shown),
+            tables=study_tables(settings),
         )
         try:
-            _log(settings, [paths.markdown, paths.html])
+            _log(settings, uri)
         except TrackingError as error:
             _LOG.warning("%s. The report is written; run this stage again to keep it in MLflow as well", error)
-        counts = {"variants": len(variants), "figures_of_pictures": len(panels)}
+        counts = {"variants": len(shown), "runs": len(variants), "figures_of_pictures": len(panels)}
         return Summary("report", counts, seconds(), {"markdown": paths.markdown, "html": paths.html})
 
 
-def _log(settings: RunSettings, paths: Sequence[str]) -> None:
+def _collect_all(settings: RunSettings) -> list[VariantResult]:
+    if settings.study is not None:
+        return [read_record(record) for record in find_records(settings)]
+    return [collect(one) for one in [settings, *(resolve_paths(load_run(path)) for path in settings.report.compare)]]
+
+
+def _log(settings: RunSettings, uri: str) -> None:
+    """Keep all files of the report with MLflow's run of the pipeline or study."""
     tracker = make_tracker(settings)
-    parent = tracker.run(settings.name, pipeline_digest(settings), tags={"meteor.kind": "pipeline"})
-    for path in paths:
-        tracker.log_file(parent, f"report/{path.rpartition('/')[2]}", storage.read_bytes(path))
-    tracker.finish(parent)
+    find = parent_run if settings.study is None else study_run
+    run_id = find(tracker, settings)
+    for info in storage.list_objects(uri):
+        tracker.log_file(run_id, f"report/{info.uri.removeprefix(uri).lstrip('/')}", storage.read_bytes(info.uri))
+    tracker.finish(run_id)
 
 
 def plan(settings: RunSettings) -> str:
-    variants = [collect(one) for one in [settings, *(resolve_paths(load_run(p)) for p in settings.report.compare)]]
+    variants = _collect_all(settings)
     lines = ["report: plan"]
     for variant in variants:
         done = [stage for stage, one in variant.stages.items() if one.finished]
@@ -80,60 +85,9 @@ def plan(settings: RunSettings) -> str:
     return "\n".join(lines)
 
 
-def collect(settings: RunSettings) -> VariantResult:
-    """Everything that one run's stages left behind; a stage that has not run is left out."""
-    stages: dict[str, StageRun] = {}
-    for stage in ("pretrain", "finetune"):
-        found = _find(lambda stage=stage: prepare(settings, stage).run.uri)
-        if found and storage.exists(storage.join(found, "run.json")):
-            stages[stage] = read_stage_run(found)
-    found = _find(lambda: evaluate.find_run(settings).uri)
-    predictions = scores = None
-    if found and storage.exists(storage.join(found, "summary.json")):
-        stages["evaluate"] = read_stage_run(found)
-        scores = storage.read_json(storage.join(found, "scores.json"))
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(found, "predictions.parquet"))))
-        predictions = table.to_pylist()
-    return VariantResult(
-        name=settings.name,
-        stages=stages,
-        scores=scores,
-        predictions=predictions,
-        num_projector_parameters=_num_projector_parameters(stages),
-        num_visual_tokens_per_image=_tokens_per_image(stages),
-    )
-
-
-def _find(locate: Any) -> str | None:
-    """The URI that ``locate`` finds; None where an earlier stage is missing, which is logged."""
-    try:
-        return locate()
-    except MeteorError as error:
-        _LOG.info("left out of the report: %s", error)
-        return None
-
-
-def _num_projector_parameters(stages: dict[str, StageRun]) -> int | None:
-    """Counted in stage 1's own file, from its header."""
-    summary = stages["pretrain"].summary if "pretrain" in stages else None
-    if not summary:
-        return None
-    uri = summary["results"]["projector"]
-    size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
-    header = json.loads(storage.read_range(uri, 8, size))
-    return sum(torch.Size(one["shape"]).numel() for name, one in header.items() if name != "__metadata__")
-
-
-def _tokens_per_image(stages: dict[str, StageRun]) -> float | None:
-    """Mean visual tokens of a picture in stage 2, separators included as they are in the sequence."""
-    summary = stages["finetune"].summary if "finetune" in stages else None
-    totals = summary["extra"]["totals"] if summary else None
-    return totals["visual_tokens"] / totals["images"] if totals and totals["images"] else None
-
-
 def cache_facts(settings: RunSettings) -> dict[str, Any] | None:
     """What the report says about the cache; None where there is none."""
-    found = _find(lambda: cache_features.find_run(settings).uri)
+    found = find_or_log(lambda: cache_features.find_run(settings).uri)
     if not found or not storage.exists(storage.join(found, "summary.json")):
         return None
     summary = storage.read_json(storage.join(found, "summary.json"))
@@ -156,9 +110,9 @@ def draw_panels(settings: RunSettings, variant: VariantResult) -> list[Selection
     """Selection figures of some evaluated pictures, for a projector that selects."""
     if not variant.predictions or settings.report.num_figures == 0:
         return []
-    model_uri, _ = evaluate.find_model(settings)
-    answerer = Answerer(model_uri, device="cpu", dtype=torch.float32)
-    cache = evaluate.open_cache(settings)
+    evaluated = variant.stages["evaluate"].identity
+    answerer = Answerer(evaluated["parent"]["uri"], device="cpu", dtype=torch.float32)
+    cache = FeatureCache.open(evaluated["cache"])
     panels = []
     for row in _pick(settings, variant.predictions, cache):
         image = cache.get(row["image_key"])
@@ -167,14 +121,14 @@ def draw_panels(settings: RunSettings, variant: VariantResult) -> list[Selection
             return []
         panels.append(
             SelectionPanel(
-                title=f"{settings.name}: {row['image']}",
+                title=row["image"],
                 question=row["question"],
                 answer=row["answer"],
                 prediction=row["prediction"],
                 image=_open(row["uri"], settings),
                 plan=pixel_settings(settings).plan(image.width, image.height),
                 sub_images=tuple(_scores(one) for one in patches),
-                variant=settings.name,
+                variant=variant.name,
             )
         )
     return panels

@@ -140,22 +140,10 @@ def stage_main(
     plan: Callable[[RunSettings], str],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """The command line of a stage.
+    """The command line of a stage; returns the exit status, see `guarded`."""
+    arguments = stage_parser(stage, description).parse_args(argv)
 
-    Returns:
-        0, or 1 after an error whose message was printed. Unexpected errors keep their traceback.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m pipelines.{stage}",
-        description=description,
-        epilog="All settings with their meaning: meteor config explain",
-    )
-    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
-    parser.add_argument("--dry-run", action="store_true", help="check the data, print the plan, do nothing")
-    arguments = parser.parse_args(argv)
-    configure_logging()
-    try:
+    def act() -> int:
         settings = resolve_paths(load_run(arguments.run, arguments.overrides))
         if arguments.dry_run:
             report = check_run(settings)
@@ -164,17 +152,42 @@ def stage_main(
             return 0 if report.ok else 1
         with ray_session(settings.runtime):
             print(run(settings).to_text())
+        return 0
+
+    return guarded(act)
+
+
+def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """Options that all stages have."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{stage}",
+        description=description,
+        epilog="All settings with their meaning: meteor config explain",
+    )
+    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
+    parser.add_argument("--dry-run", action="store_true", help="check the data, print the plan, do nothing")
+    return parser
+
+
+def guarded(act: Callable[[], int]) -> int:
+    """Do it with our logging.
+
+    Returns:
+        Its status, or 1 after an error whose message was printed. Unexpected errors keep their traceback.
+    """
+    configure_logging()
+    try:
+        return act()
     # First, as an error of a remote task is of both classes, with Ray's text.
     except ray.exceptions.RayError as error:
         line = error_of_ours(error)
         if line is None:
             raise
         print(line, file=sys.stderr)
-        return 1
     except MeteorError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return 1
 
 
 @contextmanager

@@ -168,12 +168,20 @@ def parent_run(tracker: Tracker, settings: RunSettings) -> str:
     """MLflow's run that a run's stages belong to: its own; or the study's, for stages that several variants share."""
     study, above = settings.tracking.study, None
     if study is not None:
-        digest = settings_digest({"study": study, "output": settings.output})
-        above = tracker.run(study, digest, tags={"meteor.kind": "study"})
+        above = _study_run(tracker, study, settings.output)
         if settings.tracking.used_by:
             return above
     kind = "pipeline" if study is None else "variant"
     return tracker.run(settings.name, pipeline_digest(settings), parent=above, tags={"meteor.kind": kind})
+
+
+def study_run(tracker: Tracker, settings: RunSettings) -> str:
+    """MLflow's run of the study that a run's settings describe."""
+    return _study_run(tracker, settings.name, settings.output)
+
+
+def _study_run(tracker: Tracker, study: str, output: str) -> str:
+    return tracker.run(study, settings_digest({"study": study, "output": output}), tags={"meteor.kind": "study"})
 
 
 def pipeline_digest(settings: RunSettings) -> str:

@@ -62,7 +62,7 @@ def run_stage(settings: RunSettings, stage: Stage) -> Summary:
             for one in prepared.samples:
                 log.dataset(name=one.name, digest=one.digest, source=one.uri, context="samples")
             steps = num_steps(stage_settings(settings, stage), plan.table)
-            _LOG.info("%s: %d samples, %d steps, run %s", stage, len(plan.table), steps, run.uri)
+            _LOG.info("[%s] %s: %d samples, %d steps, run %s", settings.name, stage, len(plan.table), steps, run.uri)
             _run_workers(settings, task, log, steps)
             summary = _summary(task, plan, steps, seconds())
             log.tag("meteor.result", task.result_uri)
@@ -125,7 +125,7 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
         epochs = stage_settings(settings, task.stage).epochs
         return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
 
-    with progress(f"{task.stage}: step", num_steps, steps_done, detail=detail):
+    with progress(f"[{settings.name}] {task.stage}: step", num_steps, steps_done, detail=detail):
         try:
             trainer.fit()
         # The second where the controller itself has gone.

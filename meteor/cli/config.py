@@ -1,7 +1,7 @@
 """`meteor config`: show, validate, diff."""
 
 import argparse
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -49,6 +49,11 @@ def explain(model: type[BaseModel], prefix: str = "") -> list[str]:
         extra = field.json_schema_extra
         mark = "  [changes no result]" if isinstance(extra, dict) and extra.get("operational") else ""
         lines.append(f"{prefix}{name} = {field.default!r}\n    {field.description}{mark}")
+        # Sections that a run may leave out, or give several of by name.
+        for section in get_args(field.annotation):
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                of_each = "<name>." if get_origin(field.annotation) is dict else ""
+                lines += explain(section, f"{prefix}{name}.{of_each}")
     return lines
 
 

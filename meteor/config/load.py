@@ -1,6 +1,6 @@
 """From a YAML file and dotted overrides to `RunSettings`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunSettings:
     try:
         return RunSettings.model_validate(merged)
     except ValidationError as error:
-        raise SettingsError(f"{path}: {_explain(error)}") from error
+        raise SettingsError(f"{path}: {explain_problems(error)}") from error
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
@@ -39,6 +39,13 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
             raise SettingsError(f"override {override!r} is not of the form a.b=value")
         result.append((keys, _yaml(text, override)))
     return result
+
+
+def change_settings(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with some replaced, by dotted name; the projector's name first, as it empties the projector's settings."""
+    for dotted, value in sorted(changes.items(), key=lambda change: change[0] not in ("projector", "projector.name")):
+        settings = _replace(settings, dotted.split("."), _numbers(value))
+    return settings
 
 
 def _replace(settings: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -115,7 +122,8 @@ def _name(settings: dict[str, Any]) -> Any:
     return projector.get("name") if isinstance(projector, dict) else None
 
 
-def _explain(error: ValidationError) -> str:
+def explain_problems(error: ValidationError) -> str:
+    """What pydantic found, with the settings that there are where one is unknown."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"]) or "settings"

@@ -239,6 +239,31 @@ class TrackingSettings(_Settings):
     )
 
 
+class StudyTableSettings(_Settings):
+    """A table of a study's report."""
+
+    variants: tuple[str, ...] = operational((), "its rows, in this order; `*` stands for any letters; all if not given")
+    control: str | None = operational(None, "the variant that differences are taken from; the first row if not given")
+    paper: Literal[1, 2, 3, 4] | None = operational(None, "the paper's table whose rows stand beside ours")
+
+
+class StudySettings(_Settings):
+    """Variants of the run, for `python -m pipelines.ablate`."""
+
+    variants: dict[str, dict[str, Any]] = operational(
+        {}, "name -> changes, by dotted name: {single_scan: {projector.settings.scan: single}, as_it_is: {}}"
+    )
+    grid: dict[str, list[Any]] = operational({}, "setting -> values; every combination, of every named variant")
+    seeds: tuple[int, ...] = operational((), "each variant is trained with each of them; the run's own if not given")
+    tables: dict[str, StudyTableSettings] = operational({}, "title -> which variants, against which")
+    parallel: int | None = operational(
+        None, "variants that run at the same time; as many as there are CPUs and GPUs for if not given", ge=1
+    )
+    measure_questions: int = operational(
+        16, "questions with which memory and the speed of answers are measured after training; 0 leaves it out", ge=0
+    )
+
+
 class RunSettings(_Settings):
     """A whole run: one YAML file under jobs/runs/."""
 
@@ -256,6 +281,7 @@ class RunSettings(_Settings):
     report: ReportSettings = ReportSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     tracking: TrackingSettings = TrackingSettings()
+    study: StudySettings | None = operational(None, "variants of this run")
 
     @field_validator("output")
     @classmethod

@@ -10,7 +10,7 @@ import torch
 
 from meteor import storage
 from meteor.cache import CacheIdentity, FeatureCache
-from meteor.data.collate import collate
+from meteor.data.collate import Batch, collate
 from meteor.data.features import FeatureSource
 from meteor.data.samples import Sample
 from meteor.errors import NotFoundError
@@ -74,6 +74,10 @@ class Answerer:
 
     def answer(self, questions: Sequence[Question], source: FeatureSource, *, max_new_tokens: int) -> list[str]:
         """Greedy answers, in the order given."""
+        return self.processor.batch_decode(self.generate(self.batch(questions, source), max_new_tokens=max_new_tokens))
+
+    def batch(self, questions: Sequence[Question], source: FeatureSource) -> Batch:
+        """What the model is asked, on its device."""
         processor = self.processor
         samples = []
         images = source.prefetch(key for question in questions for key in question.image_keys)
@@ -86,7 +90,7 @@ class Answerer:
                 sample_id=question.id,
             )
             samples.append([(tokens, [next(images) for _ in question.image_keys])])
-        batch = collate(
+        return collate(
             samples,
             budget=processor.budget,
             separators=processor.separators,
@@ -95,15 +99,18 @@ class Answerer:
             select_layer=self.model.config.select_layer,
             sub_images=processor.sub_images,
             padding_side="left",
-        )
-        tokens = self.model.generate(
-            **batch.to(self.device).as_inputs(),
+        ).to(self.device)
+
+    def generate(self, batch: Batch, *, max_new_tokens: int, min_new_tokens: int = 0) -> torch.Tensor:
+        """Greedy tokens of the answers (B, new tokens)."""
+        return self.model.generate(
+            **batch.as_inputs(),
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             do_sample=False,
-            eos_token_id=processor.tokenizer.eos_token_id,
-            pad_token_id=processor.tokenizer.pad_token_id,
+            eos_token_id=self.processor.tokenizer.eos_token_id,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
         )
-        return processor.batch_decode(tokens)
 
 
 @contextmanager

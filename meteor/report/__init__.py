@@ -1,6 +1,6 @@
 """Finished runs in, one Markdown and one self-contained HTML page out; reads no settings, runs no model."""
 
-from meteor.report.data import SelectionPanel, StageRun, SubImageScores, VariantResult, read_stage_run
+from meteor.report.data import SelectionPanel, StageRun, StudyTable, SubImageScores, VariantResult, read_stage_run
 from meteor.report.page import ReportPaths, write_report
 from meteor.report.predictions import PredictionRow, choose_predictions
 
@@ -9,6 +9,7 @@ __all__ = [
     "ReportPaths",
     "SelectionPanel",
     "StageRun",
+    "StudyTable",
     "SubImageScores",
     "VariantResult",
     "choose_predictions",

@@ -9,11 +9,15 @@ from PIL import Image
 
 from meteor.report import paper
 from meteor.report.canvas import Look, Picture, variant_looks
-from meteor.report.data import TRAINING_STAGES, SelectionPanel, VariantResult
-from meteor.report.figures import comparable_runs, loss_figure, scores_figure, throughput_figure
+from meteor.report.csv_files import csv_files
+from meteor.report.data import TRAINING_STAGES, SelectionPanel, StudyTable, VariantResult
+from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
 from meteor.report.pictures import heat_figure, kept_figure
 from meteor.report.predictions import PredictionRow, choose_predictions
 from meteor.report.provenance import Provenance, SettingsBlock, missing_pieces, provenance, settings_blocks
+from meteor.report.seeds import merge_seeds
+from meteor.report.study import cost_table, results_table
+from meteor.report.study_figures import kept_by_variants_figure, pareto_figure
 from meteor.report.tables import (
     Table,
     cache_table,
@@ -59,6 +63,28 @@ class AnswerRow:
 
 
 @dataclass(frozen=True)
+class TableSection:
+    """A table of a study: ours with differences from ``control``, and beside the paper's rows."""
+
+    title: str
+    control: str
+    results: Table
+    beside: Table | None
+
+
+@dataclass(frozen=True)
+class StudySection:
+    """What a study shows besides a report of single runs."""
+
+    tables: tuple[TableSection, ...]
+    pareto: Picture | None
+    costs: Table
+    hardware: str
+    kept: tuple[Picture, ...]
+    csv_files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ReportContent:
     title: str
     notes: tuple[str, ...]
@@ -76,12 +102,15 @@ class ReportContent:
     paper_remarks: tuple[str, ...]
     provenance: Provenance
     settings: tuple[SettingsBlock, ...]
+    study: StudySection | None
 
     def pictures(self) -> Iterator[Picture]:
         """Every figure once."""
         found = [section.loss for section in self.stages] + [self.throughput]
         found += [section.figure for section in self.scores]
         found += [picture for section in self.selections for picture in (section.kept, section.heat)]
+        if self.study is not None:
+            found += [self.study.pareto, *self.study.kept]
         found += list({answer.row.image: answer.thumbnail for answer in self.answers}.values())
         return (picture for picture in found if picture is not None)
 
@@ -93,15 +122,17 @@ def build_content(
     cache: Mapping[str, Any] | None,
     notes: Sequence[str],
     thumbnails: Mapping[str, Image.Image],
+    tables: Sequence[StudyTable] = (),
 ) -> ReportContent:
     """Compute every table and draw every figure; arguments as in `meteor.report.page.write_report`."""
+    runs, variants = variants, merge_seeds(variants)
     looks = variant_looks([variant.name for variant in variants])
     runs_by_stage = {stage: comparable_runs(variants, stage) for stage in TRAINING_STAGES}
-    reported = {stage: runs for stage, runs in runs_by_stage.items() if runs}
+    reported = {stage: by_name for stage, by_name in runs_by_stage.items() if by_name}
     return ReportContent(
         title=title,
         notes=tuple(notes),
-        missing=tuple(missing_pieces(variants, cache)),
+        missing=tuple(missing_pieces(runs, cache)),
         variant_names=tuple(looks),
         headline=headline_table(variants),
         differences=difference_table(variants),
@@ -110,21 +141,59 @@ def build_content(
             StageSection(
                 stage,
                 stage_table(variants, stage),
-                loss_figure(stage, reported[stage], looks) if stage in reported else None,
+                _loss_figure(stage, runs, looks) if stage in reported else None,
             )
             for stage in TRAINING_STAGES
         ),
         throughput=throughput_figure(reported, looks) if reported else None,
         scores=_score_sections(variants, looks),
-        selections=tuple(
-            SelectionSection(panel, kept_figure(panel, f"kept_{index:02d}"), heat_figure(panel, f"heat_{index:02d}"))
-            for index, panel in enumerate(panels, start=1)
-        ),
+        selections=() if tables else _selections(panels),
         answers=_answer_rows(variants, thumbnails),
-        paper_tables=(paper.efficiency_table(variants), paper.benchmark_table(variants)),
+        paper_tables=() if tables else (paper.paper_table(4, variants), paper.paper_table(1, variants)),
         paper_remarks=paper.REMARKS,
-        provenance=provenance(variants),
-        settings=tuple(settings_blocks(variants)),
+        provenance=provenance(runs),
+        settings=tuple(settings_blocks(runs)),
+        study=_study_section(runs, panels, tables, looks) if tables else None,
+    )
+
+
+def _study_section(
+    runs: Sequence[VariantResult],
+    panels: Sequence[SelectionPanel],
+    tables: Sequence[StudyTable],
+    looks: Mapping[str, Look],
+) -> StudySection:
+    hardware = {run.efficiency["hardware"]: None for run in runs if run.efficiency}
+    pictures: dict[str, list[SelectionPanel]] = {}
+    for panel in panels:
+        pictures.setdefault(panel.title, []).append(panel)
+    return StudySection(
+        tables=tuple(_table_section(spec, runs) for spec in tables),
+        pareto=pareto_figure(runs, looks),
+        costs=cost_table(runs),
+        hardware="; ".join(hardware),
+        kept=tuple(
+            kept_by_variants_figure(mine, f"kept_{index:02d}") for index, mine in enumerate(pictures.values(), start=1)
+        ),
+        csv_files=csv_files(runs, tables),
+    )
+
+
+def _table_section(spec: StudyTable, runs: Sequence[VariantResult]) -> TableSection:
+    mine = [run for name in spec.variants for run in runs if run.group == name]
+    beside = None if spec.paper is None else paper.paper_table(spec.paper, mine)
+    return TableSection(spec.title, spec.control, results_table(spec, mine), beside)
+
+
+def _loss_figure(stage: str, runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Picture:
+    found = curves(runs, stage)
+    return loss_figure(stage, found, {label: looks[label.split(", ")[0]] for label in found})
+
+
+def _selections(panels: Sequence[SelectionPanel]) -> tuple[SelectionSection, ...]:
+    return tuple(
+        SelectionSection(panel, kept_figure(panel, f"kept_{index:02d}"), heat_figure(panel, f"heat_{index:02d}"))
+        for index, panel in enumerate(panels, start=1)
     )
 
 

@@ -58,6 +58,10 @@ class VariantResult:
             and ``image`` (its name), ``type`` and ``set`` where there is one; None if not evaluated.
         num_projector_parameters: of the projector alone.
         num_visual_tokens_per_image: measured mean, separators not counted.
+        variant: what all seeds of a study's variant share; ``name`` where there is one seed.
+        seed: None where none was named.
+        efficiency: fields of `meteor.evaluation.efficiency.Efficiency`; None if not measured.
+        encoder_shares: training stage -> share of its arithmetic that encoding in the step would be.
     """
 
     name: str
@@ -66,6 +70,31 @@ class VariantResult:
     predictions: list[dict[str, Any]] | None = None
     num_projector_parameters: int | None = None
     num_visual_tokens_per_image: float | None = None
+    variant: str = ""
+    seed: int | None = None
+    efficiency: Mapping[str, Any] | None = None
+    encoder_shares: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        return self.variant or self.name
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """A table that a study asks for.
+
+    Attributes:
+        title: its heading.
+        variants: rows, in this order.
+        control: the variant that differences are taken from.
+        paper: number of the paper's table whose rows stand beside; None for none.
+    """
+
+    title: str
+    variants: tuple[str, ...]
+    control: str
+    paper: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

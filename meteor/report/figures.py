@@ -22,16 +22,24 @@ from meteor.report.canvas import (
 )
 from meteor.report.data import StageRun, VariantResult
 from meteor.report.measures import column, final_loss, median_rate, smooth
+from meteor.report.seeds import by_variant
 
 _RATES = (("num_samples", "samples/s"), ("num_visual_tokens", "visual tokens/s"))
 
 
-def loss_figure(stage: str, runs: Mapping[str, StageRun], looks: Mapping[str, Look]) -> Picture:
-    """Loss of one stage over steps, all variants overlaid (raw thin, smoothed thick), and the learning rate below."""
+def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRun]], looks: Mapping[str, Look]) -> Picture:
+    """Loss of one stage over steps, all variants overlaid, and the learning rate below.
+
+    Args:
+        stage: its name.
+        runs: curve's label -> its runs, one a seed: raw thin and smoothed thick, or of several seeds each smoothed, thin.
+        looks: of each label.
+    """
     figure = new_figure(WIDTH_INCHES, 5.2)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
-    for name, run in runs.items():
-        _draw_curve(loss_axes, rate_axes, run, looks[name])
+    for name, seeds in runs.items():
+        for run in seeds:
+            _draw_curve(loss_axes, rate_axes, run, looks[name], alone=len(seeds) == 1)
     loss_axes.set_ylabel("loss", fontsize=TEXT_POINTS)
     rate_axes.set_ylabel("lr", fontsize=TEXT_POINTS)
     rate_axes.set_xlabel("step", fontsize=TEXT_POINTS)
@@ -40,13 +48,14 @@ def loss_figure(stage: str, runs: Mapping[str, StageRun], looks: Mapping[str, Lo
     rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     rate_axes.yaxis.get_offset_text().set_fontsize(TEXT_POINTS - 1)
     _add_legend(figure, list(runs), looks, lines=True)
-    ends = {name: final_loss(run) for name, run in runs.items()}
+    ends = {name: final_loss(seeds[0]) for name, seeds in runs.items()}
     described = ", ".join(f"{name} {format_number(loss)}" for name, loss in ends.items() if loss is not None)
     return to_picture(
         figure,
         name=f"loss_{stage}",
         alt=f"Loss of stage {stage} over steps. At the last step: {described}.",
-        caption="Thin: the loss of each reported step. Thick: smoothed. Below: the learning rate.",
+        caption="Thick: smoothed over about a twentieth of the curve; thin behind it, the loss of each step. Where there are "
+        "several seeds each is a smoothed line. Below: the learning rate.",
     )
 
 
@@ -105,13 +114,14 @@ def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Map
     )
 
 
-def _draw_curve(loss_axes: Axes, rate_axes: Axes, run: StageRun, look: Look) -> None:
+def _draw_curve(loss_axes: Axes, rate_axes: Axes, run: StageRun, look: Look, *, alone: bool) -> None:
     steps, losses = column(run.metrics, "step"), column(run.metrics, "loss")
     smoothed = smooth(losses)
-    if smoothed is not losses:
+    if smoothed is not losses and alone:
         loss_axes.plot(steps, losses, color=look.colour, alpha=0.3, linewidth=0.8)
     marker = "o" if smoothed is losses else ""
-    loss_axes.plot(steps, smoothed, color=look.colour, linestyle=look.line_style, linewidth=2, marker=marker, ms=4)
+    width = 2.0 if alone else 1.2
+    loss_axes.plot(steps, smoothed, color=look.colour, linestyle=look.line_style, linewidth=width, marker=marker, ms=4)
     rate_axes.plot(steps, column(run.metrics, "lr"), color=look.colour, linestyle=look.line_style, linewidth=1.5)
 
 
@@ -169,3 +179,16 @@ def comparable_runs(variants: Sequence[VariantResult], stage: str) -> dict[str, 
     """Variant -> its run of a stage, of those that reported at least one step."""
     runs = {variant.name: variant.stages[stage] for variant in variants if stage in variant.stages}
     return {name: run for name, run in runs.items() if run.metrics}
+
+
+def curves(variants: Sequence[VariantResult], stage: str) -> dict[str, list[StageRun]]:
+    """Label -> runs of a stage, one a seed; variants that share their runs are one curve with all their names."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    runs: dict[tuple[str, ...], list[StageRun]] = {}
+    for name, seeds in by_variant(variants).items():
+        mine = [run.stages[stage] for run in seeds if stage in run.stages and run.stages[stage].metrics]
+        if mine:
+            uris = tuple(run.uri for run in mine)
+            names.setdefault(uris, []).append(name)
+            runs[uris] = mine
+    return {", ".join(names[uris]): mine for uris, mine in runs.items()}

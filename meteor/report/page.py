@@ -14,7 +14,7 @@ from meteor import storage
 from meteor.errors import DataError
 from meteor.report.canvas import Picture
 from meteor.report.content import ReportContent, build_content
-from meteor.report.data import SelectionPanel, VariantResult
+from meteor.report.data import SelectionPanel, StudyTable, VariantResult
 from meteor.report.tables import GAPS, Table
 
 # What Markdown would read as markup anywhere in a line; "_" only at a word's edge, so that names stay readable.
@@ -38,8 +38,12 @@ def write_report(
     cache: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     thumbnails: Mapping[str, Image.Image] | None = None,
+    tables: Sequence[StudyTable] = (),
 ) -> ReportPaths:
     """Draw and write ``report.md``, ``report.html`` and ``figures/*.png``; an older report in the folder is replaced.
+
+    With ``tables`` it is a study's: seeds of a variant become one row, differences are tested, the paper's tables stand in its
+    own layout, and the numbers lie beside the pages as ``*.csv``.
 
     Args:
         uri: folder, local or S3.
@@ -50,6 +54,7 @@ def write_report(
             ``quarantine_reasons`` as {reason: count}, everything else as it is. None if there is none.
         notes: sentences shown under the title.
         thumbnails: image name -> picture, for the answers of `meteor.report.predictions.choose_predictions`.
+        tables: of a study.
 
     Raises:
         DataError: no variants, or two of one name.
@@ -58,9 +63,11 @@ def write_report(
     names = [variant.name for variant in variants]
     if not names or len(set(names)) < len(names):
         raise DataError(f"a report compares variants by name, got {names}; give at least one, each name once")
-    content = build_content(title, variants, panels, cache, notes, thumbnails or {})
+    content = build_content(title, variants, panels, cache, notes, thumbnails or {}, tables)
     for picture in content.pictures():
         storage.write_bytes(storage.join(uri, "figures", f"{picture.name}.png"), picture.png)
+    for name, text in (content.study.csv_files if content.study else {}).items():
+        storage.write_bytes(storage.join(uri, name), text.encode())
     paths = ReportPaths(markdown=storage.join(uri, "report.md"), html=storage.join(uri, "report.html"))
     storage.write_bytes(paths.markdown, _render("report.md.j2", content))
     storage.write_bytes(paths.html, _render("report.html.j2", content))
@@ -76,6 +83,8 @@ def escape_markdown(text: str) -> str:
 def _markdown_table(table: Table) -> str:
     rule = ["---", *["---:" if table.numeric else "---"] * (len(table.columns) - 1)]
     rows = [[escape_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
+    # The paper's rows in italics: Markdown knows no shades.
+    rows[1 : 1 + table.theirs] = [[f"*{cell}*" if cell else "" for cell in row] for row in rows[1 : 1 + table.theirs]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
 
 

@@ -1,68 +1,119 @@
-"""The paper's own numbers (arXiv 2505.11945, Tables 1 to 4, Vicuna-13B), and ours laid beside them."""
+"""The paper's own numbers (arXiv 2505.11945, Tables 1 to 4), and ours laid beside them."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from statistics import mean
 
-from meteor.formatting import format_parameters
 from meteor.report.data import VariantResult
-from meteor.report.tables import NOT_RECORDED, NOT_RUN, Table, format_tokens, format_training_time
+from meteor.report.seeds import by_variant
+from meteor.report.tables import (
+    NOT_RECORDED,
+    NOT_RUN,
+    Table,
+    format_size,
+    format_tokens,
+    format_training_time,
+    question_sets,
+    shares_right,
+)
+
+Groups = Mapping[str, Sequence[VariantResult]]
 
 REMARKS = (
-    "Rows marked (paper) are LLaVA-UHD's and LLaVA-Meteor's with Vicuna-13B, 595K / 665K samples, eight H800.",
+    "Shaded rows marked (paper) are the paper's, as printed: LLaVA-UHD and LLaVA-Meteor with Vicuna-13B, 595K / 665K samples, "
+    "eight H800; peers as they were published.",
     "Tokens are counted otherwise: about 256, 114 and 56 an image for K = 144, 64 and 32 would mean 1.78 sub-images "
     "an image, while the slicing rule cuts a 640 × 480 picture into five (720 tokens at K = 144). Ours is measured.",
     "Where a row does not say otherwise: both experts, local-to-single scan, and K = 144.",
     "Some of the paper's averages are not the mean of their row; they stand as printed.",
 )
 
-# Table 4; visual tokens from Table 1.
+# Columns of the paper's Tables 1 to 3; question sets of these names whose metric is the benchmark's.
+BENCHMARKS = ("VQA-T", "VQA-D", "QA-C", "VQA-I", "GQA", "VQAv2", "VizWiz", "MMB", "MMVet", "MMMU", "POPE", "SEED")
+_SAME_METRIC = {"gqa": "GQA"}
+# Table 4: tokens, projector, training, tokens/s, average.
 _EFFICIENCY = (
-    ("LLaVA-UHD (paper)", "~256", "137.84 M", "17.2 h", "60.4"),
-    ("LLaVA-Meteor, K = 144 (paper)", "~256", "37.08 M", "13.7 h", "62.4"),
-    ("LLaVA-Meteor, K = 64 (paper)", "~114", "37.08 M", "12.9 h", "61.0"),
-    ("LLaVA-Meteor, K = 32 (paper)", "~56", "37.08 M", "12.1 h", "59.3"),
-)
-
-_BENCHMARKS = (
-    *("TextVQA", "DocVQA", "ChartQA", "InfoVQA", "GQA", "VQAv2"),
-    *("VizWiz", "MMB", "MM-Vet", "MMMU", "POPE", "SEED", "avg"),
-)
-# The one of these whose metric is the exact match that question sets are scored by.
-_EXACT_MATCH_BENCHMARK = "GQA"
-
-_SCORES = (
-    ("LLaVA-UHD (paper)", "67.7 62.6 56.3 36.8 63.8 81.7 56.1 68.0 42.1 35.5 89.1 65.6 60.4"),
-    (
-        "K = 144 (paper)",
-        "69.9 64.2 59.0 39.2 64.9 82.4 59.3 69.4 44.7 37.5 89.9 67.7 62.4",
-    ),
-    ("K = 64 (paper)", "68.3 63.1 58.6 37.7 64.6 81.8 57.1 68.4 42.7 34.6 88.7 66.9 61.0"),
-    ("K = 32 (paper)", "65.0 58.4 56.5 37.1 62.4 81.2 55.3 68.0 41.6 34.2 87.2 64.8 59.3"),
-    ("single scan (paper)", "68.9 63.0 58.1 38.4 64.0 81.8 57.5 68.1 42.0 37.5 88.7 65.4 61.1"),
-    ("visual expert alone (paper)", "69.7 63.5 59.3 37.8 63.8 82.1 57.2 56.9 41.7 38.1 88.0 65.5 59.0"),
-    ("native expert alone (paper)", "67.1 62.3 57.7 37.9 61.9 79.4 56.6 56.2 40.0 31.1 86.8 63.4 58.3"),
+    ("LLaVA-UHD (paper)", "144", "137.84 M", "17.2 h", "28.4", "60.4"),
+    ("LLaVA-Meteor (paper)", "144", "37.08 M", "13.7 h", "29.1", "62.4"),
+    ("LLaVA-Meteor (paper)", "64", "37.08 M", "12.9 h", "31.3", "61.0"),
+    ("LLaVA-Meteor (paper)", "32", "37.08 M", "12.1 h", "32.9", "59.3"),
 )
 
 
-def efficiency_table(variants: Sequence[VariantResult]) -> Table:
-    """Tokens, projector size and training time: the paper's Table 4, then ours."""
-    ours = []
-    for variant in variants:
-        parameters = variant.num_projector_parameters
-        size = NOT_RECORDED if parameters is None else format_parameters(parameters)
-        tokens = format_tokens(variant.num_visual_tokens_per_image)
-        ours.append((variant.name, tokens, size, format_training_time(variant), ""))
-    columns = ("Model", "Visual tokens per image", "Projector parameters", "Training time", "Average score")
-    return Table(columns, (*_EFFICIENCY, *ours))
+@cache
+def paper_rows() -> tuple[Mapping[str, str], ...]:
+    """The rows of the paper's Tables 1 to 3 (arXiv 2505.11945) as printed; columns as in ``paper_tables.csv``."""
+    text = (files("meteor.report") / "paper_tables.csv").read_text()
+    return tuple(csv.DictReader(text.splitlines()))
 
 
-def benchmark_table(variants: Sequence[VariantResult]) -> Table:
-    """The paper's scores for each benchmark, then ours on a question set named "gqa", which is scored the same way."""
-    ours = []
-    for variant in variants:
-        for name, table in (variant.scores or {}).items():
-            if name.upper() == _EXACT_MATCH_BENCHMARK:
-                score = f"{100 * table['exact_match']:.1f}"
-                cells = [score if benchmark == _EXACT_MATCH_BENCHMARK else NOT_RUN for benchmark in _BENCHMARKS]
-                ours.append((variant.name, *cells))
-    paper = tuple((model, *scores.split()) for model, scores in _SCORES)
-    return Table(("Model", *_BENCHMARKS), (*paper, *ours))
+def paper_table(number: int, runs: Sequence[VariantResult]) -> Table:
+    """Ours in the layout of one of the paper's tables, below the paper's rows.
+
+    Args:
+        number: 1 to 4.
+        runs: one a variant and seed; seeds are averaged.
+    """
+    groups = by_variant(runs)
+    return _efficiency(groups) if number == 4 else _scores(number, groups)
+
+
+def _scores(number: int, groups: Groups) -> Table:
+    runs = [run for mine in groups.values() for run in mine]
+    theirs = [row for row in paper_rows() if row["table"] == str(number)]
+    others = [name for name in question_sets(runs) if name.lower() not in _SAME_METRIC]
+    columns = ("Model", "LLM", "Tokens", *BENCHMARKS, "avg", *others)
+    rows = [
+        (
+            f"{row['model']} (paper)",
+            row["llm"],
+            row["tokens"],
+            *(row[one] for one in (*BENCHMARKS, "avg")),
+            *[""] * len(others),
+        )
+        for row in theirs
+    ]
+    for variant, mine in groups.items():
+        cells = {_SAME_METRIC[name.lower()]: name for name in question_sets(mine) if name.lower() in _SAME_METRIC}
+        rows.append(
+            (
+                variant,
+                _llm(mine[0]),
+                format_tokens(mine[0].num_visual_tokens_per_image),
+                *(_mean_score(mine, cells[one]) if one in cells else "" for one in BENCHMARKS),
+                "",
+                *(_mean_score(mine, name) for name in others),
+            )
+        )
+    return Table(columns, tuple(rows), theirs=len(theirs))
+
+
+def _efficiency(groups: Groups) -> Table:
+    columns = ("Model", "Tokens", "Projector", "Training", "Tokens/s", "Average score")
+    rows = [*_EFFICIENCY]
+    for variant, mine in groups.items():
+        one = next((run for run in mine if run.efficiency), mine[0])
+        scores = [share for name in question_sets(mine) for share in shares_right(mine, name)]
+        rows.append(
+            (
+                variant,
+                format_tokens(one.num_visual_tokens_per_image),
+                format_size(one),
+                format_training_time(one),
+                f"{one.efficiency['tokens_per_s']:.3g}" if one.efficiency else NOT_RECORDED,
+                f"{100 * mean(scores):.1f}" if scores else NOT_RUN,
+            )
+        )
+    return Table(columns, tuple(rows), theirs=len(_EFFICIENCY))
+
+
+def _llm(run: VariantResult) -> str:
+    settings = next((stage.settings for stage in run.stages.values()), {})
+    return str(settings.get("llm", {}).get("path", NOT_RECORDED)).rstrip("/").rpartition("/")[2]
+
+
+def _mean_score(runs: Sequence[VariantResult], question_set: str) -> str:
+    shares = shares_right(runs, question_set)
+    return f"{100 * mean(shares):.1f}" if shares else NOT_RUN

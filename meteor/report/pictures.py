@@ -26,12 +26,12 @@ _FIELDS = (("visual_scores", "visual"), ("native_scores", "native"), ("combined_
 
 def kept_figure(panel: SelectionPanel, name: str) -> Picture:
     """The picture with kept patches bright and the others dimmed: as the global view, and as slices with borders."""
-    masks = [_kept_mask(scores, grid) for scores, grid in zip(panel.sub_images, panel.plan.patch_grids, strict=True)]
+    masks = [kept_mask(scores, grid) for scores, grid in zip(panel.sub_images, panel.plan.patch_grids, strict=True)]
     views = [("global view", masks[0])]
     if panel.plan.grid is not None:
         columns, rows = panel.plan.grid
         views.append((f"{columns} × {rows} slices", _montage(masks[1:], panel.plan)))
-    pixels = _pixels(panel.image)
+    pixels = picture_pixels(panel.image)
     aspect = panel.image.width / panel.image.height
     stacked = aspect > _PANORAMA
     width = min(WIDTH_INCHES if stacked or len(views) == 1 else WIDTH_INCHES / 2, _MAX_HEIGHT_INCHES * aspect)
@@ -40,8 +40,8 @@ def kept_figure(panel: SelectionPanel, name: str) -> Picture:
     figure = new_figure(max(num_columns * width, 2.5), num_rows * height)
     all_axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
     for axes, (label, mask) in zip(all_axes, views, strict=True):
-        axes.imshow(_dim(pixels, mask), extent=(0, 1, 1, 0), aspect="auto")
-        _bare(axes, f"{label}: {format_count(int(mask.sum()))} of {format_count(mask.size)} patches")
+        axes.imshow(dim(pixels, mask), extent=(0, 1, 1, 0), aspect="auto")
+        bare_axes(axes, f"{label}: {format_count(int(mask.sum()))} of {format_count(mask.size)} patches")
         if mask is not masks[0]:
             _draw_borders(axes, panel.plan)
     return to_picture(
@@ -96,7 +96,8 @@ def _titles(label: str, views: Sequence[str], in_rows: bool) -> list[str]:
     return [f"{label}, {view}" for view in views] if in_rows else [label, ""][: len(views)]
 
 
-def _kept_mask(scores: SubImageScores, grid: tuple[int, int]) -> np.ndarray:
+def kept_mask(scores: SubImageScores, grid: tuple[int, int]) -> np.ndarray:
+    """(rows, columns) bool of a sub-image."""
     mask = np.zeros(grid, dtype=bool)
     mask.reshape(-1)[scores.kept_indices] = True
     return mask
@@ -116,13 +117,14 @@ def _heat_map(panel: SelectionPanel, field: str, view: str) -> np.ndarray:
     return maps[0] if view == "global view" else _montage(maps[1:], panel.plan)
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def picture_pixels(image: Image.Image) -> np.ndarray:
+    """(h, w, 3) uint8, of a size for the page."""
     small = image.convert("RGB")
     small.thumbnail((_MAX_SIDE_PIXELS, _MAX_SIDE_PIXELS), Image.Resampling.LANCZOS)
     return np.asarray(small)
 
 
-def _dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Pixels (h, w, 3) under False of a patch mask (rows, columns) turned grey and dark."""
     height, width = pixels.shape[:2]
     row_of = np.arange(height) * mask.shape[0] // height
@@ -133,10 +135,10 @@ def _dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _draw_images(row: Sequence[Axes], panel: SelectionPanel, titles: Sequence[str]) -> None:
-    pixels = _pixels(panel.image)
+    pixels = picture_pixels(panel.image)
     for index, (axes, title) in enumerate(zip(row, titles, strict=True)):
         axes.imshow(pixels, extent=(0, 1, 1, 0), aspect="auto")
-        _bare(axes, title)
+        bare_axes(axes, title)
         if index == 1:
             _draw_borders(axes, panel.plan)
 
@@ -148,7 +150,7 @@ def _draw_maps(row: Sequence[Axes], maps: Sequence[np.ndarray], plan: SlicePlan,
     high = max(high, low + 1e-3)
     for index, (axes, heat_map, title) in enumerate(zip(row, maps, titles, strict=True)):
         drawn = axes.imshow(heat_map, cmap="viridis", vmin=low, vmax=high, extent=(0, 1, 1, 0), aspect="auto")
-        _bare(axes, title)
+        bare_axes(axes, title)
         if index == 1:
             _draw_borders(axes, plan)
     return drawn
@@ -165,7 +167,8 @@ def _draw_borders(axes: Axes, plan: SlicePlan) -> None:
         axes.axhline(row / rows, color="white", linewidth=1.2, path_effects=edge)
 
 
-def _bare(axes: Axes, title: str) -> None:
+def bare_axes(axes: Axes, title: str) -> None:
+    """No ticks, no frame."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)

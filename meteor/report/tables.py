@@ -27,11 +27,17 @@ GAPS = (NOT_RUN, NOT_FINISHED, NOT_RECORDED, NOT_SET)
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names the row. ``numeric`` tables align the others to the right."""
+    """Cells as text; the first column names the row.
+
+    Attributes:
+        numeric: whether the other columns are aligned to the right.
+        theirs: how many rows at the top are not ours but the paper's.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: bool = True
+    theirs: int = 0
 
 
 def headline_table(variants: Sequence[VariantResult]) -> Table:
@@ -48,12 +54,11 @@ def headline_table(variants: Sequence[VariantResult]) -> Table:
     )
     rows = []
     for variant in variants:
-        parameters = variant.num_projector_parameters
         rows.append(
             (
                 variant.name,
                 format_tokens(variant.num_visual_tokens_per_image),
-                NOT_RECORDED if parameters is None else format_parameters(parameters),
+                format_size(variant),
                 *(_score_cell(variant, name) for name in sets or [""]),
                 format_training_time(variant),
                 _rate_cell(variant.stages.get("finetune"), "num_samples"),
@@ -158,6 +163,17 @@ def format_tokens(num_visual_tokens_per_image: float | None) -> str:
         if num_visual_tokens_per_image is None
         else f"{num_visual_tokens_per_image:,.1f}".removesuffix(".0")
     )
+
+
+def format_size(variant: VariantResult) -> str:
+    """Of the projector."""
+    count = variant.num_projector_parameters
+    return NOT_RECORDED if count is None else format_parameters(count)
+
+
+def shares_right(runs: Sequence[VariantResult], question_set: str) -> list[float]:
+    """Exact match of each run that was asked the set."""
+    return [run.scores[question_set]["exact_match"] for run in runs if run.scores and question_set in run.scores]
 
 
 def question_sets(variants: Sequence[VariantResult]) -> list[str]:

@@ -1,13 +1,14 @@
 """Charts: what they say in words, and that awkward names and numbers do not stop them."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from meteor.report.canvas import variant_looks
-from meteor.report.figures import comparable_runs, loss_figure, scores_figure, throughput_figure
+from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
 
 
 def png_size(picture):
@@ -21,28 +22,40 @@ def test_every_variant_looks_different():
 
 
 def test_the_loss_figure_tells_where_each_curve_ends(make_run):
-    runs = {"meteor": make_run(losses=[2.0] * 30 + [1.25] * 30), "mlp": make_run(losses=[1.5])}
+    runs = {"meteor": [make_run(losses=[2.0] * 30 + [1.25] * 30)], "mlp": [make_run(losses=[1.5])]}
     picture = loss_figure("pretrain", runs, variant_looks(list(runs)))
     assert picture.alt.endswith("At the last step: meteor 1.25, mlp 1.50.")
     assert picture.name == "loss_pretrain"
 
 
 def test_a_figure_is_sharper_than_its_size_on_the_page(make_run):
-    picture = loss_figure("pretrain", {"a": make_run()}, variant_looks(["a"]))
+    picture = loss_figure("pretrain", {"a": [make_run(), make_run()]}, variant_looks(["a"]))
     width, height = png_size(picture)
     assert width >= 1.5 * picture.width
     assert width / height == pytest.approx(picture.width / picture.height, rel=0.01)
 
 
+def test_variants_that_share_a_run_are_one_curve(make_variant, make_run):
+    shared, own = make_run(), make_run("finetune")
+    variants = [
+        make_variant(name, stages={"pretrain": replace(shared, uri="p"), "finetune": replace(own, uri=name)})
+        for name in "ab"
+    ]
+    assert list(curves(variants, "pretrain")) == ["a, b"]
+    assert list(curves(variants, "finetune")) == ["a", "b"]
+    seeds = [replace(one, variant="v", seed=seed) for seed, one in enumerate(variants)]
+    assert [run.uri for run in curves(seeds, "finetune")["v"]] == ["a", "b"]
+
+
 def test_a_loss_that_is_not_finite_leaves_a_gap(make_run):
-    runs = {"a": make_run(losses=[1.0, float("nan"), 2.0] * 20)}
+    runs = {"a": [make_run(losses=[1.0, float("nan"), 2.0] * 20)]}
     assert loss_figure("pretrain", runs, variant_looks(["a"])).png
 
 
 def test_names_with_markup_of_the_plotting_library_are_drawn_as_text(make_run, make_score):
     name = r"$\frac{oops$ _k"
     looks = variant_looks([name])
-    assert loss_figure("pretrain", {name: make_run()}, looks).png
+    assert loss_figure("pretrain", {name: [make_run()]}, looks).png
     assert throughput_figure({"pretrain": {name: make_run()}}, looks).png
     assert scores_figure("scores", {name: make_score(by_type={"$a$": make_score(), "$": make_score()})}, looks).png
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meteor.report.pictures import _dim, _montage, heat_figure, kept_figure
+from meteor.report.pictures import _montage, dim, heat_figure, kept_figure
 
 
 def test_dropped_patches_are_grey_and_dark_and_kept_ones_untouched():
     pixels = np.full((4, 6, 3), (200, 100, 0), dtype=np.uint8)
-    dimmed = _dim(pixels, np.array([[True, False, False], [False, False, True]]))
+    dimmed = dim(pixels, np.array([[True, False, False], [False, False, True]]))
     np.testing.assert_array_equal(dimmed[:2, :2], pixels[:2, :2])
     np.testing.assert_array_equal(dimmed[2:, 4:], pixels[2:, 4:])
     dropped = np.concatenate([dimmed[:2, 2:].reshape(-1, 3), dimmed[2:, :4].reshape(-1, 3)])
@@ -20,7 +20,7 @@ def test_dropped_patches_are_grey_and_dark_and_kept_ones_untouched():
 
 def test_patches_cover_a_picture_whose_sides_they_do_not_divide():
     pixels = np.full((10, 7, 3), 255, dtype=np.uint8)
-    dimmed = _dim(pixels, np.eye(3, dtype=bool))
+    dimmed = dim(pixels, np.eye(3, dtype=bool))
     # Slow truth: pixel p of n lies in patch floor(p * 3 / n).
     expected = [[(row * 3 // 10) == (column * 3 // 7) for column in range(7)] for row in range(10)]
     np.testing.assert_array_equal(dimmed[..., 0] == 255, expected)

@@ -1,0 +1,78 @@
+"""Variants of a run: named changes, a grid of values, seeds; each becomes a run of its own."""
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from meteor.config.load import change_settings, explain_problems
+from meteor.config.settings import RunSettings
+from meteor.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One variant with one seed.
+
+    Attributes:
+        name: of the variant, the same for all its seeds.
+        seed: of both stages; None where the study names no seeds, and the run's own are taken.
+        changes: dotted setting -> value, what tells it from the study's run.
+        settings: the whole run, called ``name`` or, of several seeds, ``name.s<seed>``.
+    """
+
+    name: str
+    seed: int | None
+    changes: Mapping[str, Any]
+    settings: RunSettings
+
+
+def expand_study(run: RunSettings) -> list[Variant]:
+    """Every variant of a run's study with every seed, variants in the order of the file.
+
+    Named variants and the grid multiply; a run without either is its own only variant.
+
+    Raises:
+        SettingsError: the run has no study, a change is no setting or has a wrong value, or two variants have one name.
+    """
+    study = run.study
+    if study is None:
+        raise SettingsError(f"run {run.name!r} has no study: give its variants under `study:` (meteor config explain)")
+    base = run.model_dump(mode="json", exclude={"study"})
+    base["tracking"]["study"] = run.name
+    variants = []
+    for (name, changes), point in itertools.product((study.variants or {"": {}}).items(), _points(study.grid)):
+        full_name = "_".join(filter(None, [name, *(f"{_last(key)}-{_word(value)}" for key, value in point.items())]))
+        for seed in study.seeds or [None]:
+            variants.append(_variant(run.name, base, full_name or run.name, seed, {**changes, **point}, study.seeds))
+    names = [variant.settings.name for variant in variants]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingsError(f"two variants of the study are called {twice[0]!r}: name them otherwise")
+    return variants
+
+
+def _points(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _last(dotted: str) -> str:
+    return dotted.rpartition(".")[2]
+
+
+def _word(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", str(value)).strip("-")
+
+
+def _variant(
+    study: str, base: dict[str, Any], name: str, seed: int | None, changes: Mapping[str, Any], seeds: tuple[int, ...]
+) -> Variant:
+    content = {**base, "name": name if len(seeds) < 2 else f"{name}.s{seed}"}
+    seeded = {} if seed is None else {"pretrain.seed": seed, "finetune.seed": seed}
+    try:
+        settings = RunSettings.model_validate(change_settings(content, {**seeded, **changes}))
+    except ValidationError as error:
+        raise SettingsError(f"study {study}, variant {name}: {explain_problems(error)}") from error
+    return Variant(name, seed, dict(changes), settings)

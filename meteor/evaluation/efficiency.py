@@ -1,0 +1,100 @@
+"""What answering costs: the prompt's pass and the tokens after it timed apart, and memory (paper, Table 4)."""
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from meteor.data.collate import Batch
+from meteor.data.features import FeatureSource
+from meteor.evaluation.answer import Answerer, Question
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Of answering one question after the other.
+
+    Attributes:
+        hardware: device, threads where it is the CPU, and torch's version: only rows of the same hardware compare.
+        num_questions: asked in each round.
+        prefill_s: seconds of the prompt's pass, projector included, features at hand: median over rounds of the mean of a
+            question.
+        tokens_per_s: of the answers after their first token: median over rounds.
+        memory_bytes: at the peak; allocated on the GPU, else of the process.
+        num_prompt_tokens: mean of a question, visual ones included.
+        num_visual_tokens: mean of a question.
+    """
+
+    hardware: str
+    num_questions: int
+    prefill_s: float
+    tokens_per_s: float
+    memory_bytes: int
+    num_prompt_tokens: float
+    num_visual_tokens: float
+
+
+def measure_answers(
+    answerer: Answerer,
+    questions: Sequence[Question],
+    source: FeatureSource,
+    *,
+    new_tokens: int = 32,
+    rounds: int = 3,
+) -> Efficiency:
+    """Answer each question by itself, exactly ``new_tokens`` long, several times over.
+
+    Args:
+        answerer: the model, which nothing else should be using.
+        questions: the same for all models that are compared.
+        source: where their features come from; reading them is not timed.
+        new_tokens: at least 2.
+        rounds: timed, after one that is not.
+    """
+    assert new_tokens > 1, "speed is measured after the first token"
+    batches = [answerer.batch([question], source) for question in questions]
+    if answerer.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    prefills, wholes = [], []
+    for number in range(rounds + 1):
+        prefill = _timed(answerer, batches, 1)
+        whole = _timed(answerer, batches, new_tokens)
+        if number:  # the first round loads kernels and caches
+            prefills.append(prefill)
+            wholes.append(whole)
+    generated = len(batches) * (new_tokens - 1)
+    return Efficiency(
+        hardware=describe_hardware(answerer.device),
+        num_questions=len(batches),
+        prefill_s=median(prefills) / len(batches),
+        tokens_per_s=median(generated / (whole - first) for whole, first in zip(wholes, prefills, strict=True)),
+        memory_bytes=_peak_bytes(answerer.device),
+        num_prompt_tokens=sum(batch.input_ids.numel() for batch in batches) / len(batches),
+        num_visual_tokens=sum(batch.num_visual_tokens for batch in batches) / len(batches),
+    )
+
+
+def describe_hardware(device: str) -> str:
+    """What a measurement depends on besides the model."""
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, torch {torch.__version__}"
+
+
+def _timed(answerer: Answerer, batches: Sequence[Batch], new_tokens: int) -> float:
+    synchronize: Callable[[], None] = torch.cuda.synchronize if answerer.device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for batch in batches:
+        answerer.generate(batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def _peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

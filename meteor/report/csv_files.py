@@ -1,0 +1,74 @@
+"""A study's numbers for spreadsheets and notebooks: one row a run, one a difference."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from meteor.report.data import StudyTable, VariantResult
+from meteor.report.paired import paired_difference
+from meteor.report.seeds import by_variant
+from meteor.report.study import numbers
+from meteor.report.tables import question_sets
+
+
+def csv_files(runs: Sequence[VariantResult], tables: Sequence[StudyTable]) -> dict[str, str]:
+    """File name -> its content.
+
+    ``runs.csv`` has one row a run: variant, seed and every number of `meteor.report.study.numbers`; ``scores.csv`` one a
+    run, question set and type of question; ``differences.csv`` one a table, variant and question set, shares not percent.
+    """
+    return {
+        "runs.csv": _write({"run": run.name, "variant": run.group, "seed": run.seed, **numbers(run)} for run in runs),
+        "scores.csv": _write(_score_rows(runs)),
+        "differences.csv": _write(_difference_rows(runs, tables)),
+    }
+
+
+def _score_rows(runs: Sequence[VariantResult]) -> Iterable[Mapping[str, Any]]:
+    for run in runs:
+        for name, table in (run.scores or {}).items():
+            for kind, entry in [("", table), *table["by_type"].items()]:
+                yield {
+                    "run": run.name,
+                    "variant": run.group,
+                    "seed": run.seed,
+                    "set": name,
+                    "type": kind,
+                    "exact_match": entry["exact_match"],
+                    "num_questions": entry["num_questions"],
+                    "majority_share": entry["majority_share"],
+                }
+
+
+def _difference_rows(runs: Sequence[VariantResult], tables: Sequence[StudyTable]) -> Iterable[Mapping[str, Any]]:
+    groups = by_variant(runs)
+    for table in tables:
+        control = groups.get(table.control, [])
+        for variant in table.variants:
+            for name in question_sets(runs):
+                found = paired_difference(groups.get(variant, []), control, name) if variant != table.control else None
+                if found is not None:
+                    low, high = found.interval or (None, None)
+                    yield {
+                        "table": table.title,
+                        "variant": variant,
+                        "control": table.control,
+                        "set": name,
+                        "difference": found.mean,
+                        "low": low,
+                        "high": high,
+                        "num_questions": found.num_questions,
+                        "num_pictures": found.num_pictures,
+                        **{f"seed_{seed}": value for seed, value in found.by_seed.items() if seed is not None},
+                    }
+
+
+def _write(rows: Iterable[Mapping[str, Any]]) -> str:
+    table = list(rows)
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return sink.getvalue()

@@ -1,0 +1,168 @@
+"""Figures of a study: scores against visual tokens, and what several variants keep of one picture."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Look, Picture, new_figure, plain_axes, to_picture
+from meteor.report.data import SelectionPanel, SubImageScores, VariantResult
+from meteor.report.pictures import bare_axes, dim, kept_mask, picture_pixels
+from meteor.report.seeds import by_variant
+from meteor.report.tables import question_sets, shares_right
+
+_FIELDS = (("visual_scores", "visual"), ("native_scores", "native"), ("combined_scores", "combined"))
+_LABEL_POINTS = TEXT_POINTS - 1
+
+
+def pareto_figure(runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Picture | None:
+    """Score against visual tokens an image, one panel a question set; None where no variant has both.
+
+    A line joins the variants that none with as few tokens beats.
+    """
+    points = {name: found for name in question_sets(runs) if (found := _points(runs, name))}
+    if not points:
+        return None
+    figure = new_figure(WIDTH_INCHES, 4.2 * len(points))
+    all_axes = figure.subplots(len(points), 1, squeeze=False).flat
+    for axes, (name, found) in zip(all_axes, points.items(), strict=True):
+        _draw_points(axes, found, looks)
+        axes.set_title(name, fontsize=TEXT_POINTS, loc="left", color=INK, parse_math=False)
+    best = {name: [variant for variant, *_ in frontier(found)] for name, found in points.items()}
+    described = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in best.items())
+    return to_picture(
+        figure,
+        name="pareto",
+        alt=f"Score against visual tokens an image. Not beaten by any with as few tokens: {described}.",
+        caption="Each point is a variant, its whisker the range of its seeds. The line joins variants that none with as few "
+        "tokens beats.",
+    )
+
+
+Point = tuple[str, float, float, float, float]  # variant, tokens, mean score, lowest, highest; scores in percent
+
+
+def _points(runs: Sequence[VariantResult], question_set: str) -> list[Point]:
+    points = []
+    for variant, mine in by_variant(runs).items():
+        tokens = mine[0].num_visual_tokens_per_image
+        shares = [100 * share for share in shares_right(mine, question_set)]
+        if tokens is not None and shares:
+            points.append((variant, tokens, mean(shares), min(shares), max(shares)))
+    return points
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Those that no point with as few tokens beats, from few tokens to many."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda one: (one[1], -one[2])):
+        if not best or point[2] > best[-1][2]:
+            best.append(point)
+    return best
+
+
+def _draw_points(axes: Axes, at: Sequence[Point], looks: Mapping[str, Look]) -> None:
+    line, points = frontier(at), _side_by_side(at)
+    axes.plot([one[1] for one in line], [one[2] for one in line], color="#999999", linewidth=1.2, zorder=1)
+    for variant, tokens, score, low, high in points:
+        axes.plot([tokens, tokens], [low, high], color=looks[variant].colour, linewidth=1.6, zorder=2)
+        axes.plot(tokens, score, "o", color=looks[variant].colour, markersize=7, zorder=3)
+    axes.set_xscale("log")
+    ticks = sorted({tokens for _, tokens, *_ in at})
+    axes.set_xticks(_apart(ticks), labels=[f"{tick:,.3g}" for tick in _apart(ticks)])
+    axes.minorticks_off()
+    low, high = ticks[0], ticks[-1]
+    axes.set_xlim(low / 1.15, high * (high / low) ** 0.25 * 1.3)
+    _write_names(axes, points)
+    axes.set_xlabel("visual tokens an image", fontsize=TEXT_POINTS)
+    axes.set_ylabel("exact match, %", fontsize=TEXT_POINTS)
+    plain_axes(axes, grid="y")
+
+
+def _side_by_side(points: Sequence[Point]) -> list[Point]:
+    """Points of the same number of tokens beside each other, so that each whisker is seen."""
+    spread = np.log(max(one[1] for one in points) / min(one[1] for one in points)) or 1.0
+    moved: list[Point] = []
+    for variant, tokens, score, low, high in points:
+        same = [one[0] for one in points if round(one[1], 1) == round(tokens, 1)]
+        place = same.index(variant) - (len(same) - 1) / 2
+        moved.append((variant, tokens * float(np.exp(place * 0.012 * spread)), score, low, high))
+    return moved
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Ticks whose numbers do not touch: each at least a twelfth of the axis from the last, on its logarithm."""
+    reach = np.log(ticks[-1] / ticks[0]) / 12
+    kept = [ticks[0]]
+    for tick in ticks[1:]:
+        if np.log(tick / kept[-1]) > reach:
+            kept.append(tick)
+    return kept
+
+
+def _write_names(axes: Axes, points: Sequence[Point]) -> None:
+    """Each name to the right of its point; names of one number of tokens are pushed apart."""
+    scores = [score for _, _, score, *_ in points]
+    needed = max((max(scores) - min(scores)) * 0.065, 0.35)
+    columns: dict[float, list[Point]] = {}
+    for point in points:
+        columns.setdefault(round(float(np.log(point[1])), 1), []).append(point)
+    for column in columns.values():
+        at = -np.inf
+        for variant, tokens, score, *_ in sorted(column, key=lambda one: one[2]):
+            at = max(at + needed, score)
+            axes.annotate(
+                variant,
+                (tokens, score),
+                xytext=(9, (at - score) / needed * (_LABEL_POINTS + 2)),
+                textcoords="offset points",
+                va="center",
+                fontsize=_LABEL_POINTS,
+                color=INK,
+                parse_math=False,
+            )
+
+
+def kept_by_variants_figure(panels: Sequence[SelectionPanel], name: str) -> Picture:
+    """One picture's global view, a row a variant: the picture, each expert's and the combined scores, what was kept.
+
+    Args:
+        panels: of one picture, one a variant.
+        name: file stem.
+    """
+    pixels = picture_pixels(panels[0].image)
+    aspect = panels[0].image.width / panels[0].image.height
+    width = WIDTH_INCHES / (len(_FIELDS) + 2)
+    figure = new_figure(WIDTH_INCHES, len(panels) * (min(width / aspect, 3.0) + 0.12) + 0.4)
+    grid = figure.subplots(len(panels), len(_FIELDS) + 2, squeeze=False)
+    for row, (axes_row, panel) in enumerate(zip(grid, panels, strict=True)):
+        scores, patch_grid = panel.sub_images[0], panel.plan.patch_grids[0]
+        titles = ("image", *(label for _, label in _FIELDS), "kept") if row == 0 else ("",) * (len(_FIELDS) + 2)
+        _show(axes_row[0], pixels, titles[0])
+        axes_row[0].set_ylabel(panel.variant, fontsize=_LABEL_POINTS, color=INK, parse_math=False)
+        for axes, (field, _), title in zip(axes_row[1:-1], _FIELDS, titles[1:-1], strict=True):
+            _show_scores(axes, scores, field, patch_grid, title)
+        _show(axes_row[-1], dim(pixels, kept_mask(scores, patch_grid)), titles[-1])
+    return to_picture(
+        figure,
+        name=name,
+        alt=f"{panels[0].title}: scores and kept patches of {', '.join(panel.variant for panel in panels)}.",
+        caption="The global view. Scores from 0 (dark) to the 99th percentile of their own map (bright); where a projector has "
+        "no such scores the place is empty. Kept patches are bright.",
+        dpi=130,
+    )
+
+
+def _show(axes: Axes, pixels: np.ndarray, title: str) -> None:
+    axes.imshow(pixels, extent=(0, 1, 1, 0), aspect="auto")
+    bare_axes(axes, title)
+
+
+def _show_scores(axes: Axes, scores: SubImageScores, field: str, grid: tuple[int, int], title: str) -> None:
+    values = getattr(scores, field)
+    if values is not None:
+        shares = np.asarray(values, dtype=np.float64).reshape(grid) * values.size
+        top = max(float(np.percentile(shares, 99)), 1.0 + 1e-6)
+        axes.imshow(shares, extent=(0, 1, 1, 0), aspect="auto", vmin=0, vmax=top, cmap="viridis")
+    bare_axes(axes, title)

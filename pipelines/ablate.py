@@ -1,0 +1,223 @@
+"""A study: variants of one run trained over one cache, what they share once, what there is room for at the same time."""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from meteor import storage
+from meteor.cache.transcode import transcode
+from meteor.cli.cache_plan import plan_cache
+from meteor.config import RunSettings, Variant, expand_study, load_run, mathematical_settings, resolve_paths
+from meteor.errors import TrackingError, TrainingError
+from meteor.report.study import numbers
+from pipelines import cache_features, report
+from pipelines.efficiency import measure_variants
+from pipelines.results import RunRecord, find_folders, read_record, write_records
+from pipelines.runtime import ray_session
+from pipelines.schedule import Outcome, run_tasks
+from pipelines.stage import Summary, canonical, git_commit, guarded, stage_parser, timed
+from pipelines.stage_log import make_tracker, parent_run, study_run, tracking_uri
+from pipelines.study import (
+    STAGES,
+    Task,
+    describe,
+    distinct_caches,
+    hold_pins,
+    other_codec,
+    plan_tasks,
+    study_uri,
+)
+from pipelines.study_plan import plan_study
+
+_LOG = logging.getLogger(__name__)
+_DESCRIPTION = """Train and score every variant of a run's `study:` over one cache. Pictures are encoded once, stages that
+variants agree on are trained once, and all of them see the same batches. One that fails stops no other; started again, what
+has finished is found and not done again."""
+
+
+def run(settings: RunSettings, variants: Sequence[Variant]) -> Summary:
+    """Encode, train, score, measure, report.
+
+    Raises:
+        TrainingError: a variant failed, after all others are done and the report is written.
+    """
+    with timed() as seconds:
+        fill_caches(variants)
+        pins = hold_pins(settings, variants)
+        variants = [dataclasses.replace(one, settings=pins.of(one.settings)) for one in variants]
+        tasks = plan_tasks(variants)
+        print(plan_study(settings, variants, tasks), flush=True)
+        write_study(settings, variants)
+        announce(settings, variants)
+        outcomes = run_tasks(
+            {key: task.needs for key, task in tasks.items()},
+            lambda key: _run_task(tasks[key]),
+            parallel=settings.study.parallel or room(variants) if settings.study else 1,
+        )
+        failed = {tasks[key].label: one for key, one in outcomes.items() if one.error}
+        measured = measure_variants(settings, variants)
+        record(settings, variants, measured)
+        written = report.run(settings)
+        if failed:
+            mark_failed(settings)
+    counts = {
+        "variants": len(variants),
+        "stages": len(tasks),
+        "stages finished before": sum(one.result.reused for one in outcomes.values() if not one.error),
+        "stages failed": len(failed),
+        "variants measured": len(measured),
+    }
+    ui = f"mlflow ui --backend-store-uri {tracking_uri(settings)}"
+    summary = Summary("ablate", counts, seconds(), {**written.results, "compare in MLflow": ui})
+    if failed:
+        print(summary.to_text())
+        raise TrainingError(_failures(failed))
+    return summary
+
+
+def fill_caches(variants: Sequence[Variant]) -> None:
+    """Encode what no cache holds yet; features that another codec holds are converted."""
+    for settings, users in distinct_caches(variants).values():
+        source = other_codec(settings)
+        if source is not None and settings.cache.codec != source.rpartition("/")[2]:
+            _LOG.info("cache of %s: made from %s, without the encoder", settings.cache.codec, source)
+            transcode(source, settings.cache.codec)
+        shared = settings.tracking.model_copy(update={"used_by": users if len(users) > 1 else ()})
+        summary = cache_features.run(settings.model_copy(update={"tracking": shared}))
+        _LOG.info(
+            "cache for %d runs: %s of %s pictures encoded now, %s",
+            len(users),
+            summary.counts["pictures_encoded"] if not summary.reused else 0,
+            summary.counts["distinct_pictures"],
+            summary.results["cache"],
+        )
+
+
+def room(variants: Sequence[Variant]) -> int:
+    """How many variants the cluster's CPUs and GPUs have room for at the same time, at least 1."""
+    have = ray.cluster_resources()
+
+    def fits(settings: RunSettings) -> int:
+        runtime = settings.runtime
+        workers = max(runtime.num_workers, runtime.num_evaluators)
+        wanted = {"CPU": workers * runtime.cpus_per_worker, "GPU": workers * runtime.gpus_per_worker}
+        return min(int(have.get(kind, 0) / amount + 1e-9) for kind, amount in wanted.items() if amount)
+
+    return max(1, min(fits(variant.settings) for variant in variants))
+
+
+def _run_task(task: Task) -> Summary:
+    try:
+        summary = STAGES[task.stage].run(task.settings)
+    except Exception as error:
+        # It stops what needs it alone; the others go on for hours, and whoever watches wants to know now.
+        _LOG.error("[%s] failed: %s: %s", task.label, type(error).__name__, error)
+        raise
+    print(f"[{task.label}] {summary.to_text()}", flush=True)
+    return summary
+
+
+def write_study(settings: RunSettings, variants: Sequence[Variant]) -> None:
+    """Write ``study.json``: everything needed to repeat the study."""
+    content = {
+        "name": settings.name,
+        "settings": settings.model_dump(mode="json"),
+        "git_commit": git_commit(),
+        "variants": [
+            {"name": one.name, "seed": one.seed, "changes": dict(one.changes), "run": one.settings.name}
+            for one in variants
+        ],
+    }
+    storage.write_json(study_uri(settings, "study.json"), content)
+
+
+def announce(settings: RunSettings, variants: Sequence[Variant]) -> None:
+    """Make MLflow's runs of the study and its variants, with all their settings: comparing them shows what differs."""
+
+    def tell(tracker: Any, variant: Variant, run_id: str) -> None:
+        tracker.log_params(run_id, canonical(mathematical_settings(variant.settings)))
+        tags = {"meteor.variant": variant.name, "meteor.study": settings.name}
+        tags |= {"meteor.seed": str(variant.seed)} if variant.seed is not None else {}
+        tracker.set_tags(run_id, {**tags, "mlflow.note.content": describe(dict(variant.changes))})
+
+    _tell_mlflow(variants, tell)
+
+
+def record(settings: RunSettings, variants: Sequence[Variant], measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put each variant's folders and numbers side by side: in the study's folder, and in MLflow."""
+    records = {variant.settings.name: _record(variant, measured.get(variant.name)) for variant in variants}
+    write_records(settings, list(records.values()))
+
+    def tell(tracker: Any, variant: Variant, run_id: str) -> None:
+        one = records[variant.settings.name]
+        tracker.set_tags(run_id, one.tags())
+        tracker.log_metrics(run_id, [{"step": 0, **one.numbers}])
+        tracker.finish(run_id)
+
+    _tell_mlflow(variants, tell)
+
+
+def _record(variant: Variant, measured: Mapping[str, Any] | None) -> RunRecord:
+    run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(variant.settings))
+    result = dataclasses.replace(
+        read_record(run),
+        efficiency=measured,
+        encoder_shares={stage.name: stage.encoder_share for stage in plan_cache(variant.settings).stages},
+    )
+    return dataclasses.replace(run, numbers=numbers(result), hardware=measured["hardware"] if measured else "")
+
+
+def mark_failed(settings: RunSettings) -> None:
+    try:
+        tracker = make_tracker(settings)
+        tracker.finish(study_run(tracker, settings), failed=True)
+    except TrackingError as error:
+        _LOG.warning("%s. There the study's run stays as it was", error)
+
+
+def _tell_mlflow(variants: Sequence[Variant], tell: Any) -> Any:
+    """Do something for each variant's run; None, and a warning, where the server is away."""
+    try:
+        tracker = make_tracker(variants[0].settings)
+        for variant in variants:
+            tell(tracker, variant, parent_run(tracker, variant.settings))
+    except TrackingError as error:
+        _LOG.warning("%s. The study goes on; run the same command again to complete what MLflow knows", error)
+        return None
+    return tracker
+
+
+def _failures(failed: Mapping[str, Outcome]) -> str:
+    lines = [
+        f"  {label}: {type(one.error).__name__}: {str(one.error).splitlines()[0]}"
+        for label, one in failed.items()
+        if one.tried
+    ]
+    skipped = [label for label, one in failed.items() if not one.tried]
+    lines += [f"  not tried, as they need these: {'; '.join(skipped)}"] if skipped else []
+    return "\n".join(["these stages failed; the same command tries them again, and nothing else", *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    arguments = stage_parser("ablate", _DESCRIPTION).parse_args(argv)
+
+    def act() -> int:
+        settings = resolve_paths(load_run(arguments.run, arguments.overrides))
+        variants = [dataclasses.replace(one, settings=resolve_paths(one.settings)) for one in expand_study(settings)]
+        if arguments.dry_run:
+            print(plan_study(settings, variants, plan_tasks(variants)))
+            return 0
+        with ray_session(settings.runtime):
+            print(run(settings, variants).to_text())
+        return 0
+
+    return guarded(act)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Paired differences against formulas by hand, and that clusters of questions about one picture widen the interval."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from meteor.report.paired import clustered_interval, paired_difference
+
+
+def make_rows(scores, *, pictures=None, name="shapes"):
+    pictures = pictures or [f"{i}.png" for i in range(len(scores))]
+    return [
+        {"set": name, "id": str(i), "question": "?", "image": picture, "score": score, "quarantined": False}
+        for i, (score, picture) in enumerate(zip(scores, pictures, strict=True))
+    ]
+
+
+@pytest.fixture
+def make_seed(make_variant):
+    def make(scores, seed=0, **more):
+        variant = make_variant(predictions=make_rows(scores, **more))
+        return type(variant)(**{**vars(variant), "seed": seed})
+
+    return make
+
+
+def test_pictures_of_one_question_each_give_the_paired_t_interval(make_seed):
+    mine, theirs = [1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 1]
+    found = paired_difference([make_seed(mine)], [make_seed(theirs)], "shapes")
+    differences = np.subtract(mine, theirs)
+    error = differences.std(ddof=1) / math.sqrt(6)
+    reach = student.ppf(0.975, 5) * error
+    assert found.mean == pytest.approx(differences.mean())
+    assert found.interval == pytest.approx((differences.mean() - reach, differences.mean() + reach))
+    assert (found.num_questions, found.num_pictures) == (6, 6)
+
+
+def test_questions_of_one_picture_count_as_one_observation_where_they_agree(make_seed):
+    """Each question asked four times of its picture tells no more than asked once."""
+    mine, theirs = [1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 1]
+    once = paired_difference([make_seed(mine)], [make_seed(theirs)], "shapes")
+    pictures = [f"{i}.png" for i in range(6) for _ in range(4)]
+    often = paired_difference(
+        [make_seed(np.repeat(mine, 4), pictures=pictures)],
+        [make_seed(np.repeat(theirs, 4), pictures=pictures)],
+        "shapes",
+    )
+    assert often.interval == pytest.approx(once.interval)
+    assert (often.num_questions, often.num_pictures) == (24, 6)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """1,000 samples of 40 pictures with 5 correlated questions each; the true mean is 0."""
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        clusters = generator.normal(size=(40, 1)) + generator.normal(size=(40, 5))
+        low, high = clustered_interval(clusters.tolist(), float(clusters.mean()))
+        covered += low <= 0 <= high
+    assert 0.93 < covered / 1000 < 0.97
+
+
+def test_seeds_are_averaged_question_by_question_and_shown_one_by_one(make_seed):
+    mine = [make_seed([1, 0, 1, 1], 0), make_seed([0, 0, 1, 1], 1)]
+    theirs = [make_seed([0, 0, 1, 1], 0), make_seed([1, 0, 0, 1], 1)]
+    found = paired_difference(mine, theirs, "shapes")
+    assert found.by_seed == {0: 0.25, 1: 0.0}
+    assert found.mean == 0.125
+    assert not found.is_clear
+
+
+def test_without_a_seed_in_common_means_are_compared(make_seed):
+    found = paired_difference([make_seed([1, 1], 5)], [make_seed([0, 1], 0), make_seed([0, 0], 1)], "shapes")
+    assert found.mean == 0.75
+    assert list(found.by_seed) == [None]
+
+
+def test_only_questions_that_both_were_asked_count(make_seed):
+    found = paired_difference([make_seed([1, 1, 1])], [make_seed([0, 1])], "shapes")
+    assert (found.num_questions, found.mean) == (2, 0.5)
+    assert paired_difference([make_seed([1])], [make_seed([1], name="other")], "shapes") is None
+    assert paired_difference([], [make_seed([1])], "shapes") is None
+
+
+def test_one_picture_gives_no_interval(make_seed):
+    found = paired_difference(
+        [make_seed([1, 1], pictures=["a", "a"])], [make_seed([0, 1], pictures=["a", "a"])], "shapes"
+    )
+    assert found.interval is None
+    assert not found.is_clear
+
+
+def test_a_difference_in_every_picture_is_clear(make_seed):
+    found = paired_difference([make_seed([1] * 9 + [0])], [make_seed([0] * 10)], "shapes")
+    assert found.is_clear

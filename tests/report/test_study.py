@@ -1,0 +1,175 @@
+"""A study's report: seeds merged, differences from the control, costs, the Pareto figure, files for spreadsheets."""
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from meteor.report import StudyTable, write_report
+from meteor.report.canvas import variant_looks
+from meteor.report.seeds import merge_seeds
+from meteor.report.study import cost_table, numbers, results_table
+from meteor.report.study_figures import frontier, kept_by_variants_figure, pareto_figure
+
+MEASURED = {
+    "hardware": "one GPU",
+    "num_questions": 16,
+    "prefill_s": 0.012,
+    "tokens_per_s": 28.4,
+    "memory_bytes": 14_000_000_000,
+    "num_prompt_tokens": 800.4,
+    "num_visual_tokens": 720.0,
+}
+
+
+@pytest.fixture
+def runs(make_variant, make_score, make_run):
+    """Two variants, two seeds, four questions about three pictures."""
+    made = []
+    for name, shares, tokens, answers in (
+        ("control", (0.50, 0.75), 144.0, ([1, 1, 0, 0], [1, 1, 1, 0])),
+        ("better", (0.75, 1.00), 64.0, ([1, 1, 1, 0], [1, 1, 1, 1])),
+    ):
+        for seed, (share, scores) in enumerate(zip(shares, answers, strict=True)):
+            rows = [
+                {"set": "shapes", "id": str(i), "question": f"q{i}", "image": f"{i // 2}.png", "score": float(score)}
+                | {"quarantined": False, "answer": "a", "prediction": "a", "type": ""}
+                for i, score in enumerate(scores)
+            ]
+            stages = {
+                stage: replace(make_run(stage), uri=f"{name}.{seed}/{stage}")
+                for stage in ("pretrain", "finetune", "evaluate")
+            }
+            table = make_score(share, num_questions=4, by_type={"count": make_score(share)})
+            variant = make_variant(
+                f"{name}.s{seed}", stages=stages, scores={"shapes": table}, predictions=rows, tokens=tokens
+            )
+            made.append(replace(variant, variant=name, seed=seed, encoder_shares={"finetune": 0.25}))
+    made[2] = replace(made[2], efficiency=MEASURED)
+    return made
+
+
+def test_seeds_become_one_variant_with_the_range_of_their_scores(runs):
+    control, better = merge_seeds(runs)
+    assert (control.name, better.name) == ("control", "better")
+    assert control.scores["shapes"]["exact_match"] == 0.625
+    assert control.scores["shapes"]["interval"] == [0.5, 0.75]
+    assert control.scores["shapes"]["by_type"]["count"]["interval"] == [0.5, 0.75]
+    assert better.predictions == runs[2].predictions
+
+
+def test_one_seed_keeps_the_interval_of_its_questions(runs):
+    [alone] = merge_seeds(runs[:1])
+    assert alone.scores == runs[0].scores
+    assert alone.name == "control"
+
+
+def test_a_seed_that_was_not_evaluated_does_not_hide_the_other(runs):
+    [merged] = merge_seeds([replace(runs[0], scores=None, predictions=None), runs[1]])
+    assert merged.scores == runs[1].scores
+
+
+def test_results_stand_beside_their_difference_from_the_control(runs):
+    table = results_table(StudyTable("t", ("control", "better", "absent"), "control"), runs)
+    control, better = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert control["Exact match"] == "62.5 % (50.0 – 75.0)"
+    assert control["Difference"] == "control"
+    assert better["Difference"] == "+25.0"
+    assert better["By seed"] == "+25.0, +25.0"
+    # Two pictures, whose questions differ by 0 and by (0.5 + 0.5) in sum: mean 0.25, sqrt(2 (0.5^2 + 0.5^2)) / 4 = 0.25.
+    assert better["95 % interval"] == "−292.7 to +342.7"
+    assert better["Tokens per image"] == "64"
+
+
+def test_costs_are_those_measured_and_gaps_say_so(runs):
+    table = cost_table(runs)
+    control, better = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert control["Answer tokens/s"] == "not recorded"
+    assert (better["Answer tokens/s"], better["Prompt's pass"], better["Memory answering"]) == (
+        "28.4",
+        "12 ms",
+        "14 GB",
+    )
+    # 3,840 tokens in each of two steps of 2 s.
+    assert better["Training tokens/s"] == "1,920"
+    assert better["Encoder's share avoided"] == "finetune 25.0 %"
+
+
+def test_numbers_are_those_of_one_run(runs):
+    found = numbers(runs[2])
+    assert found["shapes/exact_match"] == 0.75
+    assert found["answers/tokens_per_s"] == 28.4
+    assert found["encoder_share/finetune"] == 0.25
+    assert found["training_seconds"] == 8
+    assert all(isinstance(value, float) for value in found.values())
+
+
+def test_the_frontier_leaves_out_what_fewer_tokens_beat():
+    points = [
+        ("a", 32, 50, 50, 50),
+        ("b", 64, 45, 45, 45),
+        ("c", 64, 55, 55, 55),
+        ("d", 144, 55, 55, 55),
+        ("e", 576, 60, 60, 60),
+    ]
+    assert [name for name, *_ in frontier(points)] == ["a", "c", "e"]
+
+
+def test_the_pareto_figure_names_the_best_and_needs_a_score(runs):
+    looks = variant_looks(["control", "better"])
+    assert pareto_figure(runs, looks).alt.endswith("shapes: better.")
+    assert pareto_figure([replace(run, scores=None) for run in runs], looks) is None
+    assert pareto_figure(runs[:1], looks).png
+
+
+def test_several_variants_of_one_picture_are_rows_of_one_figure(make_panel):
+    panels = [replace(make_panel(), variant=name) for name in ("a", "b")]
+    one, two = (kept_by_variants_figure(panels[:count], "kept") for count in (1, 2))
+    assert two.height > one.height
+    assert two.alt.endswith("kept patches of a, b.")
+
+
+def test_the_pages_of_a_study_hold_tables_differences_files_and_the_papers_rows(tmp_path, runs, make_panel):
+    panels = [replace(make_panel(), variant=name) for name in ("control", "better")]
+    paths = write_report(
+        str(tmp_path),
+        title="study",
+        variants=runs,
+        panels=panels,
+        thumbnails={"0.png": Image.new("RGB", (30, 20))},
+        tables=[
+            StudyTable("Tokens", ("control", "better"), "control", 3),
+            StudyTable("Cost", ("better",), "better", 4),
+        ],
+    )
+    for page in (Path(paths.markdown).read_text(), Path(paths.html).read_text()):
+        for expected in (
+            "Tokens",
+            "experts=visual (paper)",
+            "+25.0",
+            "one GPU",
+            "runs.csv",
+            "137.84 M",
+            "62.5 % (50.0 – 75.0)",
+        ):
+            assert expected in page, expected
+    assert Path(paths.html).read_text().count('<tr class="theirs">') == 3 + 4
+    assert "| *experts=visual (paper)* |" in Path(paths.markdown).read_text()
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text())))
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("control", "0"),
+        ("control", "1"),
+        ("better", "0"),
+        ("better", "1"),
+    ]
+    assert rows[3]["shapes/exact_match"] == "1.0"
+    [difference] = csv.DictReader(io.StringIO((tmp_path / "differences.csv").read_text()))
+    assert (difference["variant"], difference["difference"], difference["seed_1"]) == ("better", "0.25", "0.25")
+    scores = list(csv.DictReader(io.StringIO((tmp_path / "scores.csv").read_text())))
+    assert {row["type"] for row in scores} == {"", "count"}
+    assert (tmp_path / "figures/pareto.png").exists()
+    assert (tmp_path / "figures/kept_01.png").exists()
+    assert not (tmp_path / "figures/kept_02.png").exists()
