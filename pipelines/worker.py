@@ -14,7 +14,7 @@ from meteor import storage
 from meteor.assembly import pixel_settings
 from meteor.cache import CacheIdentity
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
-from meteor.config import RunSettings, StageSettings
+from meteor.config import FinetuneSettings, RunSettings, StageSettings
 from meteor.data.collate import collate
 from meteor.data.table import SampleTable
 from meteor.errors import FailedStepError, TrainingError
@@ -203,6 +203,7 @@ def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForCondit
         dtype=DTYPES[settings.llm.dtype],
         seed=task.stage_settings.seed,
         attention=attention or "sdpa",
+        text_sampler=_text_sampler(task),
     )
     if task.projector_uri is not None:
         load_projector(model, task.projector_uri)
@@ -214,6 +215,13 @@ def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForCondit
     if attention and settings.llm.compile:
         compile_layers(model, zero_stage=task.stage_settings.zero_stage)
     return model
+
+
+def _text_sampler(task: WorkerTask) -> dict[str, Any] | None:
+    stage = task.stage_settings
+    if not isinstance(stage, FinetuneSettings) or stage.text_sampler is None:
+        return None
+    return stage.text_sampler.model_dump()
 
 
 def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:

@@ -61,7 +61,12 @@ IDENTITY = {
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., MeteorForConditionalGeneration]:
     def make(
-        projector: dict | None = None, *, seed: int = 0, vision_tower: bool = False, **text: object
+        projector: dict | None = None,
+        *,
+        seed: int = 0,
+        vision_tower: bool = False,
+        text_sampler: dict | None = None,
+        **text: object,
     ) -> MeteorForConditionalGeneration:
         torch.manual_seed(seed)
         config = MeteorConfig(
@@ -69,6 +74,7 @@ def make_model() -> Callable[..., MeteorForConditionalGeneration]:
             vision_config=VISION,
             projector=projector or {"name": "meteor", "k": 4},
             cache_identity=IDENTITY,
+            text_sampler=text_sampler,
         )
         return MeteorForConditionalGeneration(config, vision_tower=vision_tower)
 

@@ -164,6 +164,15 @@ class LoraSettings(_Settings):
     )
 
 
+class TextSamplerSettings(_Settings):
+    """FocusLLaVA-style: a middle layer of the language model drops visual tokens that the question does not look at."""
+
+    layer: int | None = setting(
+        None, "the layer whose attention decides, from 0; half of the layers if not given", ge=0
+    )
+    keep: float = setting(0.75, "share of each picture's visual tokens that later layers see", gt=0, le=1)
+
+
 class FinetuneSettings(StageSettings):
     """Stage 2: projector and language model learn from instructions (paper, section 4.1)."""
 
@@ -176,6 +185,9 @@ class FinetuneSettings(StageSettings):
     zero_stage: Literal[0, 1, 2, 3] = operational(3, "DeepSpeed's ZeRO stage")
     lora: LoraSettings | None = setting(
         None, "train adapters in place of the language model's weights; LLaVA's recipe is {} with lr=2e-4"
+    )
+    text_sampler: TextSamplerSettings | None = setting(
+        None, "drop visual tokens inside the language model, in training and in answers: {} for FocusLLaVA-style"
     )
     pretrained: str | None = operational(None, "URI of the stage-1 projector; this run's own stage 1 if not given")
 

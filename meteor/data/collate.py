@@ -37,6 +37,8 @@ class Batch:
         attention_mask: (B, L) long, the number of the sample in its row, from 1 on; 0 at padding. A token sees the earlier
             tokens of its own sample and nothing else.
         labels: (B, L) long, `IGNORE_INDEX` outside answers.
+        turns: (B, L) long, see `TokenisedSample`; numbered in each sample.
+        pictures: (B, L) long, the same.
         features: (S, P, C) in the cache's type, zero at padding; at least one sub-image, so that every batch, text-only
             ones too, runs the projector on every rank.
         cls_attention: (S, P) float32.
@@ -48,6 +50,8 @@ class Batch:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    turns: torch.Tensor
+    pictures: torch.Tensor
     features: torch.Tensor
     cls_attention: torch.Tensor
     grids: torch.Tensor
@@ -82,17 +86,15 @@ def expand_images(
     Returns:
         The longer sample, and the number of slots of every sub-image in order.
     """
-    input_ids: list[int] = []
-    labels: list[int] = []
+    longer = TokenisedSample([], [], [], [])
     num_slots: list[int] = []
     assert sample.input_ids.count(IMAGE_TOKEN_ID) == len(layouts), "one placeholder an image"
-    images = iter(layouts)
-    for token, label in zip(sample.input_ids, sample.labels, strict=True):
+    images = enumerate(layouts, start=1)
+    for token, label, turn in zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True):
         if token != IMAGE_TOKEN_ID:
-            input_ids.append(token)
-            labels.append(label)
+            _extend(longer, [token], label, turn, 0)
             continue
-        layout = next(images)
+        picture, layout = next(images)
         slots = budget(layout.patch_grids)
         visual = [IMAGE_TOKEN_ID] * slots[0]
         for i, n in enumerate(slots[1:]):
@@ -100,10 +102,22 @@ def expand_images(
                 assert layout.grid is not None
                 last_of_row = (i + 1) % layout.grid[0] == 0
                 visual += [IMAGE_TOKEN_ID] * n + [separators.row_id if last_of_row else separators.slice_id]
-        input_ids += visual
-        labels += [IGNORE_INDEX] * len(visual)
+        _extend(longer, visual, IGNORE_INDEX, turn, picture)
         num_slots += slots
-    return TokenisedSample(input_ids, labels), num_slots
+    return longer, num_slots
+
+
+def _turns_of(sample: TokenisedSample) -> list[int]:
+    return sample.turns or [0] * len(sample.input_ids)
+
+
+def _extend(sample: TokenisedSample, tokens: Sequence[int], label: int, turn: int, picture: int) -> None:
+    """Append tokens; of a picture's only the slots, not the separators, are its own."""
+    sample.input_ids.extend(tokens)
+    sample.labels.extend([label] * len(tokens))
+    is_own = [not picture or token == IMAGE_TOKEN_ID for token in tokens]
+    sample.turns.extend(turn if own else 0 for own in is_own)
+    sample.pictures.extend(picture if own else 0 for own in is_own)
 
 
 def num_image_tokens(layout: ImageLayout, budget: VisualTokenBudget) -> int:
@@ -114,13 +128,14 @@ def num_image_tokens(layout: ImageLayout, budget: VisualTokenBudget) -> int:
 
 def cut_text(sample: TokenisedSample, max_text_tokens: int) -> TokenisedSample:
     """Drop text after ``max_text_tokens``; pictures are never cut, not even those after the limit."""
-    kept_ids, kept_labels, num_text = [], [], 0
-    for token, label in zip(sample.input_ids, sample.labels, strict=True):
+    kept, num_text = TokenisedSample([], [], []), 0
+    for token, label, turn in zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True):
         num_text += token != IMAGE_TOKEN_ID
         if token == IMAGE_TOKEN_ID or num_text <= max_text_tokens:
-            kept_ids.append(token)
-            kept_labels.append(label)
-    return TokenisedSample(kept_ids, kept_labels)
+            kept.input_ids.append(token)
+            kept.labels.append(label)
+            kept.turns.append(turn)
+    return kept
 
 
 def collate(
@@ -168,7 +183,7 @@ def collate(
             parts += [part for part, _ in used]
             num_slots += [count for _, count in used]
     if not expanded:
-        expanded.append([TokenisedSample([pad_id], [IGNORE_INDEX])])
+        expanded.append([TokenisedSample([pad_id], [IGNORE_INDEX], [0], [0])])
     if not parts:
         parts.append(empty_sub_image(vision_width))
         num_slots.append(0)
@@ -210,12 +225,13 @@ def pad_sub_images(
 
 def pad_tokens(
     rows: Sequence[Sequence[TokenisedSample]], pad_id: int, side: Literal["left", "right"]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, numbers of samples in their rows and labels, each (B, L) long."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, numbers of samples in their rows, labels, turns and pictures of expanded samples, each (B, L) long."""
     lengths = [sum(len(sample.input_ids) for sample in row) for row in rows]
     input_ids = torch.full((len(rows), max(lengths)), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
+    turns, pictures = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
         end = 0 if side == "right" else max(lengths) - lengths[i]
         for number, sample in enumerate(row, start=1):
@@ -223,4 +239,6 @@ def pad_tokens(
             input_ids[i, span] = torch.tensor(sample.input_ids)
             attention_mask[i, span] = number
             labels[i, span] = torch.tensor(sample.labels)
-    return input_ids, attention_mask, labels
+            turns[i, span] = torch.tensor(sample.turns)
+            pictures[i, span] = torch.tensor(sample.pictures)
+    return input_ids, attention_mask, labels, turns, pictures

@@ -26,6 +26,7 @@ _SCHEMA = pa.schema(
         ("sample_id", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
+        ("turns", pa.list_(pa.int16())),
         ("image_keys", pa.list_(pa.string())),
         ("num_sub_images", pa.int32()),
         ("num_visual_tokens", pa.int32()),
@@ -62,7 +63,9 @@ class SampleTable:
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
-        self._columns = {name: table.column(name).combine_chunks() for name in ("input_ids", "labels", "image_keys")}
+        # Tables of earlier releases have no turns; only a text-guided sampler needs them.
+        names = [name for name in ("input_ids", "labels", "turns", "image_keys") if name in table.column_names]
+        self._columns = {name: table.column(name).combine_chunks() for name in names}
         # What batches are made by, whatever the projector; and what they really take.
         self.grouping_lengths: list[int] = table.column("grouping_length").to_pylist()
         visual, text = (table.column(f"num_{kind}_tokens").to_numpy() for kind in ("visual", "text"))
@@ -78,8 +81,8 @@ class SampleTable:
 
     def tokens(self, position: int) -> TokenisedSample:
         """Tokens and labels of a sample, one placeholder an image."""
-        ids, labels = (self._columns[name][position].as_py() for name in ("input_ids", "labels"))
-        return TokenisedSample(ids, labels)
+        names = [name for name in ("input_ids", "labels", "turns") if name in self._columns]
+        return TokenisedSample(**{name: self._columns[name][position].as_py() for name in names})
 
     def image_keys(self, position: int) -> list[str]:
         return self._columns["image_keys"][position].as_py()
@@ -215,6 +218,7 @@ def _row(
         "sample_id": sample_id,
         "input_ids": tokens.input_ids,
         "labels": tokens.labels,
+        "turns": tokens.turns,
         "image_keys": image_keys,
         # Those that the projector is given.
         "num_sub_images": sum(count > 0 for layout in layouts for count in budget(layout.patch_grids)),

@@ -16,6 +16,7 @@ class MeteorConfig(PretrainedConfig):
         projector: ``{"name": ..., **settings}`` of `meteor.projector.build_projector`.
         select_layer: hidden state of the tower that the projector reads.
         cache_identity: `meteor.cache.CacheIdentity` as a dict: features from any other cache are refused.
+        text_sampler: ``{"layer": ..., "keep": ...}`` of `meteor.model.text_sampler.TextSampler`; None for none.
     """
 
     model_type = "meteor"
@@ -29,6 +30,7 @@ class MeteorConfig(PretrainedConfig):
         projector: dict[str, Any] | None = None,
         select_layer: int = -2,
         cache_identity: dict[str, Any] | None = None,
+        text_sampler: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = _as_config(text_config, default="llama")
@@ -36,6 +38,7 @@ class MeteorConfig(PretrainedConfig):
         self.projector = dict(projector or {"name": "meteor"})
         self.select_layer = select_layer
         self.cache_identity = cache_identity
+        self.text_sampler = text_sampler
         self.image_token_id = IMAGE_TOKEN_ID
         super().__init__(**kwargs)
 

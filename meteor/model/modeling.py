@@ -15,10 +15,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import empty_sub_image, pad_sub_images
-from meteor.errors import DataError
+from meteor.errors import DataError, SettingsError
 from meteor.model.answers import answer_head
 from meteor.model.attention import VARLEN, Layout, Unpadded
 from meteor.model.configuration import MeteorConfig
+from meteor.model.text_sampler import Marks, TextSampler
 from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
 from meteor.vision.encoder import FrozenClip
@@ -64,6 +65,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
         )
         self._has_answer_head = answer_head(self.language_model) is not None
+        self.text_sampler = TextSampler(self.language_model, **config.text_sampler) if config.text_sampler else None
         # transformers hands its choice of attention to a model's own layers alone, and clears it in the parts' configs.
         for part in filter(None, (self.language_model, self.vision_tower)):
             part.set_attn_implementation(self.config._attn_implementation)
@@ -148,6 +150,8 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         grids: torch.Tensor | None = None,
         pixel_values: Sequence[torch.Tensor] | None = None,
         labels: torch.Tensor | None = None,
+        turns: torch.Tensor | None = None,
+        pictures: torch.Tensor | None = None,
         native_weight: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         aux_loss_coefficient: float = 0.0,
@@ -157,6 +161,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
 
         Args:
             labels: (B, L), `IGNORE_INDEX` outside answers. Logits are computed for answers alone, a chunk at a time.
+            turns, pictures: (B, L), see `meteor.text.tokens.TokenisedSample`; a text-guided sampler needs them.
             num_items_in_batch: what the summed cross-entropy is divided by: the answer tokens of the *global* batch;
                 those of this batch when None.
             aux_loss_coefficient: weight of the projector's own loss.
@@ -170,17 +175,35 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             input_ids, attention_mask, num_slots, features, cls_attention, grids, native_weight=native_weight
         )
         layout = Layout.of(attention_mask.long(), attended_BL)
+        marks = self._marks(layout.sample_BL, turns, pictures)
         if labels is None:
-            return self._logits(embeds_BLD, layout, **kwargs)
-        loss = self._answer_loss(embeds_BLD, layout, labels, num_items_in_batch, **kwargs)
+            return self._logits(embeds_BLD, layout, marks, **kwargs)
+        loss = self._answer_loss(embeds_BLD, layout, marks, labels, num_items_in_batch, **kwargs)
         if projected.aux_loss is not None:
             loss = loss + aux_loss_coefficient * projected.aux_loss
         assert grids is not None, "features come with their grids"
         return MeteorOutput(loss=loss, selection_sums=_sum_selection(projected, grids, num_slots))
 
-    def _inputs(self, embeds_BLD: torch.Tensor, layout: Layout) -> tuple[dict[str, Any], Unpadded | None]:
+    def _marks(
+        self, sample_BL: torch.Tensor, turns: torch.Tensor | None, pictures: torch.Tensor | None
+    ) -> Marks | None:
+        """What the text-guided sampler needs to know; None without one."""
+        if self.text_sampler is None:
+            return None
+        if turns is None or pictures is None:
+            raise DataError(
+                "this model has a text-guided sampler: give turns and pictures, as the processor makes them"
+            )
+        return Marks.of(sample_BL, turns, pictures)
+
+    def _inputs(
+        self, embeds_BLD: torch.Tensor, layout: Layout, marks: Marks | None
+    ) -> tuple[dict[str, Any], Unpadded | None]:
         """Arguments of the language model, and how its rows were flattened if they were."""
         config = self.language_model.config
+        if self.text_sampler is not None and marks is not None:
+            flattens = config._attn_implementation == VARLEN
+            self.text_sampler.begin(marks.map(layout.unpadded().take) if flattens else marks)
         if config._attn_implementation != VARLEN:
             mask = layout.mask(config, embeds_BLD.dtype)
             return {"inputs_embeds": embeds_BLD, "attention_mask": mask, "position_ids": layout.position_BL}, None
@@ -188,8 +211,10 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         inputs = {"inputs_embeds": flat.take(embeds_BLD), "position_ids": flat.position_1N}
         return {**inputs, **flat.attention_arguments()}, flat
 
-    def _logits(self, embeds_BLD: torch.Tensor, layout: Layout, **kwargs: Any) -> CausalLMOutputWithPast:
-        inputs, flat = self._inputs(embeds_BLD, layout)
+    def _logits(
+        self, embeds_BLD: torch.Tensor, layout: Layout, marks: Marks | None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        inputs, flat = self._inputs(embeds_BLD, layout, marks)
         output = self.language_model(**inputs, use_cache=False, **kwargs)
         if flat is not None:
             output.logits = flat.restore(output.logits, embeds_BLD.shape[:2])
@@ -199,12 +224,13 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         self,
         embeds_BLD: torch.Tensor,
         layout: Layout,
+        marks: Marks | None,
         labels_BL: torch.Tensor,
         num_items: int | torch.Tensor | None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Summed cross-entropy of the answer tokens, divided by ``num_items`` or by how many there are; 0-d float32."""
-        inputs, flat = self._inputs(embeds_BLD, layout)
+        inputs, flat = self._inputs(embeds_BLD, layout, marks)
         tokens = flat or layout.unpadded()
         next_N = tokens.next_labels(labels_BL)
         answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
@@ -229,18 +255,32 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         cls_attention: torch.Tensor | None = None,
         grids: torch.Tensor | None = None,
         pixel_values: Sequence[torch.Tensor] | None = None,
+        turns: torch.Tensor | None = None,
+        pictures: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Answer prompts, padded on the left; everything else is an argument of Hugging Face's ``generate``.
 
         Returns:
             (B, new tokens), the answers alone.
+
+        Raises:
+            SettingsError: several beams or answers a prompt, of a model with a text-guided sampler.
         """
         kwargs.pop("labels", None)
         embeds_BLD, attended_BL, _ = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
         )
-        return self.language_model.generate(inputs_embeds=embeds_BLD, attention_mask=attended_BL.long(), **kwargs)
+        inputs = {"inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
+        if self.text_sampler is None:
+            return self.language_model.generate(**inputs, **kwargs)
+        if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
+            raise SettingsError("a model with a text-guided sampler gives one answer a prompt: leave num_beams at 1")
+        self.text_sampler.begin(self._marks(attended_BL.long(), turns, pictures))
+        try:
+            return self.language_model.generate(**inputs, **kwargs)
+        finally:
+            self.text_sampler.begin(None)
 
 
 def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:

@@ -66,7 +66,8 @@ class MeteorProcessor:
             images: the pictures of the question; a list of lists for several questions.
 
         Returns:
-            input_ids and attention_mask (B, L), padded on the left; num_slots (S,); pixel_values, S tensors (3, h, w).
+            input_ids, attention_mask, turns and pictures (B, L), padded on the left;
+            num_slots (S,); pixel_values, S tensors (3, h, w).
         """
         texts = [text] if isinstance(text, str) else list(text)
         groups: Any = [images] if isinstance(text, str) else images or [[] for _ in texts]
@@ -91,10 +92,12 @@ class MeteorProcessor:
                 normalise(one, self.mean, self.std) for one, count in zip(sub_images, slots, strict=True) if count
             ]
             num_slots += filter(None, slots)
-        input_ids, attention_mask, _ = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
+        input_ids, attention_mask, _, turns, pictures = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
+            "turns": turns,
+            "pictures": pictures,
             "num_slots": torch.tensor(num_slots or [0]),
             "pixel_values": pixel_values,
         }

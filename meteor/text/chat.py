@@ -40,7 +40,7 @@ def render_chat(
     for turn, after in zip(conversation.turns, literals[-len(conversation.turns) :], strict=True):
         if turn.role == "human":
             _write_literal(writer, pending, pattern)
-            _write_question(writer, turn)
+            writer.question(turn.num_images, turn.text)
             pending = after
         else:
             pending = _write_answer(writer, pending, turn, after, pattern, closing)
@@ -90,11 +90,6 @@ def _literals(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, fo
             f"cannot be located: use the template 'vicuna_v1', or a simpler chat_template."
         )
     return pieces
-
-
-def _write_question(writer: SegmentWriter, turn: Turn) -> None:
-    writer.images(turn.num_images, text_follows=bool(turn.text))
-    writer.text(turn.text)
 
 
 def _write_answer(

@@ -1,6 +1,6 @@
 """The pieces a rendered prompt is made of, and the writer that joins text while it remembers where the answers are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Span = tuple[int, int]
 
@@ -12,15 +12,19 @@ class Text:
     Attributes:
         text: never contains a picture or a special token; what looks like one is text.
         answers: character spans [start, end) of ``text`` that are labels.
+        questions: picture turn -> the span of what it says after its pictures.
     """
 
     text: str
     answers: tuple[Span, ...] = ()
+    questions: dict[int, Span] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class Image:
-    """The place of one picture."""
+    """The place of one picture; ``turn`` counts the turns that have pictures, from 1."""
+
+    turn: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,25 @@ class SegmentWriter:
         self._segments: list[Segment] = []
         self._text = ""
         self._answers: list[Span] = []
+        self._questions: dict[int, Span] = {}
+        self._turn = 0
 
     def text(self, text: str, *, is_answer: bool = False) -> None:
         if is_answer and text:
             self._answers.append((len(self._text), len(self._text) + len(text)))
         self._text += text
 
-    def images(self, num_images: int, *, text_follows: bool) -> None:
-        """Pictures in a row, each followed by a newline, the last one only if text follows (LLaVA strips the turn)."""
+    def question(self, num_images: int, text: str) -> None:
+        """What a human says: pictures in a row, each followed by a newline, the last one only if text follows (LLaVA strips
+        the turn); then the text."""
+        self._turn += num_images > 0
         for number in range(num_images):
-            self.add(Image())
-            if text_follows or number + 1 < num_images:
+            self.add(Image(self._turn))
+            if text or number + 1 < num_images:
                 self.text("\n")
+        if num_images and text:
+            self._questions[self._turn] = (len(self._text), len(self._text) + len(text))
+        self.text(text)
 
     def add(self, segment: Segment) -> None:
         self._close_text()
@@ -69,5 +80,5 @@ class SegmentWriter:
 
     def _close_text(self) -> None:
         if self._text:
-            self._segments.append(Text(self._text, tuple(self._answers)))
-        self._text, self._answers = "", []
+            self._segments.append(Text(self._text, tuple(self._answers), self._questions))
+        self._text, self._answers, self._questions = "", [], {}

@@ -77,8 +77,8 @@ def _render_vicuna(conversation: Conversation) -> list[Segment]:
     for turn in conversation.turns:
         if turn.role == "human":
             writer.text("USER: ")
-            writer.images(turn.num_images, text_follows=bool(turn.text))
-            writer.text(turn.text + " ASSISTANT:")
+            writer.question(turn.num_images, turn.text)
+            writer.text(" ASSISTANT:")
         else:
             writer.text(" " + turn.text if turn.text else "", is_answer=True)
             writer.add(EndOfSequence())

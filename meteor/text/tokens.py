@@ -1,7 +1,7 @@
 """Token ids and labels of a sample: each run of text is tokenised once, and labels come from character positions."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,10 +25,16 @@ class TokenisedSample:
     Attributes:
         input_ids: token ids, with one ``IMAGE_TOKEN_ID`` in the place of each picture.
         labels: of the same length; the token's id in answers and their end tokens, else ``IGNORE_INDEX``.
+        turns: of the same length; at pictures, and at the words that their turn says after them, the turn's number among those
+            that have pictures, from 1; else 0. Empty where nobody needs it.
+        pictures: of the same length; at visual slots the number of their picture in the sample, from 1; else 0. Empty before
+            slots are there.
     """
 
     input_ids: list[int]
     labels: list[int]
+    turns: list[int] = field(default_factory=list, compare=False)
+    pictures: list[int] = field(default_factory=list, compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,18 +112,19 @@ def tokenise(
         segments = render(conversation, template, tokenizer=tokenizer, for_generation=for_generation)
     except TokenisationError as error:
         raise TokenisationError(f"Sample {sample_id!r}: {error}") from error
-    input_ids, labels = _encode(segments, tokenizer)
+    input_ids, labels, turns = _encode(segments, tokenizer)
     if template != "chat" and tokenizer.bos_token_id is not None:
         input_ids.insert(0, tokenizer.bos_token_id)
         labels.insert(0, IGNORE_INDEX)
+        turns.insert(0, 0)
     if for_generation:
-        return TokenisedSample(input_ids, [IGNORE_INDEX] * len(input_ids))
+        return TokenisedSample(input_ids, [IGNORE_INDEX] * len(input_ids), turns)
     if all(label == IGNORE_INDEX for label in labels):
         raise TokenisationError(
             f"Sample {sample_id!r} has no answer token under the template {template!r}, so nothing would be learnt "
             f"from it: give it a turn from 'gpt', or check that the chat template closes answers with an end token."
         )
-    return TokenisedSample(input_ids, labels)
+    return TokenisedSample(input_ids, labels, turns)
 
 
 def visual_separators(tokenizer: PreTrainedTokenizerBase) -> Separators:
@@ -140,25 +147,39 @@ def visual_separators(tokenizer: PreTrainedTokenizerBase) -> Separators:
     return Separators(slice_id, row_id)
 
 
-def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
     encoder = text_encoder(tokenizer, len(tokenizer))
     input_ids: list[int] = []
     labels: list[int] = []
+    turns: list[int] = []
     previous: Segment | None = None
     for segment in segments:
+        turns_of_segment: list[int] = []
         if isinstance(segment, Text):
             ids, spans = encoder.encode(segment.text, after_special=isinstance(previous, EndOfSequence | SpecialToken))
             is_answer = _overlaps(spans, segment.answers)
+            turns_of_segment = _turns(spans, segment.questions)
         elif isinstance(segment, Image):
             ids, is_answer = [IMAGE_TOKEN_ID], [False]
+            turns_of_segment = [segment.turn]
         elif isinstance(segment, SpecialToken):
             ids, is_answer = [encoder.token_id(segment.token)], [segment.is_answer]
         else:
             ids, is_answer = [_end_id(tokenizer)], [True]
         input_ids += ids
         labels += [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_answer, strict=True)]
+        turns += turns_of_segment or [0] * len(ids)
         previous = segment
-    return input_ids, labels
+    return input_ids, labels, turns
+
+
+def _turns(spans: list[Span], questions: dict[int, Span]) -> list[int]:
+    """Of each token the picture turn whose words it overlaps; 0 for none."""
+    if not questions:
+        return [0] * len(spans)
+    return [
+        next((turn for turn, question in questions.items() if _overlaps([span], (question,))[0]), 0) for span in spans
+    ]
 
 
 def _overlaps(spans: list[Span], answers: tuple[Span, ...]) -> list[bool]:

@@ -29,6 +29,7 @@ def build_model(
     dtype: torch.dtype,
     seed: int,
     attention: str = "sdpa",
+    text_sampler: dict[str, Any] | None = None,
 ) -> MeteorForConditionalGeneration:
     """A language model with pretrained weights and a new projector; no vision tower (training reads features).
 
@@ -41,6 +42,8 @@ def build_model(
         dtype: of all weights.
         seed: of the projector's initial weights.
         attention: the language model's, one of `meteor.model.attention.IMPLEMENTATIONS`.
+        text_sampler: ``{"layer": ..., "keep": ...}``, the layer None for the middle one; see
+            `meteor.model.text_sampler.TextSampler`.
     """
     language_model = load_llm(llm_path, dtype)
     config = MeteorConfig(
@@ -49,12 +52,18 @@ def build_model(
         projector=projector,
         select_layer=select_layer,
         cache_identity=cache_identity,
+        text_sampler=text_sampler and _with_layer(text_sampler, language_model.config.num_hidden_layers),
     )
     torch.manual_seed(seed)
     model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=language_model)
     model.projector.to(dtype)
     model.language_model.set_attn_implementation(attention)
     return model
+
+
+def _with_layer(text_sampler: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    layer = text_sampler["layer"]
+    return {**text_sampler, "layer": num_layers // 2 if layer is None else layer}
 
 
 def read_llm_config(path: str) -> PretrainedConfig:
@@ -118,8 +127,10 @@ def compile_layers(model: MeteorForConditionalGeneration, *, zero_stage: int, ba
 
     Raises:
         SettingsError: ZeRO-3, whose hooks gather each weight inside the layer, or a language model whose layers are not
-            transformers' own.
+            transformers' own, or one with a text-guided sampler.
     """
+    if model.text_sampler is not None:
+        raise SettingsError("llm.compile=true and finetune.text_sampler exclude each other: its hooks read values")
     if zero_stage == 3:
         raise SettingsError(
             "llm.compile=true needs zero_stage 0 to 2: ZeRO-3 gathers weights by hooks inside the layers"

@@ -81,6 +81,7 @@ def test_explain_names_every_setting_with_default_and_meaning(call):
     names = {line.partition(" = ")[0] for line in lines}
     # A section that may be left out, and one of which there are several by name, with their own settings.
     more = {f"finetune.lora.{name}" for name in ("rank", "alpha", "dropout")}
+    more |= {f"finetune.text_sampler.{name}" for name in ("layer", "keep")}
     more |= {f"study.{name}" for name in StudySettings.model_fields}
     more |= {f"study.tables.<name>.{name}" for name in ("variants", "control", "paper")}
     assert names == {name.rstrip(".") for name in flat(RunSettings().model_dump())} | more

@@ -5,6 +5,7 @@ import torch
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import ImageLayout, collate, cut_text, expand_images, num_image_tokens
+from meteor.image.budget import visual_token_budget
 from meteor.text.tokens import Separators, TokenisedSample
 
 V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
@@ -55,6 +56,26 @@ def test_there_are_as_many_separators_as_slices_and_a_newline_ends_each_row(colu
     assert [token for token in longer.input_ids if token != V] == [*separators, 9]
     # The separator follows its slice: nothing but the global view's 4 and the first slice's 4 slots before it.
     assert longer.input_ids.index(separators[0]) == 8
+
+
+def test_slots_carry_their_pictures_number_and_their_turns_and_separators_neither():
+    sample = TokenisedSample([1, V, NEWLINE, V, 7, 8, 9], [X] * 5 + [8, 9], [0, 1, 0, 1, 1, 0, 0])
+    longer, _ = expand_images(sample, [make_layout(2, 1), make_layout()], at_most(1), SEPARATORS)
+    assert longer.input_ids == [1, V, V, COMMA, V, NEWLINE, NEWLINE, V, 7, 8, 9]
+    assert longer.turns == [0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0]
+    assert longer.pictures == [0, 1, 1, 0, 1, 0, 0, 2, 0, 0, 0]
+    assert cut_text(sample, 2).turns == [0, 1, 0, 1]
+
+
+def test_sub_images_without_tokens_are_not_in_the_batch(make_features):
+    """What `global_view` gives is the batch of the global views."""
+    samples = [(make_sample(1, V, 9, answer=1), [make_features("a", sliced=True)])]
+    options = {"separators": SEPARATORS, "pad_id": 0, "vision_width": 16, "select_layer": -2}
+    alone = collate([samples], budget=visual_token_budget("mlp", {}), sub_images="global", **options)
+    zeros = collate([samples], budget=visual_token_budget("global_view", {}), **options)
+    for name, tensor in alone.as_inputs().items():
+        assert torch.equal(getattr(zeros, name), tensor), name
+    assert zeros.grids.tolist() == [[2, 3]]
 
 
 def test_an_unsliced_picture_has_no_separator():
@@ -180,4 +201,4 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_the_count(make_features):
     batch = collated([(make_sample(1, V, 9, answer=1), [make_features("a")])] * 2)
     moved = batch.to("meta")
     assert {tensor.device.type for tensor in moved.as_inputs().values()} == {"meta"}
-    assert (moved.num_samples, len(moved.as_inputs())) == (2, 7)
+    assert (moved.num_samples, len(moved.as_inputs())) == (2, 9)

@@ -87,7 +87,8 @@ def test_visual_tokens_land_in_their_slots_in_order(make_model, make_batch, make
     model, samples = make_model(projector).eval(), make_samples()
     batch = make_batch(samples, projector, padding_side=side)
     inputs = batch.as_inputs()
-    del inputs["labels"]
+    for name in ("labels", "turns", "pictures"):
+        del inputs[name]
     with torch.no_grad():
         embeddings, mask, _ = model.embed(**inputs)
         logits = model(**inputs).logits
@@ -102,7 +103,8 @@ def test_the_native_weight_reaches_the_selection(make_model, make_batch, make_sa
     model, samples = make_model({"name": "meteor", "k": 2}).eval(), make_samples()
     batch = make_batch(samples[:1], {"name": "meteor", "k": 2})
     inputs = batch.as_inputs()
-    del inputs["labels"]
+    for name in ("labels", "turns", "pictures"):
+        del inputs[name]
     with torch.no_grad():
         for weight in (torch.tensor(0.0), torch.tensor(50.0)):
             embeddings, _, _ = model.embed(**inputs, native_weight=weight)
@@ -205,7 +207,8 @@ def test_unused_slots_are_neither_attended_nor_counted_as_positions(make_model, 
     model.projector = FakeProjector([1, 2, 0])
     batch = make_batch(samples, {"name": "meteor", "k": 3}, padding_side=side)
     inputs = batch.as_inputs()
-    del inputs["labels"]
+    for name in ("labels", "turns", "pictures"):
+        del inputs[name]
     embedding = model.get_input_embeddings().weight
     tokens = model.projector.tokens
     text = embedding[torch.tensor([10, 11, 12, 2])]

@@ -231,3 +231,35 @@ def test_text_before_a_picture_is_a_chunk_of_its_own(vicuna):
     for chunk in chunks:
         expected += [*vicuna(chunk, add_special_tokens=False).input_ids, IMAGE_TOKEN_ID]
     assert ids == [*expected[:-1], vicuna.eos_token_id]
+
+
+@pytest.mark.parametrize("tokenizer_name", ["vicuna", "byte_level"])
+def test_words_after_a_picture_belong_to_its_turn_and_nothing_else_does(tokenizer_name, request):
+    tokenizer = request.getfixturevalue(tokenizer_name)
+    turns = (
+        Turn("human", "what is it?", 2),
+        Turn("gpt", "a cat"),
+        Turn("human", "and without a picture?"),
+        Turn("gpt", "yes"),
+        Turn("human", "", 1),
+        Turn("gpt", "a dog"),
+        Turn("human", "and here?", 1),
+        Turn("gpt", "no"),
+    )
+    for number, last in ((8, False), (7, True)):
+        sample = tokenise(Conversation(turns[:number], None), tokenizer, "vicuna_v1", for_generation=last)
+        assert len(sample.turns) == len(sample.input_ids)
+        pictures = [turn for token, turn in zip(sample.input_ids, sample.turns, strict=True) if token == IMAGE_TOKEN_ID]
+        assert pictures == [1, 1, 2, 3]
+        for turn, words in ((1, "what is it?"), (2, ""), (3, "and here?")):
+            ids = [
+                token
+                for token, of_turn in zip(sample.input_ids, sample.turns, strict=True)
+                if of_turn == turn and token != IMAGE_TOKEN_ID
+            ]
+            assert tokenizer.decode(ids).strip() == words
+
+
+def test_captions_have_no_words_to_choose_by(vicuna):
+    sample = tokenise(make_conversation("look", "a red table", num_images=1), vicuna, "plain")
+    assert not any(turn for token, turn in zip(sample.input_ids, sample.turns, strict=True) if token != IMAGE_TOKEN_ID)

@@ -40,6 +40,7 @@ class Case:
     llm: str | None = None
     poisoned: bool = False  # after `SAVED_AT` every gradient is nan
     lora: Lora | None = None
+    text_sampler: dict[str, Any] | None = None
 
 
 def make_samples(make_features: Callable, num: int = 4) -> list:
@@ -48,7 +49,8 @@ def make_samples(make_features: Callable, num: int = 4) -> list:
     for i in range(num):
         images = [make_features(f"k{i}", sliced=i == 1, seed=i)] if i != 2 else []
         ids = [1, *[IMAGE_TOKEN_ID] * len(images), 10 + i, 20 + i, 2]
-        rows.append((TokenisedSample(ids, [IGNORE_INDEX] * (len(ids) - 2) + ids[-2:]), images))
+        turns = [0, *[1] * 2 * len(images), *[0] * (len(ids) - 1 - 2 * len(images))]
+        rows.append((TokenisedSample(ids, [IGNORE_INDEX] * (len(ids) - 2) + ids[-2:], turns), images))
     return rows
 
 
@@ -57,7 +59,7 @@ def run(case: Case, folder: str, fixtures: tuple) -> None:
     make_model, make_features, make_batch = fixtures
     samples = make_samples(make_features)
     batches = [make_batch([samples[i] for i in share]) for share in SHARES[dist.get_world_size()][dist.get_rank()]]
-    model = make_model()
+    model = make_model(text_sampler=case.text_sampler)
     if case.llm is not None:
         with loading_for(zero_stage=case.zero_stage, dtype=case.dtype, options=case.options):
             llm = AutoModelForCausalLM.from_pretrained(case.llm, dtype=case.dtype)
@@ -178,6 +180,19 @@ def test_adapters_train_alike_on_two_workers_and_resume_bit_for_bit(zero_stage, 
     start(2, case)
     start(2, replace(case, name="resumed", source="straight"))
     assert_same(state_of(tmp_path, "resumed", -1), state_of(tmp_path, "straight", -1))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_text_guided_sampler_trains_alike_on_two_workers_of_which_one_has_no_question(zero_stage, tmp_path, start):
+    sampler = {"layer": 0, "keep": 0.5}
+    start(1, Case("one", text_sampler=sampler))
+    start(2, Case("two", zero_stage=zero_stage, text_sampler=sampler))
+    assert_close(state_of(tmp_path, "two", -1), state_of(tmp_path, "one", -1), rtol=1e-3, atol=2e-5)
+    start(2, Case("resumed", zero_stage=zero_stage, text_sampler=sampler, source="two"))
+    assert_same(state_of(tmp_path, "resumed", -1), state_of(tmp_path, "two", -1))
+    start(1, Case("without"))
+    without, one = state_of(tmp_path, "without", -1), state_of(tmp_path, "one", -1)
+    assert not all(torch.equal(without[name], one[name]) for name in one)
 
 
 def test_a_model_loaded_in_parts_trains_like_one_loaded_whole(tmp_path, start, llm_folder):

@@ -1,0 +1,288 @@
+"""FocusLLaVA-style text-guided sampler: at a middle layer, visual tokens that the question does not look at are dropped.
+
+It works on any decoder of transformers with Llama's parts, by hooks on its layers: what makes masks, keeps caches and
+generates stays transformers' own.
+
+Letters: B rows, L sequence, K tokens left, M all tokens of a batch, T tokens of questions, H heads, d head width, D LLM width.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from meteor.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the sampler needs to know of a pass's tokens, each (B, L) long; numbers differ between all samples of the batch.
+
+    Attributes:
+        sample: of each token; 0 at padding and at unused visual slots.
+        turn: at pictures and at the words of their turn after them; else 0.
+        picture: at visual tokens; else 0.
+    """
+
+    sample: torch.Tensor
+    turn: torch.Tensor
+    picture: torch.Tensor
+
+    @classmethod
+    def of(cls, sample_BL: torch.Tensor, turns_BL: torch.Tensor, pictures_BL: torch.Tensor) -> "Marks":
+        """From numbers that count anew in each row (samples) and in each sample (turns, pictures)."""
+        row_B1 = torch.arange(len(sample_BL), device=sample_BL.device).unsqueeze(1)
+        sample = torch.where(sample_BL > 0, row_B1 * (sample_BL.max() + 1) + sample_BL, 0)
+        turn, picture = (
+            torch.where((sample > 0) & (one > 0), sample * (one.max() + 1) + one, 0) for one in (turns_BL, pictures_BL)
+        )
+        return cls(sample, turn, picture)
+
+    def map(self, change: Any) -> "Marks":
+        return Marks(change(self.sample), change(self.turn), change(self.picture))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which tokens later layers see.
+
+    Attributes:
+        index_BK: (B, K) long, in order; any token where not kept.
+        kept_BK: (B, K) bool.
+        length: L.
+        sample_BK: (B, K) long, the samples of the kept tokens.
+    """
+
+    index_BK: torch.Tensor
+    kept_BK: torch.Tensor
+    length: int
+    sample_BK: torch.Tensor
+
+
+class TextSampler:
+    """Hooks on a language model (arXiv 2411.14228, "text-guided sampler"; where its text is silent, ours: see `importance`).
+
+    At layer ``layer`` each picture keeps its ceil(keep x n) most important of n visual tokens; later layers see those and
+    all text, at their original positions. So later layers are shorter, in training, in a prompt's pass and in the cache. A
+    picture whose turn says nothing after it keeps everything.
+
+    Args:
+        language_model: causal LM of transformers; its layers get hooks.
+        layer: index from 0 of the layer whose attention decides, and the last to see all; not the model's last.
+        keep: share of a picture's tokens.
+
+    Raises:
+        SettingsError: the layer is not there, or the model is built of other parts.
+    """
+
+    def __init__(self, language_model: Any, *, layer: int, keep: float) -> None:
+        decoder = language_model.base_model
+        layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
+        if layers is None or norm is None or not hasattr(getattr(layers[0], "self_attn", None), "q_proj"):
+            raise SettingsError(
+                f"text_sampler needs a language model built like Llama (layers, self_attn.q_proj, norm), and "
+                f"{type(language_model).__name__} is not"
+            )
+        if not 0 <= layer < len(layers) - 1:
+            raise SettingsError(
+                f"text_sampler.layer={layer}: the language model has {len(layers)} layers, and one at least must come after it "
+                f"(0 to {len(layers) - 2})"
+            )
+        self.layer, self.keep = layer, keep
+        self._config = language_model.config
+        self._marks: Marks | None = None
+        self._plan: _Plan | None = None
+        layers[layer].register_forward_pre_hook(self._choose, with_kwargs=True)
+        for later in layers[layer + 1 :]:
+            later.register_forward_pre_hook(self._shorten, with_kwargs=True)
+        norm.register_forward_pre_hook(self._restore)
+
+    def begin(self, marks: Marks | None) -> None:
+        """Before each pass over whole sequences, and before generation from a prompt; None for text alone."""
+        self._marks, self._plan = marks, None
+
+    @property
+    def kept(self) -> torch.Tensor | None:
+        """(B, L) bool of the last pass, False at what later layers did not see; None before one."""
+        if self._plan is None:
+            return None
+        kept_BL = torch.zeros(len(self._plan.index_BK), self._plan.length, dtype=torch.bool)
+        rows, places = self._plan.kept_BK.nonzero(as_tuple=True)
+        kept_BL[rows.cpu(), self._plan.index_BK[rows, places].cpu()] = True
+        return kept_BL
+
+    def _choose(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the deciding layer; a second time, when activations are recomputed, the first choice stands."""
+        hidden = _hidden(args, kwargs)
+        if self._marks is None or self._plan is not None or hidden.shape[1] != self._marks.sample.shape[1]:
+            return
+        score_BL = importance(layer, hidden, kwargs["position_embeddings"], self._marks)
+        self._plan = _plan(choose_kept(score_BL, self._marks, self.keep), self._marks.sample)
+
+    def _shorten(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = self._plan
+        if plan is None:
+            return None
+        hidden, cache = _hidden(args, kwargs), kwargs.get("past_key_values")
+        kwargs = dict(kwargs)
+        is_answer = cache is not None and cache.get_seq_length(layer.self_attn.layer_idx) > 0
+        if is_answer:
+            kwargs["attention_mask"] = self._answer_mask(plan, layer, cache, hidden)
+            return (hidden, *args[1:]), _without_hidden(kwargs)
+        if hidden.shape[1] == plan.length:
+            hidden = _take(hidden, plan.index_BK)
+        kwargs["position_embeddings"] = tuple(
+            _take(one.expand(len(plan.index_BK), -1, -1), plan.index_BK) for one in kwargs["position_embeddings"]
+        )
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"].expand(len(plan.index_BK), -1).gather(1, plan.index_BK)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            kwargs.update(_lengths(plan))
+        else:
+            kwargs["attention_mask"] = self._mask(plan, hidden.dtype)
+        return (hidden, *args[1:]), _without_hidden(kwargs)
+
+    def _restore(self, norm: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
+        """After the last layer: tokens at their places again, zeros where they were dropped, where no label is."""
+        plan, [hidden] = self._plan, args
+        if plan is None or hidden.shape[1] != plan.index_BK.shape[1] or plan.length == hidden.shape[1]:
+            return None
+        full = hidden.new_zeros(len(hidden), plan.length, hidden.shape[-1])
+        rows, places = plan.kept_BK.nonzero(as_tuple=True)
+        return (full.index_put((rows, plan.index_BK[rows, places]), hidden[rows, places]),)
+
+    def _mask(self, plan: _Plan, dtype: torch.dtype) -> torch.Tensor:
+        """(B, 1, K, K), as `meteor.model.attention.Layout.mask` makes it: padding sees padding."""
+        sample_BK = torch.where(plan.kept_BK, plan.sample_BK, 0)
+        same = (sample_BK[:, :, None] == sample_BK[:, None, :]).tril().unsqueeze(1)
+        return self._as_wanted(same, dtype)
+
+    def _answer_mask(self, plan: _Plan, layer: Any, cache: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, 1, new, K + answered + new): the prompt's tokens that are left, and what has been answered so far."""
+        num_new = hidden.shape[1]
+        num_before = cache.get_seq_length(layer.self_attn.layer_idx) - plan.kept_BK.shape[1]
+        prompt = (plan.kept_BK & (plan.sample_BK > 0))[:, None, None, :].expand(-1, 1, num_new, -1)
+        answer = torch.ones(num_new, num_before + num_new, dtype=torch.bool, device=hidden.device).tril(num_before)
+        return self._as_wanted(torch.cat([prompt, answer.expand(len(hidden), 1, -1, -1)], dim=-1), hidden.dtype)
+
+    def _as_wanted(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self._config._attn_implementation != "eager":
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def importance(
+    layer: Any, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], marks: Marks
+) -> torch.Tensor:
+    """How much the words of its own turn after a picture look at each visual token in a layer.
+
+    The attention of that layer's heads (softmax over all that a word sees), averaged over heads and words. Words before a
+    picture cannot attend to it, and later turns do not count: what is dropped does not depend on them. Only the words' rows
+    of the attention are computed.
+
+    Args:
+        layer: decoder layer with Llama's parts.
+        hidden: (B, L, D), what goes into it.
+        position_embeddings: cosine and sine (B or 1, L, d).
+        marks: of the tokens.
+
+    Returns:
+        (B, L) float32; 0 but at visual tokens, NaN at those whose turn says nothing.
+    """
+    attention = layer.self_attn
+    num_rows, length = hidden.shape[:2]
+    sample_M, turn_M, picture_M = marks.sample.flatten(), marks.turn.flatten(), marks.picture.flatten()
+    word_T = ((turn_M > 0) & (picture_M == 0) & (sample_M > 0)).nonzero().squeeze(-1)
+    # Under ZeRO-3 every rank must use these weights, those without a question too.
+    normed_MD = layer.input_layernorm(hidden).flatten(0, 1)
+    cos_Md, sin_Md = (one.expand(num_rows, -1, -1).flatten(0, 1) for one in position_embeddings)
+    asked_T = word_T if len(word_T) else word_T.new_zeros(1)
+    query_THd = _rotated(attention, attention.q_proj, "q_norm", normed_MD[asked_T], cos_Md[asked_T], sin_Md[asked_T])
+    key_MHd = _rotated(attention, attention.k_proj, "k_norm", normed_MD, cos_Md, sin_Md)
+    score_M = torch.where(picture_M > 0, torch.nan, 0.0).to(hidden.device)
+    for turn in turn_M[word_T].unique().tolist():
+        words_t = turn_M[word_T] == turn
+        place_t = word_T[words_t]
+        context_c = (sample_M == sample_M[place_t[0]]).nonzero().squeeze(-1)
+        share_c = _attention(query_THd[words_t], key_MHd[context_c], place_t[:, None] >= context_c).mean(dim=(0, 1))
+        of_turn_c = (turn_M[context_c] == turn) & (picture_M[context_c] > 0)
+        score_M[context_c[of_turn_c]] = share_c[of_turn_c]
+    return score_M.view(num_rows, length)
+
+
+def choose_kept(score_BL: torch.Tensor, marks: Marks, keep: float) -> torch.Tensor:
+    """The ceil(keep x n) of each picture's n tokens with the highest scores, ties to the earlier; and all other tokens.
+
+    Args:
+        score_BL: (B, L), NaN where there is nothing to choose by.
+        marks: of the tokens.
+        keep: share.
+
+    Returns:
+        (B, L) bool; False at padding and unused slots too.
+    """
+    score_M, picture_M = score_BL.flatten(), marks.picture.flatten()
+    kept_M = (marks.sample > 0).flatten()
+    token_N = ((picture_M > 0) & ~score_M.isnan() & kept_M).nonzero().squeeze(-1)
+    # By picture, and within it by score.
+    token_N = token_N[score_M[token_N].sort(descending=True, stable=True).indices]
+    token_N = token_N[picture_M[token_N].sort(stable=True).indices]
+    _, count_p = torch.unique_consecutive(picture_M[token_N], return_counts=True)
+    first_N = (count_p.cumsum(0) - count_p).repeat_interleave(count_p)
+    # One rounding only, so that 0.75 of 4 is 3 whatever the float says.
+    most_N = (count_p.double() * keep - 1e-9).ceil().long().repeat_interleave(count_p)
+    rank_N = torch.arange(len(token_N), device=token_N.device) - first_N
+    kept_M[token_N[rank_N >= most_N]] = False
+    return kept_M.view_as(score_BL)
+
+
+def _plan(kept_BL: torch.Tensor, sample_BL: torch.Tensor) -> _Plan:
+    num_kept = int(kept_BL.sum(dim=1).max())
+    if num_kept == kept_BL.shape[1]:  # a row keeps all: the others stay as they are, and are masked
+        places_BL = torch.arange(num_kept, device=kept_BL.device).expand_as(kept_BL)
+        return _Plan(places_BL, kept_BL, num_kept, sample_BL)
+    # Left padding stays on the left, where the cache of a prompt wants it: the kept tokens are the last ones.
+    index_BK = kept_BL.to(torch.uint8).sort(dim=1, stable=True).indices[:, kept_BL.shape[1] - num_kept :]
+    return _Plan(index_BK, kept_BL.gather(1, index_BK), kept_BL.shape[1], sample_BL.gather(1, index_BK))
+
+
+def _lengths(plan: _Plan) -> dict[str, Any]:
+    """Of the samples that are left, for attention over one long row without padding."""
+    _, counts = torch.unique_consecutive(plan.sample_BK[0], return_counts=True)
+    bounds = nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(counts.max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def _rotated(
+    attention: Any, project: Any, norm: str, row_TD: torch.Tensor, cos_Td: torch.Tensor, sin_Td: torch.Tensor
+) -> torch.Tensor:
+    """Queries or keys of rows as the layer makes them, (T, H, d)."""
+    head_THd = project(row_TD).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, norm):
+        head_THd = getattr(attention, norm)(head_THd)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    head_1HTd = head_THd.transpose(0, 1).unsqueeze(0)
+    return rotate(head_1HTd, head_1HTd, cos_Td.unsqueeze(0), sin_Td.unsqueeze(0))[0][0].transpose(0, 1)
+
+
+def _attention(query_tHd: torch.Tensor, key_cHd: torch.Tensor, seen_tc: torch.Tensor) -> torch.Tensor:
+    """Softmax of words over what they see, (H, t, c) float32; heads of queries may share keys."""
+    key_cHd = key_cHd.repeat_interleave(query_tHd.shape[1] // key_cHd.shape[1], dim=1)
+    logit_Htc = torch.einsum("thd,chd->htc", query_tHd.float(), key_cHd.float()) / query_tHd.shape[-1] ** 0.5
+    return logit_Htc.masked_fill(~seen_tc, -torch.inf).softmax(dim=-1)
+
+
+def _take(value_BLX: torch.Tensor, index_BK: torch.Tensor) -> torch.Tensor:
+    return value_BLX.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, value_BLX.shape[-1]))
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _without_hidden(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "hidden_states"}
