@@ -16,7 +16,7 @@ from meteor.errors import TrackingError, TrainingError
 from meteor.report.study import numbers
 from pipelines import cache_features, report
 from pipelines.efficiency import measure_variants
-from pipelines.results import RunRecord, find_folders, read_record, write_records
+from pipelines.results import RunRecord, choose_variants, find_folders, read_record, write_records
 from pipelines.runtime import ray_session
 from pipelines.schedule import Outcome, run_tasks
 from pipelines.stage import Summary, canonical, git_commit, guarded, stage_parser, timed
@@ -83,9 +83,8 @@ def fill_caches(variants: Sequence[Variant]) -> None:
     """Encode what no cache holds yet; features that another codec holds are converted."""
     for settings, users in distinct_caches(variants).values():
         source = other_codec(settings)
-        if source is not None and settings.cache.codec != source.rpartition("/")[2]:
-            _LOG.info("cache of %s: made from %s, without the encoder", settings.cache.codec, source)
-            transcode(source, settings.cache.codec)
+        if source is not None:
+            _convert(source, settings.cache.codec)
         shared = settings.tracking.model_copy(update={"used_by": users if len(users) > 1 else ()})
         summary = cache_features.run(settings.model_copy(update={"tracking": shared}))
         _LOG.info(
@@ -95,6 +94,19 @@ def fill_caches(variants: Sequence[Variant]) -> None:
             summary.counts["distinct_pictures"],
             summary.results["cache"],
         )
+
+
+def _convert(source: str, codec: str) -> None:
+    """Make what a cache in one codec holds in another."""
+    told = False
+
+    def tell(num_done: int, num_pictures: int) -> None:
+        nonlocal told
+        if not told:
+            _LOG.info("cache in %s: made from %s, without the encoder", codec, source)
+            told = True
+
+    transcode(source, codec, on_progress=tell)
 
 
 def room(variants: Sequence[Variant]) -> int:
@@ -204,11 +216,24 @@ def _failures(failed: Mapping[str, Outcome]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    arguments = stage_parser("ablate", _DESCRIPTION).parse_args(argv)
+    parser = stage_parser("ablate", _DESCRIPTION)
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a variant (`*` stands for any letters) or the title of a table, whose variants alone are run; may be repeated",
+    )
+    arguments = parser.parse_args(argv)
 
     def act() -> int:
         settings = resolve_paths(load_run(arguments.run, arguments.overrides))
-        variants = [dataclasses.replace(one, settings=resolve_paths(one.settings)) for one in expand_study(settings)]
+        names = choose_variants(settings, arguments.only)
+        variants = [
+            dataclasses.replace(one, settings=resolve_paths(one.settings))
+            for one in expand_study(settings)
+            if one.name in names
+        ]
         if arguments.dry_run:
             print(plan_study(settings, variants, plan_tasks(variants)))
             return 0

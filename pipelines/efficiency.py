@@ -1,7 +1,7 @@
 """How fast each variant of a study answers, one after the other: same hardware, same questions, nothing beside it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +32,7 @@ def measure_variants(settings: RunSettings, variants: Sequence[Variant]) -> dict
     if study is None or not study.measure_questions or not settings.data.evaluate:
         return {}
     first = {variant.name: variant for variant in reversed(variants)}
+    hardware = _describe_hardware(variants[0].settings)
     measured = {}
     for name in dict.fromkeys(variant.name for variant in variants):
         run = first[name].settings
@@ -39,18 +40,19 @@ def measure_variants(settings: RunSettings, variants: Sequence[Variant]) -> dict
             model_uri, digest = evaluate.find_model(run)
         except SettingsError:
             continue
-        uri = study_uri(settings, "efficiency", f"{name}.json")
-        content = _measure(run, model_uri, study.measure_questions, settings_digest([_METHOD, digest]), _read(uri))
-        storage.write_json(uri, content)
+        uri, questions = study_uri(settings, "efficiency", f"{name}.json"), _spread(run, study.measure_questions)
+        wanted = {
+            "model": settings_digest([_METHOD, digest]),
+            "questions": settings_digest([question.id for question in questions]),
+            "hardware": hardware,
+        }
+        content = _read(uri)
+        if content is None or {key: content.get(key) for key in wanted} != wanted:
+            content = {**wanted, "measured": _measure(run, model_uri, questions)}
+            storage.write_json(uri, content)
+            _LOG.info("[%s] answers: %s", name, _line(content["measured"]))
         measured[name] = content["measured"]
-        _LOG.info("[%s] answers: %s", name, _line(content["measured"]))
     return measured
-
-
-def read_measured(settings: RunSettings, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What `measure_variants` left, of these variants."""
-    found = {name: _read(study_uri(settings, "efficiency", f"{name}.json")) for name in names}
-    return {name: content["measured"] for name, content in found.items() if content}
 
 
 def _line(measured: dict[str, Any]) -> str:
@@ -67,19 +69,22 @@ def _read(uri: str) -> dict[str, Any] | None:
         return None
 
 
-def _measure(
-    run: RunSettings, model_uri: str, num_questions: int, model_digest: str, before: dict[str, Any] | None
-) -> dict[str, Any]:
+def _describe_hardware(run: RunSettings) -> str:
+    return ray.get(_task(run, _hardware_of_worker).remote(run))
+
+
+def _measure(run: RunSettings, model_uri: str, questions: list[Question]) -> dict[str, Any]:
+    return ray.get(_task(run, _measure_in_worker).remote(run, model_uri, questions))
+
+
+def _task(run: RunSettings, function: Callable[..., Any]) -> Any:
+    """In a process of its own: its peak of memory counts from its start."""
     runtime = run.runtime
-    # A process of its own each time: its peak of memory counts from its start.
-    task = ray.remote(max_calls=1)(_measure_in_worker).options(
+    return ray.remote(max_calls=1)(function).options(
         num_cpus=runtime.cpus_per_worker,
         num_gpus=runtime.gpus_per_worker or None,
         runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
     )
-    questions = _spread(run, num_questions)
-    wanted = {"model": model_digest, "questions": settings_digest([question.id for question in questions])}
-    return ray.get(task.remote(run, model_uri, questions, wanted, before))
 
 
 def _spread(run: RunSettings, num_questions: int) -> list[Question]:
@@ -91,18 +96,17 @@ def _spread(run: RunSettings, num_questions: int) -> list[Question]:
     return [asked[i * len(asked) // count] for i in range(count)]
 
 
-def _measure_in_worker(
-    run: RunSettings,
-    model_uri: str,
-    questions: list[Question],
-    wanted: dict[str, str],
-    before: dict[str, Any] | None,
-) -> dict[str, Any]:
-    device = "cuda" if run.runtime.gpus_per_worker else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(max(int(run.runtime.cpus_per_worker), 1))
-    wanted = {**wanted, "hardware": describe_hardware(device)}
-    if before is not None and {key: before.get(key) for key in wanted} == wanted:
-        return before
-    answerer = Answerer(model_uri, device=device, dtype=DTYPES[run.llm.dtype])
-    return {**wanted, "measured": asdict(measure_answers(answerer, questions, evaluate.open_cache(run)))}
+def _device(run: RunSettings) -> str:
+    if run.runtime.gpus_per_worker:
+        return "cuda"
+    torch.set_num_threads(max(int(run.runtime.cpus_per_worker), 1))
+    return "cpu"
+
+
+def _hardware_of_worker(run: RunSettings) -> str:
+    return describe_hardware(_device(run))
+
+
+def _measure_in_worker(run: RunSettings, model_uri: str, questions: list[Question]) -> dict[str, Any]:
+    answerer = Answerer(model_uri, device=_device(run), dtype=DTYPES[run.llm.dtype])
+    return asdict(measure_answers(answerer, questions, evaluate.open_cache(run)))

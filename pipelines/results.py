@@ -15,6 +15,7 @@ from meteor import storage
 from meteor.config import RunSettings, expand_study
 from meteor.errors import MeteorError, NotFoundError, SettingsError, TrackingError
 from meteor.report import StageRun, StudyTable, VariantResult, read_stage_run
+from meteor.tracking import ChildRun
 from pipelines import evaluate
 from pipelines.preparation import prepare
 from pipelines.stage_log import make_tracker, study_run
@@ -55,20 +56,20 @@ def write_records(settings: RunSettings, records: Sequence[RunRecord]) -> None:
 
 
 def find_records(settings: RunSettings) -> list[RunRecord]:
-    """The runs of a study that its file names, in the file's order: from MLflow, or without it from the study's folder.
+    """A study's runs in the order of its file: from MLflow, or where that knows none from the study's folder.
 
     Raises:
         SettingsError: the study has not run.
     """
+    children: list[ChildRun] = []
     try:
         tracker = make_tracker(settings)
         children = tracker.children(study_run(tracker, settings))
     except TrackingError as error:
         _LOG.warning("%s. The study's own folder tells which runs it has", error)
-        found = _read_records(settings)
-    else:
-        variants = [child for child in children if child.tags.get("meteor.kind") == "variant"]
-        found = {child.name: _record(child.name, child.tags, child.metrics) for child in variants}
+    variants = [child for child in children if child.tags.get("meteor.kind") == "variant"]
+    found = {child.name: _record(child.name, child.tags, child.metrics) for child in variants}
+    found = found or _read_records(settings)
     records = [found[one.settings.name] for one in expand_study(settings) if one.settings.name in found]
     if not records:
         raise SettingsError(f"no variant of study {settings.name!r} has run: python -m pipelines.ablate --run ...")
@@ -182,6 +183,24 @@ def _tokens_per_image(stages: Mapping[str, StageRun]) -> float | None:
     return totals["visual_tokens"] / totals["images"] if totals and totals["images"] else None
 
 
+def unequal_samples(variants: Sequence[VariantResult]) -> list[str]:
+    """A sentence for each stage whose runs did not train on as many samples: their scores do not compare."""
+    sentences = []
+    for stage in ("pretrain", "finetune"):
+        counts = {
+            run.name: run.stages[stage].summary["counts"]["samples"]  # type: ignore[index]
+            for run in variants
+            if stage in run.stages and run.stages[stage].finished
+        }
+        if len(set(counts.values())) > 1:
+            least, most = (pick(counts, key=lambda name: counts[name]) for pick in (min, max))
+            sentences.append(
+                f"Not all variants were trained on the same samples in {stage}: {least} on {counts[least]:,}, {most} on "
+                f"{counts[most]:,}. Samples whose pictures take more tokens than {stage}.max_length has are left out."
+            )
+    return sentences
+
+
 def study_tables(settings: RunSettings) -> list[StudyTable]:
     """The tables that a study asks for; one of all variants where it names none.
 
@@ -202,8 +221,22 @@ def study_tables(settings: RunSettings) -> list[StudyTable]:
     return tables
 
 
+def choose_variants(settings: RunSettings, wanted: Sequence[str]) -> list[str]:
+    """Names of the variants that patterns or titles of tables name; all where nothing is wanted.
+
+    Raises:
+        SettingsError: there is no such variant and no such table.
+    """
+    names = list(dict.fromkeys(variant.name for variant in expand_study(settings)))
+    tables = {table.title: table.variants for table in study_tables(settings)}
+    chosen = {
+        name for one in wanted or ["*"] for name in (tables[one] if one in tables else _matching(one, names, "--only"))
+    }
+    return [name for name in names if name in chosen]
+
+
 def _matching(pattern: str, names: Sequence[str], title: str) -> list[str]:
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        raise SettingsError(f"study.tables: {title!r} names {pattern!r}, and the variants are {', '.join(names)}")
+        raise SettingsError(f"{title} names {pattern!r}, and the variants are {', '.join(names)}")
     return found

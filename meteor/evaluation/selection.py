@@ -9,7 +9,7 @@ import torch
 
 from meteor.cache import ImageFeatures
 from meteor.data.collate import pad_sub_images
-from meteor.model import MeteorForConditionalGeneration
+from meteor.projector import Projector
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,28 +23,33 @@ class SelectedPatches:
 
 
 @torch.inference_mode()
-def select_patches(model: MeteorForConditionalGeneration, image: ImageFeatures) -> list[SelectedPatches]:
+def select_patches(projector: Projector, image: ImageFeatures, *, select_layer: int) -> list[SelectedPatches]:
     """Run the projector over a picture's sub-images.
+
+    Args:
+        projector: in evaluation mode.
+        image: its features.
+        select_layer: hidden state whose class-token attention the projector reads.
 
     Returns:
         One for each sub-image, the global view first; a projector that does not select keeps every patch.
     """
-    row = image.attention_layers.index(model.config.select_layer)
+    row = image.attention_layers.index(select_layer)
     parts = [
         (features_PC, attention_AP[row], grid)
         for features_PC, attention_AP, grid in zip(image.features, image.cls_attention, image.patch_grids, strict=True)
     ]
     features_SPC, attention_SP = pad_sub_images(parts)
     grids_S2 = torch.tensor(image.patch_grids)
-    device = model.device
-    output = model.projector(features_SPC.to(device), attention_SP.to(device), grids_S2.to(device), None)
+    device = next(projector.parameters()).device
+    output = projector(features_SPC.to(device), attention_SP.to(device), grids_S2.to(device), None)
     result = []
     for i, (rows, columns) in enumerate(image.patch_grids):
         visual, native = (
             None if scores is None else scores[i, : rows * columns].float().cpu().numpy()
             for scores in (output.visual_scores, output.native_scores)
         )
-        combined = _combined(model.projector.settings, visual, native)
+        combined = _combined(projector.settings, visual, native)
         kept = np.arange(rows * columns) if output.indices is None else output.indices[i][output.mask[i]].cpu().numpy()
         result.append(SelectedPatches(visual, native, combined, kept))
     return result

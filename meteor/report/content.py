@@ -10,14 +10,14 @@ from PIL import Image
 from meteor.report import paper
 from meteor.report.canvas import Look, Picture, variant_looks
 from meteor.report.csv_files import csv_files
-from meteor.report.data import TRAINING_STAGES, SelectionPanel, StudyTable, VariantResult
+from meteor.report.data import TRAINING_STAGES, ImportancePanel, SelectionPanel, StudyTable, VariantResult
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
 from meteor.report.pictures import heat_figure, kept_figure
 from meteor.report.predictions import PredictionRow, choose_predictions
 from meteor.report.provenance import Provenance, SettingsBlock, missing_pieces, provenance, settings_blocks
 from meteor.report.seeds import merge_seeds
 from meteor.report.study import cost_table, results_table
-from meteor.report.study_figures import kept_by_variants_figure, pareto_figure
+from meteor.report.study_figures import importance_figure, kept_by_variants_figure, pareto_figure
 from meteor.report.tables import (
     Table,
     cache_table,
@@ -103,12 +103,14 @@ class ReportContent:
     provenance: Provenance
     settings: tuple[SettingsBlock, ...]
     study: StudySection | None
+    importance: tuple[Picture, ...]
 
     def pictures(self) -> Iterator[Picture]:
         """Every figure once."""
         found = [section.loss for section in self.stages] + [self.throughput]
         found += [section.figure for section in self.scores]
         found += [picture for section in self.selections for picture in (section.kept, section.heat)]
+        found += self.importance
         if self.study is not None:
             found += [self.study.pareto, *self.study.kept]
         found += list({answer.row.image: answer.thumbnail for answer in self.answers}.values())
@@ -123,6 +125,7 @@ def build_content(
     notes: Sequence[str],
     thumbnails: Mapping[str, Image.Image],
     tables: Sequence[StudyTable] = (),
+    importance: Sequence[ImportancePanel] = (),
 ) -> ReportContent:
     """Compute every table and draw every figure; arguments as in `meteor.report.page.write_report`."""
     runs, variants = variants, merge_seeds(variants)
@@ -154,6 +157,7 @@ def build_content(
         provenance=provenance(runs),
         settings=tuple(settings_blocks(runs)),
         study=_study_section(runs, panels, tables, looks) if tables else None,
+        importance=tuple(importance_figure(one, f"importance_{i:02d}") for i, one in enumerate(importance, start=1)),
     )
 
 

@@ -138,6 +138,29 @@ class SelectionPanel:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class ImportancePanel:
+    """How much a question's words look at each patch of a picture's global view, layer by layer.
+
+    Attributes:
+        title: the picture's name.
+        image: RGB.
+        grid: (Hu, Wu) of the global view.
+        patches: (K,) those with a token.
+        scores: (layers, K).
+        layer: the one that decides what is dropped, from 0.
+    """
+
+    variant: str
+    title: str
+    question: str
+    image: Image.Image
+    grid: tuple[int, int]
+    patches: np.ndarray
+    scores: np.ndarray
+    layer: int
+
+
 def read_stage_run(uri: str) -> StageRun:
     """Read ``run.json``, ``summary.json`` if there, and ``metrics/*.jsonl`` of a run's folder (local or S3).
 

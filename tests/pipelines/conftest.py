@@ -69,7 +69,7 @@ def make_settings(small: Path, tmp_path: Path, tracking_database: str) -> Callab
             "tracking": {"uri": tracking_database, "experiment": tmp_path.name},
         }
         for name, value in changes.items():
-            settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+            settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
         return resolve_paths(RunSettings.model_validate(settings))
 
     return make

@@ -1,7 +1,9 @@
 """Projectors by name: settings, sizes, saving and rebuilding."""
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +104,15 @@ def test_settings_hold_the_defaults_that_were_not_given() -> None:
     assert settings["visual_weight"] == 0.8
     assert settings["experts"] == "visual_native"
     assert settings["scan"] == "local_to_single"
+
+
+def test_the_projector_that_contributing_shows_works(
+    make_sub_images: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    module, _, test = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"build_projector": build_projector}
+    exec(module, names)
+    monkeypatch.setitem(PROJECTORS, "every_few", names["EveryFew"])
+    exec(test, names)
+    names["test_every_few_patches_go_through_the_mlp"](make_sub_images)

@@ -1,0 +1,78 @@
+"""Six variants over one cache against each encoding for itself: `python benchmarks/ablation.py`.
+
+The demo's study with one seed and one epoch a stage, one variant at a time on both sides, whole commands timed: `pipelines.ablate`
+for all of them, and then for each by itself with an output folder, and so a cache, of its own. Needs the demo's data and models
+(`make demo`).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from side_by_side import print_table
+
+from meteor.config import load_run
+
+RUN = "jobs/runs/demo_ablations.yaml"
+SETTINGS = [
+    *("study.seeds=[]", "study.parallel=1", "study.measure_questions=0", "report.num_figures=0"),
+    *("pretrain.epochs=1", "finetune.epochs=1"),
+]
+
+
+def main() -> None:
+    options = read_options()
+    study = load_run(RUN).study
+    assert study is not None, f"{RUN} holds a study"
+    names = list(study.variants)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        together = ablate(f"{folder}/together", [])
+        alone = {name: ablate(f"{folder}/{name}", ["--only", name]) for name in names}
+    whole = sum(seconds for seconds, _ in alone.values())
+    print_table(
+        ["", "wall time", "ratio", "pictures encoded"],
+        [
+            ["six variants over one cache", f"{together[0]:.0f} s", "1", f"{together[1]:,}"],
+            [
+                "each encoding for itself",
+                f"{whole:.0f} s",
+                f"{whole / together[0]:.2f}",
+                f"{sum(pictures for _, pictures in alone.values()):,}",
+            ],
+        ],
+    )
+
+
+def ablate(output: str, options: list[str]) -> tuple[float, int]:
+    """Seconds of the command, and pictures that it encoded."""
+    # A table that names a variant which is left out would be refused.
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.ablate",
+        "--run",
+        RUN,
+        *options,
+        f"output={output}",
+        "study.tables={}",
+        *SETTINGS,
+    ]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    summaries = Path(output, "runs").glob("cache_features-*/summary.json")
+    return seconds, sum(json.loads(file.read_text())["counts"]["pictures_encoded"] for file in summaries)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="for the runs, which are deleted afterwards; the system's temporary one")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
