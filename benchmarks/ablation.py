@@ -1,8 +1,8 @@
 """Six variants over one cache against each encoding for itself: `python benchmarks/ablation.py`.
 
-The demo's study with one seed and one epoch a stage, one variant at a time on both sides, whole commands timed: `pipelines.ablate`
-for all of them, and then for each by itself with an output folder, and so a cache, of its own. Needs the demo's data and models
-(`make demo`).
+The demo's study with one seed and one epoch a stage, one variant at a time on both sides, whole commands timed:
+`pipelines.ablate` for all of them, and then for each by itself with an output folder, and so a cache, of its own. Needs the
+demo's data and models (`make demo`).
 """
 
 import argparse
