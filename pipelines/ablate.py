@@ -153,6 +153,7 @@ def announce(settings: RunSettings, variants: Sequence[Variant]) -> None:
     def tell(tracker: Any, variant: Variant, run_id: str) -> None:
         tracker.log_params(run_id, canonical(mathematical_settings(variant.settings)))
         tags = {"meteor.variant": variant.name, "meteor.study": settings.name}
+        tags |= {"mlflow.source.git.commit": git_commit() or "unknown"}
         tags |= {"meteor.seed": str(variant.seed)} if variant.seed is not None else {}
         tracker.set_tags(run_id, {**tags, "mlflow.note.content": describe(dict(variant.changes))})
 

@@ -62,7 +62,7 @@ def run(settings: RunSettings) -> Summary:
             importance=[panel for variant in shown for panel in draw_importance(settings, variant)],
         )
         try:
-            _log(settings, uri)
+            _log(settings, uri, failed=any(not one.finished for run in variants for one in run.stages.values()))
         except TrackingError as error:
             _LOG.warning("%s. The report is written; run this stage again to keep it in MLflow as well", error)
         counts = {"variants": len(shown), "runs": len(variants), "figures_of_pictures": len(panels)}
@@ -75,14 +75,14 @@ def _collect_all(settings: RunSettings) -> list[VariantResult]:
     return [collect(one) for one in [settings, *(resolve_paths(load_run(path)) for path in settings.report.compare)]]
 
 
-def _log(settings: RunSettings, uri: str) -> None:
+def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
     """Keep all files of the report with MLflow's run of the pipeline or study."""
     tracker = make_tracker(settings)
     find = parent_run if settings.study is None else study_run
     run_id = find(tracker, settings)
     for info in storage.list_objects(uri):
         tracker.log_file(run_id, f"report/{info.uri.removeprefix(uri).lstrip('/')}", storage.read_bytes(info.uri))
-    tracker.finish(run_id)
+    tracker.finish(run_id, failed=failed)
 
 
 def plan(settings: RunSettings) -> str:

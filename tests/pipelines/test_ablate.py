@@ -193,4 +193,5 @@ def test_a_variant_that_fails_stops_no_other_and_alone_is_tried_again(make_study
     page = Path(report.run(settings).results["html"]).read_text()
     assert "broken: stage pretrain has not finished" in page
     tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
-    assert tracker._client.get_run(study_run(tracker, settings)).info.status == "RUNNING"
+    [run] = tracker._client.search_runs([tracker.experiment_id], filter_string="tags.`meteor.kind` = 'study'")
+    assert run.info.status == "FAILED"
