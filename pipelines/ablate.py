@@ -29,6 +29,7 @@ from pipelines.study import (
     hold_pins,
     other_codec,
     plan_tasks,
+    read_pins,
     study_uri,
 )
 from pipelines.study_plan import plan_study
@@ -177,8 +178,7 @@ def record(settings: RunSettings, variants: Sequence[Variant], measured: Mapping
 def _record(variant: Variant, measured: Mapping[str, Any] | None) -> RunRecord:
     run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(variant.settings))
     result = dataclasses.replace(
-        read_record(run),
-        efficiency=measured,
+        read_record(run, measured),
         encoder_shares={stage.name: stage.encoder_share for stage in plan_cache(variant.settings).stages},
     )
     return dataclasses.replace(run, numbers=numbers(result), hardware=measured["hardware"] if measured else "")
@@ -236,6 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if one.name in names
         ]
         if arguments.dry_run:
+            pins = read_pins(settings)
+            if pins is not None:
+                variants = [dataclasses.replace(one, settings=pins.of(one.settings)) for one in variants]
             print(plan_study(settings, variants, plan_tasks(variants)))
             return 0
         with ray_session(settings.runtime):

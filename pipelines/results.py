@@ -123,8 +123,11 @@ def collect(settings: RunSettings) -> VariantResult:
     return read_record(RunRecord(settings.name, settings.name, None, find_folders(settings)))
 
 
-def read_record(record: RunRecord) -> VariantResult:
-    """Everything that a variant's stages left in their folders; a folder that is gone is left out."""
+def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) -> VariantResult:
+    """Everything that a variant's stages left in their folders; a folder that is gone is left out.
+
+    ``measured``: what answering costs, where the record does not have it yet.
+    """
     stages = {}
     for stage, uri in record.folders.items():
         try:
@@ -137,7 +140,7 @@ def read_record(record: RunRecord) -> VariantResult:
         stages,
         variant=record.variant,
         seed=record.seed,
-        efficiency={**efficiency, "hardware": record.hardware} if efficiency else None,
+        efficiency={**efficiency, "hardware": record.hardware} if efficiency else measured,
         encoder_shares=_below("encoder_share/", record.numbers),
     )
 
@@ -160,7 +163,7 @@ def read_result(name: str, stages: Mapping[str, StageRun], **more: Any) -> Varia
         scores=scores,
         predictions=predictions,
         num_projector_parameters=_num_projector_parameters(stages),
-        num_visual_tokens_per_image=_tokens_per_image(stages),
+        num_visual_tokens_per_image=_tokens_per_image(stages, more.get("efficiency")),
         **more,
     )
 
@@ -176,11 +179,13 @@ def _num_projector_parameters(stages: Mapping[str, StageRun]) -> int | None:
     return sum(torch.Size(one["shape"]).numel() for name, one in header.items() if name != "__metadata__")
 
 
-def _tokens_per_image(stages: Mapping[str, StageRun]) -> float | None:
-    """Mean visual tokens of a picture in stage 2, separators left out."""
+def _tokens_per_image(stages: Mapping[str, StageRun], efficiency: Mapping[str, Any] | None) -> float | None:
+    """Mean visual tokens of a picture in stage 2, separators left out; of adaptive projectors the share that was used."""
     summary = stages["finetune"].summary if "finetune" in stages else None
     totals = summary["extra"]["totals"] if summary else None
-    return totals["visual_tokens"] / totals["images"] if totals and totals["images"] else None
+    if not totals or not totals["images"]:
+        return None
+    return totals["visual_tokens"] / totals["images"] * (efficiency or {}).get("used_share", 1.0)
 
 
 def unequal_samples(variants: Sequence[VariantResult]) -> list[str]:

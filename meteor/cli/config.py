@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from meteor.cli.options import add_run, read_run
-from meteor.config import RunSettings, load_run
+from meteor.config import RunSettings, expand_study, load_run
 from meteor.image.budget import visual_token_budget
 from meteor.projector import build_projector
 
@@ -59,10 +59,13 @@ def explain(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _validate(arguments: argparse.Namespace) -> int:
     settings = read_run(arguments)
-    projector = settings.projector
-    build_projector(projector.name, vision_width=8, llm_width=8, **projector.settings)
-    visual_token_budget(projector.name, projector.settings)
-    print(f"{arguments.run}: valid, run {settings.name!r}, projector {projector.name!r}")
+    variants = expand_study(settings) if settings.study else []
+    for run in [settings, *(variant.settings for variant in variants)]:
+        projector = run.projector
+        build_projector(projector.name, vision_width=8, llm_width=8, **projector.settings)
+        visual_token_budget(projector.name, projector.settings)
+    study = f", {len(variants)} runs of its study" if variants else ""
+    print(f"{arguments.run}: valid, run {settings.name!r}, projector {settings.projector.name!r}{study}")
     return 0
 
 

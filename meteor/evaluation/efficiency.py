@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from meteor.constants import IMAGE_TOKEN_ID
 from meteor.data.collate import Batch
 from meteor.data.features import FeatureSource
 from meteor.evaluation.answer import Answerer, Question
@@ -25,7 +26,8 @@ class Efficiency:
         tokens_per_s: of the answers after their first token: median over rounds.
         memory_bytes: at the peak; allocated on the GPU, else of the process.
         num_prompt_tokens: mean of a question, visual ones included.
-        num_visual_tokens: mean of a question.
+        num_visual_tokens: mean of a question; those that are real, where a projector leaves slots unused.
+        used_share: of the visual slots, those with a real token: 1 but for adaptive projectors.
     """
 
     hardware: str
@@ -35,6 +37,7 @@ class Efficiency:
     memory_bytes: int
     num_prompt_tokens: float
     num_visual_tokens: float
+    used_share: float
 
 
 def measure_answers(
@@ -65,6 +68,8 @@ def measure_answers(
         if number:  # the first round loads kernels and caches
             prefills.append(prefill)
             wholes.append(whole)
+    num_slots = sum(batch.num_visual_tokens for batch in batches)
+    num_used = sum(_count_used(answerer, batch) for batch in batches)
     generated = len(batches) * (new_tokens - 1)
     return Efficiency(
         hardware=describe_hardware(answerer.device),
@@ -73,8 +78,16 @@ def measure_answers(
         tokens_per_s=median(generated / (whole - first) for whole, first in zip(wholes, prefills, strict=True)),
         memory_bytes=_peak_bytes(answerer.device),
         num_prompt_tokens=sum(batch.input_ids.numel() for batch in batches) / len(batches),
-        num_visual_tokens=sum(batch.num_visual_tokens for batch in batches) / len(batches),
+        num_visual_tokens=num_used / len(batches),
+        used_share=num_used / max(num_slots, 1),
     )
+
+
+@torch.inference_mode()
+def _count_used(answerer: Answerer, batch: Batch) -> int:
+    names = ("input_ids", "attention_mask", "num_slots", "features", "cls_attention", "grids")
+    _, attended_BL, _ = answerer.model.embed(**{name: getattr(batch, name) for name in names})
+    return int((attended_BL & (batch.input_ids == IMAGE_TOKEN_ID)).sum())
 
 
 def describe_hardware(device: str) -> str:

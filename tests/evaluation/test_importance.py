@@ -65,6 +65,16 @@ def test_there_are_no_maps_without_words_or_without_patches(make_answerer, make_
     assert importance_maps(pooled, make_question(cache.keys()[0]), cache) is None
 
 
+def test_slots_that_an_adaptive_projector_leaves_unused_are_not_counted(make_answerer, make_cache):
+    answerer, cache = make_answerer({"name": "prumerge_plus", "max_tokens": 8, "spaced": 2}), make_cache()
+    measured = measure_answers(
+        answerer, [make_question(key) for key in cache.keys()[:2]], cache, new_tokens=2, rounds=1
+    )
+    # 8 slots of an unsliced picture, 6 of each of the other's three sub-images; of each at least the two even ones.
+    assert 2 * 4 / 2 <= measured.num_visual_tokens < (8 + 18) / 2
+    assert measured.used_share == measured.num_visual_tokens * 2 / (8 + 18)
+
+
 def test_answers_are_measured_apart_from_the_prompt_and_counted(make_answerer, make_cache, monkeypatch):
     answerer, cache = make_answerer(), make_cache()
     asked = []
@@ -83,5 +93,6 @@ def test_answers_are_measured_apart_from_the_prompt_and_counted(make_answerer, m
     lengths = [answerer.batch([question], cache).input_ids.shape[1] for question in questions]
     assert measured.num_prompt_tokens == sum(lengths) / 2
     assert measured.prefill_s > 0
+    assert measured.used_share == 1
     assert measured.memory_bytes > 1e6
     assert measured.hardware.startswith("CPU, 1 thread, torch")

@@ -250,3 +250,35 @@ def test_a_real_server_that_dies_while_a_stage_logs_has_every_number_once_in_the
     assert stage.info.status == "FINISHED"
     assert points(server.uri, stage, "loss") == [(step, 1 / step) for step in range(1, last + 1)]
     assert points(server.uri, stage, "lr") == [(step, 0.1) for step in range(1, last + 1)]
+
+
+def test_a_variants_stage_is_below_the_variant_and_a_shared_one_below_the_study(database, tmp_path):
+    def track(name, stage, digest, used_by=()):
+        tracking = {"uri": f"sqlite:///{database}", "experiment": "e", "study": "s", "used_by": list(used_by)}
+        content = {"name": name, "output": str(tmp_path / "out"), "tracking": tracking}
+        run = StageRun(RunSettings.model_validate(content), stage, digest * 64)
+        run.start()
+        with run.tracked({"projector": {"k": 8}}):
+            pass
+
+    track("shared-1", "pretrain", "a", used_by=("one", "two"))
+    track("one", "finetune", "b")
+    track("two", "finetune", "c")
+    client = MlflowClient(f"sqlite:///{database}")
+    [experiment] = client.search_experiments(filter_string="name = 'e'")
+    runs = client.search_runs([experiment.experiment_id])
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    parents = {run.info.run_name: names.get(run.data.tags.get("mlflow.parentRunId")) for run in runs}
+    assert parents == {
+        "s": None,
+        "pretrain of one, two": "s",
+        "one": "s",
+        "two": "s",
+        "one finetune": "one",
+        "two finetune": "two",
+    }
+    by_name = {run.info.run_name: run for run in runs}
+    assert by_name["pretrain of one, two"].data.tags["used_by"] == "one, two"
+    # The variant has its stage's parameters beside it, the study none of a single stage.
+    assert (by_name["one"].data.params, by_name["s"].data.params) == ({"projector.k": "8"}, {})
+    assert {name: by_name[name].info.status for name in ("one", "s")} == {"one": "FINISHED", "s": "RUNNING"}
