@@ -20,7 +20,7 @@ DEPTH = 3
 
 
 class CAbstractor(Projector):
-    """Every sub-image becomes grid^2 tokens (Honeybee, arXiv 2312.06742, section 3.3).
+    """Every sub-image becomes grid^2 tokens (Honeybee, arXiv 2312.06742).
 
     A learned position table is added; three residual blocks, the map averaged to grid x grid, three more, then Linear, SiLU,
     Linear. Blocks are those of RegNet: 1 x 1, depth-wise 3 x 3 and 1 x 1 convolutions without bias, each with a LayerNorm
@@ -69,7 +69,7 @@ class CAbstractor(Projector):
 
 
 class RegBlock(nn.Module):
-    """RegNet's residual block (arXiv 2003.13678, section 4) on maps of different shapes, with LayerNorm for BatchNorm.
+    """RegNet's residual block (arXiv 2003.13678) on maps of different shapes, with LayerNorm for BatchNorm.
 
     Args:
         width: C.

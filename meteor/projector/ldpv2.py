@@ -14,7 +14,7 @@ from meteor.projector.pooling import pool_maps
 
 
 class LDPv2(Projector):
-    """Every sub-image becomes g^2 tokens (LDPv2, MobileVLM V2, arXiv 2402.03766, section 3.3).
+    """Every sub-image becomes g^2 tokens (LDPv2, MobileVLM V2, arXiv 2402.03766).
 
     The two-layer MLP runs on every patch; its map is averaged to g x g; a depth-wise 3 x 3 convolution with bias, zeros
     outside, is added to it: what the paper calls its positional encoding. 31,518,720 parameters at C = 1024, D = 5120.

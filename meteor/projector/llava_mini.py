@@ -17,7 +17,7 @@ MOST_HEADS = 8
 
 
 class LLaVAMini(Projector):
-    """Every sub-image becomes grid^2 tokens, one by default (LLaVA-Mini, arXiv 2501.03895, section 4.2): the compressor alone.
+    """Every sub-image becomes grid^2 tokens, one by default (LLaVA-Mini, arXiv 2501.03895): the compressor alone.
 
     Queries with sine-cosine positions attend (8 heads, or the largest number up to 8 that divides C) to all patches, whose
     keys have positions too and whose values have none; the two-layer MLP follows. 35,666,944 parameters at C = 1024,

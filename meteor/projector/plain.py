@@ -58,7 +58,7 @@ class AvgPool(Projector):
 
 
 class PixelShuffle(Projector):
-    """Blocks of s x s patches become one token of s^2 C channels (InternVL 1.5, arXiv 2404.16821, section 3.1).
+    """Blocks of s x s patches become one token of s^2 C channels (InternVL 1.5, arXiv 2404.16821).
 
     A block's channels are those of its patches one after the other, row by row. Then LayerNorm, Linear(s^2 C, D), GELU and
     Linear(D, D): 47,204,352 parameters at C = 1024, D = 5120, s = 2. Where s does not divide a side, zeros stand in for the

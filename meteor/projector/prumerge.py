@@ -16,7 +16,7 @@ from meteor.ssm.tensors import accumulation_dtype, gather_rows
 
 
 class PruMergePlus(Projector):
-    """As many tokens as a sub-image has outliers, and some evenly spaced ones (arXiv 2403.15388, sections 3.2 to 3.4).
+    """As many tokens as a sub-image has outliers, and some evenly spaced ones (arXiv 2403.15388).
 
     Outliers are patches whose class-token attention is above Q3 + 1.5 IQR of their sub-image. Each kept token is the mean of
     itself and of the ``neighbours`` dropped patches most similar to it (cosine), weighted by class-token attention. Then the

@@ -16,7 +16,7 @@ from meteor.ssm.tensors import accumulation_dtype, gather_rows
 
 
 class VisionZip(Projector):
-    """Dominant tokens by class-token attention, contextual tokens by merging the rest (arXiv 2412.04467, section 3).
+    """Dominant tokens by class-token attention, contextual tokens by merging the rest (arXiv 2412.04467).
 
     Of the patches that are not dominant, ``contextual`` targets are taken at even distances in map order; every other one joins
     the target it is most similar to (cosine), and a contextual token is the mean of its patches. Then the two-layer MLP:

@@ -15,7 +15,7 @@ from meteor.ssm.tensors import gather_rows
 
 
 class VisualTopK(Projector):
-    """The k patches of highest class-token attention, then the two-layer MLP (FasterVLM, arXiv 2412.01818, section 3).
+    """The k patches of highest class-token attention, then the two-layer MLP (FasterVLM, arXiv 2412.01818).
 
     Attention is the mean over heads; kept patches stay in map order, ties go to the lower index. It is Meteor with lambda = 1
     and without fusion: what Meteor is above it comes from fusion and the native expert. 31,467,520 parameters at C = 1024,
