@@ -58,7 +58,8 @@ class ModelFlops:
     - the projector counts 6 x its matrices for each visual token it gives; what it does to patches that it does not keep is
       left out.
 
-    Unused slots of projectors with a token budget count as tokens. A mixture of experts would count all its experts.
+    Unused slots of projectors with a token budget count as tokens, and so do tokens that a text-guided sampler drops, in all
+    layers. A mixture of experts would count all its experts.
 
     Attributes:
         per_token: in the language model's layers.
