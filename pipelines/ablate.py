@@ -4,27 +4,23 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import ray
 
 from meteor import storage
 from meteor.cache.transcode import transcode
-from meteor.cli.cache_plan import plan_cache
-from meteor.config import RunSettings, Variant, expand_study, load_run, mathematical_settings, resolve_paths
-from meteor.errors import TrackingError, TrainingError
-from meteor.report.study import numbers
+from meteor.config import RunSettings, Variant, expand_study, load_run, resolve_paths
+from meteor.errors import TrainingError
 from pipelines import cache_features, report
 from pipelines.efficiency import measure_variants
-from pipelines.results import RunRecord, choose_variants, find_folders, read_record, write_records
+from pipelines.results import choose_variants
 from pipelines.runtime import ray_session
 from pipelines.schedule import Outcome, run_tasks
-from pipelines.stage import Summary, canonical, git_commit, guarded, stage_parser, timed
-from pipelines.stage_log import make_tracker, parent_run, study_run, tracking_uri
+from pipelines.stage import Summary, git_commit, guarded, stage_parser, timed
+from pipelines.stage_log import tracking_uri
 from pipelines.study import (
     STAGES,
     Task,
-    describe,
     distinct_caches,
     hold_pins,
     other_codec,
@@ -32,6 +28,7 @@ from pipelines.study import (
     read_pins,
     study_uri,
 )
+from pipelines.study_log import announce, mark_failed, record
 from pipelines.study_plan import plan_study
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +58,8 @@ def run(settings: RunSettings, variants: Sequence[Variant]) -> Summary:
         )
         failed = {tasks[key].label: one for key, one in outcomes.items() if one.error}
         measured = measure_variants(settings, variants)
-        record(settings, variants, measured)
+        incomplete = {name for key, one in outcomes.items() if one.error for name in tasks[key].used_by}
+        record(settings, variants, measured, incomplete)
         written = report.run(settings)
         if failed:
             mark_failed(settings)
@@ -148,65 +146,9 @@ def write_study(settings: RunSettings, variants: Sequence[Variant]) -> None:
     storage.write_json(study_uri(settings, "study.json"), content)
 
 
-def announce(settings: RunSettings, variants: Sequence[Variant]) -> None:
-    """Make MLflow's runs of the study and its variants, with all their settings: comparing them shows what differs."""
-
-    def tell(tracker: Any, variant: Variant, run_id: str) -> None:
-        tracker.log_params(run_id, canonical(mathematical_settings(variant.settings)))
-        tags = {"meteor.variant": variant.name, "meteor.study": settings.name}
-        tags |= {"mlflow.source.git.commit": git_commit() or "unknown"}
-        tags |= {"meteor.seed": str(variant.seed)} if variant.seed is not None else {}
-        tracker.set_tags(run_id, {**tags, "mlflow.note.content": describe(dict(variant.changes))})
-
-    _tell_mlflow(variants, tell)
-
-
-def record(settings: RunSettings, variants: Sequence[Variant], measured: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put each variant's folders and numbers side by side: in the study's folder, and in MLflow."""
-    records = {variant.settings.name: _record(variant, measured.get(variant.name)) for variant in variants}
-    write_records(settings, list(records.values()))
-
-    def tell(tracker: Any, variant: Variant, run_id: str) -> None:
-        one = records[variant.settings.name]
-        tracker.set_tags(run_id, one.tags())
-        tracker.log_metrics(run_id, [{"step": 0, **one.numbers}])
-        tracker.finish(run_id)
-
-    _tell_mlflow(variants, tell)
-
-
-def _record(variant: Variant, measured: Mapping[str, Any] | None) -> RunRecord:
-    run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(variant.settings))
-    result = dataclasses.replace(
-        read_record(run, measured),
-        encoder_shares={stage.name: stage.encoder_share for stage in plan_cache(variant.settings).stages},
-    )
-    return dataclasses.replace(run, numbers=numbers(result), hardware=measured["hardware"] if measured else "")
-
-
-def mark_failed(settings: RunSettings) -> None:
-    try:
-        tracker = make_tracker(settings)
-        tracker.finish(study_run(tracker, settings), failed=True)
-    except TrackingError as error:
-        _LOG.warning("%s. There the study's run stays as it was", error)
-
-
-def _tell_mlflow(variants: Sequence[Variant], tell: Any) -> Any:
-    """Do something for each variant's run; None, and a warning, where the server is away."""
-    try:
-        tracker = make_tracker(variants[0].settings)
-        for variant in variants:
-            tell(tracker, variant, parent_run(tracker, variant.settings))
-    except TrackingError as error:
-        _LOG.warning("%s. The study goes on; run the same command again to complete what MLflow knows", error)
-        return None
-    return tracker
-
-
 def _failures(failed: Mapping[str, Outcome]) -> str:
     lines = [
-        f"  {label}: {type(one.error).__name__}: {str(one.error).splitlines()[0]}"
+        f"  {label}: {type(one.error).__name__}: {str(one.error).partition(chr(10))[0]}"
         for label, one in failed.items()
         if one.tried
     ]

@@ -51,8 +51,9 @@ class RunRecord:
 
 
 def write_records(settings: RunSettings, records: Sequence[RunRecord]) -> None:
-    """Keep them with the study; MLflow may be away."""
-    storage.write_json(study_uri(settings, "runs.json"), [asdict(record) for record in records])
+    """Keep them with the study, beside those of runs that were left out this time; MLflow may be away."""
+    kept = _read_records(settings) | {record.name: record for record in records}
+    storage.write_json(study_uri(settings, "runs.json"), [asdict(record) for record in kept.values()])
 
 
 def find_records(settings: RunSettings) -> list[RunRecord]:

@@ -98,6 +98,22 @@ def test_names_of_tables_and_variants_choose(make_study):
         study_tables(make_study(variants=VARIANTS, tables={"t": {"control": "nobody"}})[0])
 
 
+@pytest.mark.parametrize(
+    ("runtime", "expected"),
+    [
+        ({"gpus_per_worker": 1}, 2),
+        ({"gpus_per_worker": 0.5}, 4),
+        ({"gpus_per_worker": 0.1, "cpus_per_worker": 3}, 5),
+        ({"num_workers": 2, "gpus_per_worker": 1}, 1),
+        ({"num_workers": 64, "cpus_per_worker": 1}, 1),
+    ],
+)
+def test_as_many_variants_run_as_there_are_cpus_and_gpus_for(make_settings, monkeypatch, runtime, expected):
+    monkeypatch.setattr(ablate.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
+    settings = make_settings(runtime=runtime, study={"variants": {"a": {}, "b": {}}})
+    assert ablate.room(expand_study(settings)) == expected
+
+
 def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, make_settings, small):
     settings, variants = make_study(variants={"a": {}})
     run = variants[0].settings
