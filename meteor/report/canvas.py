@@ -14,6 +14,8 @@ from matplotlib.typing import LineStyleType
 WIDTH_INCHES = 9.0
 CSS_PIXELS_PER_INCH = 100
 TEXT_POINTS = 10.0
+# More variants than this do not stand beside each other: tables turn, and what is long is shown of the first ones.
+MANY_VARIANTS = 8
 INK = "#222222"
 FAINT_INK = "#d8d8d8"
 

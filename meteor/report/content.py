@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from meteor.report import paper
-from meteor.report.canvas import Look, Picture, variant_looks
+from meteor.report.canvas import MANY_VARIANTS, Look, Picture, variant_looks
 from meteor.report.csv_files import csv_files
 from meteor.report.data import TRAINING_STAGES, ImportancePanel, SelectionPanel, StudyTable, VariantResult
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
@@ -90,6 +90,7 @@ class ReportContent:
     notes: tuple[str, ...]
     missing: tuple[str, ...]
     variant_names: tuple[str, ...]
+    answered_by: tuple[str, ...]
     headline: Table
     differences: Table | None
     cache: Table | None
@@ -137,6 +138,7 @@ def build_content(
         notes=tuple(notes),
         missing=tuple(missing_pieces(runs, cache)),
         variant_names=tuple(looks),
+        answered_by=tuple(looks)[:MANY_VARIANTS],
         headline=headline_table(variants),
         differences=difference_table(variants),
         cache=None if cache is None else cache_table(cache),
@@ -177,7 +179,8 @@ def _study_section(
         costs=cost_table(runs),
         hardware="; ".join(hardware),
         kept=tuple(
-            kept_by_variants_figure(mine, f"kept_{index:02d}") for index, mine in enumerate(pictures.values(), start=1)
+            kept_by_variants_figure(mine[:MANY_VARIANTS], f"kept_{index:02d}")
+            for index, mine in enumerate(pictures.values(), start=1)
         ),
         csv_files=csv_files(runs, tables),
     )

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from meteor.formatting import format_number, format_share
 from meteor.report.canvas import (
     INK,
+    MANY_VARIANTS,
     TEXT_POINTS,
     WIDTH_INCHES,
     Look,
@@ -88,7 +89,8 @@ def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Map
         scores: variant -> the table of `meteor.evaluation.scoring.score_table`.
     """
     types = sorted({type_name for table in scores.values() for type_name in table["by_type"]})
-    labels = ["all questions", *(types if len(types) > 1 else [])]
+    # Of many variants the types would fill pages; they are in the table.
+    labels = ["all questions", *(types if len(types) > 1 and len(scores) <= MANY_VARIANTS else [])]
     bar_height = 0.8 / len(scores)
     figure = new_figure(WIDTH_INCHES, 1.1 + len(labels) * (0.22 * len(scores) + 0.2))
     axes = figure.subplots()

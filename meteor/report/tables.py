@@ -15,6 +15,7 @@ from meteor.formatting import (
     format_value,
     humanise,
 )
+from meteor.report.canvas import MANY_VARIANTS
 from meteor.report.data import TRAINING_STAGES, StageRun, VariantResult
 from meteor.report.measures import final_loss, median_rate, step_seconds, total, training_seconds
 
@@ -117,7 +118,8 @@ def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
                 *(NOT_RUN if entry is None else _score_text(entry) for entry in entries.values()),
             )
         )
-    return Table(("Type", "Questions", "Majority answer", *tables), tuple(rows))
+    table = Table(("Type", "Questions", "Majority answer", *tables), tuple(rows))
+    return _transpose(table) if len(variants) > MANY_VARIANTS else table
 
 
 def difference_table(variants: Sequence[VariantResult]) -> Table | None:

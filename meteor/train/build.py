@@ -63,7 +63,8 @@ def build_model(
 
 def _with_layer(text_sampler: dict[str, Any], num_layers: int) -> dict[str, Any]:
     layer = text_sampler["layer"]
-    return {**text_sampler, "layer": num_layers // 2 if layer is None else layer}
+    # Of two layers the second half is the last one, after which nothing comes.
+    return {**text_sampler, "layer": min(num_layers // 2, num_layers - 2) if layer is None else layer}
 
 
 def read_llm_config(path: str) -> PretrainedConfig:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from meteor.report.canvas import MANY_VARIANTS
 from meteor.report.tables import (
     NOT_FINISHED,
     NOT_RECORDED,
@@ -133,3 +134,18 @@ def test_the_cache_is_told_in_readable_units():
         ("cache key", "none"),
         ("quarantine reasons: truncated", "12,000"),
     )
+
+
+def test_scores_of_many_variants_stand_below_each_other(make_variant, make_score):
+    scores = {"shapes": make_score(by_type={"count": make_score(0.25), "colour": make_score()})}
+    few, many = (
+        score_table([make_variant(f"v{i}", scores=scores) for i in range(count)], "shapes")
+        for count in (MANY_VARIANTS, MANY_VARIANTS + 1)
+    )
+    assert few.columns[3:] == tuple(f"v{i}" for i in range(MANY_VARIANTS))
+    assert many.columns == ("Variant", "all questions", "colour", "count")
+    assert [row[0] for row in many.rows] == [
+        "Questions",
+        "Majority answer",
+        *(f"v{i}" for i in range(MANY_VARIANTS + 1)),
+    ]

@@ -52,6 +52,14 @@ def test_all_weights_have_the_type_asked_for(build):
     assert {parameter.dtype for parameter in build(dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+def test_a_text_guided_sampler_stands_in_the_middle_unless_told(build):
+    # Of the two layers the first, as one must come after it.
+    for given in (None, 0):
+        sampler = build(text_sampler={"layer": given, "keep": 0.5}).text_sampler
+        assert (sampler.layer, sampler.keep) == (0, 0.5)
+    assert build().text_sampler is None
+
+
 def test_a_language_model_that_is_not_there_is_named_by_its_setting(build, tmp_path):
     with pytest.raises(SettingsError, match=r"llm\.path="):
         build(llm_path=str(tmp_path))
