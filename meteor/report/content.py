@@ -14,7 +14,14 @@ from meteor.report.data import TRAINING_STAGES, ImportancePanel, SelectionPanel,
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
 from meteor.report.pictures import heat_figure, kept_figure
 from meteor.report.predictions import PredictionRow, choose_predictions
-from meteor.report.provenance import Provenance, SettingsBlock, missing_pieces, provenance, settings_blocks
+from meteor.report.provenance import (
+    Provenance,
+    SettingsBlock,
+    missing_pieces,
+    projector_notes,
+    provenance,
+    settings_blocks,
+)
 from meteor.report.seeds import merge_seeds
 from meteor.report.study import cost_table, results_table
 from meteor.report.study_figures import importance_figure, kept_by_variants_figure, pareto_figure
@@ -135,7 +142,7 @@ def build_content(
     reported = {stage: by_name for stage, by_name in runs_by_stage.items() if by_name}
     return ReportContent(
         title=title,
-        notes=tuple(notes),
+        notes=(*notes, *projector_notes(variants)),
         missing=tuple(missing_pieces(runs, cache)),
         variant_names=tuple(looks),
         answered_by=tuple(looks)[:MANY_VARIANTS],

@@ -11,6 +11,14 @@ from meteor.report.tables import Table, flatten
 
 _STAGES = (*TRAINING_STAGES, EVALUATION_STAGE)
 _LABELS = {"digest": "run digest", "uri": "folder"}
+_PROJECTOR_NOTES = {
+    "focus": "FocusLLaVA-style, as the paper gives neither region sizes, nor scales, nor the form of the gate.",
+    "llava_mini": "LLaVA-Mini's compressor alone, without the layers that fuse pictures into the text before it.",
+    "meteor_37m": "has as many parameters as the paper's Table 4 gives; that does not make it the authors' layout.",
+    "prumerge_plus": "neighbours are found by features, as keys of CLIP's attention are not cached.",
+    "tokenpacker": "the single-layer variant: the original takes keys and values from four blocks of CLIP.",
+    "visionzip": "tokens are compared by features, as keys of CLIP's attention are not cached.",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,16 @@ def settings_blocks(variants: Sequence[VariantResult]) -> list[SettingsBlock]:
         text = json.dumps(run.settings, indent=2, sort_keys=True, ensure_ascii=False, default=str)
         titles.setdefault(text, []).append(title)
     return [SettingsBlock("; ".join(names), text) for text, names in titles.items()]
+
+
+def projector_notes(variants: Sequence[VariantResult]) -> list[str]:
+    """What a reader must know of projectors that are not, or need not be, the published ones."""
+    names = {
+        str(run.settings["projector"]["name"])
+        for run in _runs(variants).values()
+        if isinstance(run.settings.get("projector"), Mapping) and "name" in run.settings["projector"]
+    }
+    return [f"{name}: {_PROJECTOR_NOTES[name]}" for name in sorted(names & _PROJECTOR_NOTES.keys())]
 
 
 def missing_pieces(variants: Sequence[VariantResult], cache: Mapping[str, Any] | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 
-from meteor.report.provenance import missing_pieces, provenance, settings_blocks
+from meteor.report.provenance import missing_pieces, projector_notes, provenance, settings_blocks
 
 
 def test_facts_that_all_runs_share_are_said_once(make_run, make_variant):
@@ -57,3 +57,12 @@ def test_missing_pieces_are_named(make_run, make_variant, make_score):
         "partial: stage finetune has not finished; no step yet.",
         "partial: stage evaluate was not run.",
     ]
+
+
+def test_projectors_that_are_not_the_published_ones_are_called_so(make_variant, make_run):
+    def made_with(name):
+        return make_variant(name, stages={"pretrain": make_run(settings={"projector": {"name": name}})})
+
+    focus, meteor = made_with("focus"), made_with("meteor")
+    assert [note[:24] for note in projector_notes([meteor, focus, focus])] == ["focus: FocusLLaVA-style,"]
+    assert projector_notes([meteor]) == []
