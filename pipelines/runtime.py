@@ -60,7 +60,7 @@ def ray_session(settings: RuntimeSettings) -> Iterator[None]:
 def configure_logging() -> None:
     """Our own lines at INFO with the time; other packages at WARNING."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in ("meteor", "pipelines"):
+    for name in ("meteor", "pipelines", "__main__"):  # the last is a stage's module where it is the command
         logging.getLogger(name).setLevel(logging.INFO)
     # Ray Data warns that a job "will hang" whenever all CPUs are busy for a moment.
     for name in ("ray.data", "ray._private.authentication"):
