@@ -144,6 +144,7 @@ def test_every_variant_of_the_ready_made_studies_can_be_built():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eleven stages, each with processes to start
 def test_a_study_runs_once_is_reported_and_found_again(make_study, caplog, capsys):
     settings, variants = make_study(
         variants={
@@ -191,6 +192,7 @@ def test_a_study_runs_once_is_reported_and_found_again(make_study, caplog, capsy
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_variant_that_fails_stops_no_other_and_alone_is_tried_again(make_study, capsys):
     broken = {"pretrain.lr": 1e30, "pretrain.warmup_ratio": 0.0}
     settings, variants = make_study(variants={"broken": broken, "plain": {}}, measure_questions=0)
