@@ -194,8 +194,15 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _settings_by_stage(variants: Sequence[VariantResult]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Variant -> stage -> flat settings."""
-    return {v.name: {stage: flatten(run.settings) for stage, run in v.stages.items()} for v in variants}
+    """Variant -> stage -> flat settings; of a run that variants share they are one variant's, and tell nothing of the others."""
+    return {
+        variant.name: {
+            stage: flatten(run.settings)
+            for stage, run in variant.stages.items()
+            if not run.settings.get("tracking", {}).get("used_by")
+        }
+        for variant in variants
+    }
 
 
 def _setting_rows(key: str, values: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -149,3 +149,12 @@ def test_scores_of_many_variants_stand_below_each_other(make_variant, make_score
         "Majority answer",
         *(f"v{i}" for i in range(MANY_VARIANTS + 1)),
     ]
+
+
+def test_a_stage_that_variants_share_tells_nothing_of_what_differs(make_variant, make_run):
+    shared = make_run(settings={"lr": 1, "tracking": {"used_by": ["a", "b"]}})
+    variants = [
+        make_variant(name, stages={"pretrain": shared, "finetune": make_run("finetune", settings={"lr": lr})})
+        for name, lr in (("a", 1), ("b", 2))
+    ]
+    assert difference_table(variants).rows == (("lr", "1", "2"),)
