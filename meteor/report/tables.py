@@ -194,7 +194,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _settings_by_stage(variants: Sequence[VariantResult]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Variant -> stage -> flat settings; of a run that variants share they are one variant's, and tell nothing of the others."""
+    """Variant -> stage -> flat settings; those of a run that variants share are one variant's, and left out."""
     return {
         variant.name: {
             stage: flatten(run.settings)
