@@ -1,5 +1,6 @@
 """From a run's settings to what several commands and stages share: sizes of pixels, the encoder, places of caches."""
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -13,7 +14,9 @@ from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings
 from meteor.config.settings import SlicingSettings, VisionSettings
 from meteor.data.features import PixelSettings
+from meteor.data.samples import Sample, SampleProblem, load_samples
 from meteor.errors import CacheError, SettingsError
+from meteor.evaluation.question_set import QuestionSet, load_question_set
 from meteor.vision.encoder import FrozenClip
 
 Stage = Literal["pretrain", "finetune"]
@@ -26,7 +29,7 @@ class SampleFile:
 
     Attributes:
         name: the stage, with the file's name where it has several; a question set's own name.
-        uri: where it is.
+        uri: where it is; a benchmark's folder.
         stage: whose settings say how its samples are read; None for questions.
         weight: passes over it in an epoch; 0 where it is held out.
     """
@@ -46,7 +49,7 @@ def sample_files(settings: RunSettings) -> list[SampleFile]:
     data = settings.data
     files = [file for stage in STAGES for file in training_files(settings, stage)]
     files += [SampleFile(f"{stage}, held out", uri, stage, 0.0) for stage, uri in data.held_out.items()]
-    files += [SampleFile(name, uri, None, 0.0) for name, uri in data.evaluate.items()]
+    files += [SampleFile(name, questions.path, None, 0.0) for name, questions in data.evaluate.items()]
     if not files:
         raise SettingsError("the run names no samples: set data.pretrain, data.finetune or data.evaluate")
     return files
@@ -66,6 +69,49 @@ def training_files(settings: RunSettings, stage: Stage) -> list[SampleFile]:
         SampleFile(stage if len(sources) == 1 else f"{stage}, {name}", uri, stage, weight)
         for name, (uri, weight) in zip(names, sources.items(), strict=True)
     ]
+
+
+def read_samples(settings: RunSettings, file: SampleFile) -> tuple[list[Sample], list[SampleProblem]]:
+    """The samples of a file, and its records that cannot be used; of a question set what is asked."""
+    if file.stage is not None:
+        return load_samples(file.uri)
+    found = load_questions(settings, file.name)
+    return [question.sample for question in found.questions], list(found.problems)
+
+
+_question_sets: dict[str, QuestionSet] = {}
+
+
+def load_questions(settings: RunSettings, name: str) -> QuestionSet:
+    """A question set of the run, which a process reads once as long as its files stay as they are.
+
+    Raises:
+        NotFoundError: a file is missing; with where it is to be had.
+        SettingsError, DataError: see `meteor.evaluation.question_set.load_question_set`.
+    """
+    wanted = settings.data.evaluate[name]
+    arguments = {
+        **wanted.model_dump(exclude={"path"}),
+        "uri": wanted.path,
+        "picture_root": storage.join(settings.cache_root, "question_pictures"),
+        "long_side": settings.evaluate.long_side,
+    }
+    key = json.dumps([name, arguments])
+    known = _question_sets.get(key)
+    if known is None or any(storage.stat(uri).etag != etag for uri, etag in known.sources.items()):
+        known = _question_sets[key] = load_question_set(name, **arguments)
+    return known
+
+
+def question_sets(settings: RunSettings) -> list[QuestionSet]:
+    """All question sets of the run; none where it names none."""
+    return [load_questions(settings, name) for name in settings.data.evaluate]
+
+
+def image_roots(settings: RunSettings) -> dict[str, str]:
+    """The run's image roots, and what ``@<question set>/`` stands for."""
+    own = {one.prefix: one.image_root for one in question_sets(settings) if one.image_root is not None}
+    return {**settings.data.roots, **own}
 
 
 def pixel_settings(settings: RunSettings) -> PixelSettings:

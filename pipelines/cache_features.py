@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping
 
-from meteor.assembly import identity_of, pixel_settings
+from meteor.assembly import identity_of, pixel_settings, question_sets
 from meteor.cache import (
     DatasetIndex,
     FeatureCache,
@@ -22,10 +22,12 @@ from meteor.cli.cache_plan import plan_cache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
 from meteor.data.features import PixelSettings
 from meteor.errors import BadImageError, QuarantineLimitError
+from meteor.evaluation.question_pictures import is_written, write_pictures
 from pipelines.calibration import calibrate_cache
 from pipelines.encoding import encode_missing
 from pipelines.indexing import update_index
 from pipelines.inputs import SampleSet, load_sets, names_of_images
+from pipelines.runtime import progress
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _LOG = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ def run(settings: RunSettings) -> Summary:
         identity = identity_of(settings)
         cache_uri = create_cache(settings.cache_root, identity, settings.cache.codec)
         stage = _stage(settings, sets, identity.key)
+        _write_question_pictures(settings)
         index, num_read = update_index(settings, sets)
         rows = _rows_of(index, sets)
         wanted, refused = _to_encode(rows, pixel_settings(settings))
@@ -68,6 +71,21 @@ def run(settings: RunSettings) -> Summary:
             log.cache(cache, context="cache")
             _check_share_of_bad(settings, len(rows), bad)
         return stage.finish(summary)
+
+
+def _write_question_pictures(settings: RunSettings) -> None:
+    """Pictures that come inside benchmarks' own files, or are resized, become files."""
+    for questions in question_sets(settings):
+        if is_written(questions):
+            continue
+        num_written, total = 0, len({name for one in questions.questions for name in one.sample.images})
+
+        def count(number: int) -> None:
+            nonlocal num_written
+            num_written = number
+
+        with progress(f"{questions.name}: pictures written:", total, lambda: num_written):  # noqa: B023
+            write_pictures(questions, settings.data.roots, max_pixels=settings.data.max_pixels, on_written=count)
 
 
 def _missing(settings: RunSettings, cache_uri: str, wanted: Mapping[str, IndexRow]) -> dict[str, IndexRow]:

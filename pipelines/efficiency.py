@@ -11,8 +11,9 @@ import torch
 from meteor import storage
 from meteor.config import RunSettings, Variant, settings_digest
 from meteor.errors import NotFoundError, SettingsError
-from meteor.evaluation.answer import Answerer, Question
+from meteor.evaluation.answer import Answerer
 from meteor.evaluation.efficiency import describe_hardware, measure_answers
+from meteor.evaluation.questions import Question
 from meteor.train.build import DTYPES
 from pipelines import evaluate
 from pipelines.runtime import worker_environment

@@ -1,8 +1,11 @@
 """Stage 3: a finished model answers held-out questions; answers and scores become tables."""
 
+import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -12,27 +15,48 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from meteor import storage
-from meteor.assembly import cache_uri, cache_version, identity_of, open_index, pixel_settings
+from meteor.assembly import cache_uri, cache_version, identity_of, open_index, pixel_settings, question_sets
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
+from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE
 from meteor.data.features import FeatureSource, PixelSettings
 from meteor.data.table import IndexedImage
 from meteor.errors import BadImageError, CacheError, SettingsError
-from meteor.evaluation.answer import Answerer, Question, last_answer
-from meteor.evaluation.scoring import score_row, score_table
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.question_set import QuestionSet
+from meteor.evaluation.questions import Question
+from meteor.evaluation.score_table import UNTYPED, score_rows, score_table
 from meteor.train.build import DTYPES
-from pipelines.inputs import SampleSet, indexed_images, load_set, open_features, quarantine_into, uris_by_key
+from pipelines.answers import AnswerStore, prompt_digest
+from pipelines.inputs import as_samples, indexed_images, open_features, quarantine_into, uris_by_key
 from pipelines.preparation import prepare
 from pipelines.runtime import Counter, num_blocks, progress, worker_environment
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _LOG = logging.getLogger(__name__)
-_DESCRIPTION = """Answer the questions of data.evaluate greedily and score them: exact match, over all and by type of question.
-A question whose picture is quarantined counts as wrong and is reported."""
+_DESCRIPTION = """Answer the question sets of data.evaluate greedily and score them, each with its benchmark's own metric. A
+question whose picture is quarantined counts as wrong and is reported. Answers are kept as they come: started again, or with
+more question sets, a model is not asked twice."""
+# Changes when prompts are answered otherwise: older answers are not taken then.
+_METHOD = 1
+_CHARACTERS_A_TOKEN = 4
+
+
+_PREDICTIONS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("set", "id", "group", "image", "type", "question", "answer")),
+        ("references", pa.list_(pa.string())),
+        ("prediction", pa.string()),
+        ("read_as", pa.string()),
+        ("score", pa.float64()),
+        ("quarantined", pa.bool_()),
+        ("quarantine_reason", pa.string()),
+    ]
+)
 
 
 def run(settings: RunSettings) -> Summary:
-    """Answer, score, write ``predictions.parquet`` and ``scores.json``."""
+    """Answer, score; writes ``predictions.parquet``, ``scores.json``, and files for those who score elsewhere."""
     with timed() as seconds:
         model_uri, model_digest = find_model(settings)
         sets = load_question_sets(settings)
@@ -42,25 +66,40 @@ def run(settings: RunSettings) -> Summary:
             return stage.reuse(finished)
         index, cache = open_index(settings), open_cache(settings)
         stage.start(parent={"uri": model_uri, "digest": model_digest}, cache=cache.uri, cache_key=cache.identity.key)
-        with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate)})) as log:
+        facts = {one.name: set_facts(one) for one in sets}
+        with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate), "sets": facts})) as log:
             log.cache(cache, context="evaluation")
             questions, quarantined = find_questions(settings, sets, index, cache)
-            predictions = answer(settings, questions, model_uri, cache, uris_by_key(index.rows()))
-            rows = [_row(name, q, predictions[name, q.id], "") for name, q in questions]
-            rows += [_row(name, q, "", reason) for name, q, reason in quarantined]
-            scores = {one.name: score_table([row for row in rows if row["set"] == one.name]) for one in sets}
-            _write(stage.uri, rows, scores)
-            metrics = {f"{name}/exact_match": score["exact_match"] for name, score in scores.items()}
-            metrics |= {
-                f"{name}/{kind or 'other'}": part["exact_match"]
-                for name, score in scores.items()
-                for kind, part in score["by_type"].items()
+            model = (model_uri, model_digest)
+            predictions, num_asked = answer(settings, sets, questions, model, cache, index)
+            reasons = {(name, question.id): reason for name, question, reason in quarantined}
+            asked_of = {(name, question.id): question for name, question in questions}
+            asked_of |= {(name, question.id): question for name, question, _ in quarantined}
+            provenance = {
+                "model": model_uri,
+                "model_digest": model_digest,
+                "cache_key": cache.identity.key,
+                "cache_version": cache.version,
             }
-            log.metrics(metrics, pipeline=True)
+            rows, scores = [], {}
+            for one in sets:
+                asked = [
+                    (question, predictions.get(key, ""), reasons.get(key, ""))
+                    for key, question in asked_of.items()
+                    if key[0] == one.name
+                ]
+                mine = score_rows(one.name, asked, one.metric)
+                table = score_table(mine, [question for question, _, _ in asked], one.metric)
+                scores[one.name] = {**facts[one.name], **table, **provenance}
+                rows += mine
+                _export(stage.uri, one, [question for question, _, _ in asked], predictions)
+            _write(stage.uri, rows, scores)
+            log.metrics(_metrics(scores), pipeline=True)
             log.file("scores.json")
         elapsed = seconds()
-        counts = {"questions": len(rows), "quarantined": len(quarantined), "questions_per_s": len(questions) / elapsed}
-        counts |= {f"exact_match {name}": score["exact_match"] for name, score in scores.items()}
+        counts: dict[str, Any] = {"questions": len(rows), "answered_now": num_asked, "quarantined": len(quarantined)}
+        counts |= {"questions_per_s": num_asked / elapsed}
+        counts |= {line: value for name, table in scores.items() for line, value in _lines(name, table)}
         results = {"predictions": storage.join(stage.uri, "predictions.parquet"), "run": stage.uri, "model": model_uri}
         return stage.finish(Summary("evaluate", counts, elapsed, results))
 
@@ -68,17 +107,29 @@ def run(settings: RunSettings) -> Summary:
 def plan(settings: RunSettings) -> str:
     model_uri, _ = find_model(settings)
     lines = ["evaluate: plan", f"  model      {model_uri}"]
-    lines += [
-        f"  {one.name:<10} {len(one.samples):,} questions, {len(one.problems)} unusable records"
-        for one in load_question_sets(settings)
-    ]
+    for one in load_question_sets(settings):
+        split = f", {one.facts['split']}" if one.facts["split"] else ""
+        lines.append(
+            f"  {one.name:<10} {len(one.questions):,} questions ({one.benchmark.title}{split}), {one.metric.name}, up to "
+            f"{longest_answer(settings, one)} tokens an answer, {len(one.problems)} unusable records"
+        )
     return "\n".join(lines)
 
 
-def load_question_sets(settings: RunSettings) -> list[SampleSet]:
+def load_question_sets(settings: RunSettings) -> list[QuestionSet]:
     if not settings.data.evaluate:
         raise SettingsError("data.evaluate names no question set")
-    return [load_set(name, uri) for name, uri in settings.data.evaluate.items()]
+    return question_sets(settings)
+
+
+def set_facts(one: QuestionSet) -> dict[str, Any]:
+    """What a set's scores depend on besides the model, for whoever compares them."""
+    first = one.questions[0].text if one.questions else ""
+    return {**one.facts, "title": one.benchmark.title, "column": one.benchmark.column, "prompt": first}
+
+
+def longest_answer(settings: RunSettings, one: QuestionSet) -> int:
+    return settings.evaluate.max_new_tokens or one.benchmark.max_new_tokens
 
 
 def find_run(settings: RunSettings) -> StageRun:
@@ -89,9 +140,18 @@ def find_run(settings: RunSettings) -> StageRun:
         "model": model_digest,
         "evaluate": mathematical_settings(settings.evaluate),
         "dtype": settings.llm.dtype,
-        "sets": {one.name: [one.digest, index.digest(one.image_names)] for one in load_question_sets(settings)},
+        "sets": {one.name: [scoring_digest(one), _index_digest(index, one)] for one in load_question_sets(settings)},
     }
     return StageRun(settings, "evaluate", settings_digest(canonical(content)))
+
+
+def scoring_digest(one: QuestionSet) -> str:
+    """Of what is asked and of how it is scored."""
+    return settings_digest([one.digest, one.facts, one.metric.name, one.metric.version])
+
+
+def _index_digest(index: DatasetIndex, one: QuestionSet) -> str:
+    return index.digest(as_samples(one).image_names)
 
 
 def open_cache(settings: RunSettings) -> FeatureCache:
@@ -108,7 +168,10 @@ def find_model(settings: RunSettings) -> tuple[str, str]:
     """
     named = settings.evaluate.model
     if named:
-        return named, settings_digest(storage.read_json(storage.join(named, "config.json")))
+        files = {info.uri.removeprefix(named): [info.size_bytes, info.etag] for info in storage.list_objects(named)}
+        if not files:
+            raise SettingsError(f"evaluate.model={named!r} holds no model: give the directory that finetune leaves")
+        return named, settings_digest(files)
     prepared = prepare(settings, "finetune")
     summary = prepared.run.finished()
     if summary is None:
@@ -117,7 +180,7 @@ def find_model(settings: RunSettings) -> tuple[str, str]:
 
 
 def find_questions(
-    settings: RunSettings, sets: Sequence[SampleSet], index: DatasetIndex, cache: FeatureCache
+    settings: RunSettings, sets: Sequence[QuestionSet], index: DatasetIndex, cache: FeatureCache
 ) -> tuple[list[tuple[str, Question]], list[tuple[str, Question, str]]]:
     """(set, question) pairs to answer, and (set, question, reason) of those whose picture is quarantined.
 
@@ -125,7 +188,7 @@ def find_questions(
         CacheError: a picture has not been indexed or encoded.
         SettingsError: records of a question set cannot be used.
     """
-    names = set().union(*(one.image_names for one in sets))
+    names = set().union(*(as_samples(one).image_names for one in sets))
     images = quarantine_into(indexed_images(index, names), cache.quarantined())
     pixels = pixel_settings(settings)
     questions, quarantined = [], []
@@ -135,10 +198,10 @@ def find_questions(
             raise SettingsError(
                 f"{one.uri}: {len(one.problems)} records cannot be used, for example {problem.sample_id}: {problem.message}"
             )
-        for sample in one.samples[: settings.evaluate.limit]:
-            reasons = [_reason(name, images, pixels) for name in sample.images]
-            keys = tuple(images[name].image_key for name in sample.images)
-            question = Question(sample.id, sample, last_answer(sample.turns), keys)
+        for asked in first_questions(one, settings.evaluate.limit):
+            reasons = [_reason(name, images, pixels) for name in asked.sample.images]
+            keys = tuple(images[name].image_key for name in asked.sample.images)
+            question = replace(asked, image_keys=keys)
             reason = next(filter(None, reasons), "")
             if reason:
                 quarantined.append((one.name, question, reason))
@@ -160,32 +223,70 @@ def _reason(name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings
     return ""
 
 
+def first_questions(one: QuestionSet, limit: int | None) -> list[Question]:
+    """The first ``limit`` questions with all their prompts; all where it is None."""
+    wanted = set(list(dict.fromkeys(question.unit for question in one.questions))[:limit])
+    return [question for question in one.questions if question.unit in wanted]
+
+
 def answer(
     settings: RunSettings,
+    sets: Sequence[QuestionSet],
     questions: Sequence[tuple[str, Question]],
+    model: tuple[str, str],
+    cache: FeatureCache,
+    index: DatasetIndex,
+) -> tuple[dict[tuple[str, str], str], int]:
+    """Answers by (set, question id), those that are known taken as they are; and how many were asked now."""
+    store = AnswerStore(_answers_uri(settings, model[1], cache))
+    longest = {one.name: longest_answer(settings, one) for one in sets}
+    prompts = {(name, one.id): prompt_digest(one, longest[name]) for name, one in questions}
+    known = store.read()
+    if num_known := sum(prompt in known for prompt in prompts.values()):
+        _LOG.info("[%s] %d of %d questions were answered before", settings.name, num_known, len(prompts))
+    # Each prompt once, also where two sets ask it.
+    missing = {prompts[name, one.id]: (longest[name], one) for name, one in questions}
+    missing = {prompt: one for prompt, one in missing.items() if prompt not in known}
+    if missing:
+        try:
+            for found in _ask(settings, missing, model[0], cache, index):
+                store.add(found)
+                known |= found
+        finally:
+            store.flush()
+    return {key: known[prompt] for key, prompt in prompts.items()}, len(missing)
+
+
+def _answers_uri(settings: RunSettings, model_digest: str, cache: FeatureCache) -> str:
+    """Answers depend on the model, its type, and the features; not on batches, and not on which sets are asked."""
+    content = [_METHOD, model_digest, settings.llm.dtype, settings.evaluate.features, cache.identity.key, cache.codec]
+    return storage.join(settings.output, "answers", settings_digest(content)[:16])
+
+
+def _ask(
+    settings: RunSettings,
+    missing: Mapping[str, tuple[int, Question]],
     model_uri: str,
     cache: FeatureCache,
-    image_uris: Mapping[str, str],
-) -> dict[tuple[str, str], str]:
-    """Answers by (set, question id), spread over actors; questions of similar length share a batch."""
-    if not questions:
-        return {}
+    index: DatasetIndex,
+) -> Iterator[dict[str, str]]:
+    """Prompt -> answer, as they come from actors; questions of similar length share a batch, the longest come first."""
     runtime, options = settings.runtime, settings.evaluate
-    ordered = sorted(questions, key=lambda pair: (len(pair[1].image_keys), len(pair[1].text)))
-    table = [{"position": i} for i in range(len(ordered))]
+    lengths = _lengths(settings, missing, index)
+    ordered = sorted(missing.items(), key=lambda item: (item[1][0], lengths[item[0]]), reverse=True)
     counter = Counter.remote()
-    shared = ray.put([question for _, question in ordered])
-    answers: dict[tuple[str, str], str] = {}
+    shared = ray.put([one for _, one in ordered])
     with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: ray.get(counter.count.remote())):
         dataset = ray.data.from_items(
-            table, override_num_blocks=num_blocks(len(table), options.batch_size)
+            [{"position": i} for i in range(len(ordered))],
+            override_num_blocks=num_blocks(len(ordered), options.batch_size),
         ).map_batches(
             AnswerActor,
             fn_constructor_kwargs={
                 "settings": settings,
                 "model_uri": model_uri,
                 "cache": (cache.uri, cache.version),
-                "image_uris": dict(image_uris) if options.features == "live" else {},
+                "image_uris": uris_by_key(index.rows()) if options.features == "live" else {},
                 "questions": shared,
                 "counter": counter,
             },
@@ -197,9 +298,20 @@ def answer(
             runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
         )
         for row in dataset.iter_rows():
-            name, question = ordered[row["position"]]
-            answers[name, question.id] = row["prediction"]
-    return answers
+            yield {ordered[row["position"]][0]: row["prediction"]}
+
+
+def _lengths(settings: RunSettings, missing: Mapping[str, tuple[int, Question]], index: DatasetIndex) -> dict[str, int]:
+    """Prompt -> how long it is, nearly: what batches are made by need not be exact."""
+    pixels = pixel_settings(settings)
+    wanted = {key for _, question in missing.values() for key in question.image_keys}
+    sizes = {row.image_key: (row.width, row.height) for row in index.rows() if row.image_key in wanted}
+    num_sub_images = {key: len(pixels.plan(*size).patch_grids) for key, size in sizes.items()}
+    return {
+        prompt: GROUPING_TOKENS_PER_SUB_IMAGE * sum(num_sub_images[key] for key in question.image_keys)
+        + sum(len(turn.text) for turn in question.sample.turns) // _CHARACTERS_A_TOKEN
+        for prompt, (_, question) in missing.items()
+    }
 
 
 class AnswerActor:
@@ -214,8 +326,8 @@ class AnswerActor:
         questions: Any,
         counter: Any,
     ) -> None:
-        self._questions: list[Question] = ray.get(questions)
-        self._counter, self._max_new_tokens = counter, settings.evaluate.max_new_tokens
+        self._questions: list[tuple[int, Question]] = ray.get(questions)
+        self._counter = counter
         device = "cuda" if settings.runtime.gpus_per_worker else "cpu"
         if device == "cpu":
             torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
@@ -227,31 +339,58 @@ class AnswerActor:
             self._answerer.check(self._source)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        positions = batch["position"].to_pylist()
-        questions = [self._questions[i] for i in positions]
-        answers = self._answerer.answer(questions, self._source, max_new_tokens=self._max_new_tokens)
+        positions, answers = batch["position"].to_pylist(), []
+        # Sorted by the longest answer too: nearly always one group.
+        for longest, group in groupby((self._questions[i] for i in positions), key=lambda one: one[0]):
+            questions = [question for _, question in group]
+            answers += self._answerer.answer(questions, self._source, max_new_tokens=longest)
         ray.get(self._counter.add.remote(len(positions)))
         return pa.table({"position": positions, "prediction": answers})
 
 
-def _row(name: str, question: Question, prediction: str, reason: str) -> dict[str, Any]:
-    row = {
-        "set": name,
-        "id": question.id,
-        "image": ", ".join(question.sample.images),
-        "type": question.sample.type,
-        "question": question.text,
-        "answer": question.answer,
-        "prediction": prediction,
-        "quarantined": bool(reason),
-        "quarantine_reason": reason,
-    }
-    return {**row, "score": score_row(row)}
+def _metrics(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """``<set>/<metric>``, ``<set>/<further number>`` and ``<set>/<type>``; what cannot be scored here is left out."""
+    found: dict[str, float | None] = {}
+    for name, table in scores.items():
+        found |= {f"{name}/{table['metric']}": table["score"]}
+        found |= {f"{name}/{extra}": value for extra, value in table["extra"].items()}
+        found |= {f"{name}/type {kind}": part["score"] for kind, part in table["by_type"].items() if kind != UNTYPED}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _lines(name: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the terminal says of a set."""
+    if table["score"] is None:
+        yield name, "no score here: see the files beside predictions.parquet"
+        return
+    interval = (
+        "" if table["interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * end for end in table["interval"]))
+    )
+    facts = [table["metric"], *filter(None, [table["split"], "OCR" if table["ocr"] else ""])]
+    yield name, f"{100 * table['score']:.1f}{interval}, {', '.join(facts)}"
+    yield from ((f"{name} {extra}", value) for extra, value in table["extra"].items() if extra != table["metric"])
+
+
+def _export(
+    uri: str, one: QuestionSet, questions: Sequence[Question], predictions: Mapping[tuple[str, str], str]
+) -> None:
+    """The file for a server or a judge. A quarantined picture's question has the answer ""."""
+    benchmark = one.benchmark
+    if benchmark.export is None or (benchmark.exported_splits and one.facts["split"] not in benchmark.exported_splits):
+        return
+    answers = {question.id: predictions.get((one.name, question.id), "") for question in questions}
+    file, content = benchmark.export(one.folder, questions, answers)
+    place = storage.join(uri, f"{one.name}_{file}")
+    if file.endswith(".jsonl"):
+        lines = [json.dumps(row, ensure_ascii=False) for row in content]
+        storage.write_bytes(place, ("\n".join(lines) + "\n").encode())
+    else:
+        storage.write_json(place, content)
 
 
 def _write(uri: str, rows: list[dict[str, Any]], scores: dict[str, Any]) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(pa.Table.from_pylist(rows, _PREDICTIONS), sink)
     storage.write_bytes(storage.join(uri, "predictions.parquet"), sink.getvalue().to_pybytes())
     storage.write_json(storage.join(uri, "scores.json"), scores)
 

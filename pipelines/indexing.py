@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from meteor import storage
-from meteor.assembly import index_uri
+from meteor.assembly import image_roots, index_uri
 from meteor.cache import DatasetIndex, IndexRow
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
@@ -38,7 +38,8 @@ def update_index(settings: RunSettings, sets: list[SampleSet]) -> tuple[DatasetI
     latest = DatasetIndex.latest(index_uri(settings))
     found = stat_all(set(places.values()))
     rows: list[IndexRow] = []
-    to_read: list[dict[str, str]] = []
+    # A file with several names is read once.
+    to_read: dict[str, list[str]] = defaultdict(list)
     for name, uri in places.items():
         info = found.get(uri)
         if info is None:
@@ -46,11 +47,13 @@ def update_index(settings: RunSettings, sets: list[SampleSet]) -> tuple[DatasetI
         elif unchanged := latest.unchanged(info) if latest else None:
             rows.append(replace(unchanged, name=name))
         else:
-            to_read.append({"name": name, "uri": uri})
+            to_read[uri].append(name)
     _LOG.info("%d pictures, %d of them new or changed since the last index", len(places), len(to_read))
     published_at = time.monotonic()
-    for row in read_pictures(to_read, settings.data.max_pixels):
-        rows.append(row)
+    for row in read_pictures(
+        [{"name": names[0], "uri": uri} for uri, names in to_read.items()], settings.data.max_pixels
+    ):
+        rows += [replace(row, name=name) for name in to_read[row.uri]]
         if time.monotonic() - published_at >= settings.cache.commit_every_s:
             DatasetIndex.publish(index_uri(settings), rows)
             published_at = time.monotonic()
@@ -138,9 +141,10 @@ def _read_picture(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
 def _places(settings: RunSettings, sets: list[SampleSet]) -> dict[str, str]:
     """Image name -> URI; a name that leaves its root keeps a marked place, and is never opened."""
     places: dict[str, str] = {}
+    roots = image_roots(settings)
     for name in sorted(names_of_images(sets)):
         try:
-            places[name] = resolve_image(name, settings.data.roots)
+            places[name] = resolve_image(name, roots)
         except ImagePathError:
             places[name] = f"{_OUTSIDE}{name}"
     return places

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from meteor import storage
-from meteor.assembly import Stage, load_encoder, pixel_settings, sample_files, training_files
+from meteor.assembly import Stage, load_encoder, pixel_settings, question_sets, sample_files, training_files
 from meteor.cache import DatasetIndex, FeatureCache, IndexRow
 from meteor.cache.disk_tier import DiskTier
 from meteor.config import RunSettings, settings_digest
@@ -16,6 +16,7 @@ from meteor.data.features import LiveFeatures
 from meteor.data.samples import Sample, SampleProblem, load_samples
 from meteor.data.table import IndexedImage
 from meteor.errors import SettingsError
+from meteor.evaluation.question_set import QuestionSet
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,14 @@ def _read_set(uri: str, size_bytes: int, etag: str) -> SampleSet:
 
 def load_sets(settings: RunSettings) -> list[SampleSet]:
     """All sample sets of the run; `SettingsError` where it names none."""
-    return [load_set(file.name, file.uri) for file in sample_files(settings)]
+    files = [load_set(file.name, file.uri) for file in sample_files(settings) if file.stage is not None]
+    return files + [as_samples(one) for one in question_sets(settings)]
+
+
+def as_samples(questions: QuestionSet) -> SampleSet:
+    """What a question set asks."""
+    samples = [question.sample for question in questions.questions]
+    return SampleSet(questions.name, questions.uri, samples, list(questions.problems), questions.digest)
 
 
 def load_mixture(settings: RunSettings, stage: Stage) -> list[SampleSet]:

@@ -14,8 +14,9 @@ from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.data.samples import Sample
 from meteor.errors import SettingsError, TrackingError
-from meteor.evaluation.answer import Answerer, Question
+from meteor.evaluation.answer import Answerer
 from meteor.evaluation.importance import importance_maps
+from meteor.evaluation.questions import Question
 from meteor.evaluation.selection import SelectedPatches, select_patches
 from meteor.image.decode import decode_image
 from meteor.model.trained_projector import load_trained_projector
@@ -154,7 +155,7 @@ def draw_importance(settings: RunSettings, variant: VariantResult) -> list[Impor
     panels = []
     for row in _pick(settings, variant.predictions, cache)[:_NUM_IMPORTANCE]:
         sample = Sample(row["id"], (row["image"],), (Turn("human", row["question"], 1),))
-        question = Question(row["id"], sample, row["answer"], (row["image_key"],))
+        question = Question(row["id"], sample, image_keys=(row["image_key"],))
         maps = importance_maps(answerer, question, cache)
         if maps is not None:
             image, layer = _open(row["uri"], settings), answerer.model.text_sampler.layer

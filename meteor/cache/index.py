@@ -65,7 +65,10 @@ INDEX_SCHEMA = versioned(
 
 
 class DatasetIndex:
-    """One published version of the index, a table of `INDEX_SCHEMA` sorted by URI."""
+    """One published version of the index, a table of `INDEX_SCHEMA` sorted by URI and name.
+
+    A file that samples give several names has a row for each.
+    """
 
     def __init__(self, uri: str, version: int, table: pa.Table) -> None:
         self.uri = uri
@@ -86,14 +89,16 @@ class DatasetIndex:
 
     @classmethod
     def publish(cls, uri: str, rows: Iterable[IndexRow]) -> "DatasetIndex":
-        """Merge rows over those of the latest version by image URI, and publish the result.
+        """Merge rows over those of the latest version by URI and name, and publish the result.
+
+        Other names of a file stay, unless the file is not as it was when they were read.
 
         Returns:
             The new version; the latest one when the rows change nothing.
         """
-        # Of two rows for one URI the last counts.
-        by_uri = {row.uri: row for row in rows}
-        columns = {name: [getattr(row, name) for row in by_uri.values()] for name in INDEX_SCHEMA.names}
+        # Of two rows for one URI and name the last counts.
+        by_place = {(row.uri, row.name): row for row in rows}
+        columns = {name: [getattr(row, name) for row in by_place.values()] for name in INDEX_SCHEMA.names}
         new = pa.table(columns, schema=INDEX_SCHEMA)
 
         def content_after(latest: int) -> bytes | None:
@@ -107,7 +112,7 @@ class DatasetIndex:
         return self.table.num_rows
 
     def rows(self) -> list[IndexRow]:
-        """All rows, by URI."""
+        """All rows, by URI and name."""
         columns = [self.table[field.name].to_pylist() for field in fields(IndexRow)]
         return [IndexRow(*values) for values in zip(*columns, strict=True)]
 
@@ -173,5 +178,12 @@ class DatasetIndex:
 
 
 def _merge(held: pa.Table, new: pa.Table) -> pa.Table:
-    kept = held.filter(pc.invert(pc.is_in(held["uri"], value_set=new["uri"])))
-    return pa.concat_tables([kept, new]).sort_by("uri")
+    def known(*columns: str) -> pa.ChunkedArray:
+        keys = [
+            pc.binary_join_element_wise(*(pc.cast(t[name], pa.string()) for name in columns), "\0") for t in (held, new)
+        ]
+        return pc.is_in(keys[0], value_set=keys[1])
+
+    replaced = pc.or_(known("uri", "name"), pc.and_not(known("uri"), known("uri", "size_bytes", "etag")))
+    kept = held.filter(pc.invert(replaced))
+    return pa.concat_tables([kept, new]).sort_by([("uri", "ascending"), ("name", "ascending")])

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from meteor.assembly import SampleFile, cache_identity, cache_uri, index_uri, load_encoder, pixel_settings, sample_files
+from meteor.assembly import (
+    SampleFile,
+    cache_identity,
+    cache_uri,
+    image_roots,
+    index_uri,
+    load_encoder,
+    pixel_settings,
+    read_samples,
+    sample_files,
+)
 from meteor.cache import CODEC_NAMES, DatasetIndex, FeatureCache
 from meteor.cache.codec import INT8_CODEC, get_codec
 from meteor.cache.manifest import latest_manifest
@@ -15,7 +25,7 @@ from meteor.config import RunSettings
 from meteor.data.cache_plan import FLOPS_PER_PARAMETER, CachePlan, EncoderShape, StagePlan, plan_stage
 from meteor.data.features import PixelSettings
 from meteor.data.pictures import inspect_picture
-from meteor.data.samples import Sample, load_samples
+from meteor.data.samples import Sample
 from meteor.errors import BadImageError, TokenisationError
 from meteor.image.budget import visual_token_budget
 from meteor.image.slicing import SlicePlan
@@ -33,12 +43,12 @@ def plan_cache(settings: RunSettings) -> CachePlan:
     Raises:
         SettingsError: the run names no samples, or there is no encoder at ``vision.path``.
     """
-    sets = [(file, load_samples(file.uri)[0]) for file in sample_files(settings)]
+    sets = [(file, read_samples(settings, file)[0]) for file in sample_files(settings)]
     names = sorted({image for _, samples in sets for sample in samples for image in sample.images})
     encoder, pixels = load_encoder(settings), pixel_settings(settings)
     keys, plans = _indexed(settings, names, pixels)
     num_unindexed = len(names) - len(keys)
-    plans |= _from_headers([name for name in names if name not in keys], settings.data.roots, pixels)
+    plans |= _from_headers([name for name in names if name not in keys], image_roots(settings), pixels)
     distinct = {keys.get(name) or name: plan for name, plan in plans.items()}
     grids = [grid for plan in distinct.values() for grid in plan.patch_grids]
     shape = _encoder_shape(encoder)

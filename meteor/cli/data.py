@@ -5,13 +5,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from meteor.assembly import SampleFile, pixel_settings, sample_files
+from meteor.assembly import SampleFile, image_roots, load_questions, pixel_settings, read_samples, sample_files
 from meteor.cli.options import add_json, add_run, read_run, show_progress
 from meteor.config import RunSettings
 from meteor.data.check import CheckedSet, check_data
 from meteor.data.check_report import DataReport
 from meteor.data.collate import ImageLayout, num_image_tokens
-from meteor.data.samples import Sample, load_samples
+from meteor.data.samples import Sample
+from meteor.evaluation.question_pictures import is_written
 from meteor.image.budget import visual_token_budget
 from meteor.image.slicing import SlicePlan
 from meteor.text.tokens import load_tokenizer, tokenise
@@ -38,14 +39,19 @@ def check_run(settings: RunSettings, *, full: bool = False, progress: bool = Fal
     Raises:
         SettingsError: the run names no samples.
     """
-    sets = {file.name: _checked(settings, file) for file in sample_files(settings)}
+    sets = {file.name: _checked(settings, file) for file in sample_files(settings) if _is_readable(settings, file)}
     return check_data(
         sets,
-        roots=settings.data.roots,
+        roots=image_roots(settings),
         pixels=pixel_settings(settings),
         full=full,
         on_progress=show_progress("pictures") if progress else None,
     )
+
+
+def _is_readable(settings: RunSettings, file: SampleFile) -> bool:
+    """Pictures that come inside a benchmark's files are there once cache_features has begun."""
+    return file.stage is not None or is_written(load_questions(settings, file.name))
 
 
 def _checked(settings: RunSettings, file: SampleFile) -> CheckedSet:
@@ -55,11 +61,12 @@ def _checked(settings: RunSettings, file: SampleFile) -> CheckedSet:
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
 
     def count_tokens(sample: Sample, plans: Sequence[SlicePlan]) -> int:
-        tokens = tokenise(sample.conversation, tokenizer, template, sample_id=sample.id)
+        is_question = file.stage is None
+        tokens = tokenise(sample.conversation, tokenizer, template, for_generation=is_question, sample_id=sample.id)
         layouts = [ImageLayout(plan.grid, plan.patch_grids) for plan in plans]
         if stage.sub_images == "global":
             layouts = [layout.only_global() for layout in layouts]
         return len(tokens.input_ids) - len(plans) + sum(num_image_tokens(layout, budget) for layout in layouts)
 
-    samples, problems = load_samples(file.uri)
+    samples, problems = read_samples(settings, file)
     return CheckedSet(samples, problems, stage.max_length, count_tokens)

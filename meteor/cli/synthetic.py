@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from meteor.synthetic.benchmarks import write_benchmarks
 from meteor.synthetic.dataset import write_dataset
 from meteor.synthetic.models import make_tiny_models
 
@@ -18,6 +19,13 @@ def add_commands(commands: Any) -> None:
     data.add_argument("--held-out", type=int, default=60, help="pictures to evaluate on (default: %(default)s)")
     data.add_argument("--seed", type=int, default=0)
     data.set_defaults(command=_data)
+    benchmarks = actions.add_parser(
+        "benchmarks", help="a few questions in the file formats of the twelve benchmarks and of NLVR, a folder each"
+    )
+    benchmarks.add_argument("folder", type=Path)
+    benchmarks.add_argument("--scenes", type=int, default=8, help="pictures of each (default: %(default)s)")
+    benchmarks.add_argument("--seed", type=int, default=0)
+    benchmarks.set_defaults(command=_benchmarks)
     models = actions.add_parser("models", help="a tiny CLIP trained on generated scenes, a tiny Llama, a tokenizer")
     models.add_argument("folder", type=Path)
     models.add_argument("--seed", type=int, default=0)
@@ -30,6 +38,12 @@ def _data(arguments: argparse.Namespace) -> int:
         arguments.folder, num_scenes=arguments.scenes, num_held_out=arguments.held_out, seed=arguments.seed
     )
     print(f"pictures and questions: {dataset.folder}")
+    return 0
+
+
+def _benchmarks(arguments: argparse.Namespace) -> int:
+    folder = write_benchmarks(arguments.folder, num_scenes=arguments.scenes, seed=arguments.seed)
+    print(f"benchmarks: {folder}")
     return 0
 
 

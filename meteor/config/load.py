@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from meteor.config.settings import RunSettings
+from meteor.config.settings import QuestionSetSettings, RunSettings
 from meteor.errors import SettingsError
 
 
@@ -156,7 +156,7 @@ def resolve_paths(settings: RunSettings) -> RunSettings:
                 "pretrain": _absolute_sources(data.pretrain),
                 "finetune": _absolute_sources(data.finetune),
                 "held_out": {stage: _absolute(uri) for stage, uri in data.held_out.items()},
-                "evaluate": {name: _absolute(uri) for name, uri in data.evaluate.items()},
+                "evaluate": {name: _absolute_questions(one) for name, one in data.evaluate.items()},
             }
         ),
         "cache": settings.cache.model_copy(update={"uri": settings.cache.uri and _absolute(settings.cache.uri)}),
@@ -176,6 +176,11 @@ def _absolute_sources(named: str | dict[str, float] | None) -> str | dict[str, f
     if isinstance(named, dict):
         return {_absolute(uri): weight for uri, weight in named.items()}
     return named and _absolute(named)
+
+
+def _absolute_questions(questions: QuestionSetSettings) -> QuestionSetSettings:
+    verdicts = questions.verdicts and _absolute(questions.verdicts)
+    return questions.model_copy(update={"path": _absolute(questions.path), "verdicts": verdicts})
 
 
 def _model_path(path: str) -> str:

@@ -26,6 +26,34 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class QuestionSetSettings(_Settings):
+    """A benchmark's files, or questions of your own. What is computed is told by their content, not by where they are."""
+
+    format: Literal[
+        "llava",
+        "textvqa",
+        "vqav2",
+        "vizwiz",
+        "gqa",
+        "docvqa",
+        "infovqa",
+        "chartqa",
+        "mmbench",
+        "mmvet",
+        "mmmu",
+        "pope",
+        "seed",
+        "nlvr",
+    ] = setting("llava", "how its files are read, and how its answers are scored")
+    path: str = operational(
+        ..., "folder with the files as their owners publish them, or one LLaVA JSON / JSONL; local or s3://"
+    )
+    split: str | None = setting(None, "the benchmark's own offline split if not given")
+    ocr: bool = setting(False, "TextVQA: OCR tokens in the prompt, as LLaVA does; about ten points")
+    compat: bool = setting(True, "ChartQA: a target of 0 is compared as text, as the reference code does")
+    verdicts: str | None = operational(None, "MM-Vet: the judge's file; without it, answers are written for the judge")
+
+
 class DataSettings(_Settings):
     """Where samples and pictures are, and which pictures are refused."""
 
@@ -38,11 +66,20 @@ class DataSettings(_Settings):
     held_out: dict[Literal["pretrain", "finetune"], str] = operational(
         {}, "stage -> LLaVA JSON / JSONL whose loss is measured at each checkpoint; the best checkpoint is kept"
     )
-    evaluate: dict[str, str] = operational({}, "name -> LLaVA JSON / JSONL to answer and score")
+    evaluate: dict[str, QuestionSetSettings] = operational(
+        {}, "name -> questions to answer and score: {gqa: {format: gqa, path: /data/gqa}}, or the path of a LLaVA file"
+    )
     max_aspect_ratio: float = setting(24.0, "a picture longer than this, either way, is quarantined", ge=1)
     max_pixels: int = setting(178_956_970, "a picture with more pixels is quarantined (a decompression bomb)", gt=0)
     max_bad_share: Fraction = operational(0.01, "the job fails, after publishing, above this share of bad pictures ...")
     min_bad_images: int = operational(10, "... if at least so many are bad", ge=0)
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _a_path_alone_is_a_llava_file(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"path": one} if isinstance(one, str) else one for name, one in value.items()}
 
     def sources(self, stage: Literal["pretrain", "finetune"]) -> dict[str, float]:
         """Annotation file of the stage -> its weight; empty where the run names none."""
@@ -195,7 +232,16 @@ class FinetuneSettings(StageSettings):
 class EvaluateSettings(_Settings):
     """Answering and scoring."""
 
-    max_new_tokens: int = setting(32, "longest answer", ge=1)
+    max_new_tokens: int | None = setting(
+        None,
+        "longest answer; each benchmark's own if not given: 16 or 32 for short ones, 128 for MM-Vet and MMMU",
+        ge=1,
+    )
+    long_side: int | None = setting(
+        None,
+        "LLaVA-UHD's released evaluation resizes pictures to a long side of 1024 first; as they are if not given",
+        ge=14,
+    )
     template: Literal["vicuna_v1", "chat"] = setting("vicuna_v1", "how the question becomes a prompt")
     limit: int | None = setting(None, "answer only so many questions of a set")
     batch_size: int = operational(16, "questions answered together", ge=1)

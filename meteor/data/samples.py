@@ -70,7 +70,7 @@ def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample
     samples: list[Sample] = []
     problems: list[SampleProblem] = []
     ids = _UniqueIds()
-    for position, record in enumerate(_records(uri)):
+    for position, record in enumerate(read_records(uri)):
         sample_id = ids.take(_stated_id(record, position))
         sample = _read_record(record, sample_id, for_generation)
         if isinstance(sample, Sample):
@@ -80,7 +80,8 @@ def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample
     return samples, problems
 
 
-def _records(uri: str) -> Iterator[Any]:
+def read_records(uri: str) -> Iterator[Any]:
+    """What a ``.json`` (one list) or ``.jsonl`` (one record a line) file holds; errors as `load_samples`'s."""
     try:
         text = storage.read_bytes(uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:

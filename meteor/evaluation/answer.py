@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,38 +11,11 @@ from meteor import storage
 from meteor.cache import CacheIdentity, FeatureCache
 from meteor.data.collate import Batch, collate
 from meteor.data.features import FeatureSource
-from meteor.data.samples import Sample
 from meteor.errors import NotFoundError
+from meteor.evaluation.questions import Question
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.pretrained import load_pretrained
-from meteor.text.conversation import Turn
 from meteor.text.tokens import tokenise
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question: the sample's turns up to its last answer, which is what the model should say.
-
-    Attributes:
-        id: unique in its set.
-        sample: turns and image names.
-        answer: the reference.
-        image_keys: of its pictures, in order.
-    """
-
-    id: str
-    sample: Sample
-    answer: str
-    image_keys: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return next(turn.text for turn in reversed(self.sample.turns) if turn.role == "human")
-
-
-def last_answer(turns: Sequence[Turn]) -> str:
-    """The reference answer: the last turn's, "" where the sample ends with a question."""
-    return turns[-1].text if turns[-1].role == "gpt" else ""
 
 
 class Answerer:

@@ -11,7 +11,8 @@ import torch
 from meteor.constants import IMAGE_TOKEN_ID
 from meteor.data.collate import Batch
 from meteor.data.features import FeatureSource
-from meteor.evaluation.answer import Answerer, Question
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.questions import Question
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from meteor.data.features import FeatureSource
-from meteor.evaluation.answer import Answerer, Question
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.questions import Question
 from meteor.model.text_sampler import Marks, importance
 
 

@@ -1,15 +1,23 @@
-"""Scores of answers: one function a metric, and the table over a benchmark with 95 % intervals; needs no model."""
+"""Scores of single answers, as pure functions of texts; needs no model.
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+VQA accuracy is in `meteor.evaluation.vqa_accuracy`, multiple choice in `meteor.evaluation.choices`.
+"""
 
-from meteor.errors import DataError
+from collections import Counter
+from collections.abc import Sequence
 
-UNTYPED = "untyped"
-# Two-sided 95 % quantile of the standard normal distribution.
-_Z_95 = 1.959963984540054
+from meteor.evaluation.vqa_accuracy import vqa_accuracy
+
+__all__ = [
+    "anls",
+    "exact_match",
+    "normalise_answer",
+    "pope_scores",
+    "read_true_false",
+    "read_yes_no",
+    "relaxed_accuracy",
+    "vqa_accuracy",
+]
 
 
 def normalise_answer(text: str) -> str:
@@ -22,59 +30,107 @@ def exact_match(prediction: str, answer: str) -> float:
     return float(normalise_answer(prediction) == normalise_answer(answer))
 
 
-def score_row(row: Mapping[str, Any]) -> float:
-    """Exact match of one row with ``prediction``, ``answer`` and ``quarantined``; 0.0 if its picture is quarantined."""
-    return 0.0 if row["quarantined"] else exact_match(row["prediction"], row["answer"])
+def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
+    """Average normalised Levenshtein similarity of one answer (Biten et al., 2019), in [0, 1].
 
-
-def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson, 1927): unlike the normal one it stays in [0, 1] at both ends.
-
-    Raises:
-        ValueError: unless 0 <= num_right <= num_questions and num_questions > 0.
-    """
-    if not 0 <= num_right <= num_questions or num_questions == 0:
-        raise ValueError(
-            f"{num_right} right of {num_questions} questions is not a share; need 0 <= right <= questions > 0"
-        )
-    share = num_right / num_questions
-    squared = _Z_95**2 / num_questions
-    centre = (share + squared / 2) / (1 + squared)
-    half_width = _Z_95 * math.sqrt(share * (1 - share) / num_questions + squared / (4 * num_questions)) / (1 + squared)
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
-
-
-def score_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Exact match over all questions and for each type of question.
+    1 - edits / length of the longer, of the best reference; below the threshold 0. Edits are counted between lower-case
+    texts with white space collapsed, lengths on the texts as they are. Two empty texts are equal.
 
     Args:
-        rows: each with ``prediction`` (str), ``answer`` (str), ``type`` (str, "" if none) and ``quarantined`` (bool).
-            A question whose picture is quarantined counts as wrong, and is counted apart.
-
-    Returns:
-        ``exact_match``, ``interval`` [low, high] (Wilson, 95 %), ``num_questions``, ``majority_share`` (what always
-        giving the most frequent answer would score), ``num_quarantined``, and ``by_type``: the same for each
-        type, by name.
+        prediction: the model's answer.
+        answers: references.
+        threshold: similarities below it count nothing.
 
     Raises:
-        DataError: there are no rows.
+        ValueError: there are no answers.
     """
-    if not rows:
-        raise DataError("there are no predictions to score; check that the evaluation's samples are not empty")
-    rows_by_type: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        rows_by_type[row["type"] or UNTYPED].append(row)
-    by_type = {name: _score(rows_by_type[name]) for name in sorted(rows_by_type)}
-    return {**_score(rows), "by_type": by_type}
+    if not answers:
+        raise ValueError("ANLS needs at least one reference answer")
+    best = max(_similarity(prediction, answer) for answer in answers)
+    return best if best >= threshold else 0.0
 
 
-def _score(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    num_right = sum(int(score_row(row)) for row in rows)
-    answers = Counter(normalise_answer(row["answer"]) for row in rows)
+def _similarity(one: str, other: str) -> float:
+    length = max(len(one), len(other))
+    edits = _edit_distance(" ".join(one.lower().split()), " ".join(other.lower().split()))
+    # Lower case can be longer than the text itself ("İ" is two characters then).
+    return max(0.0, 1 - edits / length) if length else 1.0
+
+
+def _edit_distance(one: str, other: str) -> int:
+    """Levenshtein's distance, a row of the table at a time."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, start=1):
+        above_left, row[0] = row[0], i
+        for j, b in enumerate(other, start=1):
+            above_left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above_left + (a != b))
+    return row[-1]
+
+
+def relaxed_accuracy(prediction: str, target: str, tolerance: float = 0.05, compat: bool = True) -> float:
+    """ChartQA's: numbers within 5 % of the target, anything else equal but for case; 1.0 or 0.0.
+
+    "50%" is 0.5. The reference code compares a target of 0 as text, because 0 is false: "0.0" is wrong then.
+
+    Args:
+        prediction: the model's answer.
+        target: the reference.
+        tolerance: relative.
+        compat: keep the reference's behaviour for a target of 0; with False it is a number as others are.
+    """
+    guess, wanted = _number(prediction), _number(target)
+    if guess is None or wanted is None or (compat and wanted == 0):
+        return float(prediction.strip().lower() == target.strip().lower())
+    return float(abs(guess - wanted) <= tolerance * abs(wanted))
+
+
+def _number(text: str) -> float | None:
+    text = text.strip()
+    try:
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+    # "nan" and "inf" are words here.
+    return value if abs(value) < float("inf") else None
+
+
+def read_yes_no(prediction: str) -> str:
+    """POPE's reading of an answer: "no" where its first sentence has the word "no" or "not", else "yes"."""
+    words = prediction.split(".")[0].replace(",", "").split()
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def pope_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """POPE's five numbers of one category (Li et al., 2023); "yes" is the positive class.
+
+    Args:
+        predictions: answers as the model gave them; `read_yes_no` reads them.
+        labels: "yes" or "no".
+
+    Returns:
+        accuracy, precision, recall, f1, and yes_ratio, the share of *predictions* that say yes. Where nothing was
+        predicted, or nothing is, positive, precision or recall are 0, and so is f1.
+
+    Raises:
+        ValueError: not as many labels as predictions, none at all, or another label.
+    """
+    if len(predictions) != len(labels) or not labels:
+        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels; need as many, and some")
+    if wrong := set(labels) - {"yes", "no"}:
+        raise ValueError(f"POPE's labels are yes and no, not {sorted(wrong)}")
+    count = Counter((read_yes_no(prediction), label) for prediction, label in zip(predictions, labels, strict=True))
+    hits, false_alarms, misses = count["yes", "yes"], count["yes", "no"], count["no", "yes"]
     return {
-        "exact_match": num_right / len(rows),
-        "interval": list(wilson_interval(num_right, len(rows))),
-        "num_questions": len(rows),
-        "majority_share": max(answers.values()) / len(rows),
-        "num_quarantined": sum(bool(row["quarantined"]) for row in rows),
+        "accuracy": (hits + count["no", "no"]) / len(labels),
+        "precision": hits / max(hits + false_alarms, 1),
+        "recall": hits / max(hits + misses, 1),
+        "f1": 2 * hits / max(2 * hits + false_alarms + misses, 1),
+        "yes_ratio": (hits + false_alarms) / len(labels),
     }
+
+
+def read_true_false(prediction: str) -> str:
+    """ "true" or "false" where the answer's first word says so in this or another way (yes, no), else the answer itself."""
+    words = normalise_answer(prediction).replace(",", " ").replace(".", " ").split()
+    first = words[0] if words else ""
+    return {"yes": "true", "no": "false", "true": "true", "false": "false"}.get(first, normalise_answer(prediction))

@@ -31,6 +31,7 @@ from meteor.report.tables import (
     difference_table,
     headline_table,
     question_sets,
+    score_facts,
     score_table,
     stage_table,
 )
@@ -48,9 +49,10 @@ class StageSection:
 
 @dataclass(frozen=True)
 class ScoreSection:
-    """``num_quarantined``: questions that count as wrong because their picture could not be used."""
+    """``facts``: what scores depend on; ``num_quarantined``: questions that count as wrong for lack of their picture."""
 
     question_set: str
+    facts: str
     table: Table
     figure: Picture
     num_quarantined: int
@@ -218,6 +220,7 @@ def _score_sections(variants: Sequence[VariantResult], looks: Mapping[str, Look]
         sections.append(
             ScoreSection(
                 question_set=name,
+                facts=score_facts(next(iter(scores.values()))),
                 table=score_table(variants, name),
                 figure=scores_figure(f"scores_{index:02d}", scores, looks),
                 num_quarantined=max(table["num_quarantined"] for table in scores.values()),

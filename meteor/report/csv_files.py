@@ -35,9 +35,12 @@ def _score_rows(runs: Sequence[VariantResult]) -> Iterable[Mapping[str, Any]]:
                     "seed": run.seed,
                     "set": name,
                     "type": kind,
-                    "exact_match": entry["exact_match"],
+                    "metric": table["metric"],
+                    "score": entry["score"],
+                    "low": (entry["interval"] or (None, None))[0],
+                    "high": (entry["interval"] or (None, None))[1],
                     "num_questions": entry["num_questions"],
-                    "majority_share": entry["majority_share"],
+                    "majority_score": entry["majority_score"],
                 }
 
 

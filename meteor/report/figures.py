@@ -82,37 +82,42 @@ def throughput_figure(runs: Mapping[str, Mapping[str, StageRun]], looks: Mapping
 
 
 def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Mapping[str, Look]) -> Picture:
-    """Exact match of all questions and of each type, one bar a variant, with 95 % intervals and the majority answer.
+    """Scores of all questions and of each type, one bar a variant, with 95 % intervals and the majority answer.
 
     Args:
         name: file stem.
-        scores: variant -> the table of `meteor.evaluation.scoring.score_table`.
+        scores: variant -> the table of `meteor.evaluation.score_table.score_table`.
     """
     types = sorted({type_name for table in scores.values() for type_name in table["by_type"]})
     # Of many variants the types would fill pages; they are in the table.
     labels = ["all questions", *(types if len(types) > 1 and len(scores) <= MANY_VARIANTS else [])]
     bar_height = 0.8 / len(scores)
+    metric = next(iter(scores.values()))["metric"].replace("_", " ")
     figure = new_figure(WIDTH_INCHES, 1.1 + len(labels) * (0.22 * len(scores) + 0.2))
     axes = figure.subplots()
     for row, label in enumerate(labels):
         entries = {variant: table if row == 0 else table["by_type"].get(label) for variant, table in scores.items()}
         for position, (variant, entry) in enumerate(entries.items()):
-            if entry is not None:
+            if entry is not None and entry["score"] is not None:
                 y = row - 0.4 + bar_height * (position + 0.5)
                 _draw_score(axes, entry, y, bar_height, looks[variant])
     axes.set_yticks(range(len(labels)), labels=labels, parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("exact match, %", fontsize=TEXT_POINTS)
+    axes.set_xlabel(f"{metric}, %", fontsize=TEXT_POINTS)
     plain_axes(axes, grid="x")
     axes.tick_params(axis="y", length=0)
     _add_legend(figure, list(scores), looks, lines=False, extra=[_majority_line([], [])])
-    values = ", ".join(f"{variant} {format_share(table['exact_match'])}" for variant, table in scores.items())
+    values = ", ".join(
+        f"{variant} {'not scored here' if table['score'] is None else format_share(table['score'])}"
+        for variant, table in scores.items()
+    )
     return to_picture(
         figure,
         name=name,
-        alt=f"Exact match by type of question. All questions: {values}.",
-        caption="Whiskers: 95 % intervals (Wilson). Dashed: what always giving the most frequent answer would score.",
+        alt=f"{metric.capitalize()} by type of question. All questions: {values}.",
+        caption="Whiskers: 95 % intervals, clustered by picture. Dashed: what always giving the most frequent answer would "
+        "score.",
     )
 
 
@@ -145,11 +150,13 @@ def _draw_bars(axes: Axes, rates: Mapping[str, float | None], looks: Mapping[str
 
 
 def _draw_score(axes: Axes, entry: Mapping[str, Any], y: float, height: float, look: Look) -> None:
-    share, (low, high) = 100 * entry["exact_match"], (100 * end for end in entry["interval"])
+    share = 100 * entry["score"]
     axes.barh(y, share, height=0.9 * height, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
-    axes.plot([low, high], [y, y], color=INK, linewidth=1.4, marker="|", markersize=6)
-    majority = 100 * entry["majority_share"]
-    axes.add_line(_majority_line([majority, majority], [y - height / 2, y + height / 2]))
+    if entry["interval"] is not None:
+        axes.plot([100 * end for end in entry["interval"]], [y, y], color=INK, linewidth=1.4, marker="|", markersize=6)
+    if entry["majority_score"] is not None:
+        majority = 100 * entry["majority_score"]
+        axes.add_line(_majority_line([majority, majority], [y - height / 2, y + height / 2]))
 
 
 def _majority_line(x: Sequence[float], y: Sequence[float]) -> Line2D:

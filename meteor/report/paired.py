@@ -3,15 +3,12 @@
 Questions about one picture are not independent: intervals are clustered by picture.
 """
 
-import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from scipy.stats import t as student
-
+from meteor.intervals import mean_influences, standard_error, student_interval
 from meteor.report.data import VariantResult
 
 # A question of a set; LLaVA's mixtures use an id more than once, so the question belongs to it.
@@ -46,10 +43,9 @@ def paired_difference(
 ) -> Difference | None:
     """Compare the seeds of a variant with those of its control; seeds of the same number are compared with each other.
 
-    The standard error of the mean over n questions is that of a ratio estimator with pictures as clusters,
-    sqrt(G / (G - 1) sum_g (sum_{i in g} (d_i - mean))^2) / n, with Student's quantile of G - 1 degrees of freedom (clustered
-    errors and paired differences as in Miller, "Adding Error Bars to Evals", arXiv 2411.00640). It tells whether other
-    questions would give the same sign; what another seed would give is seen in ``by_seed``.
+    The interval is that of `meteor.intervals`, with pictures as clusters. It tells whether other questions would give the
+    same sign; what another seed would give is seen in ``by_seed``. Answers without a score of their own, as all but the first
+    rotation of a circular benchmark, are left out.
 
     Args:
         runs, control: results of all seeds.
@@ -69,34 +65,28 @@ def paired_difference(
         return None
     differences = {question: mean(mine[s][question] - theirs[s][question] for s in seeds) for question in common}
     pictures = _pictures([*runs, *control])
-    clusters: dict[str, list[float]] = defaultdict(list)
-    for question, difference in differences.items():
-        clusters[pictures[question]].append(difference)
+    clusters = {pictures[question] for question in differences}
     centre = mean(differences.values())
+    error = standard_error(
+        mean_influences(list(differences.values())), (pictures[question] for question in differences)
+    )
     return Difference(
         mean=centre,
-        interval=clustered_interval(list(clusters.values()), centre),
+        interval=None if error is None else student_interval(centre, error, len(clusters)),
         by_seed={s: mean(mine[s][question] - theirs[s][question] for question in common) for s in seeds},
         num_questions=len(common),
         num_pictures=len(clusters),
     )
 
 
-def clustered_interval(clusters: Sequence[Sequence[float]], centre: float) -> tuple[float, float] | None:
-    """95 % interval of the mean of values that come in clusters; None for fewer than two; see `paired_difference`."""
-    num_clusters, num_values = len(clusters), sum(map(len, clusters))
-    if num_clusters < 2:
-        return None
-    squares = sum(sum(value - centre for value in cluster) ** 2 for cluster in clusters)
-    error = math.sqrt(num_clusters / (num_clusters - 1) * squares) / num_values
-    reach = float(student.ppf(0.975, num_clusters - 1)) * error
-    return centre - reach, centre + reach
-
-
 def _scores(runs: Sequence[VariantResult], question_set: str) -> dict[int | None, dict[Question, float]]:
     """Seed -> question -> score; a quarantined question is wrong for everybody and stays."""
     return {
-        run.seed: {_question(row): float(row["score"]) for row in run.predictions if row.get("set", "") == question_set}
+        run.seed: {
+            _question(row): float(row["score"])
+            for row in run.predictions
+            if row.get("set", "") == question_set and row["score"] is not None
+        }
         for run in runs
         if run.predictions
     }

@@ -30,9 +30,8 @@ REMARKS = (
     "Some of the paper's averages are not the mean of their row; they stand as printed.",
 )
 
-# Columns of the paper's Tables 1 to 3; question sets of these names whose metric is the benchmark's.
+# Columns of the paper's Tables 1 to 3; a question set says in its scores which one is its own.
 BENCHMARKS = ("VQA-T", "VQA-D", "QA-C", "VQA-I", "GQA", "VQAv2", "VizWiz", "MMB", "MMVet", "MMMU", "POPE", "SEED")
-_SAME_METRIC = {"gqa": "GQA"}
 # Table 4: tokens, projector, training, tokens/s, average.
 _EFFICIENCY = (
     ("LLaVA-UHD (paper)", "144", "137.84 M", "17.2 h", "28.4", "60.4"),
@@ -63,7 +62,8 @@ def paper_table(number: int, runs: Sequence[VariantResult]) -> Table:
 def _scores(number: int, groups: Groups) -> Table:
     runs = [run for mine in groups.values() for run in mine]
     theirs = [row for row in paper_rows() if row["table"] == str(number)]
-    others = [name for name in question_sets(runs) if name.lower() not in _SAME_METRIC]
+    columns_of = {name: _column(runs, name) for name in question_sets(runs)}
+    others = [name for name, column in columns_of.items() if not column]
     # A hyphen that breaks no line: two letters a line are hard to read.
     benchmarks = [name.replace("-", "\u2011") for name in BENCHMARKS]
     columns = ("Model", "LLM", "Tokens", *others, *benchmarks, "avg")
@@ -78,7 +78,7 @@ def _scores(number: int, groups: Groups) -> Table:
         for row in theirs
     ]
     for variant, mine in groups.items():
-        cells = {_SAME_METRIC[name.lower()]: name for name in question_sets(mine) if name.lower() in _SAME_METRIC}
+        cells = {columns_of[name]: name for name in question_sets(mine) if columns_of[name]}
         rows.append(
             (
                 variant,
@@ -109,6 +109,12 @@ def _efficiency(groups: Groups) -> Table:
             )
         )
     return Table(columns, tuple(rows), theirs=len(_EFFICIENCY))
+
+
+def _column(runs: Sequence[VariantResult], question_set: str) -> str:
+    """Of the paper's tables that a set's scores stand in: its benchmark's, asked on the split that is scored offline."""
+    found = next(run.scores[question_set] for run in runs if run.scores and question_set in run.scores)
+    return found.get("column", "")
 
 
 def _llm(run: VariantResult) -> str:

@@ -43,7 +43,7 @@ def _join_by_question(variants: Sequence[VariantResult]) -> list[PredictionRow]:
     answers: dict[tuple[str, str, str], dict[str, tuple[str, float]]] = {}
     for variant in variants:
         for row in variant.predictions or []:
-            if row["quarantined"]:
+            if row["quarantined"] or row["score"] is None:
                 continue
             key = (row.get("set", ""), str(row["id"]), row["question"])
             asked.setdefault(key, row)

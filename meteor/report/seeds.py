@@ -36,8 +36,10 @@ def _merge(name: str, runs: Sequence[VariantResult]) -> VariantResult:
 
 def _mean_table(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     types = [name for name in tables[0].get("by_type", {}) if all(name in table["by_type"] for table in tables)]
-    shares = [table["exact_match"] for table in tables]
-    merged = {**tables[0], "exact_match": mean(shares), "interval": [min(shares), max(shares)]}
+    scores = [table["score"] for table in tables]
+    if None in scores:
+        return {**tables[0], "score": None, "interval": None}
+    merged = {**tables[0], "score": mean(scores), "interval": [min(scores), max(scores)]}
     if "by_type" in merged:
         merged["by_type"] = {name: _mean_table([table["by_type"][name] for table in tables]) for name in types}
     return merged

@@ -17,6 +17,7 @@ from meteor.report.tables import (
     format_tokens,
     format_training_time,
     question_sets,
+    score_title,
     shares_right,
 )
 
@@ -27,7 +28,7 @@ def results_table(spec: StudyTable, runs: Sequence[VariantResult]) -> Table:
     sets = question_sets(runs)
     columns = ["Variant", "Tokens per image", "Projector"]
     columns += [
-        column for name in sets for column in (_score_title(name, sets), "Difference", "95 % interval", "By seed")
+        column for name in sets for column in (score_title(runs, name), "Difference", "95 % interval", "By seed")
     ]
     rows = []
     for variant in _present(spec, groups):
@@ -84,7 +85,7 @@ def numbers(run: VariantResult) -> dict[str, float]:
         "visual_tokens_per_image": run.num_visual_tokens_per_image,
         "training_seconds": sum(seconds.values()) if seconds else None,
     }
-    found |= {f"{name}/exact_match": table["exact_match"] for name, table in (run.scores or {}).items()}
+    found |= {f"{name}/{table['metric']}": table["score"] for name, table in (run.scores or {}).items()}
     found |= {
         f"answers/{name}": value for name, value in (run.efficiency or {}).items() if isinstance(value, int | float)
     }
@@ -94,10 +95,6 @@ def numbers(run: VariantResult) -> dict[str, float]:
 
 def _present(spec: StudyTable, groups: Mapping[str, Any]) -> list[str]:
     return [variant for variant in spec.variants if variant in groups]
-
-
-def _score_title(name: str, sets: Sequence[str]) -> str:
-    return f"Exact match, {name}" if len(sets) > 1 else "Exact match"
 
 
 def _score(runs: Sequence[VariantResult], question_set: str) -> str:

@@ -76,7 +76,7 @@ def _draw_points(axes: Axes, at: Sequence[Point], looks: Mapping[str, Look]) -> 
     axes.set_xlim(low / 1.15, high * (high / low) ** 0.25 * 1.3)
     _write_names(axes, points)
     axes.set_xlabel("visual tokens an image", fontsize=TEXT_POINTS)
-    axes.set_ylabel("exact match, %", fontsize=TEXT_POINTS)
+    axes.set_ylabel("score, %", fontsize=TEXT_POINTS)
     plain_axes(axes, grid="y")
 
 

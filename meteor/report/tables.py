@@ -20,6 +20,7 @@ from meteor.report.data import TRAINING_STAGES, StageRun, VariantResult
 from meteor.report.measures import final_loss, median_rate, step_seconds, total, training_seconds
 
 NOT_RUN = "not run"
+NOT_SCORED = "not scored here"
 NOT_FINISHED = "not finished"
 NOT_RECORDED = "not recorded"
 NOT_SET = "not set"
@@ -44,7 +45,7 @@ class Table:
 def headline_table(variants: Sequence[VariantResult]) -> Table:
     """One row a variant: cost in tokens, parameters and time beside the score."""
     sets = question_sets(variants)
-    score_columns = [f"Exact match, {name}" if len(sets) > 1 else "Exact match" for name in sets] or ["Exact match"]
+    score_columns = [score_title(variants, name) for name in sets] or ["Score"]
     columns = (
         "Variant",
         "Visual tokens per image",
@@ -103,7 +104,7 @@ def stage_table(variants: Sequence[VariantResult], stage: str) -> Table:
 
 
 def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
-    """Exact match with its 95 % interval, all questions first, then each type."""
+    """Scores with their 95 % intervals, all questions first, then each type, then the metric's further numbers."""
     tables = {variant.name: (variant.scores or {}).get(question_set) for variant in variants}
     types = sorted({name for table in tables.values() if table is not None for name in table["by_type"]})
     rows = []
@@ -114,10 +115,13 @@ def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
             (
                 label,
                 _distinct(format_count(entry["num_questions"]) for entry in scored),
-                _distinct(format_share(entry["majority_share"]) for entry in scored),
+                _distinct(_share_text(entry["majority_score"]) for entry in scored),
                 *(NOT_RUN if entry is None else _score_text(entry) for entry in entries.values()),
             )
         )
+    for extra in dict.fromkeys(key for table in tables.values() if table for key in table.get("extra", {})):
+        cells = [NOT_RUN if table is None else _extra_text(extra, table) for table in tables.values()]
+        rows.append((f"all questions: {extra.replace('_', ' ')}", "", "", *cells))
     table = Table(("Type", "Questions", "Majority answer", *tables), tuple(rows))
     return _transpose(table) if len(variants) > MANY_VARIANTS else table
 
@@ -174,8 +178,39 @@ def format_size(variant: VariantResult) -> str:
 
 
 def shares_right(runs: Sequence[VariantResult], question_set: str) -> list[float]:
-    """Exact match of each run that was asked the set."""
-    return [run.scores[question_set]["exact_match"] for run in runs if run.scores and question_set in run.scores]
+    """The score of each run that was asked the set, where it can be scored here."""
+    tables = [run.scores[question_set] for run in runs if run.scores and question_set in run.scores]
+    return [table["score"] for table in tables if table["score"] is not None]
+
+
+_METRICS = {
+    "anls": "ANLS",
+    "f1": "F1",
+    "judge": "Judge's score",
+    "mmmu_accuracy": "Accuracy",
+    "vqa_accuracy": "VQA accuracy",
+}
+
+
+def score_title(variants: Sequence[VariantResult], question_set: str) -> str:
+    """``VQA accuracy, textvqa``; without the set's name where there is one set."""
+    found = next((run.scores[question_set] for run in variants if run.scores and question_set in run.scores), {})
+    metric = str(found.get("metric", "score"))
+    title = _METRICS.get(metric, metric.replace("_", " ").capitalize())
+    return f"{title}, {question_set}" if len(question_sets(variants)) > 1 else title
+
+
+def score_facts(table: Mapping[str, Any]) -> str:
+    """What a set's scores depend on, in a sentence: evaluations that do not match differ in one of these."""
+    facts = [
+        table.get("title") or "LLaVA's format",
+        f"split {table['split']}" if table.get("split") else "",
+        f"{table['metric'].replace('_', ' ')}, version {table['metric_version']}",
+        "OCR tokens in the prompt" if table.get("ocr") else "",
+        f"pictures resized to {table['long_side']} pixels" if table.get("long_side") else "",
+        table.get("note", ""),
+    ]
+    return "; ".join(filter(None, facts)) + "."
 
 
 def question_sets(variants: Sequence[VariantResult]) -> list[str]:
@@ -244,7 +279,19 @@ def _score_cell(variant: VariantResult, question_set: str) -> str:
 
 
 def _score_text(entry: Mapping[str, Any]) -> str:
-    return f"{format_share(entry['exact_match'])} ({format_interval(*entry['interval'])})"
+    if entry["score"] is None:
+        return NOT_SCORED
+    interval = "" if entry["interval"] is None else f" ({format_interval(*entry['interval'])})"
+    return f"{format_share(entry['score'])}{interval}"
+
+
+def _share_text(share: float | None) -> str:
+    return "" if share is None else format_share(share)
+
+
+def _extra_text(extra: str, table: Mapping[str, Any]) -> str:
+    value = table["extra"].get(extra)
+    return "" if value is None else format_count(value) if extra.startswith("num_") else format_share(value)
 
 
 def _entry(table: Mapping[str, Any] | None, label: str, types: Sequence[str]) -> Mapping[str, Any] | None:

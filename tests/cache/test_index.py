@@ -150,3 +150,14 @@ def test_a_damaged_index_is_named(tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CacheError, match=r"v00000001\.parquet is damaged"):
         DatasetIndex.latest(str(tmp_path))
+
+
+def test_a_file_keeps_the_other_names_it_has_until_it_changes(index_uri: str) -> None:
+    one = make_row("a.png")
+    other = replace(one, name="@set/a.png")
+    DatasetIndex.publish(index_uri, [one])
+    both = DatasetIndex.publish(index_uri, [other])
+    assert both.rows() == [other, one]
+    assert both.lookup("@set/a.png") == other
+    changed = replace(one, image_key="2" * 64, etag="another")
+    assert DatasetIndex.publish(index_uri, [changed]).rows() == [changed]

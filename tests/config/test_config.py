@@ -1,6 +1,7 @@
 import pytest
 
 from meteor.config import RunSettings, load_run, mathematical_settings, resolve_paths, settings_digest
+from meteor.config.settings import QuestionSetSettings
 from meteor.errors import SettingsError
 
 
@@ -34,7 +35,9 @@ def test_extends_and_overrides_merge_key_by_key(tmp_path):
 def test_an_override_takes_the_whole_place_of_a_mapping(tmp_path):
     run = make_run(tmp_path, "data: {evaluate: {a: x.json, b: y.json}}\nprojector: {name: meteor, settings: {k: 64}}\n")
     assert load_run(run, ["data.evaluate={}"]).data.evaluate == {}
-    assert load_run(run, ["data.evaluate.c=z.json"]).data.evaluate == {"a": "x.json", "b": "y.json", "c": "z.json"}
+    assert load_run(run, ["data.evaluate.c=z.json"]).data.evaluate == {
+        name: QuestionSetSettings(path=f"{file}.json") for name, file in zip("abc", "xyz", strict=True)
+    }
     assert load_run(run, ["projector.name=mlp"]).projector.settings == {}
     assert load_run(run, ["projector.name=meteor_37m", "projector.settings.k=9"]).projector.settings == {"k": 9}
 

@@ -9,7 +9,8 @@ from meteor.cache.folder import read_cache_info
 from meteor.data.features import LiveFeatures, PixelSettings
 from meteor.data.samples import Sample
 from meteor.errors import CacheMismatchError, NotFoundError, SettingsError
-from meteor.evaluation.answer import Answerer, Question, last_answer
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.questions import Question, last_answer
 from meteor.model import MeteorProcessor
 from meteor.text.conversation import Turn
 from meteor.text.tokens import load_tokenizer
@@ -50,7 +51,7 @@ def pictures(make_picture, png, tmp_path):
 
 def make_question(name, words, keys=(), answer="a cat"):
     turns = (Turn("human", words, len(keys)), Turn("gpt", answer))
-    return Question(name, Sample(name, tuple(keys), turns), answer, tuple(keys))
+    return Question(name, Sample(name, tuple(keys), turns), (answer,), image_keys=tuple(keys))
 
 
 def test_answers_of_a_batch_are_those_of_each_question_with_its_picture_alone(answerer, pictures):
@@ -77,7 +78,7 @@ def test_answers_of_a_batch_are_those_of_each_question_with_its_picture_alone(an
 
 def test_the_question_and_its_answer_are_the_last_of_the_dialogue():
     turns = (Turn("human", "what?", 1), Turn("gpt", "a cat"), Turn("human", "sure?"), Turn("gpt", "yes"))
-    question = Question("1", Sample("1", ("a",), turns), last_answer(turns), ("k",))
+    question = Question("1", Sample("1", ("a",), turns), (last_answer(turns),), image_keys=("k",))
     assert (question.text, question.answer) == ("sure?", "yes")
     assert last_answer(turns[:3]) == ""
 

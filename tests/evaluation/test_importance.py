@@ -6,9 +6,10 @@ import torch
 
 from meteor.data.features import PixelSettings
 from meteor.data.samples import Sample
-from meteor.evaluation.answer import Answerer, Question
+from meteor.evaluation.answer import Answerer
 from meteor.evaluation.efficiency import measure_answers
 from meteor.evaluation.importance import importance_maps
+from meteor.evaluation.questions import Question
 from meteor.model import MeteorProcessor
 from meteor.text.conversation import Turn
 from meteor.text.tokens import load_tokenizer
@@ -31,7 +32,7 @@ def make_answerer(make_model, tokenizer_folder, tmp_path):
 
 
 def make_question(key, text="what is it?"):
-    return Question("q", Sample("q", ("a.png",), (Turn("human", text, 1),)), "", (key,))
+    return Question("q", Sample("q", ("a.png",), (Turn("human", text, 1),)), image_keys=(key,))
 
 
 @pytest.mark.parametrize("text_sampler", [None, {"layer": 1, "keep": 0.5}])

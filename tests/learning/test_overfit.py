@@ -17,7 +17,8 @@ from meteor.data.collate import collate
 from meteor.data.features import PixelSettings, encode_sliced, slice_bytes
 from meteor.data.samples import load_samples
 from meteor.data.table import IndexedImage, plan_table
-from meteor.evaluation.answer import Answerer, Question, last_answer
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.questions import Question, last_answer
 from meteor.evaluation.scoring import exact_match
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorProcessor
@@ -53,7 +54,9 @@ def test_it_learns_what_only_the_picture_tells_and_fails_when_pictures_are_swapp
 
     answerer = Answerer(model_uri, device="cpu", dtype=torch.float32)
     questions = [
-        Question(one.id, one, last_answer(one.turns), tuple(images[name].image_key for name in one.images))
+        Question(
+            one.id, one, (last_answer(one.turns),), image_keys=tuple(images[name].image_key for name in one.images)
+        )
         for one in samples
     ]
     assert len({question.text for question in questions}) == 1

@@ -40,14 +40,18 @@ def make_variant(make_run):
 
 @pytest.fixture(scope="session")
 def make_score():
-    def make(share=0.5, *, num_questions=1200, majority=0.25, num_quarantined=0, by_type=None):
+    def make(share=0.5, *, num_questions=1200, majority=0.25, num_quarantined=0, by_type=None, **more):
         return {
-            "exact_match": share,
+            "metric": "exact_match",
+            "metric_version": 1,
+            "extra": {},
+            "score": share,
             "interval": [share - 0.1, share + 0.1],
             "num_questions": num_questions,
-            "majority_share": majority,
+            "majority_score": majority,
             "num_quarantined": num_quarantined,
             "by_type": by_type or {},
+            **more,
         }
 
     return make

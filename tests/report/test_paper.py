@@ -13,7 +13,9 @@ def test_our_cost_stands_below_the_papers(make_variant):
 def test_a_set_of_a_benchmarks_own_metric_stands_in_its_column_and_others_in_columns_of_their_own(
     make_variant, make_score
 ):
-    table = paper_table(1, [make_variant(scores={"gqa": make_score(0.649), "shapes": make_score(0.5)})])
+    table = paper_table(
+        1, [make_variant(scores={"my_gqa": make_score(0.649, column="GQA"), "shapes": make_score(0.5)})]
+    )
     assert {len(row) for row in table.rows} == {len(table.columns)}
     assert [row[0] for row in table.rows[table.theirs :]] == ["meteor"]
     ours = dict(zip(table.columns, table.rows[-1], strict=True))

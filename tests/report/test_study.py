@@ -62,7 +62,7 @@ def runs(make_variant, make_score, make_run):
 def test_seeds_become_one_variant_with_the_range_of_their_scores(runs):
     control, better = merge_seeds(runs)
     assert (control.name, better.name) == ("control", "better")
-    assert control.scores["shapes"]["exact_match"] == 0.625
+    assert control.scores["shapes"]["score"] == 0.625
     assert control.scores["shapes"]["interval"] == [0.5, 0.75]
     assert control.scores["shapes"]["by_type"]["count"]["interval"] == [0.5, 0.75]
     assert better.predictions == runs[2].predictions

@@ -1,0 +1,6 @@
+"""The benchmarks of the paper's tables, NLVR, and files in LLaVA's own forms: how each is read, asked and scored."""
+
+from meteor.evaluation.benchmarks.folder import Folder
+from meteor.evaluation.benchmarks.registry import BENCHMARKS, Benchmark
+
+__all__ = ["BENCHMARKS", "Benchmark", "Folder"]

@@ -1,0 +1,94 @@
+"""TextVQA, VQAv2 and VizWiz: ten annotators' answers a question, scored by VQA accuracy."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from meteor import storage
+from meteor.evaluation.benchmarks.folder import Folder
+from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, UNANSWERABLE, with_suffix
+from meteor.evaluation.questions import LoadedQuestions, Question, ask
+
+
+def load_textvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``TextVQA_0.5.1_<split>.json``, ``train_images/``; with ``ocr`` the tokens of ``TextVQA_Rosetta_OCR_v0.2_<split>.json``.
+
+    With OCR tokens the prompt is that of LLaVA's own evaluation, which raises scores by about ten points.
+    """
+    records = folder.json(f"TextVQA_0.5.1_{split}.json")["data"]
+    tokens: dict[str, list[str]] = {}
+    if ocr:
+        found = folder.json(f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
+        tokens = {one["image_id"]: one["ocr_tokens"] for one in found}
+    place = folder.picture_folder("train_images", "test_images", example=f"{records[0]['image_id']}.jpg")
+    questions = []
+    for record in records:
+        text = record["question"]
+        if ocr:
+            text += f"\nReference OCR token: {', '.join(tokens.get(record['image_id'], []))}"
+        image = f"{place}/{record['image_id']}.jpg"
+        questions.append(
+            ask(str(record["question_id"]), with_suffix(text, SHORT_ANSWER), [image], record.get("answers", ()))
+        )
+    return LoadedQuestions(questions)
+
+
+def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``v2_OpenEnded_mscoco_*_questions.json``, for val ``v2_mscoco_val2014_annotations.json``; ``val2014/``, ``test2015/``."""
+    year = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}[split]
+    records = folder.json(f"v2_OpenEnded_mscoco_{year}_questions.json")["questions"]
+    known = {}
+    if split == "val":
+        annotations = folder.json("v2_mscoco_val2014_annotations.json")["annotations"]
+        known = {annotation["question_id"]: annotation for annotation in annotations}
+    images = "val2014" if split == "val" else "test2015"
+
+    def image_name(record: Mapping[str, Any]) -> str:
+        return f"COCO_{images}_{record['image_id']:012d}.jpg"
+
+    place = folder.picture_folder(images, "", example=image_name(records[0]))
+    questions = []
+    for record in records:
+        annotation = known.get(record["question_id"], {})
+        image = storage.join(place, image_name(record)) if place else image_name(record)
+        questions.append(
+            ask(
+                str(record["question_id"]),
+                with_suffix(record["question"], SHORT_ANSWER),
+                [image],
+                [answer["answer"] for answer in annotation.get("answers", ())],
+                type=annotation.get("answer_type", ""),
+            )
+        )
+    return LoadedQuestions(questions)
+
+
+def submit_vqav2(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
+    """EvalAI's form. It wants an answer to every question of the test split, test-dev being part of it; others get ""."""
+    whole = "v2_OpenEnded_mscoco_test2015_questions.json"
+    ids = [int(question.id) for question in questions]
+    if storage.exists(storage.join(folder.uri, whole)):
+        known = set(ids)
+        ids += [one["question_id"] for one in folder.json(whole)["questions"] if one["question_id"] not in known]
+    return "vqav2_submission.json", [{"question_id": one, "answer": answers.get(str(one), "")} for one in ids]
+
+
+def load_vizwiz(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``<split>.json`` or ``Annotations/<split>.json``, pictures in ``<split>/``."""
+    records = folder.json(f"Annotations/{split}.json", f"{split}.json")
+    place = folder.picture_folder(split, "", example=records[0]["image"])
+    questions = [
+        ask(
+            record["image"],
+            with_suffix(record["question"], UNANSWERABLE, SHORT_ANSWER),
+            [f"{place}/{record['image']}" if place else record["image"]],
+            [answer["answer"] for answer in record.get("answers", ())],
+            type=record.get("answer_type", ""),
+        )
+        for record in records
+    ]
+    return LoadedQuestions(questions)
+
+
+def submit_vizwiz(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
+    """EvalAI's form."""
+    return "vizwiz_submission.json", [{"image": one.id, "answer": answers[one.id]} for one in questions]

@@ -1,0 +1,85 @@
+"""DocVQA and InfoVQA (ANLS), ChartQA (relaxed accuracy), GQA (exact match)."""
+
+from meteor.evaluation.benchmarks.folder import Folder
+from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, with_suffix
+from meteor.evaluation.questions import LoadedQuestions, ask
+
+
+def load_docvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``<split>_v1.0_withQT.json`` or ``<split>_v1.0.json`` of task 1; pictures in ``documents/`` or ``spdocvqa_images/``."""
+    records = folder.json(*_with_subfolders("spdocvqa_qas", f"{split}_v1.0_withQT.json", f"{split}_v1.0.json"))["data"]
+    names = [record["image"].rpartition("/")[2] for record in records]
+    place = folder.picture_folder("documents", "spdocvqa_images", f"{split}/documents", example=names[0])
+    questions = [
+        ask(
+            str(record["questionId"]),
+            with_suffix(record["question"], SHORT_ANSWER),
+            [f"{place}/{name}"],
+            record.get("answers", ()),
+            type=next(iter(record.get("question_types", ())), ""),
+        )
+        for record, name in zip(records, names, strict=True)
+    ]
+    return LoadedQuestions(questions)
+
+
+def load_infovqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``infographicsVQA_<split>_v1.0_withQT.json`` or without QT; pictures in ``infographicsvqa_images/``."""
+    stem = f"infographicsVQA_{split}_v1.0"
+    records = folder.json(*_with_subfolders("infographicsvqa_qas", f"{stem}_withQT.json", f"{stem}.json"))["data"]
+    place = folder.picture_folder("infographicsvqa_images", "images", example=records[0]["image_local_name"])
+    questions = [
+        ask(
+            str(record["questionId"]),
+            with_suffix(record["question"], SHORT_ANSWER),
+            [f"{place}/{record['image_local_name']}"],
+            record.get("answers", ()),
+            type=next(iter(record.get("answer_type", ())), ""),
+        )
+        for record in records
+    ]
+    return LoadedQuestions(questions)
+
+
+def load_chartqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``<split>/<split>_human.json`` and ``<split>/<split>_augmented.json``, pictures in ``<split>/png/``."""
+    questions, place = [], None
+    for half in ("human", "augmented"):
+        records = folder.json(*_with_subfolders("ChartQA Dataset", f"{split}/{split}_{half}.json"))
+        if place is None:
+            example = records[0]["imgname"]
+            place = folder.picture_folder(f"{split}/png", f"ChartQA Dataset/{split}/png", example=example)
+        questions += [
+            ask(
+                f"{half}/{i}",
+                with_suffix(record["query"], SHORT_ANSWER),
+                [f"{place}/{record['imgname']}"],
+                [str(record["label"])],
+                type=half,
+            )
+            for i, record in enumerate(records)
+        ]
+    return LoadedQuestions(questions)
+
+
+def load_gqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``<split>_questions.json`` of questions1.2.zip, pictures in ``images/``."""
+    records = folder.json(*_with_subfolders("questions1.2", f"{split}_questions.json"))
+    first = next(iter(records.values()))
+    place = folder.picture_folder("images", example=f"{first['imageId']}.jpg")
+    questions = [
+        ask(
+            question_id,
+            with_suffix(record["question"], SHORT_ANSWER),
+            [f"{place}/{record['imageId']}.jpg"],
+            [record["answer"]] if "answer" in record else (),
+            type=record.get("types", {}).get("structural", ""),
+        )
+        for question_id, record in records.items()
+    ]
+    return LoadedQuestions(questions)
+
+
+def _with_subfolders(subfolder: str, *names: str) -> list[str]:
+    """Unpacked beside the pictures, or in the archive's own folder."""
+    return [*names, *(f"{subfolder}/{name}" for name in names)]

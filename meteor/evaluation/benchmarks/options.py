@@ -1,0 +1,141 @@
+"""MMBench, MMMU and SEED: options A, B, ... of which one is named."""
+
+import ast
+import base64
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from meteor.errors import DataError
+from meteor.evaluation.benchmarks.folder import Folder, read_parquet
+from meteor.evaluation.benchmarks.prompts import OPTION_LETTER, SHORT_ANSWER, with_suffix
+from meteor.evaluation.choices import LETTERS, list_options
+from meteor.evaluation.questions import LoadedQuestions, Question, ask
+
+# The published file numbers the rotations of question i as i + 1,000,000, i + 2,000,000, ...
+_ROTATION = 1_000_000
+# A picture's field may hold the number of the row that has the picture.
+_LONGEST_REFERENCE = 64
+_MMMU_IMAGES = 7
+
+
+def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``mmbench_<split>_20230712.tsv`` or ``MMBench_<SPLIT>_EN[_legacy].tsv``, pictures in base64 inside.
+
+    Rotations that the file brings along are used; a question without them gets its own.
+    """
+    names = [
+        f"mmbench_{split}_20230712.tsv",
+        f"MMBench_{split.upper()}_EN.tsv",
+        f"MMBench_{split.upper()}_EN_legacy.tsv",
+    ]
+    rows = folder.table(*names)
+    num_prompts = Counter(int(row["index"]) % _ROTATION for row in rows)
+    questions: list[Question] = []
+    for row in rows:
+        index = int(row["index"])
+        options = [row[letter] for letter in LETTERS if row.get(letter)]
+        right = LETTERS.index(row["answer"]) if row.get("answer") else None
+        alone = num_prompts[index % _ROTATION] == 1
+        for turn in range(len(options) if alone else 1):
+            text = "\n".join(filter(None, [row.get("hint", ""), row["question"]]))
+            turned = [*options[turn:], *options[:turn]]
+            questions.append(
+                ask(
+                    str(index + turn * _ROTATION),
+                    with_suffix(text, list_options(turned), OPTION_LETTER),
+                    [_mmbench_picture(index % _ROTATION)],
+                    [] if right is None else [LETTERS[(right - turn) % len(options)]],
+                    type=row.get("category", ""),
+                    choices=turned,
+                    group=str(index % _ROTATION),
+                )
+            )
+    return LoadedQuestions(questions, lambda: _mmbench_pictures(folder.table(*names)))
+
+
+def _mmbench_picture(index: int) -> str:
+    return f"pictures/{index}.jpg"
+
+
+def _mmbench_pictures(rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, bytes]]:
+    encoded = {row["index"]: row["image"] for row in rows}
+    for index, content in encoded.items():
+        if int(index) >= _ROTATION:
+            continue
+        if len(content) <= _LONGEST_REFERENCE:
+            if len(encoded.get(content, "")) <= _LONGEST_REFERENCE:
+                raise DataError(f"MMBench's row {index} names row {content!r} for its picture, which has none")
+            content = encoded[content]
+        yield _mmbench_picture(int(index)), base64.b64decode(content)
+
+
+def load_mmmu(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """Parquet files ``<Subject>/<split>-*.parquet`` as published, several pictures a question inside.
+
+    Pictures come before the text; "<image 1>" stays in it and says which is meant.
+    """
+    split = {"val": "validation"}.get(split, split)
+    files = folder.parquet_files(split)
+    columns = ("id", "question", "options", "answer", "question_type", "subfield")
+    questions = []
+    for uri in files:
+        subject = uri.split("/")[-2]
+        for row in read_parquet(uri, [*columns, *(f"image_{i}" for i in range(1, _MMMU_IMAGES + 1))]):
+            options = _listed(row["options"])
+            text = with_suffix(row["question"], list_options(options), OPTION_LETTER)
+            questions.append(
+                ask(
+                    row["id"],
+                    text if options else with_suffix(row["question"], SHORT_ANSWER),
+                    [_mmmu_picture(row, i) for i in _mmmu_numbers(row)],
+                    _listed(row["answer"]) if row["answer"] and row["answer"] != "?" else (),
+                    type=subject,
+                    choices=options,
+                )
+            )
+
+    def pictures() -> Iterator[tuple[str, bytes]]:
+        for uri in files:
+            for row in read_parquet(uri, ["id", *(f"image_{i}" for i in range(1, _MMMU_IMAGES + 1))]):
+                for i in _mmmu_numbers(row):
+                    yield _mmmu_picture(row, i), row[f"image_{i}"]["bytes"]
+
+    return LoadedQuestions(questions, pictures)
+
+
+def _mmmu_numbers(row: Mapping[str, Any]) -> list[int]:
+    return [i for i in range(1, _MMMU_IMAGES + 1) if row.get(f"image_{i}")]
+
+
+def _mmmu_picture(row: Mapping[str, Any], number: int) -> str:
+    return f"pictures/{row['id']}_{number}.png"
+
+
+def _listed(text: str) -> list[str]:
+    """MMMU writes lists as Python prints them: "['$6', '$7']"; what is no list is its only element."""
+    if not text.startswith("["):
+        return [text] if text else []
+    return [str(one) for one in ast.literal_eval(text)]
+
+
+def load_seed(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``SEED-Bench.json``, pictures in ``SEED-Bench-image/``; the questions on pictures, not those on videos."""
+    content = folder.json("SEED-Bench.json")
+    names = {number: name for name, number in content.get("question_type", {}).items()}
+    records = [record for record in content["questions"] if record.get("data_type", "image") == "image"]
+    place = folder.picture_folder("SEED-Bench-image", example=records[0]["data_id"])
+    questions = []
+    for record in records:
+        options = [str(record[f"choice_{letter}"]) for letter in "abcd" if record.get(f"choice_{letter}") is not None]
+        questions.append(
+            ask(
+                str(record["question_id"]),
+                with_suffix(record["question"], list_options(options), OPTION_LETTER),
+                [f"{place}/{record['data_id']}"],
+                [record["answer"]] if record.get("answer") else (),
+                type=names.get(record.get("question_type_id"), ""),
+                choices=options,
+            )
+        )
+    return LoadedQuestions(questions)

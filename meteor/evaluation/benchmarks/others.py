@@ -1,0 +1,124 @@
+"""POPE, MM-Vet, and files in LLaVA's forms: samples with conversations, question.jsonl, NLVR's statements."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from meteor import storage
+from meteor.data.samples import load_samples, read_records
+from meteor.errors import DataError
+from meteor.evaluation.benchmarks.folder import Folder
+from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, with_suffix
+from meteor.evaluation.questions import LoadedQuestions, Question, ask, last_answer
+
+POPE_CATEGORIES = ("random", "popular", "adversarial")
+
+
+def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``coco_pope_<category>.json``, a record a line, pictures of COCO's val2014."""
+    questions, place = [], None
+    for category in POPE_CATEGORIES:
+        name = f"coco_pope_{category}.json"
+        for record in folder.json_lines(name, f"coco/{name}", f"output/coco/{name}"):
+            if place is None:
+                place = folder.picture_folder("val2014", example=record["image"])
+            questions.append(
+                ask(
+                    # Every category counts from 1.
+                    f"{category}/{record['question_id']}",
+                    with_suffix(record["text"], SHORT_ANSWER),
+                    [f"{place}/{record['image']}"],
+                    [record["label"]],
+                    type=category,
+                )
+            )
+    return LoadedQuestions(questions)
+
+
+def load_mmvet(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """``mm-vet.json``, pictures in ``images/``."""
+    records = folder.json("mm-vet.json")
+    place = folder.picture_folder("images", example=next(iter(records.values()))["imagename"])
+    questions = [
+        ask(
+            question_id,
+            record["question"],
+            [f"{place}/{record['imagename']}"],
+            [record["answer"]],
+            type="+".join(record.get("capability", ())),
+        )
+        for question_id, record in records.items()
+    ]
+    return LoadedQuestions(questions)
+
+
+def answers_for_judge(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
+    """The file that MM-Vet's online evaluator takes."""
+    return "mmvet_for_judge.json", {question.id: answers[question.id] for question in questions}
+
+
+def read_verdicts(uri: str) -> dict[str, float]:
+    """A judge's verdicts: id -> number, or MM-Vet's own grade file (id -> {"score": [number, ...]}, whose mean counts).
+
+    Raises:
+        DataError: a verdict is not in [0, 1].
+    """
+    verdicts = {}
+    for question_id, content in storage.read_json(uri).items():
+        scores = content["score"] if isinstance(content, dict) else content
+        values = [float(one) for one in (scores if isinstance(scores, list) else [scores])]
+        if not values or not all(0 <= one <= 1 for one in values):
+            raise DataError(f"{uri}: the verdict on {question_id!r} is {scores!r}, and must be in 0 ... 1")
+        verdicts[question_id] = sum(values) / len(values)
+    return verdicts
+
+
+def load_llava(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """One file: samples with ``conversations``, the last answer being the reference; or a ``question.jsonl``.
+
+    Of the latter: ``question_id``, ``image``, ``text``, and as it likes ``category`` and ``answer`` or ``label``.
+    """
+    first = next(iter(read_records(folder.uri)), None)
+    if isinstance(first, dict) and "text" in first and "conversations" not in first:
+        return LoadedQuestions([_read_question(record, folder.uri) for record in read_records(folder.uri)])
+    samples, problems = load_samples(folder.uri)
+    questions = [Question(one.id, one, (last_answer(one.turns),)) for one in samples]
+    return LoadedQuestions(questions, problems=tuple(problems))
+
+
+def _read_question(record: Mapping[str, Any], uri: str) -> Question:
+    if "text" not in record or "question_id" not in record:
+        raise DataError(f"{uri}: a record of a question file needs question_id and text, and has {sorted(record)}")
+    images, answer = record.get("image") or [], record.get("answer", record.get("label"))
+    return ask(
+        str(record["question_id"]),
+        record["text"].replace("<image>", ""),
+        images if isinstance(images, list) else [images],
+        [] if answer is None else [str(answer)],
+        type=str(record.get("category") or ""),
+    )
+
+
+def answers_of_llava(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
+    """The answers file of LLaVA's own evaluation scripts, a record a line."""
+    rows = [{"question_id": _number(one.id), "prompt": one.text, "text": answers[one.id]} for one in questions]
+    return "answers.jsonl", rows
+
+
+def _number(question_id: str) -> int | str:
+    return int(question_id) if question_id.isdecimal() else question_id
+
+
+def load_nlvr(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+    """Statements in LLaVA's form, answered true or false: a file, or a folder with ``nlvr_llava.json`` and ``images/``."""
+    if folder.uri.endswith((".json", ".jsonl")):
+        return load_llava(folder, split=split, ocr=ocr)
+    loaded = load_llava(Folder(folder.find("nlvr_llava.json"), "NLVR", ""), split=split, ocr=ocr)
+    placed = [
+        replace(
+            question,
+            sample=replace(question.sample, images=tuple(f"images/{name}" for name in question.sample.images)),
+        )
+        for question in loaded.questions
+    ]
+    return replace(loaded, questions=placed)

@@ -1,0 +1,196 @@
+"""One entry a benchmark; a new one is a loader, and a line here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from meteor.evaluation.benchmarks import annotators, documents, options, others
+from meteor.evaluation.benchmarks.folder import Folder
+from meteor.evaluation.metrics import (
+    ANLS,
+    CIRCULAR,
+    EXACT_MATCH,
+    LETTER,
+    MMMU_ACCURACY,
+    POPE_F1,
+    TRUE_FALSE,
+    VQA_ACCURACY,
+    Metric,
+    judged,
+    relaxed,
+)
+from meteor.evaluation.questions import LoadedQuestions, Question
+
+SHORT = 16
+LONG = 128
+
+
+class Loader(Protocol):
+    """Reads a folder's questions of a split; ``ocr`` puts OCR tokens into the prompt where the benchmark has them."""
+
+    def __call__(self, folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions: ...
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is read, asked and scored.
+
+    Attributes:
+        title: as the field calls it.
+        load: see `Loader`; what it reads is in its docstring.
+        metric: of answers.
+        splits: that can be read; the first is the default.
+        max_new_tokens: longest answer.
+        origin: where its files are to be had.
+        column: of the paper's tables; "" for none.
+        in_folder: its pictures lie beside its questions; else under the run's image roots.
+        has_ocr: its prompt can have OCR tokens.
+        export: (folder, questions, answers by id) -> name and content of a file for whoever scores it elsewhere.
+        exported_splits: where that file is wanted; every split if not given.
+        note: what a reader of its scores must know.
+    """
+
+    title: str
+    load: Loader
+    metric: Metric
+    splits: tuple[str, ...]
+    max_new_tokens: int = SHORT
+    origin: str = ""
+    column: str = ""
+    in_folder: bool = True
+    has_ocr: bool = False
+    export: Callable[[Folder, Sequence[Question], Mapping[str, str]], tuple[str, Any]] | None = None
+    exported_splits: tuple[str, ...] = ()
+    note: str = ""
+
+
+_COCO = "http://images.cocodataset.org/zips"
+BENCHMARKS: dict[str, Benchmark] = {
+    "llava": Benchmark(
+        "LLaVA's format",
+        others.load_llava,
+        EXACT_MATCH,
+        ("",),
+        max_new_tokens=32,
+        origin="your own data",
+        in_folder=False,
+        export=others.answers_of_llava,
+    ),
+    "textvqa": Benchmark(
+        "TextVQA",
+        annotators.load_textvqa,
+        VQA_ACCURACY,
+        ("val",),
+        origin="https://textvqa.org/dataset (annotations, Rosetta OCR tokens, train_val_images.zip)",
+        column="VQA-T",
+        has_ocr=True,
+    ),
+    "vqav2": Benchmark(
+        "VQAv2",
+        annotators.load_vqav2,
+        VQA_ACCURACY,
+        ("val", "test-dev", "test"),
+        origin=f"https://visualqa.org/download.html ({_COCO}/val2014.zip, {_COCO}/test2015.zip)",
+        column="VQAv2",
+        export=annotators.submit_vqav2,
+        exported_splits=("test-dev", "test"),
+    ),
+    "vizwiz": Benchmark(
+        "VizWiz",
+        annotators.load_vizwiz,
+        VQA_ACCURACY,
+        ("val", "test"),
+        origin="https://vizwiz.org/tasks-and-datasets/vqa (Annotations.zip, val.zip, test.zip)",
+        column="VizWiz",
+        export=annotators.submit_vizwiz,
+        exported_splits=("test",),
+    ),
+    "gqa": Benchmark(
+        "GQA",
+        documents.load_gqa,
+        EXACT_MATCH,
+        ("testdev_balanced", "val_balanced", "testdev_all", "val_all"),
+        origin="https://cs.stanford.edu/people/dorarad/gqa/download.html (questions1.2.zip, images.zip)",
+        column="GQA",
+    ),
+    "docvqa": Benchmark(
+        "DocVQA",
+        documents.load_docvqa,
+        ANLS,
+        ("val", "test"),
+        max_new_tokens=32,
+        origin="https://rrc.cvc.uab.es/?ch=17 (task 1: spdocvqa_qas.zip, spdocvqa_images.tar.gz)",
+        column="VQA-D",
+    ),
+    "infovqa": Benchmark(
+        "InfoVQA",
+        documents.load_infovqa,
+        ANLS,
+        ("val", "test"),
+        max_new_tokens=32,
+        origin="https://rrc.cvc.uab.es/?ch=17 (task 3: infographicsvqa_qas.zip, infographicsvqa_images.tar.gz)",
+        column="VQA-I",
+    ),
+    "chartqa": Benchmark(
+        "ChartQA",
+        documents.load_chartqa,
+        relaxed(compat=True),
+        ("test", "val"),
+        max_new_tokens=32,
+        origin="https://huggingface.co/datasets/ahmed-masry/ChartQA (ChartQA Dataset.zip)",
+        column="QA-C",
+    ),
+    "mmbench": Benchmark(
+        "MMBench",
+        options.load_mmbench,
+        CIRCULAR,
+        ("dev", "test"),
+        origin="https://github.com/open-compass/MMBench (mmbench_dev_20230712.tsv)",
+        column="MMB",
+    ),
+    "mmvet": Benchmark(
+        "MM-Vet",
+        others.load_mmvet,
+        judged(None),
+        ("",),
+        max_new_tokens=LONG,
+        origin="https://github.com/yuweihao/MM-Vet (mm-vet.zip)",
+        column="MMVet",
+        export=others.answers_for_judge,
+        note="scored by a judge model; those of the published scores are retired, so this one does not compare with theirs",
+    ),
+    "mmmu": Benchmark(
+        "MMMU",
+        options.load_mmmu,
+        MMMU_ACCURACY,
+        ("val", "dev"),
+        max_new_tokens=LONG,
+        origin="https://huggingface.co/datasets/MMMU/MMMU (one folder of Parquet files a subject)",
+        column="MMMU",
+    ),
+    "pope": Benchmark(
+        "POPE",
+        others.load_pope,
+        POPE_F1,
+        ("",),
+        origin=f"https://github.com/AoiDragon/POPE (output/coco) and {_COCO}/val2014.zip",
+        column="POPE",
+    ),
+    "seed": Benchmark(
+        "SEED-Bench",
+        options.load_seed,
+        LETTER,
+        ("image",),
+        origin="https://huggingface.co/datasets/AILab-CVC/SEED-Bench (SEED-Bench.json, SEED-Bench-image.zip)",
+        column="SEED",
+        note="questions on pictures alone, not those on videos",
+    ),
+    "nlvr": Benchmark(
+        "NLVR",
+        others.load_nlvr,
+        TRUE_FALSE,
+        ("",),
+        origin="https://lil.nlp.cornell.edu/nlvr, in LLaVA's format",
+        in_folder=False,
+    ),
+}

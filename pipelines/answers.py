@@ -1,0 +1,66 @@
+"""Answers of one model, kept as they come: what was asked once is not asked again, after a crash or in another run.
+
+Immutable Parquet files with (prompt, prediction) pairs; a prompt is the digest of all that its answer depends on besides the
+model. Two runs that answer at the same time write files of their own, with the same answers.
+"""
+
+import time
+import uuid
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meteor import storage
+from meteor.config import settings_digest
+from meteor.evaluation.questions import Question
+
+_SCHEMA = pa.schema([("prompt", pa.string()), ("prediction", pa.string())])
+_WRITE_EVERY_S = 30.0
+
+
+def prompt_digest(question: Question, max_new_tokens: int) -> str:
+    """Of the turns before the answer, the pictures' content, and the longest answer."""
+    turns = question.sample.turns
+    asked = turns if turns[-1].role == "human" else turns[:-1]
+    content = [[turn.role, turn.text, turn.num_images] for turn in asked]
+    return settings_digest([content, question.sample.system, question.image_keys, max_new_tokens])
+
+
+class AnswerStore:
+    """The answers of one model in one folder.
+
+    Args:
+        uri: folder, local or S3, whose name tells the model and how it was asked.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._new: dict[str, str] = {}
+        self._written_at = time.monotonic()
+
+    def read(self) -> dict[str, str]:
+        """Prompt -> prediction, of all files there are."""
+        known: dict[str, str] = {}
+        for info in storage.list_objects(self._uri):
+            if info.uri.endswith(".parquet"):
+                table = pq.read_table(pa.BufferReader(storage.read_bytes(info.uri)))
+                known |= dict(zip(table["prompt"].to_pylist(), table["prediction"].to_pylist(), strict=True))
+        return known
+
+    def add(self, answers: Mapping[str, str]) -> None:
+        """Keep new answers; they are written now and then."""
+        self._new |= answers
+        if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has not been written."""
+        self._written_at = time.monotonic()
+        if not self._new:
+            return
+        table = pa.table({"prompt": list(self._new), "prediction": list(self._new.values())}, schema=_SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        storage.write_bytes(storage.join(self._uri, f"{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes())
+        self._new = {}

@@ -1,0 +1,256 @@
+"""Every published file format, read from a small folder of it that is generated here."""
+
+import io
+import json
+import typing
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from meteor import storage
+from meteor.config.settings import QuestionSetSettings
+from meteor.errors import DataError, NotFoundError, SettingsError
+from meteor.evaluation.benchmarks import BENCHMARKS
+from meteor.evaluation.benchmarks.others import read_verdicts
+from meteor.evaluation.question_pictures import is_written, write_pictures
+from meteor.evaluation.question_set import load_question_set
+from meteor.evaluation.score_table import score_rows, score_table
+from meteor.synthetic.benchmarks import write_benchmarks
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+FORMATS = sorted(set(BENCHMARKS) - {"llava"})
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    return write_benchmarks(tmp_path_factory.mktemp("benchmarks") / "all")
+
+
+@pytest.fixture
+def load(folders, tmp_path):
+    def load(format, path=None, **options):
+        uri = str(path or folders / format)
+        return load_question_set("set", format=format, uri=uri, picture_root=str(tmp_path / "pictures"), **options)
+
+    return load
+
+
+def test_settings_know_every_benchmark():
+    assert set(typing.get_args(QuestionSetSettings.model_fields["format"].annotation)) == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_read_asked_and_scored(load, format):
+    questions = load(format)
+    assert len({question.id for question in questions.questions}) == len(questions.questions) > 7
+    pictures = {name for question in questions.questions for name in question.sample.images}
+    if questions.has_own_pictures:
+        assert not is_written(questions)
+        write_pictures(questions, {}, max_pixels=10**8, on_written=lambda number: None)
+        assert is_written(questions)
+    for name in pictures:
+        with Image.open(Path(questions.image_root) / name.removeprefix("@set/")) as image:
+            image.load()
+    # Right answers, in the words of the references, score 1.
+    asked = [(question, question.answer, "") for question in questions.questions]
+    table = score_table(score_rows("set", asked, questions.metric), questions.questions, questions.metric)
+    if format == "mmvet":
+        assert table["score"] is None
+    elif format in ("textvqa", "vqav2", "vizwiz"):
+        assert table["score"] > 0.95  # six of ten annotators agree, or more
+    else:
+        assert table["score"] == 1.0
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "llava"])
+def test_a_missing_folder_is_named_with_its_setting_and_where_the_files_are_to_be_had(load, tmp_path, format):
+    with pytest.raises(NotFoundError) as caught:
+        load(format, tmp_path / "nowhere" if format != "llava" else tmp_path / "nowhere.json")
+    assert "nowhere" in str(caught.value)
+    if format != "llava":
+        assert "data.evaluate.set.path" in str(caught.value)
+        assert BENCHMARKS[format].origin in str(caught.value)
+
+
+def test_a_missing_file_is_named_with_where_it_is_to_be_had(load, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(b"x")
+    with pytest.raises(NotFoundError, match=r"GQA needs testdev_balanced_questions\.json or .*cs\.stanford\.edu"):
+        load("gqa", tmp_path)
+    (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"question": "q", "imageId": "b", "answer": "a"}}')
+    with pytest.raises(NotFoundError, match=r"GQA needs images/b\.jpg .*images\.zip"):
+        load("gqa", tmp_path)
+    (tmp_path / "testdev_balanced_questions.json").write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        load("gqa", tmp_path)
+
+
+def test_another_split_and_ocr_are_refused_where_there_is_none(load):
+    with pytest.raises(SettingsError, match=r"no split 'train' here; known: val, test-dev, test"):
+        load("vqav2", split="train")
+    with pytest.raises(SettingsError, match=r"leave data\.evaluate\.set\.ocr away"):
+        load("gqa", ocr=True)
+
+
+def test_textvqa_has_ocr_tokens_in_the_prompt_only_if_asked(load):
+    plain, ocr = load("textvqa"), load("textvqa", ocr=True)
+    assert plain.questions[0].text.endswith(SHORT)
+    assert not any("OCR" in question.text for question in plain.questions)
+    with_word = next(one for one in ocr.questions if "token: " in one.text.replace("token: \n", ""))
+    assert with_word.text.endswith(SHORT)
+    assert "\nReference OCR token: " in with_word.text
+    assert plain.digest != ocr.digest
+    assert (plain.facts["ocr"], ocr.facts["ocr"]) == (False, True)
+
+
+def test_vizwiz_may_be_unanswerable(load):
+    suffix = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    assert load("vizwiz").questions[0].text.endswith(suffix + SHORT)
+
+
+def test_submission_files_are_the_servers(load):
+    dev, test = load("vqav2", split="test-dev"), load("vqav2", split="test")
+    answers = {question.id: f"answer {question.id}" for question in dev.questions}
+    name, rows = dev.benchmark.export(dev.folder, dev.questions, answers)
+    assert name == "vqav2_submission.json"
+    assert {row["question_id"] for row in rows} == {int(question.id) for question in test.questions}
+    assert sum(row["answer"] != "" for row in rows) == len(dev.questions) < len(rows)
+    vizwiz = load("vizwiz", split="test")
+    answers = {question.id: "cat" for question in vizwiz.questions}
+    _, rows = vizwiz.benchmark.export(vizwiz.folder, vizwiz.questions, answers)
+    assert rows[0] == {"image": "VizWiz_test_00000000.jpg", "answer": "cat"}
+    assert all(not question.references for question in (*dev.questions, *vizwiz.questions))
+
+
+def write_mmbench(folder, *rows):
+    header = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
+    text = "\n".join("\t".join(map(str, row)) for row in [header, *rows])
+    (folder / "mmbench_dev_20230712.tsv").write_text(text + "\n")
+
+
+def test_mmbench_makes_rotations_that_the_file_lacks_and_keeps_those_it_has(load, tmp_path):
+    picture = "A" * 100
+    write_mmbench(
+        tmp_path,
+        [1, "alone?", "a hint", "None", "nan", "3", "", "B", "x", picture],
+        [2, "both?", "", "u", "v", "", "", "A", "x", "1"],
+        [1000002, "both?", "", "v", "u", "", "", "B", "x", "1"],
+    )
+    one, other = ([q for q in load("mmbench", tmp_path).questions if q.group == group] for group in ("1", "2"))
+    # Options that a table reader would take for missing values stay.
+    assert [q.choices for q in one] == [("None", "nan", "3"), ("nan", "3", "None"), ("3", "None", "nan")]
+    assert [q.references for q in one] == [("B",), ("A",), ("C",)]
+    assert [q.id for q in one] == ["1", "1000001", "2000001"]
+    assert one[0].text == "a hint\nalone?\nA. None\nB. nan\nC. 3" + LETTER
+    assert [(q.choices, q.references) for q in other] == [(("u", "v"), ("A",)), (("v", "u"), ("B",))]
+    # Row 2 names row 1 for its picture.
+    pictures = dict(load("mmbench", tmp_path).pictures())
+    assert pictures["pictures/1.jpg"] == pictures["pictures/2.jpg"] != b""
+
+
+def test_mmmu_has_several_pictures_a_question_and_open_questions(load):
+    questions = load("mmmu").questions
+    several = next(one for one in questions if len(one.sample.images) == 2)
+    assert "<image 2>" in several.text
+    assert several.sample.turns[0].num_images == 2
+    is_open = next(one for one in questions if not one.choices)
+    assert is_open.text.endswith(SHORT)
+    assert questions[0].text.endswith(LETTER)
+    assert {one.sample.type for one in questions} == {"Art", "Math"}
+
+
+def test_pope_numbers_every_category_from_1_and_seed_has_videos_besides(load):
+    assert {question.id.partition("/")[0] for question in load("pope").questions} == {
+        "random",
+        "popular",
+        "adversarial",
+    }
+    assert all(not question.id.startswith("v") for question in load("seed").questions)
+    assert "not those on videos" in load("seed").facts["note"]
+
+
+def test_verdicts_are_numbers_or_mm_vets_own_grade_file(load, tmp_path):
+    file = tmp_path / "verdicts.json"
+    file.write_text(json.dumps({"v1_0": 0.5, "v1_1": {"model": ["m"], "content": ["0.2"], "score": [0.2, 0.4]}}))
+    assert read_verdicts(str(file)) == pytest.approx({"v1_0": 0.5, "v1_1": 0.3})
+    questions = load("mmvet")
+    ids = [question.id for question in questions.questions]
+    file.write_text(json.dumps(dict.fromkeys(ids, 0.25)))
+    judged = load("mmvet", verdicts=str(file))
+    rows = score_rows("set", [(question, "an answer", "") for question in judged.questions], judged.metric)
+    assert score_table(rows, judged.questions, judged.metric)["score"] == 0.25
+    assert "verdicts" in judged.facts
+    file.write_text(json.dumps({"v1_0": -1}))
+    with pytest.raises(DataError, match="must be in 0"):
+        read_verdicts(str(file))
+
+
+def test_a_question_file_of_llava_and_its_answers_file(load, tmp_path):
+    file = tmp_path / "question.jsonl"
+    rows = [
+        {"question_id": 7, "image": "a.png", "text": "what?" + SHORT, "category": "default"},
+        {"question_id": "x", "text": "why?", "answer": "because"},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    questions = load("llava", file)
+    assert [(q.id, q.sample.images, q.references) for q in questions.questions] == [
+        ("7", ("a.png",), ()),
+        ("x", (), ("because",)),
+    ]
+    name, answers = questions.benchmark.export(questions.folder, questions.questions, {"7": "a cat", "x": "so"})
+    assert name == "answers.jsonl"
+    assert answers[0] == {"question_id": 7, "prompt": "what?" + SHORT, "text": "a cat"}
+    file.write_text('{"text": "what?"}')
+    with pytest.raises(DataError, match="needs question_id and text"):
+        load("llava", file)
+
+
+def test_a_benchmark_on_s3_is_read_as_one_on_disk(load, folders, s3_root, tmp_path):
+    for path in (folders / "chartqa").rglob("*"):
+        if path.is_file():
+            storage.upload_file(str(path), storage.join(s3_root, "chartqa", str(path.relative_to(folders / "chartqa"))))
+    far, near = load("chartqa", storage.join(s3_root, "chartqa")), load("chartqa")
+    assert far.digest == near.digest
+    assert far.image_root == storage.join(s3_root, "chartqa")
+
+
+@pytest.mark.parametrize("format", ["gqa", "mmbench"])
+def test_pictures_are_resized_to_a_long_side_where_that_is_asked(load, format):
+    questions = load(format, long_side=64)
+    write_pictures(questions, {}, max_pixels=10**8, on_written=lambda number: None)
+    for question in questions.questions:
+        [name] = question.sample.images
+        with Image.open(Path(questions.image_root) / name.removeprefix("@set/")) as image:
+            assert max(image.size) == 64
+    assert questions.facts["long_side"] == 64
+    assert load(format).image_root != questions.image_root
+
+
+def test_pictures_that_cannot_be_resized_are_left_for_the_index_to_judge(load, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    sink = io.BytesIO()
+    Image.new("RGB", (10, 20)).save(sink, "PNG")
+    (tmp_path / "b.png").write_bytes(sink.getvalue())
+    file = tmp_path / "q.jsonl"
+    names = ["a.png", "b.png", "missing.png"]
+    file.write_text("\n".join(json.dumps({"question_id": n, "image": n, "text": "what?"}) for n in names))
+    questions = load("llava", file, long_side=40)
+    write_pictures(questions, {"": str(tmp_path)}, max_pixels=10**8, on_written=lambda number: None)
+    root = Path(questions.image_root)
+    assert (root / "a.png.png").read_bytes() == b"no picture"
+    with Image.open(root / "b.png.png") as image:
+        assert image.size == (20, 40)
+    assert not (root / "missing.png.png").exists()
+
+
+def test_written_pictures_are_written_again_when_their_file_has_changed(load, tmp_path):
+    write_mmbench(tmp_path, [1, "what?", "", "u", "v", "", "", "A", "x", "A" * 100])
+    first = load("mmbench", tmp_path)
+    write_pictures(first, {}, max_pixels=10**8, on_written=lambda number: None)
+    assert is_written(load("mmbench", tmp_path))
+    write_mmbench(tmp_path, [1, "what?", "", "u", "v", "", "", "A", "x", "B" * 104])
+    second = load("mmbench", tmp_path)
+    assert second.image_root == first.image_root
+    assert not is_written(second)
