@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from transformers.utils import logging as transformers_logging
 
 import meteor
-from meteor.cli import cache, config, data, project, synthetic
+from meteor.cli import cache, compare, config, data, project, synthetic
 from meteor.errors import MeteorError
 
-_ROOMS = (config, data, cache, project, synthetic)
+_ROOMS = (config, data, cache, project, compare, synthetic)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,127 @@
+"""`meteor compare`: two evaluations, question by question."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meteor import storage
+from meteor.cli.options import add_json
+from meteor.errors import NotFoundError, SettingsError
+from meteor.report import VariantResult
+from meteor.report.paired import paired_difference
+
+_DESCRIPTION = """Compare two evaluations on the questions that both were asked. The 95 % interval is that of the paired difference,
+clustered by picture: what both find hard cancels. A star marks differences whose interval leaves 0 out."""
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare", help="two evaluations question by question, with intervals", description=_DESCRIPTION
+    )
+    place = "folder of an evaluation (evaluate prints it as `run`), or its predictions.parquet; local or s3://"
+    parser.add_argument("a", metavar="A", help=place)
+    parser.add_argument("b", metavar="B", help="the same")
+    add_json(parser)
+    parser.set_defaults(command=_compare)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question set of two evaluations; ``a`` and ``b`` are mean scores of the questions that both were asked.
+
+    Attributes:
+        low, high: 95 % interval of b - a; None with fewer than two pictures.
+        num_better, num_worse: questions on which b scores higher, and lower, than a.
+    """
+
+    set: str
+    a: float
+    b: float
+    difference: float
+    low: float | None
+    high: float | None
+    num_questions: int
+    num_pictures: int
+    num_better: int
+    num_worse: int
+
+    @property
+    def is_clear(self) -> bool:
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    def to_text(self) -> str:
+        interval = "no interval, one picture" if self.low is None else f"{_points(self.low)} to {_points(self.high)}"
+        return (
+            f"{self.set}: {100 * self.a:.1f} -> {100 * self.b:.1f}, {_points(self.difference)} ({interval})"
+            f"{' *' if self.is_clear else ''}; {self.num_questions:,} questions about {self.num_pictures:,} pictures, "
+            f"{self.num_better:,} better, {self.num_worse:,} worse"
+        )
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f}"
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    found = compare(arguments.a, arguments.b)
+    print(
+        json.dumps([vars(one) for one in found], indent=2) if arguments.json else "\n".join(c.to_text() for c in found)
+    )
+    return 0
+
+
+def compare(a: str, b: str) -> list[Comparison]:
+    """Compare two evaluations, a row a question set that both have.
+
+    Raises:
+        NotFoundError: there is no evaluation at one of the places.
+        SettingsError: they have no scored question in common.
+    """
+    rows_a, rows_b = _read(a), _read(b)
+    one, other = (VariantResult(name, {}, predictions=rows) for name, rows in (("a", rows_a), ("b", rows_b)))
+    found = []
+    for name in dict.fromkeys(row["set"] for row in rows_a):
+        difference = paired_difference([other], [one], name)
+        if difference is None:
+            continue
+        scores_a, scores_b = _scores(rows_a, name), _scores(rows_b, name)
+        common = [key for key in scores_a if key in scores_b]
+        low, high = difference.interval or (None, None)
+        mean_a, mean_b = (sum(scores[key] for key in common) / len(common) for scores in (scores_a, scores_b))
+        found.append(
+            Comparison(
+                set=name,
+                a=mean_a,
+                b=mean_b,
+                difference=mean_b - mean_a,
+                low=low,
+                high=high,
+                num_questions=difference.num_questions,
+                num_pictures=difference.num_pictures,
+                num_better=sum(scores_b[key] > scores_a[key] for key in common),
+                num_worse=sum(scores_b[key] < scores_a[key] for key in common),
+            )
+        )
+    if not found:
+        raise SettingsError(f"{a} and {b} were not asked one scored question in common")
+    return found
+
+
+def _scores(rows: list[dict[str, Any]], name: str) -> dict[tuple[str, str], float]:
+    return {
+        (row["id"], row["question"]): row["score"] for row in rows if row["set"] == name and row["score"] is not None
+    }
+
+
+def _read(place: str) -> list[dict[str, Any]]:
+    uri = place if place.endswith(".parquet") else storage.join(place, "predictions.parquet")
+    try:
+        return pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"there is no evaluation at {place}: give the folder that evaluate prints as `run`"
+        ) from error

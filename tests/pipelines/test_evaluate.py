@@ -1,0 +1,185 @@
+"""Evaluation on Ray: every benchmark's format by one command, answers that are kept, pictures that cannot be used."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoConfig, CLIPVisionConfig
+
+from meteor.assembly import identity_of, load_encoder, pixel_settings
+from meteor.evaluation.benchmarks import BENCHMARKS
+from meteor.evaluation.questions import ask
+from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
+from meteor.synthetic.benchmarks import write_benchmarks
+from meteor.text.tokens import load_tokenizer
+from meteor.tracking import Tracker
+from pipelines import cache_features, evaluate
+from pipelines.answers import AnswerStore, prompt_digest
+from pipelines.stage_log import tracking_uri
+
+pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="session")
+def benchmarks(tmp_path_factory):
+    return write_benchmarks(tmp_path_factory.mktemp("benchmarks") / "all")
+
+
+def save_model(settings, folder):
+    """A finished model with random weights that reads the run's cache."""
+    encoder = load_encoder(settings)
+    config = MeteorConfig(
+        text_config=AutoConfig.from_pretrained(settings.llm.path),
+        vision_config=CLIPVisionConfig.from_pretrained(settings.vision.path),
+        projector={"name": settings.projector.name, **settings.projector.settings},
+        select_layer=settings.vision.select_layer,
+        cache_identity=identity_of(settings).to_dict(),
+    )
+    torch.manual_seed(0)
+    MeteorForConditionalGeneration(config).save_pretrained(folder)
+    processor = MeteorProcessor(
+        load_tokenizer(settings.llm.path),
+        projector=config.projector,
+        pixels=pixel_settings(settings),
+        mean=encoder.preprocessing["mean"],
+        std=encoder.preprocessing["std"],
+    )
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_evaluation(make_settings, tmp_path):
+    model = save_model(make_settings(), tmp_path / "model")
+
+    def make(sets, **options):
+        options = {"model": model, "max_new_tokens": 2, "limit": 3, "batch_size": 8, **options}
+        return make_settings(data={"pretrain": None, "finetune": None, "evaluate": sets}, evaluate=options)
+
+    return make
+
+
+def read_scores(summary):
+    return json.loads(Path(summary.results["run"], "scores.json").read_text())
+
+
+def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, small):
+    sets = {name: {"format": name, "path": str(benchmarks / name)} for name in BENCHMARKS if name != "llava"}
+    sets |= {
+        "scenes": str(small / "data/evaluate.json"),
+        "textvqa_ocr": {**sets["textvqa"], "ocr": True},
+        "test_dev": {**sets["vqav2"], "split": "test-dev"},
+        "vizwiz_test": {**sets["vizwiz"], "split": "test"},
+    }
+    settings = make_evaluation(sets)
+    cache_features.run(settings)
+    summary = evaluate.run(settings)
+    scores = read_scores(summary)
+    assert set(scores) == set(sets)
+    unscored = {name for name, table in scores.items() if table["score"] is None}
+    assert unscored == {"mmvet", "test_dev", "vizwiz_test"}
+    for name, table in scores.items():
+        assert table["num_questions"] == 3, name
+        assert {"split", "ocr", "prompt", "metric_version", "model_digest", "cache_key", "cache_version"} <= set(table)
+    assert scores["textvqa_ocr"]["ocr"]
+    assert "Reference OCR token" in scores["textvqa_ocr"]["prompt"]
+
+    rows = pq.read_table(summary.results["predictions"]).to_pylist()
+    # Three questions of MMBench are asked under every rotation.
+    circular = [row for row in rows if row["set"] == "mmbench"]
+    assert len({row["group"] for row in circular}) == 3 < len(circular)
+    assert sum(row["score"] is not None for row in circular) == 3
+    exports = {path.name for path in Path(summary.results["run"]).iterdir()}
+    assert {
+        "test_dev_vqav2_submission.json",
+        "vizwiz_test_vizwiz_submission.json",
+        "mmvet_mmvet_for_judge.json",
+        "scenes_answers.jsonl",
+    } <= exports
+
+    tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
+    [run] = [
+        run
+        for run in tracker._client.search_runs([tracker.experiment_id])
+        if run.data.tags.get("meteor.stage") == "evaluate"
+    ]
+    assert run.data.metrics["pope/f1"] == pytest.approx(scores["pope"]["score"])
+    assert "nlvr/consistency" in run.data.metrics
+
+    assert evaluate.run(settings).reused
+    # A judge's verdicts change the score and ask nothing.
+    verdicts = Path(settings.output, "verdicts.json")
+    verdicts.write_text(json.dumps({f"v1_{i}": 0.5 for i in range(8)}))
+    judged = make_evaluation({**sets, "mmvet": {**sets["mmvet"], "verdicts": str(verdicts)}})
+    again = evaluate.run(judged)
+    assert (again.counts["answered_now"], read_scores(again)["mmvet"]["score"]) == (0, 0.5)
+
+
+def test_what_was_answered_before_a_crash_is_not_asked_again(make_evaluation, small, monkeypatch):
+    settings = make_evaluation({"scenes": str(small / "data/evaluate.json")}, limit=6, batch_size=1)
+    cache_features.run(settings)
+    real = evaluate._ask
+
+    def crash(*arguments):
+        for number, found in enumerate(real(*arguments)):
+            if number == 4:
+                raise OSError("the node is gone")
+            yield found
+
+    monkeypatch.setattr(evaluate, "_ask", crash)
+    with pytest.raises(OSError, match="the node is gone"):
+        evaluate.run(settings)
+    monkeypatch.undo()
+    summary = evaluate.run(settings)
+    assert (summary.counts["questions"], summary.counts["answered_now"]) == (6, 2)
+    # More questions, under another name of the set: only the new ones are asked.
+    other = make_evaluation({"other": str(small / "data/evaluate.json")}, limit=8)
+    assert evaluate.run(other).counts["answered_now"] == 2
+
+
+def test_a_prompt_is_what_its_answer_depends_on():
+    question = replace(ask("1", "what?", ["a.png"], ["x"]), image_keys=("k",))
+    same = replace(ask("2", "what?", ["b.png"], ["y"], type="t"), image_keys=("k",))
+    assert prompt_digest(question, 16) == prompt_digest(same, 16)
+    other_text = replace(ask("1", "why?", ["a.png"]), image_keys=("k",))
+    others = [replace(question, image_keys=("l",)), other_text]
+    assert len({prompt_digest(question, 17), *(prompt_digest(one, 16) for one in [question, *others])}) == 4
+
+
+def test_a_question_about_a_picture_that_cannot_be_used_is_wrong_and_reported(make_evaluation, benchmarks, tmp_path):
+    folder = tmp_path / "nlvr"
+    (folder / "images").mkdir(parents=True)
+    for path in (benchmarks / "nlvr").rglob("*.*"):
+        (folder / path.relative_to(benchmarks / "nlvr")).write_bytes(path.read_bytes())
+    (folder / "images/test-1-0-0.png").write_bytes(b"no picture")
+    settings = make_evaluation({"nlvr": {"format": "nlvr", "path": str(folder)}}, limit=None)
+    cache_features.run(settings)
+    summary = evaluate.run(settings)
+    assert summary.counts["quarantined"] == 1
+    rows = {row["id"]: row for row in pq.read_table(summary.results["predictions"]).to_pylist()}
+    bad = rows["test-1-0-0"]
+    assert (bad["score"], bad["quarantined"], bad["prediction"]) == (0.0, True, "")
+    assert bad["quarantine_reason"]
+    table = read_scores(summary)["nlvr"]
+    assert (table["num_questions"], table["num_quarantined"]) == (16, 1)
+
+
+def test_the_plan_names_every_set_and_asks_nothing(make_evaluation, benchmarks):
+    settings = make_evaluation({"gqa": {"format": "gqa", "path": str(benchmarks / "gqa")}}, max_new_tokens=None)
+    text = evaluate.plan(settings)
+    assert "questions (GQA, testdev_balanced), exact_match, up to 16 tokens an answer" in text
+
+
+def test_answers_written_by_two_at_once_are_all_read(tmp_path):
+    one, other = AnswerStore(str(tmp_path)), AnswerStore(str(tmp_path))
+    one.add({"a": "1"})
+    other.add({"b": "2"})
+    assert one.read() == {}
+    one.flush()
+    other.flush()
+    assert AnswerStore(str(tmp_path)).read() == {"a": "1", "b": "2"}
+    one.flush()
+    assert len(list(tmp_path.iterdir())) == 2
