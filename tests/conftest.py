@@ -21,9 +21,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from meteor.cache import ImageFeatures
 from meteor.data.collate import Batch, collate
+from meteor.data.features import PixelSettings
 from meteor.image.budget import visual_token_budget
-from meteor.model import MeteorConfig, MeteorForConditionalGeneration
-from meteor.text.tokens import Separators, TokenisedSample
+from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
+from meteor.text.tokens import Separators, TokenisedSample, load_tokenizer
 
 # The real S3 server and the proxy before it, which benchmarks/faults.py starts as well.
 sys.path.insert(0, str(Path(__file__).parent / "s3"))
@@ -156,6 +157,29 @@ def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(12)
     folder = str(tmp_path_factory.mktemp("models") / "llm")
     LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_model(
+    make_model: Callable[..., MeteorForConditionalGeneration],
+    tokenizer_folder: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """A finished model with random weights, large enough to say different things."""
+    model = make_model(vision_tower=True)
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            parameter *= 4
+    folder = str(tmp_path_factory.mktemp("finished") / "model")
+    model.save_pretrained(folder)
+    settings = {
+        "projector": model.config.projector,
+        "pixels": PixelSettings(resolution=56),
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
+    MeteorProcessor(load_tokenizer(tokenizer_folder), **settings).save_pretrained(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ from meteor.errors import NotFoundError, SettingsError
 from meteor.report import VariantResult
 from meteor.report.paired import paired_difference
 
-_DESCRIPTION = """Compare two evaluations on the questions that both were asked. The 95 % interval is that of the paired difference,
+_DESCRIPTION = """Compare two evaluations on the questions that both were asked. The 95 % interval is of the paired difference,
 clustered by picture: what both find hard cancels. A star marks differences whose interval leaves 0 out."""
 
 

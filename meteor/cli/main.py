@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from transformers.utils import logging as transformers_logging
 
 import meteor
-from meteor.cli import cache, compare, config, data, project, synthetic
+from meteor.cli import cache, compare, config, data, generate, project, synthetic
 from meteor.errors import MeteorError
 
-_ROOMS = (config, data, cache, project, compare, synthetic)
+_ROOMS = (config, data, cache, project, generate, compare, synthetic)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where a check failed; 2 after an error, whose message was printed.
     """
     parser = argparse.ArgumentParser(
-        prog="meteor", description="Settings, data, feature caches, visual tokens, generated examples."
+        prog="meteor",
+        description="Settings, data, feature caches, visual tokens, answers, comparisons, generated examples.",
     )
     parser.add_argument("--version", action="version", version=f"meteor {meteor.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,8 +74,8 @@ class Answerer:
             padding_side="left",
         ).to(self.device)
 
-    def generate(self, batch: Batch, *, max_new_tokens: int, min_new_tokens: int = 0) -> torch.Tensor:
-        """Greedy tokens of the answers (B, new tokens)."""
+    def generate(self, batch: Batch, *, max_new_tokens: int, min_new_tokens: int = 0, **kwargs: Any) -> torch.Tensor:
+        """Greedy tokens of the answers (B, new tokens); ``kwargs`` go to Hugging Face's ``generate``."""
         return self.model.generate(
             **batch.as_inputs(),
             max_new_tokens=max_new_tokens,
@@ -82,6 +83,7 @@ class Answerer:
             do_sample=False,
             eos_token_id=self.processor.tokenizer.eos_token_id,
             pad_token_id=self.processor.tokenizer.pad_token_id,
+            **kwargs,
         )
 
 

@@ -11,30 +11,14 @@ from meteor.data.samples import Sample
 from meteor.errors import CacheMismatchError, NotFoundError, SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question, last_answer
-from meteor.model import MeteorProcessor
 from meteor.text.conversation import Turn
-from meteor.text.tokens import load_tokenizer
 
 PIXELS = PixelSettings(resolution=56)
 
 
 @pytest.fixture(scope="module")
-def model_folder(make_model, tokenizer_folder, tmp_path_factory):
-    """A finished model with random weights, large enough to say different things."""
-    model = make_model(vision_tower=True)
-    with torch.no_grad():
-        for parameter in model.language_model.parameters():
-            parameter *= 4
-    folder = str(tmp_path_factory.mktemp("finished") / "model")
-    model.save_pretrained(folder)
-    settings = {"projector": model.config.projector, "pixels": PIXELS, "mean": [0.5] * 3, "std": [0.5] * 3}
-    MeteorProcessor(load_tokenizer(tokenizer_folder), **settings).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def answerer(model_folder):
-    return Answerer(model_folder, device="cpu", dtype=torch.float32)
+def answerer(finished_model):
+    return Answerer(finished_model, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture
@@ -76,6 +60,24 @@ def test_answers_of_a_batch_are_those_of_each_question_with_its_picture_alone(an
     assert answerer.answer([other], live, max_new_tokens=6) == answers[:1]
 
 
+def test_every_token_of_a_batch_is_that_of_the_question_alone(answerer, pictures):
+    """Mixed numbers of pictures and sub-images, texts of many lengths, answers of 24 tokens that all go on to the end."""
+    wide, square, tall = pictures
+    shown = [[wide], [], [square, tall], [tall], [wide, wide, square], [square], [tall, wide]]
+    words = ["what?", "why is it so?", "is it red or blue, and where?", "how many?", "which?", "a b c d e f g h", "x"]
+    questions = [make_question(str(i), text, keys) for i, (text, keys) in enumerate(zip(words, shown, strict=True))]
+    live = LiveFeatures(answerer.model.frozen_clip(), {key: file for key, (file, _) in pictures.items()}, PIXELS)
+    length = {"max_new_tokens": 24, "min_new_tokens": 24}
+    batch = answerer.batch(questions, live)
+    assert (batch.attention_mask == 0).any()
+    together = answerer.generate(batch, **length)
+    for row, question in zip(together, questions, strict=True):
+        [alone] = answerer.generate(answerer.batch([question], live), **length)
+        assert row.tolist() == alone.tolist(), question.id
+    assert together.shape == (7, 24)
+    assert len({tuple(row.tolist()) for row in together}) == 7
+
+
 def test_the_question_and_its_answer_are_the_last_of_the_dialogue():
     turns = (Turn("human", "what?", 1), Turn("gpt", "a cat"), Turn("human", "sure?"), Turn("gpt", "yes"))
     question = Question("1", Sample("1", ("a",), turns), (last_answer(turns),), image_keys=("k",))
@@ -96,8 +98,8 @@ def test_features_of_another_cache_are_refused_naming_the_field(answerer, tmp_pa
         answerer.check(Cache(other))
 
 
-def test_the_model_has_the_type_asked_for_and_does_not_train(model_folder):
-    model = Answerer(model_folder, device="cpu", dtype=torch.bfloat16).model
+def test_the_model_has_the_type_asked_for_and_does_not_train(finished_model):
+    model = Answerer(finished_model, device="cpu", dtype=torch.bfloat16).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not model.training
 
@@ -107,8 +109,8 @@ def test_a_directory_that_is_no_finished_model_is_named_by_its_setting(tmp_path)
         Answerer(str(tmp_path), device="cpu", dtype=torch.float32)
 
 
-def test_a_model_on_s3_is_fetched(answerer, model_folder, s3_root):
-    for info in storage.list_objects(model_folder):
+def test_a_model_on_s3_is_fetched(answerer, finished_model, s3_root):
+    for info in storage.list_objects(finished_model):
         storage.upload_file(info.uri, storage.join(s3_root, "model", info.uri.rpartition("/")[2]))
     fetched = Answerer(storage.join(s3_root, "model"), device="cpu", dtype=torch.float32)
     torch.testing.assert_close(fetched.model.state_dict(), answerer.model.state_dict(), rtol=0, atol=0)

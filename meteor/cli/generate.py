@@ -1,0 +1,161 @@
+"""`meteor generate` and `meteor chat`: ask a finished model about pictures."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meteor.errors import MeteorError, SettingsError
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.dialogue import Dialogue, Reply, ShownPicture
+from meteor.evaluation.selection import select_patches
+from meteor.formatting import format_duration
+from meteor.report import SelectionPanel, SubImageScores
+from meteor.report.pictures import kept_figure
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_COMMANDS = """/image FILE        show a picture with the next question
+/selection FILE    write a figure of what was kept of the last picture (.png)
+/new               begin a new dialogue
+/help              this text
+/quit              leave; so does the end of the input (Ctrl-D). Ctrl-C stops an answer"""
+
+
+def add_commands(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate", help="answer one question about pictures", description="Answer one question, greedily."
+    )
+    _add_model(generate)
+    generate.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture, local or s3://; may be given again"
+    )
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    generate.add_argument(
+        "--show-selection",
+        metavar="FILE",
+        help="write a figure of the patches that were kept (.png); the first picture's",
+    )
+    generate.add_argument("--stats", action="store_true", help="how many tokens, how fast, on standard error")
+    generate.set_defaults(command=_generate)
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model about pictures",
+        description="Talk with a model; what is asked later may refer to what was said and shown before.",
+        epilog=_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(chat)
+    chat.add_argument("--image", action="append", default=[], metavar="FILE", help="pictures of the first question")
+    chat.add_argument("--stats", action="store_true", help="how many tokens, how fast, after each answer")
+    chat.set_defaults(command=_chat)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="the directory that finetune leaves; local or s3://"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one if not given")
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="default: float32 on cpu, bfloat16 on cuda")
+
+
+def _open(arguments: argparse.Namespace) -> Dialogue:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch finds no CUDA device on this machine; leave it out, or set it to cpu")
+    dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
+    return Dialogue(Answerer(arguments.model, device=device, dtype=_DTYPES[dtype]))
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    if arguments.show_selection and not arguments.image:
+        raise SettingsError("--show-selection draws on a picture: give one with --image")
+    dialogue = _open(arguments)
+    for uri in arguments.image:
+        dialogue.show(uri)
+    _answer(dialogue, arguments.prompt, arguments)
+    if arguments.show_selection:
+        write_selection(dialogue, dialogue.pictures[0], arguments.show_selection)
+        print(f"kept patches: {arguments.show_selection}", file=sys.stderr)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    dialogue, watched = _open(arguments), sys.stdin.isatty()
+    for uri in arguments.image:
+        _shown(dialogue.show(uri))
+    if watched:
+        print("Ask something; /help lists the commands.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if watched else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return 0
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return 0
+        try:
+            if command == "/new":
+                dialogue = Dialogue(dialogue.answerer)
+            elif command == "/image":
+                _shown(dialogue.show(argument.strip()))
+            elif command == "/selection":
+                if not dialogue.pictures:
+                    raise SettingsError("no picture has been shown: /image FILE first")
+                write_selection(dialogue, dialogue.pictures[-1], argument.strip())
+            elif line.startswith("/"):
+                print(_COMMANDS, file=sys.stderr)
+            elif line:
+                _answer(dialogue, line, arguments)
+        except KeyboardInterrupt:
+            print()
+        except MeteorError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _shown(picture: ShownPicture) -> None:
+    count = len(picture.features.patch_grids)
+    size = f"{picture.image.width} x {picture.image.height}"
+    print(f"{picture.uri}: {size} pixels, {count} sub-image{'s' if count > 1 else ''}", file=sys.stderr)
+
+
+def _answer(dialogue: Dialogue, text: str, arguments: argparse.Namespace) -> None:
+    reply = dialogue.ask(
+        text, max_new_tokens=arguments.max_new_tokens, on_text=lambda piece: print(piece, end="", flush=True)
+    )
+    print()
+    if arguments.stats:
+        print(_stats(reply), file=sys.stderr)
+
+
+def _stats(reply: Reply) -> str:
+    rate = "" if reply.tokens_per_s is None else f", then {reply.tokens_per_s:.3g} tokens/s"
+    first = f"{format_duration(reply.first_token_s)} to the first token"
+    return f"prompt of {reply.num_prompt_tokens:,} tokens, {first}; {reply.num_tokens:,} tokens{rate}"
+
+
+def write_selection(dialogue: Dialogue, picture: ShownPicture, file: str) -> None:
+    """Draw the patches that the projector keeps of a picture.
+
+    Raises:
+        SettingsError: the projector chooses no patches, or the file is no .png.
+    """
+    if not file.endswith(".png"):
+        raise SettingsError(f"the figure's file {file!r} must end in .png")
+    model = dialogue.answerer.model
+    found = select_patches(model.projector, picture.features, select_layer=model.config.select_layer)
+    scores: Sequence[SubImageScores] = [
+        SubImageScores(one.combined, one.kept, one.visual, one.native) for one in found if one.combined is not None
+    ]
+    if len(scores) != len(found):
+        raise SettingsError(
+            f"the projector {model.config.projector['name']!r} makes its tokens of all patches: it keeps none in particular"
+        )
+    plan = dialogue.answerer.processor.pixels.plan(picture.image.width, picture.image.height)
+    panel = SelectionPanel(picture.uri, "", "", "", picture.image, plan, tuple(scores))
+    Path(file).write_bytes(kept_figure(panel, "kept").png)

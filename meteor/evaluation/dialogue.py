@@ -1,0 +1,131 @@
+"""One person, one model: questions about pictures shown in between, answers as they come."""
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import TextStreamer
+
+from meteor import storage
+from meteor.cache import ImageFeatures
+from meteor.data.features import encode_sliced, slice_bytes
+from meteor.data.samples import Sample
+from meteor.errors import ConversationError
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.questions import Question
+from meteor.image.decode import decode_image
+from meteor.text.conversation import Turn
+
+
+@dataclass(frozen=True, eq=False)
+class ShownPicture:
+    """A picture of the dialogue: where it is, as a viewer shows it, and what the frozen encoder makes of it."""
+
+    uri: str
+    image: Image.Image
+    features: ImageFeatures
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and what it cost.
+
+    Attributes:
+        first_token_s: seconds from the question to the first token.
+        tokens_per_s: of the tokens after the first; None where there are none.
+    """
+
+    text: str
+    num_prompt_tokens: int
+    num_tokens: int
+    first_token_s: float
+    tokens_per_s: float | None
+
+
+class Dialogue:
+    """Turns so far, with their pictures; a picture is encoded once.
+
+    Args:
+        answerer: a finished model with its vision tower.
+    """
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.answerer = answerer
+        self._encoder = answerer.model.frozen_clip()
+        self._features: dict[str, ImageFeatures] = {}
+        self.turns: list[Turn] = []
+        self.pictures: list[ShownPicture] = []
+        self._num_asked = 0
+
+    def show(self, uri: str) -> ShownPicture:
+        """Read and encode a picture; it belongs to the next question.
+
+        Raises:
+            NotFoundError: no such file.
+            BadImageError: it is no picture, or one that the model cannot be shown.
+        """
+        data, pixels = storage.read_bytes(uri), self.answerer.processor.pixels
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self._features:
+            with torch.inference_mode():
+                [self._features[key]] = encode_sliced([slice_bytes(data, key, pixels)], self._encoder)
+        picture = ShownPicture(uri, decode_image(data, max_pixels=pixels.max_pixels), self._features[key])
+        self.pictures.append(picture)
+        return picture
+
+    def ask(self, text: str, *, max_new_tokens: int, on_text: Callable[[str], None] = lambda piece: None) -> Reply:
+        """Greedy answer to the next question, about all that was said and shown.
+
+        Args:
+            text: the question.
+            max_new_tokens: longest answer.
+            on_text: called with pieces of the answer as they come; together they are the answer.
+
+        Raises:
+            ConversationError: the question is empty.
+        """
+        if not text.strip():
+            raise ConversationError("the question is empty: say something")
+        turns = [*self.turns, Turn("human", text.strip(), len(self.pictures) - self._num_asked)]
+        keys = tuple(picture.features.image_key for picture in self.pictures)
+        sample = Sample("dialogue", tuple(picture.uri for picture in self.pictures), tuple(turns))
+        started = time.perf_counter()
+        batch = self.answerer.batch([Question("dialogue", sample, image_keys=keys)], self)
+        streamer = _Streamer(self.answerer.processor.tokenizer, on_text)
+        tokens = self.answerer.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
+        [answer] = self.answerer.processor.batch_decode(tokens)
+        self.turns = [*turns, Turn("gpt", answer)]
+        self._num_asked = len(self.pictures)
+        first_s, last_s, count = streamer.times[0], streamer.times[-1], len(streamer.times)
+        rate = (count - 1) / (last_s - first_s) if count > 1 else None
+        return Reply(answer, batch.input_ids.shape[1], count, first_s - started, rate)
+
+    def prefetch(
+        self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
+    ) -> Generator[ImageFeatures, None, None]:
+        """What `Answerer.batch` asks a feature source for."""
+        yield from map(self.get, keys)
+
+    def get(self, image_key: str) -> ImageFeatures:
+        return self._features[image_key]
+
+
+class _Streamer(TextStreamer):
+    """transformers' way to give text as soon as it is certain; and when each token came."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
