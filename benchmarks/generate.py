@@ -1,0 +1,135 @@
+"""How fast answers come: `python benchmarks/generate.py` (a small LLM on CPU); `--device cuda --shape 7b` or `13b` on a GPU.
+
+One language model of random weights behind LLaVA-Meteor's projector with K = 144, 64 and 32 tokens a sub-image, and behind
+LLaVA-UHD's resampler with 144: a picture of five sub-images (640 x 480) and a question, one prompt at a time and several
+together. The prompt's pass, projector included and features at hand, and the tokens after it are timed apart, all projectors in
+turn; medians, ratios to the resampler (the paper's Table 4: 28.4 tokens/s, then 29.1, 31.3 and 32.9 with Vicuna-13B).
+"""
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from fusion import place
+from side_by_side import compare, format_megabytes, print_table
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
+
+from meteor.constants import IMAGE_TOKEN_ID
+from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+
+SHAPES = {
+    "small": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+PROJECTORS: dict[str, dict[str, Any]] = {
+    "resampler, 144": {"name": "resampler", "k": 144},
+    "meteor, K = 144": {"name": "meteor", "k": 144},
+    "meteor, K = 64": {"name": "meteor", "k": 64},
+    "meteor, K = 32": {"name": "meteor", "k": 32},
+}
+NUM_WORDS = 40
+
+
+def main() -> None:
+    options = read_options()
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    models = make_models(SHAPES[options.shape], device, dtype)
+    rows = []
+    for batch in options.batches:
+        inputs = {name: make_inputs(PROJECTORS[name]["k"], batch, options.sub_images, device, dtype) for name in models}
+        figures = {
+            new: compare(
+                {name: partial(answer, model, inputs[name], new) for name, model in models.items()},
+                device,
+                options.rounds,
+            )
+            for new in (1, options.new_tokens)
+        }
+        found = {}
+        for name in models:
+            first, whole = (figures[new][name] for new in (1, options.new_tokens))
+            prompt = batch * inputs[name]["input_ids"].shape[1]
+            decode = batch * (options.new_tokens - 1) / (whole.seconds - first.seconds)
+            found[name] = (first.seconds, prompt / first.seconds, decode, whole.seconds, whole.peak_bytes)
+        base = next(iter(found.values()))
+        for name, (first_s, prefill, decode, whole_s, peak) in found.items():
+            rows.append(
+                [
+                    str(batch),
+                    name,
+                    f"{inputs[name]['input_ids'].shape[1]:,}",
+                    f"{1e3 * first_s:,.0f} ms ({first_s / base[0]:.2f})",
+                    f"{prefill:,.0f}",
+                    f"{decode:,.1f} ({decode / base[2]:.2f})",
+                    f"{batch / whole_s:,.2f} ({base[3] / whole_s:.2f})",
+                    format_megabytes(peak),
+                ]
+            )
+    print(
+        f"\n{options.shape}, {options.sub_images} sub-images, {options.new_tokens} new tokens, {dtype}, {place(device)}\n"
+    )
+    header = ["batch", "projector", "prompt", "its pass (ratio)", "prefill tokens/s", "decode tokens/s (ratio)"]
+    print_table([*header, "answers/s (ratio)", "memory"], rows)
+
+
+def make_models(
+    shape: dict[str, int], device: torch.device, dtype: torch.dtype
+) -> dict[str, MeteorForConditionalGeneration]:
+    """One language model behind every projector: 13B fit once."""
+    torch.manual_seed(0)
+    text = LlamaConfig(vocab_size=32000, **shape)
+    vision = CLIPVisionConfig(hidden_size=1024, num_attention_heads=16, num_hidden_layers=1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device:
+        llm = AutoModelForCausalLM.from_config(text, attn_implementation="sdpa")
+    torch.set_default_dtype(before)
+    llm.generation_config.pad_token_id = 0
+    models = {}
+    for name, projector in PROJECTORS.items():
+        config = MeteorConfig(text_config=text, vision_config=vision, projector=projector)
+        model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=llm)
+        model.projector.to(device, dtype)
+        model.language_model.set_attn_implementation("sdpa")
+        models[name] = model.eval()
+    return models
+
+
+def make_inputs(
+    k: int, batch: int, sub_images: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    num_visual = sub_images * k
+    words = torch.randint(3, 1000, (batch, NUM_WORDS))
+    start, visual = torch.ones(batch, 1, dtype=torch.long), torch.full((batch, num_visual), IMAGE_TOKEN_ID)
+    ids = torch.cat([start, visual, words], dim=1).to(device)
+    count = batch * sub_images
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "features": torch.randn(count, 576, 1024, device=device, dtype=dtype),
+        "cls_attention": torch.rand(count, 576, device=device),
+        "grids": torch.tensor([[24, 24]] * count, device=device),
+        "num_slots": torch.full((count,), k, device=device),
+    }
+
+
+def answer(model: MeteorForConditionalGeneration, inputs: dict[str, torch.Tensor], new_tokens: int) -> None:
+    model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="default: %(default)s")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    parser.add_argument("--sub-images", type=int, default=5, metavar="N", help="of each picture; default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=33, metavar="N", help="of each answer; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
