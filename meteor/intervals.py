@@ -8,8 +8,6 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
-from scipy.stats import t as student
-
 
 def standard_error(influences: Sequence[float], clusters: Iterable[Hashable]) -> float | None:
     """sqrt(G / (G - 1) sum_g (sum_{i in g} influence_i)^2) over G clusters; None for fewer than two.
@@ -60,4 +58,6 @@ def share_interval(share: float, error: float, num_clusters: int) -> tuple[float
 
 
 def _quantile(num_clusters: int) -> float:
+    from scipy.stats import t as student  # half a second; most of the library does without
+
     return float(student.ppf(0.975, num_clusters - 1))

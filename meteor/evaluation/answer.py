@@ -49,8 +49,8 @@ class Answerer:
         """Greedy answers, in the order given."""
         return self.processor.batch_decode(self.generate(self.batch(questions, source), max_new_tokens=max_new_tokens))
 
-    def batch(self, questions: Sequence[Question], source: FeatureSource) -> Batch:
-        """What the model is asked, on its device."""
+    def batch(self, questions: Sequence[Question], source: FeatureSource, *, with_answers: bool = False) -> Batch:
+        """What the model is asked, on its device; ``with_answers`` the samples' last turns follow, with labels."""
         processor = self.processor
         samples = []
         images = source.prefetch(key for question in questions for key in question.image_keys)
@@ -59,7 +59,7 @@ class Answerer:
                 question.sample.conversation,
                 processor.tokenizer,
                 processor.template,
-                for_generation=True,
+                for_generation=not with_answers,
                 sample_id=question.id,
             )
             samples.append([(tokens, [next(images) for _ in question.image_keys])])

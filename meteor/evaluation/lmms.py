@@ -1,0 +1,165 @@
+"""The model for lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval): its tasks, prompts and scores, our answers.
+
+lmms-eval finds `manifest` by the entry-point group ``lmms_eval.models`` and imports this file; nothing else here does.
+"""
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from tqdm import tqdm
+
+from meteor.cache import ImageFeatures
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER
+from meteor.data.features import SlicedImage, encode_sliced
+from meteor.data.samples import Sample
+from meteor.errors import SettingsError
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.questions import Question
+from meteor.image.decode import as_shown
+from meteor.image.transform import slice_image
+from meteor.text.conversation import Turn
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_MAX_NEW_TOKENS = 128
+
+
+def manifest() -> ModelManifest:
+    """What lmms-eval registers: the model ``llava_meteor``."""
+    return ModelManifest("llava_meteor", simple_class_path=f"{__name__}.LlavaMeteor")
+
+
+class LlavaMeteor(lmms):
+    """A finished model in lmms-eval's "simple" form; several processes (`accelerate launch`) share the questions.
+
+    Args:
+        pretrained: directory that finetune leaves, local or s3://.
+        batch_size: questions answered together.
+        device: "cuda" where there is one if not given.
+        dtype: bfloat16 on a GPU, float32 elsewhere if not given.
+    """
+
+    def __init__(
+        self, pretrained: str, batch_size: int | str = 1, device: str | None = None, dtype: str = "", **unknown: Any
+    ) -> None:
+        super().__init__()
+        if wrong := sorted(name for name, value in unknown.items() if name != "max_batch_size" and value is not None):
+            raise SettingsError(f"llava_meteor does not know {', '.join(wrong)}: give pretrained, device, dtype")
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        chosen = str(self.accelerator.device) if device is None or self._world_size > 1 else str(device)
+        kind = torch.device(chosen).type
+        self._answerer = Answerer(
+            pretrained, device=chosen, dtype=_DTYPES[dtype or ("bfloat16" if kind == "cuda" else "float32")]
+        )
+        self._batch_size, self.device = int(batch_size), torch.device(chosen)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Greedy answers, in the order of the requests, each cut at the first of its task's stop texts."""
+        answers = [""] * len(requests)
+        order = sorted(
+            range(len(requests)), key=lambda i: (_longest(requests[i]), len(requests[i].args[0])), reverse=True
+        )
+        bar = tqdm(total=len(requests), desc="llava_meteor", disable=self._rank != 0)
+        for batch in _batches(order, self._batch_size, lambda i: _longest(requests[i])):
+            shown = _Shown(self._answerer)
+            asked = [self._question(i, requests[i], shown) for i in batch]
+            texts = self._answerer.answer(asked, shown, max_new_tokens=_longest(requests[batch[0]]))
+            for i, text in zip(batch, texts, strict=True):
+                context, options = requests[i].args[:2]
+                answers[i] = _cut(text, options.get("until") or [])
+                self.cache_hook.add_partial("generate_until", (context, options), answers[i])
+            bar.update(len(batch))
+        bar.close()
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Sum of the log-probabilities of each continuation's tokens, end token included; and whether greedy gives them."""
+        results = []
+        for i, request in enumerate(tqdm(requests, desc="llava_meteor", disable=self._rank != 0)):
+            shown = _Shown(self._answerer)
+            question = self._question(i, request, shown)
+            target = request.args[1]
+            continuation = target if isinstance(target, str) else target(self._document(request))
+            turns = (*question.sample.turns, Turn("gpt", continuation.strip()))
+            question = replace(question, sample=replace(question.sample, turns=turns))
+            batch = self._answerer.batch([question], shown, with_answers=True)
+            inputs = {name: value for name, value in batch.as_inputs().items() if name != "labels"}
+            with torch.inference_mode():
+                log_LV = self._answerer.model(**inputs).logits[0, :-1].float().log_softmax(-1)
+            wanted_L = batch.labels[0, 1:]
+            places = (wanted_L != IGNORE_INDEX).nonzero().squeeze(-1)
+            wanted_T, log_TV = wanted_L[places], log_LV[places]
+            chosen_T = log_TV.gather(-1, wanted_T[:, None]).squeeze(-1)
+            results.append((float(chosen_T.sum()), bool((log_TV.argmax(-1) == wanted_T).all())))
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        raise SettingsError("llava_meteor answers tasks of one round: leave multi-round tasks out")
+
+    def _document(self, request: Any) -> Any:
+        *_, doc_id, task, split = request.args
+        return self.task_dict[task][split][doc_id]
+
+    def _question(self, number: int, request: Any, shown: "_Shown") -> Question:
+        """Pictures first, as in training; placeholders that the task wrote into its text are taken out."""
+        context, doc_to_visual = request.args[0], request.args[2]
+        visuals = (doc_to_visual(self._document(request)) or []) if doc_to_visual is not None else []
+        images = [visual for one in visuals for visual in (one if isinstance(one, list | tuple) else [one])]
+        if not all(isinstance(image, Image.Image) for image in images):
+            raise SettingsError("llava_meteor sees pictures alone: leave tasks with videos or sound out")
+        keys = tuple(shown.add(image) for image in images)
+        turns = (Turn("human", context.replace(IMAGE_PLACEHOLDER, "").strip(), len(images)),)
+        return Question(str(number), Sample(str(number), keys, turns), image_keys=keys)
+
+
+class _Shown:
+    """Features of a batch's pictures."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._pixels, self._encoder = answerer.processor.pixels, answerer.model.frozen_clip()
+        self._features: dict[str, ImageFeatures] = {}
+
+    def add(self, image: Image.Image) -> str:
+        image, key = as_shown(image), str(len(self._features))
+        plan = self._pixels.plan(image.width, image.height)
+        sliced = SlicedImage(key, image.width, image.height, plan, tuple(slice_image(image, plan)))
+        with torch.inference_mode():
+            [self._features[key]] = encode_sliced([sliced], self._encoder)
+        return key
+
+    def get(self, image_key: str) -> ImageFeatures:
+        return self._features[image_key]
+
+    def prefetch(
+        self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
+    ) -> Generator[ImageFeatures, None, None]:
+        yield from map(self.get, keys)
+
+
+def _longest(request: Any) -> int:
+    return int(request.args[1].get("max_new_tokens") or _MAX_NEW_TOKENS)
+
+
+def _batches(order: Sequence[int], size: int, key: Any) -> Iterable[list[int]]:
+    """Of up to ``size``, all of one key."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == size or key(batch[0]) != key(i)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _cut(text: str, until: str | Sequence[str]) -> str:
+    for stop in [until] if isinstance(until, str) else until:
+        if stop:
+            text = text.split(stop)[0]
+    return text.strip()

@@ -1,0 +1,79 @@
+"""The adapter with lmms-eval's real base class and registry."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("lmms_eval", reason="the extra is not installed: pip install 'llava-meteor[lmms-eval]'")
+
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+from meteor.errors import SettingsError
+from meteor.evaluation.lmms import LlavaMeteor, manifest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def model(finished_model, make_picture):
+    model = LlavaMeteor(pretrained=finished_model, batch_size=2, device="cpu")
+    pictures = [make_picture(112, 56, seed=0), make_picture(56, 56, seed=1)]
+    documents = [{"images": pictures[:1]}, {"images": []}, {"images": pictures}, {"images": ["a_video.mp4"]}]
+    model.task_dict = {"task": {"test": documents}}
+    return model
+
+
+def request(context, doc_id, **options):
+    return SimpleNamespace(args=(context, options, lambda document: document["images"], doc_id, "task", "test"))
+
+
+def test_lmms_eval_finds_the_model_by_its_entry_point():
+    registry = ModelRegistryV2()
+    registry.load_entrypoint_manifests()
+    assert registry.get_model_class("llava_meteor") is LlavaMeteor
+    assert issubclass(LlavaMeteor, lmms)
+    assert manifest().model_id == "llava_meteor"
+
+
+def test_answers_come_in_order_cut_at_stop_texts_and_are_the_models_own(model):
+    asked = [("what?", 0, 6), ("<image>\nwhy is it red?", 2, 6), ("hello?", 1, 3)]
+    requests = [request(text, doc, max_new_tokens=longest) for text, doc, longest in asked]
+    answers = model.generate_until(requests)
+    processor = model._answerer.processor
+    for (text, doc, longest), answer in zip(asked, answers, strict=True):
+        images = model.task_dict["task"]["test"][doc]["images"]
+        inputs = processor(text.replace("<image>", "").strip(), images)
+        tokens = model._answerer.model.generate(
+            **inputs, max_new_tokens=longest, do_sample=False, eos_token_id=2, pad_token_id=2
+        )
+        assert processor.batch_decode(tokens) == [answer]
+    stop = answers[0][1]
+    assert model.generate_until([request("what?", 0, max_new_tokens=6, until=[stop])]) == [
+        answers[0].split(stop)[0].strip()
+    ]
+
+
+def test_the_greedy_answer_is_the_likeliest_continuation(model):
+    context = "what?"
+    [answer] = model.generate_until([request(context, 0, max_new_tokens=4)])
+
+    def likelihood(text):
+        visuals = lambda document: document["images"]  # noqa: E731
+        return model.loglikelihood([SimpleNamespace(args=(context, text, visuals, 0, "task", "test"))])[0]
+
+    log_probability, greedy = likelihood(answer[::-1] + "x")
+    assert log_probability < 0
+    assert not greedy
+    assert likelihood(lambda document: "abc") == likelihood("abc")
+
+
+def test_what_it_cannot_do_is_said(model, finished_model):
+    with pytest.raises(SettingsError, match="videos"):
+        model.generate_until([request("what?", 3)])
+    with pytest.raises(SettingsError, match="one round"):
+        model.generate_until_multi_round([])
+    with pytest.raises(SettingsError, match="does not know conv_template"):
+        LlavaMeteor(pretrained=finished_model, device="cpu", conv_template="vicuna_v1")
+    assert model._answerer.model.dtype == torch.float32
