@@ -21,7 +21,7 @@ from pipelines.study import study_uri
 
 _LOG = logging.getLogger(__name__)
 # Changes when what is measured does: older numbers are measured again.
-_METHOD = 2
+_METHOD = 3
 
 
 def measure_variants(settings: RunSettings, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
@@ -92,7 +92,8 @@ def _spread(run: RunSettings, num_questions: int) -> list[Question]:
     """Questions with pictures, evenly from all that are asked."""
     index, cache = evaluate.open_index(run), evaluate.open_cache(run)
     sets = evaluate.load_question_sets(run)
-    asked = [one for _, one in evaluate.find_questions(run, sets, index, cache)[0] if one.image_keys]
+    found = evaluate.find_questions(run, sets, index, cache)
+    asked = [one.question for one in found if not one.reason and one.question.image_keys]
     count = min(num_questions, len(asked))
     return [asked[i * len(asked) // count] for i in range(count)]
 

@@ -1,47 +1,32 @@
 """Stage 3: a finished model answers held-out questions; answers and scores become tables."""
 
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import torch
-from ray.data import ActorPoolStrategy
 
 from meteor import storage
 from meteor.assembly import cache_uri, cache_version, identity_of, open_index, pixel_settings, question_sets
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
-from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE
-from meteor.data.features import FeatureSource, PixelSettings
+from meteor.data.features import PixelSettings
 from meteor.data.table import IndexedImage
 from meteor.errors import BadImageError, CacheError, SettingsError
-from meteor.evaluation.answer import Answerer
 from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question
 from meteor.evaluation.score_table import UNTYPED, score_rows, score_table
-from meteor.train.build import DTYPES
-from pipelines.answers import AnswerStore, prompt_digest
-from pipelines.inputs import as_samples, indexed_images, open_features, quarantine_into, uris_by_key
+from pipelines.answering import Asked, answer
+from pipelines.inputs import as_samples, indexed_images, quarantine_into
 from pipelines.preparation import prepare
-from pipelines.runtime import Counter, num_blocks, progress, worker_environment
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
-_LOG = logging.getLogger(__name__)
 _DESCRIPTION = """Answer the question sets of data.evaluate greedily and score them, each with its benchmark's own metric. A
 question whose picture is quarantined counts as wrong and is reported. Answers are kept as they come: started again, or with
 more question sets, a model is not asked twice."""
-# Changes when prompts are answered otherwise: older answers are not taken then.
-_METHOD = 1
-_CHARACTERS_A_TOKEN = 4
-
-
 _PREDICTIONS = pa.schema(
     [
         *((name, pa.string()) for name in ("set", "id", "group", "image", "type", "question", "answer")),
@@ -69,12 +54,8 @@ def run(settings: RunSettings) -> Summary:
         facts = {one.name: set_facts(one) for one in sets}
         with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate), "sets": facts})) as log:
             log.cache(cache, context="evaluation")
-            questions, quarantined = find_questions(settings, sets, index, cache)
-            model = (model_uri, model_digest)
-            predictions, num_asked = answer(settings, sets, questions, model, cache, index)
-            reasons = {(name, question.id): reason for name, question, reason in quarantined}
-            asked_of = {(name, question.id): question for name, question in questions}
-            asked_of |= {(name, question.id): question for name, question, _ in quarantined}
+            asked = find_questions(settings, sets, index, cache)
+            predictions, num_new = answer(settings, asked, (model_uri, model_digest), cache, index)
             provenance = {
                 "model": model_uri,
                 "model_digest": model_digest,
@@ -83,22 +64,21 @@ def run(settings: RunSettings) -> Summary:
             }
             rows, scores = [], {}
             for one in sets:
-                asked = [
-                    (question, predictions.get(key, ""), reasons.get(key, ""))
-                    for key, question in asked_of.items()
-                    if key[0] == one.name
-                ]
-                mine = score_rows(one.name, asked, one.metric)
-                table = score_table(mine, [question for question, _, _ in asked], one.metric)
-                scores[one.name] = {**facts[one.name], **table, **provenance}
-                rows += mine
-                _export(stage.uri, one, [question for question, _, _ in asked], predictions)
+                mine = [ask for ask in asked if ask.set == one.name]
+                questions = [ask.question for ask in mine]
+                answers = {question.id: predictions.get((one.name, question.id), "") for question in questions}
+                scored = score_rows(
+                    one.name, [(ask.question, answers[ask.question.id], ask.reason) for ask in mine], one.metric
+                )
+                scores[one.name] = {**facts[one.name], **score_table(scored, questions, one.metric), **provenance}
+                rows += scored
+                _export(stage.uri, one, questions, answers)
             _write(stage.uri, rows, scores)
             log.metrics(_metrics(scores), pipeline=True)
             log.file("scores.json")
         elapsed = seconds()
-        counts: dict[str, Any] = {"questions": len(rows), "answered_now": num_asked, "quarantined": len(quarantined)}
-        counts |= {"questions_per_s": num_asked / elapsed}
+        counts: dict[str, Any] = {"questions": len(rows), "answered_now": num_new}
+        counts |= {"quarantined": sum(bool(ask.reason) for ask in asked), "questions_per_s": num_new / elapsed}
         counts |= {line: value for name, table in scores.items() for line, value in _lines(name, table)}
         results = {"predictions": storage.join(stage.uri, "predictions.parquet"), "run": stage.uri, "model": model_uri}
         return stage.finish(Summary("evaluate", counts, elapsed, results))
@@ -181,8 +161,8 @@ def find_model(settings: RunSettings) -> tuple[str, str]:
 
 def find_questions(
     settings: RunSettings, sets: Sequence[QuestionSet], index: DatasetIndex, cache: FeatureCache
-) -> tuple[list[tuple[str, Question]], list[tuple[str, Question, str]]]:
-    """(set, question) pairs to answer, and (set, question, reason) of those whose picture is quarantined.
+) -> list[Asked]:
+    """All questions of all sets, in the order of their files, with their pictures' keys.
 
     Raises:
         CacheError: a picture has not been indexed or encoded.
@@ -190,24 +170,19 @@ def find_questions(
     """
     names = set().union(*(as_samples(one).image_names for one in sets))
     images = quarantine_into(indexed_images(index, names), cache.quarantined())
-    pixels = pixel_settings(settings)
-    questions, quarantined = [], []
+    pixels, found = pixel_settings(settings), []
     for one in sets:
         if one.problems:
             problem = one.problems[0]
             raise SettingsError(
                 f"{one.uri}: {len(one.problems)} records cannot be used, for example {problem.sample_id}: {problem.message}"
             )
-        for asked in first_questions(one, settings.evaluate.limit):
-            reasons = [_reason(name, images, pixels) for name in asked.sample.images]
-            keys = tuple(images[name].image_key for name in asked.sample.images)
-            question = replace(asked, image_keys=keys)
-            reason = next(filter(None, reasons), "")
-            if reason:
-                quarantined.append((one.name, question, reason))
-            else:
-                questions.append((one.name, question))
-    return questions, quarantined
+        for question in first_questions(one, settings.evaluate.limit):
+            shown = question.sample.images
+            reason = next(filter(None, [_reason(name, images, pixels) for name in shown]), "")
+            keys = tuple(images[name].image_key for name in shown)
+            found.append(Asked(one.name, replace(question, image_keys=keys), reason, longest_answer(settings, one)))
+    return found
 
 
 def _reason(name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings) -> str:
@@ -227,125 +202,6 @@ def first_questions(one: QuestionSet, limit: int | None) -> list[Question]:
     """The first ``limit`` questions with all their prompts; all where it is None."""
     wanted = set(list(dict.fromkeys(question.unit for question in one.questions))[:limit])
     return [question for question in one.questions if question.unit in wanted]
-
-
-def answer(
-    settings: RunSettings,
-    sets: Sequence[QuestionSet],
-    questions: Sequence[tuple[str, Question]],
-    model: tuple[str, str],
-    cache: FeatureCache,
-    index: DatasetIndex,
-) -> tuple[dict[tuple[str, str], str], int]:
-    """Answers by (set, question id), those that are known taken as they are; and how many were asked now."""
-    store = AnswerStore(_answers_uri(settings, model[1], cache))
-    longest = {one.name: longest_answer(settings, one) for one in sets}
-    prompts = {(name, one.id): prompt_digest(one, longest[name]) for name, one in questions}
-    known = store.read()
-    if num_known := sum(prompt in known for prompt in prompts.values()):
-        _LOG.info("[%s] %d of %d questions were answered before", settings.name, num_known, len(prompts))
-    # Each prompt once, also where two sets ask it.
-    missing = {prompts[name, one.id]: (longest[name], one) for name, one in questions}
-    missing = {prompt: one for prompt, one in missing.items() if prompt not in known}
-    if missing:
-        try:
-            for found in _ask(settings, missing, model[0], cache, index):
-                store.add(found)
-                known |= found
-        finally:
-            store.flush()
-    return {key: known[prompt] for key, prompt in prompts.items()}, len(missing)
-
-
-def _answers_uri(settings: RunSettings, model_digest: str, cache: FeatureCache) -> str:
-    """Answers depend on the model, its type, and the features; not on batches, and not on which sets are asked."""
-    content = [_METHOD, model_digest, settings.llm.dtype, settings.evaluate.features, cache.identity.key, cache.codec]
-    return storage.join(settings.output, "answers", settings_digest(content)[:16])
-
-
-def _ask(
-    settings: RunSettings,
-    missing: Mapping[str, tuple[int, Question]],
-    model_uri: str,
-    cache: FeatureCache,
-    index: DatasetIndex,
-) -> Iterator[dict[str, str]]:
-    """Prompt -> answer, as they come from actors; questions of similar length share a batch, the longest come first."""
-    runtime, options = settings.runtime, settings.evaluate
-    lengths = _lengths(settings, missing, index)
-    ordered = sorted(missing.items(), key=lambda item: (item[1][0], lengths[item[0]]), reverse=True)
-    counter = Counter.remote()
-    shared = ray.put([one for _, one in ordered])
-    with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: ray.get(counter.count.remote())):
-        dataset = ray.data.from_items(
-            [{"position": i} for i in range(len(ordered))],
-            override_num_blocks=num_blocks(len(ordered), options.batch_size),
-        ).map_batches(
-            AnswerActor,
-            fn_constructor_kwargs={
-                "settings": settings,
-                "model_uri": model_uri,
-                "cache": (cache.uri, cache.version),
-                "image_uris": uris_by_key(index.rows()) if options.features == "live" else {},
-                "questions": shared,
-                "counter": counter,
-            },
-            batch_size=options.batch_size,
-            batch_format="pyarrow",
-            num_cpus=runtime.cpus_per_worker,
-            num_gpus=runtime.gpus_per_worker or None,
-            compute=ActorPoolStrategy(size=runtime.num_evaluators),
-            runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
-        )
-        for row in dataset.iter_rows():
-            yield {ordered[row["position"]][0]: row["prediction"]}
-
-
-def _lengths(settings: RunSettings, missing: Mapping[str, tuple[int, Question]], index: DatasetIndex) -> dict[str, int]:
-    """Prompt -> how long it is, nearly: what batches are made by need not be exact."""
-    pixels = pixel_settings(settings)
-    wanted = {key for _, question in missing.values() for key in question.image_keys}
-    sizes = {row.image_key: (row.width, row.height) for row in index.rows() if row.image_key in wanted}
-    num_sub_images = {key: len(pixels.plan(*size).patch_grids) for key, size in sizes.items()}
-    return {
-        prompt: GROUPING_TOKENS_PER_SUB_IMAGE * sum(num_sub_images[key] for key in question.image_keys)
-        + sum(len(turn.text) for turn in question.sample.turns) // _CHARACTERS_A_TOKEN
-        for prompt, (_, question) in missing.items()
-    }
-
-
-class AnswerActor:
-    """Actor: a model and a feature source; answers batches of question positions."""
-
-    def __init__(
-        self,
-        settings: RunSettings,
-        model_uri: str,
-        cache: tuple[str, int],
-        image_uris: dict[str, str],
-        questions: Any,
-        counter: Any,
-    ) -> None:
-        self._questions: list[tuple[int, Question]] = ray.get(questions)
-        self._counter = counter
-        device = "cuda" if settings.runtime.gpus_per_worker else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
-        self._answerer = Answerer(model_uri, device=device, dtype=DTYPES[settings.llm.dtype])
-        self._source: FeatureSource = open_features(
-            settings, settings.evaluate.features, cache=cache[0], version=cache[1], uris=image_uris, device=device
-        )
-        if isinstance(self._source, FeatureCache):
-            self._answerer.check(self._source)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        positions, answers = batch["position"].to_pylist(), []
-        # Sorted by the longest answer too: nearly always one group.
-        for longest, group in groupby((self._questions[i] for i in positions), key=lambda one: one[0]):
-            questions = [question for _, question in group]
-            answers += self._answerer.answer(questions, self._source, max_new_tokens=longest)
-        ray.get(self._counter.add.remote(len(positions)))
-        return pa.table({"position": positions, "prediction": answers})
 
 
 def _metrics(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -371,14 +227,11 @@ def _lines(name: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((f"{name} {extra}", value) for extra, value in table["extra"].items() if extra != table["metric"])
 
 
-def _export(
-    uri: str, one: QuestionSet, questions: Sequence[Question], predictions: Mapping[tuple[str, str], str]
-) -> None:
-    """The file for a server or a judge. A quarantined picture's question has the answer ""."""
-    benchmark = one.benchmark
-    if benchmark.export is None or (benchmark.exported_splits and one.facts["split"] not in benchmark.exported_splits):
+def _export(uri: str, one: QuestionSet, questions: Sequence[Question], answers: Mapping[str, str]) -> None:
+    """The file for a server or a judge. The answer to a quarantined picture's question is ""."""
+    benchmark, wanted = one.benchmark, one.benchmark.exported_splits
+    if benchmark.export is None or (wanted and one.facts["split"] not in wanted):
         return
-    answers = {question.id: predictions.get((one.name, question.id), "") for question in questions}
     file, content = benchmark.export(one.folder, questions, answers)
     place = storage.join(uri, f"{one.name}_{file}")
     if file.endswith(".jsonl"):

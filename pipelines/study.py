@@ -82,7 +82,7 @@ def _chain(settings: RunSettings) -> dict[str, str]:
         chain["finetune"] = settings_digest(content)
     model = settings.evaluate.model or chain.get("finetune")
     if settings.data.evaluate and model:
-        sets = {one.name: one.digest for one in evaluate.load_question_sets(settings)}
+        sets = {one.name: evaluate.scoring_digest(one) for one in evaluate.load_question_sets(settings)}
         asked = mathematical_settings(settings.evaluate)
         content = {"model": model, "evaluate": asked, "dtype": settings.llm.dtype, "sets": sets}
         chain["evaluate"] = settings_digest(canonical(content))

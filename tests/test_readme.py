@@ -41,6 +41,11 @@ def test_subcommands_exist(words):
     assert stopped.value.code == 0
 
 
+@pytest.mark.parametrize("name", named(r"`(test_\w+)`"))
+def test_named_tests_exist(name):
+    assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+
+
 def test_the_names_that_the_example_imports_exist():
     for module, names in re.findall(r"^from (meteor[\w.]*) import (.+)$", TEXT, re.MULTILINE):
         for name in names.split(", "):

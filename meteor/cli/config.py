@@ -48,7 +48,8 @@ def explain(model: type[BaseModel], prefix: str = "") -> list[str]:
             continue
         extra = field.json_schema_extra
         mark = "  [changes no result]" if isinstance(extra, dict) and extra.get("operational") else ""
-        lines.append(f"{prefix}{name} = {field.default!r}\n    {field.description}{mark}")
+        default = "(required)" if field.is_required() else repr(field.default)
+        lines.append(f"{prefix}{name} = {default}\n    {field.description}{mark}")
         # Sections that a run may leave out, or give several of by name.
         for section in get_args(field.annotation):
             if isinstance(section, type) and issubclass(section, BaseModel):

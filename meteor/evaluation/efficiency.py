@@ -2,11 +2,12 @@
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from meteor.constants import IMAGE_TOKEN_ID
 from meteor.data.collate import Batch
@@ -62,13 +63,12 @@ def measure_answers(
     batches = [answerer.batch([question], source) for question in questions]
     if answerer.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    prefills, wholes = [], []
+    prefills, decodes = [], []
     for number in range(rounds + 1):
-        prefill = _timed(answerer, batches, 1)
-        whole = _timed(answerer, batches, new_tokens)
+        prefill_s, decode_s = _timed(answerer, batches, new_tokens)
         if number:  # the first round loads kernels and caches
-            prefills.append(prefill)
-            wholes.append(whole)
+            prefills.append(prefill_s)
+            decodes.append(decode_s)
     num_slots = sum(batch.num_visual_tokens for batch in batches)
     num_used = sum(_count_used(answerer, batch) for batch in batches)
     generated = len(batches) * (new_tokens - 1)
@@ -76,7 +76,7 @@ def measure_answers(
         hardware=describe_hardware(answerer.device),
         num_questions=len(batches),
         prefill_s=median(prefills) / len(batches),
-        tokens_per_s=median(generated / (whole - first) for whole, first in zip(wholes, prefills, strict=True)),
+        tokens_per_s=generated / median(decodes),
         memory_bytes=_peak_bytes(answerer.device),
         num_prompt_tokens=sum(batch.input_ids.numel() for batch in batches) / len(batches),
         num_visual_tokens=num_used / len(batches),
@@ -98,14 +98,36 @@ def describe_hardware(device: str) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def _timed(answerer: Answerer, batches: Sequence[Batch], new_tokens: int) -> float:
-    synchronize: Callable[[], None] = torch.cuda.synchronize if answerer.device == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
+class TokenTimes(BaseStreamer):
+    """For ``generate(streamer=...)``: when each token of the answers was there, in `time.perf_counter` seconds.
+
+    On a GPU it waits for every token, as ``generate`` does anyway to see whether all answers have ended.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt:
+            self.seconds.append(time.perf_counter())
+        self._is_prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+def _timed(answerer: Answerer, batches: Sequence[Batch], new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first tokens, and from there to the last ones, of all batches."""
+    prefill_s = decode_s = 0.0
+    if answerer.device == "cuda":
+        torch.cuda.synchronize()
     for batch in batches:
-        answerer.generate(batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-    synchronize()
-    return time.perf_counter() - start
+        times, started = TokenTimes(), time.perf_counter()
+        answerer.generate(batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=times)
+        prefill_s += times.seconds[0] - started
+        decode_s += times.seconds[-1] - times.seconds[0]
+    return prefill_s, decode_s
 
 
 def _peak_bytes(device: str) -> int:

@@ -16,7 +16,7 @@ from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorPro
 from meteor.synthetic.benchmarks import write_benchmarks
 from meteor.text.tokens import load_tokenizer
 from meteor.tracking import Tracker
-from pipelines import cache_features, evaluate
+from pipelines import answering, cache_features, evaluate
 from pipelines.answers import AnswerStore, prompt_digest
 from pipelines.stage_log import tracking_uri
 
@@ -121,7 +121,7 @@ def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, s
 def test_what_was_answered_before_a_crash_is_not_asked_again(make_evaluation, small, monkeypatch):
     settings = make_evaluation({"scenes": str(small / "data/evaluate.json")}, limit=6, batch_size=1)
     cache_features.run(settings)
-    real = evaluate._ask
+    real = answering._ask
 
     def crash(*arguments):
         for number, found in enumerate(real(*arguments)):
@@ -129,7 +129,7 @@ def test_what_was_answered_before_a_crash_is_not_asked_again(make_evaluation, sm
                 raise OSError("the node is gone")
             yield found
 
-    monkeypatch.setattr(evaluate, "_ask", crash)
+    monkeypatch.setattr(answering, "_ask", crash)
     with pytest.raises(OSError, match="the node is gone"):
         evaluate.run(settings)
     monkeypatch.undo()
