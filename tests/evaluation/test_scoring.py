@@ -139,7 +139,7 @@ def test_edits_are_counted_as_a_slow_definition_does(one, other):
             return len(a) + len(b)
         return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
 
-    one, other = " ".join(one.lower().split())[:5], " ".join(other.lower().split())[:5]
+    one, other = (" ".join(text.lower().split())[:5].strip() for text in (one, other))
     length = max(len(one), len(other))
     expected = 1.0 if not length else 1 - slow(one.lower(), other.lower()) / length
     assert anls(one, [other], threshold=0) == pytest.approx(max(expected, 0.0))
