@@ -54,7 +54,7 @@ class ScoreSection:
     question_set: str
     facts: str
     table: Table
-    figure: Picture
+    figure: Picture | None
     num_quarantined: int
 
 
@@ -118,7 +118,7 @@ class ReportContent:
     def pictures(self) -> Iterator[Picture]:
         """Every figure once."""
         found = [section.loss for section in self.stages] + [self.throughput]
-        found += [section.figure for section in self.scores]
+        found += [section.figure for section in self.scores if section.figure is not None]
         found += [picture for section in self.selections for picture in (section.kept, section.heat)]
         found += self.importance
         if self.study is not None:
@@ -222,7 +222,9 @@ def _score_sections(variants: Sequence[VariantResult], looks: Mapping[str, Look]
                 question_set=name,
                 facts=score_facts(next(iter(scores.values()))),
                 table=score_table(variants, name),
-                figure=scores_figure(f"scores_{index:02d}", scores, looks),
+                figure=scores_figure(f"scores_{index:02d}", scores, looks)
+                if any(table["score"] is not None for table in scores.values())
+                else None,
                 num_quarantined=max(table["num_quarantined"] for table in scores.values()),
             )
         )

@@ -24,6 +24,7 @@ from meteor.report.canvas import (
 from meteor.report.data import StageRun, VariantResult
 from meteor.report.measures import column, final_loss, median_rate, smooth
 from meteor.report.seeds import by_variant
+from meteor.report.tables import metric_title
 
 _RATES = (("num_samples", "samples/s"), ("num_visual_tokens", "visual tokens/s"))
 
@@ -92,7 +93,7 @@ def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Map
     # Of many variants the types would fill pages; they are in the table.
     labels = ["all questions", *(types if len(types) > 1 and len(scores) <= MANY_VARIANTS else [])]
     bar_height = 0.8 / len(scores)
-    metric = next(iter(scores.values()))["metric"].replace("_", " ")
+    metric = metric_title(next(iter(scores.values()))["metric"])
     figure = new_figure(WIDTH_INCHES, 1.1 + len(labels) * (0.22 * len(scores) + 0.2))
     axes = figure.subplots()
     for row, label in enumerate(labels):
@@ -115,7 +116,7 @@ def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Map
     return to_picture(
         figure,
         name=name,
-        alt=f"{metric.capitalize()} by type of question. All questions: {values}.",
+        alt=f"{metric} by type of question. All questions: {values}.",
         caption="Whiskers: 95 % intervals, clustered by picture. Dashed: what always giving the most frequent answer would "
         "score.",
     )

@@ -192,11 +192,15 @@ _METRICS = {
 }
 
 
+def metric_title(metric: str) -> str:
+    """``VQA accuracy`` of ``vqa_accuracy``."""
+    return _METRICS.get(metric, metric.replace("_", " ").capitalize())
+
+
 def score_title(variants: Sequence[VariantResult], question_set: str) -> str:
     """``VQA accuracy, textvqa``; without the set's name where there is one set."""
     found = next((run.scores[question_set] for run in variants if run.scores and question_set in run.scores), {})
-    metric = str(found.get("metric", "score"))
-    title = _METRICS.get(metric, metric.replace("_", " ").capitalize())
+    title = metric_title(str(found.get("metric", "score")))
     return f"{title}, {question_set}" if len(question_sets(variants)) > 1 else title
 
 
@@ -205,7 +209,7 @@ def score_facts(table: Mapping[str, Any]) -> str:
     facts = [
         table.get("title") or "LLaVA's format",
         f"split {table['split']}" if table.get("split") else "",
-        f"{table['metric'].replace('_', ' ')}, version {table['metric_version']}",
+        f"{metric_title(table['metric'])}, version {table['metric_version']}",
         "OCR tokens in the prompt" if table.get("ocr") else "",
         f"pictures resized to {table['long_side']} pixels" if table.get("long_side") else "",
         table.get("note", ""),

@@ -161,3 +161,17 @@ def test_variants_must_be_told_apart_by_name(tmp_path, make_variant):
 )
 def test_markdown_is_escaped_but_names_stay_readable(text, escaped):
     assert escape_markdown(text) == escaped
+
+
+def test_a_set_that_cannot_be_scored_here_says_so_and_has_no_figure(make_variant, make_score, tmp_path):
+    unscored = {**make_score(), "score": None, "interval": None, "majority_score": None, "title": "MM-Vet"}
+    paths = write_report(
+        str(tmp_path),
+        title="run",
+        variants=[make_variant(scores={"mmvet": unscored, "gqa": make_score(note="a note")})],
+    )
+    text = Path(paths.markdown).read_text()
+    assert "not scored here" in text
+    assert "MM-Vet; Exact match, version 1." in text
+    assert "Exact match, version 1; a note." in text
+    assert [file.name for file in (tmp_path / "figures").glob("scores_*")] == ["scores_02.png"]
