@@ -69,10 +69,10 @@ def _contents(questions: QuestionSet, roots: Mapping[str, str]) -> Iterator[tupl
         for name, data in questions.pictures():
             yield new_names.get(name, name), data
         return
-    in_folder = not questions.uri.endswith((".json", ".jsonl"))
+    roots = roots if questions.folder.is_file else {"": questions.uri}
     for name, old in questions.resized.items():
         try:
-            yield name, storage.read_bytes(resolve_image(old, {"": questions.uri} if in_folder else roots))
+            yield name, storage.read_bytes(resolve_image(old, roots))
         except NotFoundError:
             continue
 

@@ -14,8 +14,6 @@ from meteor.evaluation.benchmarks.others import read_verdicts
 from meteor.evaluation.metrics import Metric, judged, relaxed
 from meteor.evaluation.questions import Question
 
-_FILE_ENDINGS = (".json", ".jsonl")
-
 
 @dataclass(frozen=True, eq=False)
 class QuestionSet:
@@ -109,15 +107,14 @@ def load_question_set(
         loaded = benchmark.load(folder, split=split, ocr=ocr)
     except NotFoundError:
         # A whole folder that is not there is a wrong path more often than a missing file.
-        if not uri.endswith(_FILE_ENDINGS) and not storage.list_objects(uri):
+        if not folder.is_file and not storage.list_objects(uri):
             raise NotFoundError(
                 f"data.evaluate.{name}.path={uri!r} is empty or does not exist: {benchmark.title} is to be had from "
                 f"{benchmark.origin}"
             ) from None
         raise
     digest = _digest(loaded.questions)
-    in_folder = not uri.endswith(_FILE_ENDINGS)
-    image_root = uri if in_folder else None
+    image_root = None if folder.is_file else uri
     if loaded.pictures is not None or long_side:
         image_root = storage.join(picture_root, "-".join(filter(None, [format, digest[:12], str(long_side or "")])))
     resized: dict[str, str] = {}
@@ -153,7 +150,7 @@ class _Recorded(Folder):
 
     def __init__(self, uri: str, benchmark: str, origin: str) -> None:
         super().__init__(uri, benchmark, origin)
-        self.used: list[str] = [uri] if uri.endswith(_FILE_ENDINGS) else []
+        self.used: list[str] = [uri] if self.is_file else []
 
     def find(self, *names: str) -> str:
         self.used.append(found := super().find(*names))

@@ -33,7 +33,8 @@ def score_rows(
     for question, prediction, reason in asked:
         score: float | None = None
         if question.references:
-            score = 0.0 if reason else metric.score(question, prediction)
+            score = metric.score(question, prediction)
+            score = 0.0 if reason and score is not None else score
         rows.append(
             {
                 "set": name,

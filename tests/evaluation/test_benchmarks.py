@@ -87,6 +87,22 @@ def test_a_missing_file_is_named_with_where_it_is_to_be_had(load, tmp_path):
         load("gqa", tmp_path)
 
 
+def test_single_pictures_may_be_missing_and_an_empty_file_is_named(load, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/b.jpg").write_bytes(b"x")
+    file = tmp_path / "testdev_balanced_questions.json"
+    records = {str(i): {"question": "q", "imageId": name, "answer": "a"} for i, name in enumerate("abc")}
+    file.write_text(json.dumps(records))
+    assert [question.sample.images for question in load("gqa", tmp_path).questions] == [
+        ("@set/images/a.jpg",),
+        ("@set/images/b.jpg",),
+        ("@set/images/c.jpg",),
+    ]
+    file.write_text("{}")
+    with pytest.raises(DataError, match="hold no questions"):
+        load("gqa", tmp_path)
+
+
 def test_another_split_and_ocr_are_refused_where_there_is_none(load):
     with pytest.raises(SettingsError, match=r"no split 'train' here; known: val, test-dev, test"):
         load("vqav2", split="train")

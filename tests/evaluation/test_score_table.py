@@ -146,6 +146,10 @@ def test_without_verdicts_or_answers_there_is_no_score():
     ):
         assert (table["score"], table["interval"], table["majority_score"]) == (None, None, None)
         assert table["num_questions"] == 1
+    # Nor does a picture that cannot be used make one: 0 of the one question that is not waiting.
+    asked_too = [*asked, (make_question("v1_1", "a dog"), "", "truncated")]
+    assert make_table(asked_too, judged(None))[1]["score"] is None
+    assert make_table(asked_too, judged({"v1_0": 0.4, "v1_1": 0.4}))[1]["score"] == 0.2
     assert make_table(asked, judged({"v1_0": 0.4}))[1]["score"] == 0.4
     with pytest.raises(DataError, match="'v1_0'"):
         make_table(asked, judged({}))

@@ -19,16 +19,15 @@ def load_textvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     if ocr:
         found = folder.json(f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
         tokens = {one["image_id"]: one["ocr_tokens"] for one in found}
-    place = folder.picture_folder("train_images", "test_images", example=f"{records[0]['image_id']}.jpg")
+    names = [f"{record['image_id']}.jpg" for record in records]
+    place = folder.picture_folder("train_images", "test_images", pictures=names)
     questions = []
-    for record in records:
+    for record, name in zip(records, names, strict=True):
         text = record["question"]
         if ocr:
             text += f"\nReference OCR token: {', '.join(tokens.get(record['image_id'], []))}"
-        image = f"{place}/{record['image_id']}.jpg"
-        questions.append(
-            ask(str(record["question_id"]), with_suffix(text, SHORT_ANSWER), [image], record.get("answers", ()))
-        )
+        prompt, answers = with_suffix(text, SHORT_ANSWER), record.get("answers", ())
+        questions.append(ask(str(record["question_id"]), prompt, [f"{place}{name}"], answers))
     return LoadedQuestions(questions)
 
 
@@ -41,20 +40,16 @@ def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         annotations = folder.json("v2_mscoco_val2014_annotations.json")["annotations"]
         known = {annotation["question_id"]: annotation for annotation in annotations}
     images = "val2014" if split == "val" else "test2015"
-
-    def image_name(record: Mapping[str, Any]) -> str:
-        return f"COCO_{images}_{record['image_id']:012d}.jpg"
-
-    place = folder.picture_folder(images, "", example=image_name(records[0]))
+    names = [f"COCO_{images}_{record['image_id']:012d}.jpg" for record in records]
+    place = folder.picture_folder(images, "", pictures=names)
     questions = []
-    for record in records:
+    for record, name in zip(records, names, strict=True):
         annotation = known.get(record["question_id"], {})
-        image = storage.join(place, image_name(record)) if place else image_name(record)
         questions.append(
             ask(
                 str(record["question_id"]),
                 with_suffix(record["question"], SHORT_ANSWER),
-                [image],
+                [f"{place}{name}"],
                 [answer["answer"] for answer in annotation.get("answers", ())],
                 type=annotation.get("answer_type", ""),
             )
@@ -75,12 +70,12 @@ def submit_vqav2(folder: Folder, questions: Sequence[Question], answers: Mapping
 def load_vizwiz(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """``<split>.json`` or ``Annotations/<split>.json``, pictures in ``<split>/``."""
     records = folder.json(f"Annotations/{split}.json", f"{split}.json")
-    place = folder.picture_folder(split, "", example=records[0]["image"])
+    place = folder.picture_folder(split, "", pictures=[record["image"] for record in records])
     questions = [
         ask(
             record["image"],
             with_suffix(record["question"], UNANSWERABLE, SHORT_ANSWER),
-            [f"{place}/{record['image']}" if place else record["image"]],
+            [f"{place}{record['image']}"],
             [answer["answer"] for answer in record.get("answers", ())],
             type=record.get("answer_type", ""),
         )

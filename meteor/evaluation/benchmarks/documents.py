@@ -9,12 +9,12 @@ def load_docvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """``<split>_v1.0_withQT.json`` or ``<split>_v1.0.json`` of task 1; pictures in ``documents/`` or ``spdocvqa_images/``."""
     records = folder.json(*_with_subfolders("spdocvqa_qas", f"{split}_v1.0_withQT.json", f"{split}_v1.0.json"))["data"]
     names = [record["image"].rpartition("/")[2] for record in records]
-    place = folder.picture_folder("documents", "spdocvqa_images", f"{split}/documents", example=names[0])
+    place = folder.picture_folder("documents", "spdocvqa_images", f"{split}/documents", pictures=names)
     questions = [
         ask(
             str(record["questionId"]),
             with_suffix(record["question"], SHORT_ANSWER),
-            [f"{place}/{name}"],
+            [f"{place}{name}"],
             record.get("answers", ()),
             type=next(iter(record.get("question_types", ())), ""),
         )
@@ -27,33 +27,33 @@ def load_infovqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """``infographicsVQA_<split>_v1.0_withQT.json`` or without QT; pictures in ``infographicsvqa_images/``."""
     stem = f"infographicsVQA_{split}_v1.0"
     records = folder.json(*_with_subfolders("infographicsvqa_qas", f"{stem}_withQT.json", f"{stem}.json"))["data"]
-    place = folder.picture_folder("infographicsvqa_images", "images", example=records[0]["image_local_name"])
+    names = [record["image_local_name"] for record in records]
+    place = folder.picture_folder("infographicsvqa_images", "images", pictures=names)
     questions = [
         ask(
             str(record["questionId"]),
             with_suffix(record["question"], SHORT_ANSWER),
-            [f"{place}/{record['image_local_name']}"],
+            [f"{place}{name}"],
             record.get("answers", ()),
             type=next(iter(record.get("answer_type", ())), ""),
         )
-        for record in records
+        for record, name in zip(records, names, strict=True)
     ]
     return LoadedQuestions(questions)
 
 
 def load_chartqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """``<split>/<split>_human.json`` and ``<split>/<split>_augmented.json``, pictures in ``<split>/png/``."""
-    questions, place = [], None
+    questions = []
     for half in ("human", "augmented"):
         records = folder.json(*_with_subfolders("ChartQA Dataset", f"{split}/{split}_{half}.json"))
-        if place is None:
-            example = records[0]["imgname"]
-            place = folder.picture_folder(f"{split}/png", f"ChartQA Dataset/{split}/png", example=example)
+        names = [record["imgname"] for record in records]
+        place = folder.picture_folder(f"{split}/png", f"ChartQA Dataset/{split}/png", pictures=names)
         questions += [
             ask(
                 f"{half}/{i}",
                 with_suffix(record["query"], SHORT_ANSWER),
-                [f"{place}/{record['imgname']}"],
+                [f"{place}{record['imgname']}"],
                 [str(record["label"])],
                 type=half,
             )
@@ -65,13 +65,12 @@ def load_chartqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 def load_gqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """``<split>_questions.json`` of questions1.2.zip, pictures in ``images/``."""
     records = folder.json(*_with_subfolders("questions1.2", f"{split}_questions.json"))
-    first = next(iter(records.values()))
-    place = folder.picture_folder("images", example=f"{first['imageId']}.jpg")
+    place = folder.picture_folder("images", pictures=[f"{record['imageId']}.jpg" for record in records.values()])
     questions = [
         ask(
             question_id,
             with_suffix(record["question"], SHORT_ANSWER),
-            [f"{place}/{record['imageId']}.jpg"],
+            [f"{place}{record['imageId']}.jpg"],
             [record["answer"]] if "answer" in record else (),
             type=record.get("types", {}).get("structural", ""),
         )

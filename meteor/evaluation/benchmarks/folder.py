@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,13 +17,18 @@ class Folder:
     """One benchmark's folder.
 
     Args:
-        uri: local folder or s3://.
+        uri: local folder or s3://; or one LLaVA file.
         benchmark: its name, for errors.
         origin: where its files are to be had.
     """
 
     def __init__(self, uri: str, benchmark: str, origin: str) -> None:
         self.uri, self._benchmark, self._origin = uri, benchmark, origin
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one LLaVA file, whose pictures are under the run's image roots."""
+        return self.uri.endswith((".json", ".jsonl"))
 
     def find(self, *names: str) -> str:
         """The URI of the first of these files that is there.
@@ -85,20 +90,27 @@ class Folder:
             raise self.missing(f"{part}-*.parquet")
         return wanted
 
-    def picture_folder(self, *names: str, example: str) -> str:
-        """The one of several folders that holds a picture; the first where the folder itself is there without it.
+    def picture_folder(self, *folders: str, pictures: Sequence[str]) -> str:
+        """The one of several folders that holds the pictures, with its slash; "" for the benchmark's own.
+
+        A few of the pictures are looked for: single ones that are missing are the index's business, all of them is a path.
 
         Args:
-            names: folders to look in, "" for the benchmark's own.
-            example: a picture that must be there.
+            folders: to look in, "" for the benchmark's own.
+            pictures: names without their folder.
 
         Raises:
-            NotFoundError: it is in none of them.
+            NotFoundError: none of them is in any of the folders.
+            DataError: there are no pictures, and so no questions.
         """
-        for name in names:
-            if storage.exists(storage.join(self.uri, name, example) if name else storage.join(self.uri, example)):
-                return name
-        raise self.missing(" or ".join(f"{name}/{example}" if name else example for name in names))
+        if not pictures:
+            raise DataError(f"{self._benchmark}: the files in {self.uri} hold no questions: download them again")
+        few = [pictures[i] for i in sorted({0, len(pictures) // 2, len(pictures) - 1})]
+        prefixes = [f"{folder}/" if folder else "" for folder in folders]
+        for prefix in prefixes:
+            if any(storage.exists(storage.join(self.uri, f"{prefix}{name}")) for name in few):
+                return prefix
+        raise self.missing(" or ".join(f"{prefix}{few[0]}" for prefix in prefixes))
 
 
 def _parsed(data: bytes, uri: str) -> Any:

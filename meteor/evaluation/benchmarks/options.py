@@ -124,7 +124,7 @@ def load_seed(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     content = folder.json("SEED-Bench.json")
     names = {number: name for name, number in content.get("question_type", {}).items()}
     records = [record for record in content["questions"] if record.get("data_type", "image") == "image"]
-    place = folder.picture_folder("SEED-Bench-image", example=records[0]["data_id"])
+    place = folder.picture_folder("SEED-Bench-image", pictures=[record["data_id"] for record in records])
     questions = []
     for record in records:
         options = [str(record[f"choice_{letter}"]) for letter in "abcd" if record.get(f"choice_{letter}") is not None]
@@ -132,7 +132,7 @@ def load_seed(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
             ask(
                 str(record["question_id"]),
                 with_suffix(record["question"], list_options(options), OPTION_LETTER),
-                [f"{place}/{record['data_id']}"],
+                [f"{place}{record['data_id']}"],
                 [record["answer"]] if record.get("answer") else (),
                 type=names.get(record.get("question_type_id"), ""),
                 choices=options,

@@ -16,34 +16,34 @@ POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """``coco_pope_<category>.json``, a record a line, pictures of COCO's val2014."""
-    questions, place = [], None
+    questions = []
     for category in POPE_CATEGORIES:
         name = f"coco_pope_{category}.json"
-        for record in folder.json_lines(name, f"coco/{name}", f"output/coco/{name}"):
-            if place is None:
-                place = folder.picture_folder("val2014", example=record["image"])
-            questions.append(
-                ask(
-                    # Every category counts from 1.
-                    f"{category}/{record['question_id']}",
-                    with_suffix(record["text"], SHORT_ANSWER),
-                    [f"{place}/{record['image']}"],
-                    [record["label"]],
-                    type=category,
-                )
+        records = list(folder.json_lines(name, f"coco/{name}", f"output/coco/{name}"))
+        place = folder.picture_folder("val2014", pictures=[record["image"] for record in records])
+        questions += [
+            ask(
+                # Every category counts from 1.
+                f"{category}/{record['question_id']}",
+                with_suffix(record["text"], SHORT_ANSWER),
+                [f"{place}{record['image']}"],
+                [record["label"]],
+                type=category,
             )
+            for record in records
+        ]
     return LoadedQuestions(questions)
 
 
 def load_mmvet(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """``mm-vet.json``, pictures in ``images/``."""
     records = folder.json("mm-vet.json")
-    place = folder.picture_folder("images", example=next(iter(records.values()))["imagename"])
+    place = folder.picture_folder("images", pictures=[record["imagename"] for record in records.values()])
     questions = [
         ask(
             question_id,
             record["question"],
-            [f"{place}/{record['imagename']}"],
+            [f"{place}{record['imagename']}"],
             [record["answer"]],
             type="+".join(record.get("capability", ())),
         )
@@ -111,7 +111,7 @@ def _number(question_id: str) -> int | str:
 
 def load_nlvr(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """Statements in LLaVA's form, answered true or false: a file, or a folder with ``nlvr_llava.json`` and ``images/``."""
-    if folder.uri.endswith((".json", ".jsonl")):
+    if folder.is_file:
         return load_llava(folder, split=split, ocr=ocr)
     loaded = load_llava(Folder(folder.find("nlvr_llava.json"), "NLVR", ""), split=split, ocr=ocr)
     placed = [
