@@ -23,10 +23,11 @@ from meteor.config import RunSettings, mathematical_settings, settings_digest
 from meteor.data.features import PixelSettings
 from meteor.errors import BadImageError, QuarantineLimitError
 from meteor.evaluation.question_pictures import is_written, write_pictures
+from meteor.evaluation.question_set import QuestionSet
 from pipelines.calibration import calibrate_cache
 from pipelines.encoding import encode_missing
 from pipelines.indexing import update_index
-from pipelines.inputs import SampleSet, load_sets, names_of_images
+from pipelines.inputs import SampleSet, as_samples, load_sets, names_of_images
 from pipelines.runtime import progress
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
@@ -76,16 +77,19 @@ def run(settings: RunSettings) -> Summary:
 def _write_question_pictures(settings: RunSettings) -> None:
     """Pictures that come inside benchmarks' own files, or are resized, become files."""
     for questions in question_sets(settings):
-        if is_written(questions):
-            continue
-        num_written, total = 0, len({name for one in questions.questions for name in one.sample.images})
+        if not is_written(questions):
+            _write_pictures_of(settings, questions)
 
-        def count(number: int) -> None:
-            nonlocal num_written
-            num_written = number
 
-        with progress(f"{questions.name}: pictures written:", total, lambda: num_written):  # noqa: B023
-            write_pictures(questions, settings.data.roots, max_pixels=settings.data.max_pixels, on_written=count)
+def _write_pictures_of(settings: RunSettings, questions: QuestionSet) -> None:
+    num_written, total = 0, len(as_samples(questions).image_names)
+
+    def count(number: int) -> None:
+        nonlocal num_written
+        num_written = number
+
+    with progress(f"{questions.name}: pictures written:", total, lambda: num_written):
+        write_pictures(questions, settings.data.roots, max_pixels=settings.data.max_pixels, on_written=count)
 
 
 def _missing(settings: RunSettings, cache_uri: str, wanted: Mapping[str, IndexRow]) -> dict[str, IndexRow]:

@@ -152,12 +152,7 @@ def _below(prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
 
 def read_result(name: str, stages: Mapping[str, StageRun], **more: Any) -> VariantResult:
     """A variant from its stages' runs; answers and scores are read where evaluation has finished."""
-    predictions = scores = None
-    evaluated = stages.get("evaluate")
-    if evaluated is not None and evaluated.finished:
-        scores = storage.read_json(storage.join(evaluated.uri, "scores.json"))
-        content = storage.read_bytes(storage.join(evaluated.uri, "predictions.parquet"))
-        predictions = pq.read_table(pa.BufferReader(content)).to_pylist()
+    scores, predictions = _read_answers(name, stages.get("evaluate"))
     return VariantResult(
         name=name,
         stages=stages,
@@ -167,6 +162,18 @@ def read_result(name: str, stages: Mapping[str, StageRun], **more: Any) -> Varia
         num_visual_tokens_per_image=_tokens_per_image(stages, more.get("efficiency")),
         **more,
     )
+
+
+def _read_answers(name: str, evaluated: StageRun | None) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
+    """Scores and answers of a finished evaluation; those that an earlier release wrote in another form are left out."""
+    if evaluated is None or not evaluated.finished:
+        return None, None
+    scores = storage.read_json(storage.join(evaluated.uri, "scores.json"))
+    if any("metric" not in table for table in scores.values()):
+        _LOG.warning("%s: %s was scored by an earlier release and is left out: evaluate again", name, evaluated.uri)
+        return None, None
+    content = storage.read_bytes(storage.join(evaluated.uri, "predictions.parquet"))
+    return scores, pq.read_table(pa.BufferReader(content)).to_pylist()
 
 
 def _num_projector_parameters(stages: Mapping[str, StageRun]) -> int | None:

@@ -12,7 +12,7 @@ from meteor import storage
 from meteor.cli.options import add_json
 from meteor.errors import NotFoundError, SettingsError
 from meteor.report import VariantResult
-from meteor.report.paired import paired_difference
+from meteor.report.paired import paired_difference, question_scores
 
 _DESCRIPTION = """Compare two evaluations on the questions that both were asked. The 95 % interval is of the paired difference,
 clustered by picture: what both find hard cancels. A star marks differences whose interval leaves 0 out."""
@@ -88,7 +88,7 @@ def compare(a: str, b: str) -> list[Comparison]:
         difference = paired_difference([other], [one], name)
         if difference is None:
             continue
-        scores_a, scores_b = _scores(rows_a, name), _scores(rows_b, name)
+        scores_a, scores_b = question_scores(rows_a, name), question_scores(rows_b, name)
         common = [key for key in scores_a if key in scores_b]
         low, high = difference.interval or (None, None)
         mean_a, mean_b = (sum(scores[key] for key in common) / len(common) for scores in (scores_a, scores_b))
@@ -109,12 +109,6 @@ def compare(a: str, b: str) -> list[Comparison]:
     if not found:
         raise SettingsError(f"{a} and {b} were not asked one scored question in common")
     return found
-
-
-def _scores(rows: list[dict[str, Any]], name: str) -> dict[tuple[str, str], float]:
-    return {
-        (row["id"], row["question"]): row["score"] for row in rows if row["set"] == name and row["score"] is not None
-    }
 
 
 def _read(place: str) -> list[dict[str, Any]]:

@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from meteor import storage
+from meteor.cli.options import choose_dtype
 from meteor.errors import MeteorError, SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.dialogue import Dialogue, Reply, ShownPicture
@@ -15,8 +16,8 @@ from meteor.evaluation.selection import select_patches
 from meteor.formatting import format_duration
 from meteor.report import SelectionPanel, SubImageScores
 from meteor.report.pictures import kept_figure
+from meteor.train.build import DTYPES
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _COMMANDS = """/image FILE        show a picture with the next question
 /selection FILE    write a figure of what was kept of the last picture (.png)
 /new               begin a new dialogue
@@ -61,15 +62,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one if not given")
-    parser.add_argument("--dtype", choices=list(_DTYPES), help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on cpu, bfloat16 on cuda")
 
 
 def _open(arguments: argparse.Namespace) -> Dialogue:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device cuda: torch finds no CUDA device on this machine; leave it out, or set it to cpu")
-    dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
-    return Dialogue(Answerer(arguments.model, device=device, dtype=_DTYPES[dtype]))
+    return Dialogue(Answerer(arguments.model, device=device, dtype=choose_dtype(device, arguments.dtype)))
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -158,4 +156,4 @@ def write_selection(dialogue: Dialogue, picture: ShownPicture, file: str) -> Non
         )
     plan = dialogue.answerer.processor.pixels.plan(picture.image.width, picture.image.height)
     panel = SelectionPanel(picture.uri, "", "", "", picture.image, plan, tuple(scores))
-    Path(file).write_bytes(kept_figure(panel, "kept").png)
+    storage.write_bytes(file, kept_figure(panel, "kept").png)

@@ -5,8 +5,12 @@ import sys
 import time
 from collections.abc import Callable
 
+import torch
+
 from meteor.config import RunSettings, load_run, resolve_paths
+from meteor.errors import SettingsError
 from meteor.formatting import format_duration
+from meteor.train.build import DTYPES
 
 CACHE_HELP = "<root>/<key>/<codec>, as cache_features prints it"
 # Before, the rate says little.
@@ -20,6 +24,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def read_run(arguments: argparse.Namespace) -> RunSettings:
     return resolve_paths(load_run(arguments.run, arguments.overrides))
+
+
+def choose_dtype(device: str, dtype: str | None) -> torch.dtype:
+    """The type asked for, else float32 on cpu and bfloat16 on cuda; `SettingsError` where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch finds no CUDA device on this machine; leave it out, or set it to cpu")
+    return DTYPES[dtype or ("bfloat16" if device == "cuda" else "float32")]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

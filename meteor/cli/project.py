@@ -5,18 +5,14 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from meteor.cache import FeatureCache
-from meteor.cli.options import CACHE_HELP, add_json, show_progress
+from meteor.cli.options import CACHE_HELP, add_json, choose_dtype, show_progress
 from meteor.cli.pictures import PICTURE_HELP, find_pictures
-from meteor.errors import SettingsError
 from meteor.evaluation.project import project_cache
 from meteor.evaluation.project_folder import RECORD
 from meteor.model.trained_projector import load_trained_projector
+from meteor.train.build import DTYPES
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 _DESCRIPTION = """Run a trained projector over cached pictures, without a language model. Writes one .safetensors file a
 picture: visual tokens, the patches they stand for, the scores by which those were chosen. Started again, it leaves
 alone what is done. Code 1 where a picture that was named is quarantined."""
@@ -50,12 +46,12 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder or s3:// URI")
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"{PICTURE_HELP} (default: all of the cache)")
-    parser.add_argument("--device", choices=sorted(_DEFAULT_DTYPES), default="cpu", help="default: %(default)s")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="sub-images at a time (default: %(default)s)"
     )
     parser.add_argument(
-        "--dtype", choices=list(_DTYPES), help="of weights and tokens (default: float32 on cpu, bfloat16 on cuda)"
+        "--dtype", choices=list(DTYPES), help="of weights and tokens (default: float32 on cpu, bfloat16 on cuda)"
     )
     parser.add_argument("--overwrite", action="store_true", help="start over: delete what DIR holds of an earlier run")
     add_json(parser)
@@ -63,9 +59,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _project(arguments: argparse.Namespace) -> int:
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device cuda: torch finds no CUDA device on this machine; leave it out, or set it to cpu")
-    dtype = _DTYPES[arguments.dtype or _DEFAULT_DTYPES[arguments.device]]
+    dtype = choose_dtype(arguments.device, arguments.dtype)
     cache = FeatureCache.open(arguments.cache)
     named = find_pictures(cache, arguments.pictures) if arguments.pictures else {}
     done = project_cache(

@@ -51,7 +51,9 @@ class QuestionSetSettings(_Settings):
     split: str | None = setting(None, "the benchmark's own offline split if not given")
     ocr: bool = setting(False, "TextVQA: OCR tokens in the prompt, as LLaVA does; about ten points")
     compat: bool = setting(True, "ChartQA: a target of 0 is compared as text, as the reference code does")
-    verdicts: str | None = operational(None, "MM-Vet: the judge's file; without it, answers are written for the judge")
+    verdicts: str | None = operational(
+        None, "MM-Vet: the judge's file on this very model's answers; without it, answers are written for the judge"
+    )
 
 
 class DataSettings(_Settings):

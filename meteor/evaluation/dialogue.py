@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from transformers import TextStreamer
 
 from meteor import storage
 from meteor.cache import ImageFeatures
-from meteor.data.features import encode_sliced, slice_bytes
 from meteor.data.samples import Sample
 from meteor.errors import ConversationError
 from meteor.evaluation.answer import Answerer
+from meteor.evaluation.efficiency import TokenTimes
 from meteor.evaluation.questions import Question
+from meteor.evaluation.shown import ShownPictures
 from meteor.image.decode import decode_image
 from meteor.text.conversation import Turn
 
@@ -55,8 +56,7 @@ class Dialogue:
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
-        self._encoder = answerer.model.frozen_clip()
-        self._features: dict[str, ImageFeatures] = {}
+        self._shown = ShownPictures(answerer.model, answerer.processor)
         self.turns: list[Turn] = []
         self.pictures: list[ShownPicture] = []
         self._num_asked = 0
@@ -68,12 +68,9 @@ class Dialogue:
             NotFoundError: no such file.
             BadImageError: it is no picture, or one that the model cannot be shown.
         """
-        data, pixels = storage.read_bytes(uri), self.answerer.processor.pixels
-        key = hashlib.sha256(data).hexdigest()
-        if key not in self._features:
-            with torch.inference_mode():
-                [self._features[key]] = encode_sliced([slice_bytes(data, key, pixels)], self._encoder)
-        picture = ShownPicture(uri, decode_image(data, max_pixels=pixels.max_pixels), self._features[key])
+        data = storage.read_bytes(uri)
+        image = decode_image(data, max_pixels=self.answerer.processor.pixels.max_pixels)
+        picture = ShownPicture(uri, image, self._shown.add(hashlib.sha256(data).hexdigest(), image))
         self.pictures.append(picture)
         return picture
 
@@ -94,24 +91,15 @@ class Dialogue:
         keys = tuple(picture.features.image_key for picture in self.pictures)
         sample = Sample("dialogue", tuple(picture.uri for picture in self.pictures), tuple(turns))
         started = time.perf_counter()
-        batch = self.answerer.batch([Question("dialogue", sample, image_keys=keys)], self)
+        batch = self.answerer.batch([Question("dialogue", sample, image_keys=keys)], self._shown)
         streamer = _Streamer(self.answerer.processor.tokenizer, on_text)
         tokens = self.answerer.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         [answer] = self.answerer.processor.batch_decode(tokens)
         self.turns = [*turns, Turn("gpt", answer)]
         self._num_asked = len(self.pictures)
-        first_s, last_s, count = streamer.times[0], streamer.times[-1], len(streamer.times)
+        first_s, last_s, count = streamer.times.seconds[0], streamer.times.seconds[-1], len(streamer.times.seconds)
         rate = (count - 1) / (last_s - first_s) if count > 1 else None
         return Reply(answer, batch.input_ids.shape[1], count, first_s - started, rate)
-
-    def prefetch(
-        self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
-    ) -> Generator[ImageFeatures, None, None]:
-        """What `Answerer.batch` asks a feature source for."""
-        yield from map(self.get, keys)
-
-    def get(self, image_key: str) -> ImageFeatures:
-        return self._features[image_key]
 
 
 class _Streamer(TextStreamer):
@@ -120,11 +108,10 @@ class _Streamer(TextStreamer):
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
-        self.times: list[float] = []
+        self.times = TokenTimes()
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.times.append(time.perf_counter())
+        self.times.put(value)
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

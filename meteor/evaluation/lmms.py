@@ -3,7 +3,7 @@
 lmms-eval finds `manifest` by the entry-point group ``lmms_eval.models`` and imports this file; nothing else here does.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,18 +14,14 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from meteor.cache import ImageFeatures
 from meteor.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER
-from meteor.data.features import SlicedImage, encode_sliced
 from meteor.data.samples import Sample
 from meteor.errors import SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
-from meteor.image.decode import as_shown
-from meteor.image.transform import slice_image
+from meteor.evaluation.shown import ShownPictures
 from meteor.text.conversation import Turn
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _MAX_NEW_TOKENS = 128
 
 
@@ -55,7 +51,7 @@ class LlavaMeteor(lmms):
         chosen = str(self.accelerator.device) if device is None or self._world_size > 1 else str(device)
         kind = torch.device(chosen).type
         self._answerer = Answerer(
-            pretrained, device=chosen, dtype=_DTYPES[dtype or ("bfloat16" if kind == "cuda" else "float32")]
+            pretrained, device=chosen, dtype=getattr(torch, dtype or ("bfloat16" if kind == "cuda" else "float32"))
         )
         self._batch_size, self.device = int(batch_size), torch.device(chosen)
 
@@ -67,7 +63,7 @@ class LlavaMeteor(lmms):
         )
         bar = tqdm(total=len(requests), desc="llava_meteor", disable=self._rank != 0)
         for batch in _batches(order, self._batch_size, lambda i: _longest(requests[i])):
-            shown = _Shown(self._answerer)
+            shown = ShownPictures(self._answerer.model, self._answerer.processor)
             asked = [self._question(i, requests[i], shown) for i in batch]
             texts = self._answerer.answer(asked, shown, max_new_tokens=_longest(requests[batch[0]]))
             for i, text in zip(batch, texts, strict=True):
@@ -82,7 +78,7 @@ class LlavaMeteor(lmms):
         """Sum of the log-probabilities of each continuation's tokens, end token included; and whether greedy gives them."""
         results = []
         for i, request in enumerate(tqdm(requests, desc="llava_meteor", disable=self._rank != 0)):
-            shown = _Shown(self._answerer)
+            shown = ShownPictures(self._answerer.model, self._answerer.processor)
             question = self._question(i, request, shown)
             target = request.args[1]
             continuation = target if isinstance(target, str) else target(self._document(request))
@@ -106,40 +102,18 @@ class LlavaMeteor(lmms):
         *_, doc_id, task, split = request.args
         return self.task_dict[task][split][doc_id]
 
-    def _question(self, number: int, request: Any, shown: "_Shown") -> Question:
+    def _question(self, number: int, request: Any, shown: ShownPictures) -> Question:
         """Pictures first, as in training; placeholders that the task wrote into its text are taken out."""
         context, doc_to_visual = request.args[0], request.args[2]
         visuals = (doc_to_visual(self._document(request)) or []) if doc_to_visual is not None else []
         images = [visual for one in visuals for visual in (one if isinstance(one, list | tuple) else [one])]
         if not all(isinstance(image, Image.Image) for image in images):
             raise SettingsError("llava_meteor sees pictures alone: leave tasks with videos or sound out")
-        keys = tuple(shown.add(image) for image in images)
+        keys = tuple(f"{number}/{i}" for i in range(len(images)))
+        for key, image in zip(keys, images, strict=True):
+            shown.add(key, image)
         turns = (Turn("human", context.replace(IMAGE_PLACEHOLDER, "").strip(), len(images)),)
         return Question(str(number), Sample(str(number), keys, turns), image_keys=keys)
-
-
-class _Shown:
-    """Features of a batch's pictures."""
-
-    def __init__(self, answerer: Answerer) -> None:
-        self._pixels, self._encoder = answerer.processor.pixels, answerer.model.frozen_clip()
-        self._features: dict[str, ImageFeatures] = {}
-
-    def add(self, image: Image.Image) -> str:
-        image, key = as_shown(image), str(len(self._features))
-        plan = self._pixels.plan(image.width, image.height)
-        sliced = SlicedImage(key, image.width, image.height, plan, tuple(slice_image(image, plan)))
-        with torch.inference_mode():
-            [self._features[key]] = encode_sliced([sliced], self._encoder)
-        return key
-
-    def get(self, image_key: str) -> ImageFeatures:
-        return self._features[image_key]
-
-    def prefetch(
-        self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
-    ) -> Generator[ImageFeatures, None, None]:
-        yield from map(self.get, keys)
 
 
 def _longest(request: Any) -> int:

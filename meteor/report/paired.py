@@ -81,14 +81,15 @@ def paired_difference(
 
 def _scores(runs: Sequence[VariantResult], question_set: str) -> dict[int | None, dict[Question, float]]:
     """Seed -> question -> score; a quarantined question is wrong for everybody and stays."""
+    return {run.seed: question_scores(run.predictions, question_set) for run in runs if run.predictions}
+
+
+def question_scores(rows: Sequence[Mapping[str, Any]], question_set: str) -> dict[Question, float]:
+    """Question -> score, of the rows of a set that have one."""
     return {
-        run.seed: {
-            _question(row): float(row["score"])
-            for row in run.predictions
-            if row.get("set", "") == question_set and row["score"] is not None
-        }
-        for run in runs
-        if run.predictions
+        _question(row): float(row["score"])
+        for row in rows
+        if row.get("set", "") == question_set and row["score"] is not None
     }
 
 

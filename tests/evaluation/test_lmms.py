@@ -55,18 +55,25 @@ def test_answers_come_in_order_cut_at_stop_texts_and_are_the_models_own(model):
     ]
 
 
-def test_the_greedy_answer_is_the_likeliest_continuation(model):
-    context = "what?"
-    [answer] = model.generate_until([request(context, 0, max_new_tokens=4)])
-
-    def likelihood(text):
+def test_a_continuations_likelihood_is_that_of_one_token_after_the_other(model):
+    def ask(target):
         visuals = lambda document: document["images"]  # noqa: E731
-        return model.loglikelihood([SimpleNamespace(args=(context, text, visuals, 0, "task", "test"))])[0]
+        return model.loglikelihood([SimpleNamespace(args=("what?", target, visuals, 0, "task", "test"))])[0]
 
-    log_probability, greedy = likelihood(answer[::-1] + "x")
-    assert log_probability < 0
-    assert not greedy
-    assert likelihood(lambda document: "abc") == likelihood("abc")
+    inputs = model._answerer.processor("what?", model.task_dict["task"]["test"][0]["images"])
+    tokenizer = model._answerer.processor.tokenizer
+    expected, all_greedy = 0.0, True
+    for token in [*tokenizer(" abc", add_special_tokens=False).input_ids, tokenizer.eos_token_id]:
+        with torch.inference_mode():
+            log_probability = model._answerer.model(**inputs).logits[0, -1].float().log_softmax(-1)
+        expected += float(log_probability[token])
+        all_greedy &= int(log_probability.argmax()) == token
+        for name, value in (("input_ids", token), ("attention_mask", 1), ("turns", 0), ("pictures", 0)):
+            inputs[name] = torch.cat([inputs[name], torch.tensor([[value]])], dim=1)
+    found, greedy = ask("abc")
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert greedy is all_greedy
+    assert ask(lambda document: "abc") == (found, greedy)
 
 
 def test_what_it_cannot_do_is_said(model, finished_model):

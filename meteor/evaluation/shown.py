@@ -1,0 +1,48 @@
+"""Pictures that are shown now, each encoded once: features in memory, for a dialogue or a batch of questions."""
+
+from collections.abc import Generator, Iterable
+
+import torch
+from PIL import Image
+
+from meteor.cache import ImageFeatures
+from meteor.data.features import SlicedImage, encode_sliced
+from meteor.image.decode import as_shown
+from meteor.image.transform import slice_image
+from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+
+
+class ShownPictures:
+    """A feature source (`meteor.data.features.FeatureSource`) of what a finished model is shown.
+
+    Args:
+        model: with its vision tower.
+        processor: its slicing.
+    """
+
+    def __init__(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> None:
+        self._encoder, self._pixels = model.frozen_clip(), processor.pixels
+        self._features: dict[str, ImageFeatures] = {}
+
+    def add(self, key: str, image: Image.Image) -> ImageFeatures:
+        """Slice and encode a picture; one of the same key is taken as it is.
+
+        Raises:
+            BadImageError: it is too long, or the encoder's output is not finite.
+        """
+        if key not in self._features:
+            image = as_shown(image)
+            plan = self._pixels.plan(image.width, image.height)
+            sliced = SlicedImage(key, image.width, image.height, plan, tuple(slice_image(image, plan)))
+            with torch.inference_mode():
+                [self._features[key]] = encode_sliced([sliced], self._encoder)
+        return self._features[key]
+
+    def get(self, image_key: str) -> ImageFeatures:
+        return self._features[image_key]
+
+    def prefetch(
+        self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
+    ) -> Generator[ImageFeatures, None, None]:
+        """One after the other; they are in memory."""
+        yield from map(self.get, keys)
