@@ -130,7 +130,7 @@ def test_submission_files_are_the_servers(load):
     dev, test = load("vqav2", split="test-dev"), load("vqav2", split="test")
     answers = {question.id: f"answer {question.id}" for question in dev.questions}
     name, rows = dev.benchmark.export(dev.folder, dev.questions, answers)
-    assert name == "vqav2_submission.json"
+    assert name == "submission.json"
     assert {row["question_id"] for row in rows} == {int(question.id) for question in test.questions}
     assert sum(row["answer"] != "" for row in rows) == len(dev.questions) < len(rows)
     vizwiz = load("vizwiz", split="test")

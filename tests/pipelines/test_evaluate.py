@@ -94,9 +94,9 @@ def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, s
     assert sum(row["score"] is not None for row in circular) == 3
     exports = {path.name for path in Path(summary.results["run"]).iterdir()}
     assert {
-        "test_dev_vqav2_submission.json",
-        "vizwiz_test_vizwiz_submission.json",
-        "mmvet_mmvet_for_judge.json",
+        "test_dev_submission.json",
+        "vizwiz_test_submission.json",
+        "mmvet_for_judge.json",
         "scenes_answers.jsonl",
     } <= exports
 

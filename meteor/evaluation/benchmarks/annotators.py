@@ -64,7 +64,7 @@ def submit_vqav2(folder: Folder, questions: Sequence[Question], answers: Mapping
     if storage.exists(storage.join(folder.uri, whole)):
         known = set(ids)
         ids += [one["question_id"] for one in folder.json(whole)["questions"] if one["question_id"] not in known]
-    return "vqav2_submission.json", [{"question_id": one, "answer": answers.get(str(one), "")} for one in ids]
+    return "submission.json", [{"question_id": one, "answer": answers.get(str(one), "")} for one in ids]
 
 
 def load_vizwiz(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
@@ -86,4 +86,4 @@ def load_vizwiz(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 def submit_vizwiz(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
     """EvalAI's form."""
-    return "vizwiz_submission.json", [{"image": one.id, "answer": answers[one.id]} for one in questions]
+    return "submission.json", [{"image": one.id, "answer": answers[one.id]} for one in questions]

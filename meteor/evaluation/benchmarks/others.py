@@ -54,7 +54,7 @@ def load_mmvet(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 def answers_for_judge(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
     """The file that MM-Vet's online evaluator takes."""
-    return "mmvet_for_judge.json", {question.id: answers[question.id] for question in questions}
+    return "for_judge.json", {question.id: answers[question.id] for question in questions}
 
 
 def read_verdicts(uri: str) -> dict[str, float]:
