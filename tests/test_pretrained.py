@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from meteor import storage
 from meteor.errors import SettingsError
-from meteor.pretrained import load_pretrained
+from meteor.pretrained import load_pretrained, local_model
+from meteor.text.tokens import load_tokenizer
+from meteor.train.build import llm_fingerprint
 
 
 def load(path, model_class=AutoModelForCausalLM, **options):
@@ -135,3 +138,50 @@ def test_a_directory_with_another_model_is_refused(llm_folder, clip_folder):
         load(clip_folder)
     with pytest.raises(SettingsError, match=r"lacks .* weights of CLIPVisionModel"):
         load(llm_folder, CLIPVisionModel)
+
+
+def test_a_model_in_an_object_store_is_copied_once_to_the_node(
+    llm_folder, tokenizer_folder, s3_root, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("METEOR_MODELS", str(tmp_path / "models"))
+    uri = f"{s3_root}/vicuna"
+    for folder in (llm_folder, tokenizer_folder):
+        for file in Path(folder).iterdir():
+            storage.upload_file(str(file), f"{uri}/{file.name}")
+    local_model.cache_clear()
+    model, weights = load(uri), load_file(f"{llm_folder}/model.safetensors")
+    torch.testing.assert_close(dict(model.state_dict()), weights, rtol=0, atol=0)
+    assert load_tokenizer(uri).get_vocab() == load_tokenizer(tokenizer_folder).get_vocab()
+    assert llm_fingerprint(uri) == llm_fingerprint(local_model(uri))
+    [copy] = [path for path in (tmp_path / "models").iterdir() if path.is_dir()]
+    (copy / "config.json").write_text("{}")  # another process finds the copy, and does not make it again
+    local_model.cache_clear()
+    assert local_model(uri + "/") == str(copy)
+    assert (copy / "config.json").read_text() == "{}"
+
+
+def test_a_copy_that_was_broken_off_is_made_again(llm_folder, s3_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("METEOR_MODELS", str(tmp_path / "models"))
+    uri = f"{s3_root}/vicuna"
+    for file in Path(llm_folder).iterdir():
+        storage.upload_file(str(file), f"{uri}/{file.name}")
+    real, calls = storage.download_file, []
+
+    def cut(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(storage, "download_file", cut)
+    local_model.cache_clear()
+    with pytest.raises(KeyboardInterrupt):
+        local_model(uri)
+    monkeypatch.setattr(storage, "download_file", real)
+    assert sorted(os.listdir(local_model(uri))) == sorted(os.listdir(llm_folder))
+
+
+def test_an_object_store_without_the_model_is_said(s3_root):
+    local_model.cache_clear()
+    with pytest.raises(SettingsError, match=r"nothing holds no model: there is no config.json among its 0 files"):
+        load(f"{s3_root}/nothing")

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from meteor.assembly import (
     SampleFile,
@@ -26,10 +26,11 @@ from meteor.data.cache_plan import FLOPS_PER_PARAMETER, CachePlan, EncoderShape,
 from meteor.data.features import PixelSettings
 from meteor.data.pictures import inspect_picture
 from meteor.data.samples import Sample
-from meteor.errors import BadImageError, TokenisationError
+from meteor.errors import BadImageError, SettingsError, TokenisationError
 from meteor.image.budget import visual_token_budget
 from meteor.image.slicing import SlicePlan
 from meteor.text.tokens import load_tokenizer, tokenise
+from meteor.train.build import read_llm_config
 from meteor.vision.encoder import FrozenClip
 
 _NUM_HEADER_READERS = 32
@@ -125,7 +126,7 @@ def _stages(
     try:
         num_parameters = _num_llm_parameters(settings.llm.path)
         tokenizer = load_tokenizer(settings.llm.path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SettingsError) as error:
         return [], f"no shares of training: llm.path={settings.llm.path!r} cannot be read here ({error})".split("\n")[0]
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
     stages = []
@@ -166,7 +167,7 @@ def _text_length(sample: Sample, tokenizer: Any, template: str) -> int | None:
 
 def _num_llm_parameters(path: str) -> int:
     """Parameters that multiply for each token: all but the embedding table, which is looked up."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = read_llm_config(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -100,7 +100,7 @@ class SlicingSettings(_Settings):
 class VisionSettings(_Settings):
     """The frozen encoder."""
 
-    path: str = operational("openai/clip-vit-large-patch14-336", "CLIP: local directory or hub id")
+    path: str = operational("openai/clip-vit-large-patch14-336", "CLIP: local directory, s3:// folder or hub id")
     select_layer: int = setting(-2, "which hidden state is cached; LLaVA takes the last but one")
     attention_layers: tuple[int, ...] = setting((-2,), "hidden states whose block's class-token attention is cached")
     dtype: Dtype = setting("bfloat16", "type the encoder computes in")
@@ -139,7 +139,7 @@ class ProjectorSettings(_Settings):
 class LLMSettings(_Settings):
     """The language model: any Hugging Face causal LM."""
 
-    path: str = operational("lmsys/vicuna-7b-v1.5", "local directory or hub id")
+    path: str = operational("lmsys/vicuna-7b-v1.5", "local directory, s3:// folder or hub id")
     dtype: Dtype = setting("bfloat16", "type of the weights while training and answering")
     attention: Literal["auto", "eager", "sdpa", "varlen"] = operational(
         "auto",

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import SettingsError, TokenisationError
 from meteor.optional import import_optional
+from meteor.pretrained import local_model
 from meteor.text.conversation import Conversation
 from meteor.text.encoder import text_encoder
 from meteor.text.segments import EndOfSequence, Image, Segment, Span, SpecialToken, Text
@@ -52,13 +53,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     fill up with, which the attention mask hides.
 
     Args:
-        path: a folder, or a name on the Hugging Face hub.
+        path: a folder, local or s3://, or a name on the Hugging Face hub.
 
     Raises:
         SettingsError: no such folder, no tokenizer in it, or not a fast one.
         MissingPackageError: the folder has a SentencePiece model alone, and a package to convert it is missing.
     """
-    folder = os.path.expanduser(path)
+    folder = os.path.expanduser(local_model(path))
     if not os.path.isdir(folder) and _looks_local(path):
         raise SettingsError(f"The tokenizer's folder {folder!r} does not exist: check the path of the language model.")
     if os.path.isdir(folder):

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from meteor.errors import CheckpointError, SettingsError
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.model.trained_projector import projector_metadata
-from meteor.pretrained import load_pretrained
+from meteor.pretrained import load_pretrained, local_model
 from meteor.projector.file import load_weights, read_projector_file
 
 Stage = Literal["pretrain", "finetune"]
@@ -68,13 +68,13 @@ def _with_layer(text_sampler: dict[str, Any], num_layers: int) -> dict[str, Any]
 
 
 def read_llm_config(path: str) -> PretrainedConfig:
-    """The configuration alone, from a local directory or a hub id.
+    """The configuration alone, from a local directory, an s3:// folder or a hub id.
 
     Raises:
         SettingsError: nothing loadable there.
     """
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(local_model(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"llm.path={path!r} has no configuration that can be read ({error}). Give a local directory with config.json, or a "
@@ -83,7 +83,7 @@ def read_llm_config(path: str) -> PretrainedConfig:
 
 
 def load_llm(path: str, dtype: torch.dtype) -> Any:
-    """Weights of a causal LM from a local directory or a hub id; code from a repository is never run.
+    """Weights of a causal LM from a local directory, an s3:// folder or a hub id; code from a repository is never run.
 
     Raises:
         SettingsError: nothing loadable there.
@@ -150,7 +150,7 @@ def llm_fingerprint(path: str) -> str:
     10 GB: of every large matrix something is read, so that a copy in which only some were tuned differs. Files up to
     64 MiB are read whole. A hub id stands for its commit.
     """
-    folder = Path(path)
+    folder = Path(local_model(path))
     if not folder.is_dir():
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         return hashlib.sha256(f"{path}@{getattr(config, '_commit_hash', None)}".encode()).hexdigest()

@@ -9,6 +9,7 @@ from transformers.utils import cached_file
 
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.errors import SettingsError
+from meteor.pretrained import local_model
 
 
 def read_vision_config(path: str) -> CLIPVisionConfig:
@@ -18,7 +19,7 @@ def read_vision_config(path: str) -> CLIPVisionConfig:
         SettingsError: nothing there, or another kind of model.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(local_model(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"vision.path={path!r} has no configuration that can be read ({error}). Give a local directory with config.json "
@@ -34,7 +35,7 @@ def read_vision_config(path: str) -> CLIPVisionConfig:
 
 def read_normalisation(path: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation from the checkpoint's ``preprocessor_config.json``; CLIP's own where it has none."""
-    file = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    file = cached_file(local_model(path), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     if file is None:
         return CLIP_MEAN, CLIP_STD
     config = json.loads(Path(file).read_text())
