@@ -25,7 +25,9 @@ from meteor.cache import FeatureCache, IndexRow, create_cache
 from meteor.config import RunSettings
 from meteor.data.features import SlicedImage, encode_each, slice_bytes
 from pipelines.encoding import encode_missing
-from pipelines.runtime import configure_logging, ray_session
+from pipelines.live_metrics import LiveMetrics
+from pipelines.logs import configure_logging
+from pipelines.runtime import ray_session
 
 SIZES = [(1000, 700), (640, 480), (700, 1000), (1280, 960), (500, 375), (480, 640)]
 
@@ -68,7 +70,9 @@ def run_round(
     cache_uri = create_cache(f"{settings.output}/round-{number}", identity, settings.cache.codec)
     del encoder
     started = time.perf_counter()
-    counts = encode_missing(settings, cache_uri, {row.image_key: row for row in rows}).counts()
+    counts = encode_missing(
+        settings, cache_uri, {row.image_key: row for row in rows}, LiveMetrics("bench", "", "")
+    ).counts()
     total_s = time.perf_counter() - started
     assert len(FeatureCache.open(cache_uri)) == len(rows)
     bare = num_sub_images / bare_s

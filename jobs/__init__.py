@@ -1,1 +1,1 @@
-"""What to run where: run files in jobs/runs/."""
+"""What to run where: run files in jobs/runs/, what each stage's job needs, and how jobs are submitted."""

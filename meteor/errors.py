@@ -122,3 +122,7 @@ class FailedStepError(TrainingError):
 
 class TrackingError(MeteorError):
     pass
+
+
+class ClusterError(MeteorError):
+    """A cluster does not answer, or is not as it must be."""

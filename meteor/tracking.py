@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from meteor.errors import TrackingError
 from meteor.optional import import_optional
@@ -18,6 +20,7 @@ _DIGEST_TAG = "meteor.digest"
 _PARENT_TAG = "mlflow.parentRunId"
 # MLflow's own (7 retries of up to 120 s) would hold up training for minutes at every report while the server is away.
 _HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+_QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 _OUTAGE_PAUSE_S = 60.0
 _MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
 _MAX_CHILDREN = 5000
@@ -32,6 +35,30 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = str(value)[:_MAX_PARAM_LENGTH]
     return flat
+
+
+def public_uri(uri: str) -> str:
+    """The URI without user and password, for messages and files."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", uri)
+
+
+def experiment_page(uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
+    """The page of an experiment's runs that have these tags, in a server's interface; None without a server that answers.
+
+    Args:
+        uri: of the server.
+        experiment: its name.
+        tags: what all shown runs have.
+    """
+    if not uri.startswith("http"):
+        return None
+    try:
+        tracker = Tracker(uri, experiment)
+    except TrackingError as error:
+        _LOG.warning("%s", error)
+        return None
+    wanted = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    return f"{public_uri(uri).rstrip('/')}/#/experiments/{tracker.experiment_id}?searchFilter={quote(wanted)}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,7 @@ class Tracker:
     """
 
     def __init__(self, uri: str, experiment: str) -> None:
-        for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_HTTP_SETTINGS}.items():
+        for name, value in {**_QUIET, **_HTTP_SETTINGS}.items():
             os.environ.setdefault(name, value)
         mlflow = import_optional("mlflow", needed_for="tracking", install="pip install mlflow")
         # MLflow announces every database migration at INFO.
@@ -133,7 +160,7 @@ class Tracker:
             if self._outage_until is None:
                 _LOG.warning(
                     "MLflow at %s cannot be reached (%s); metrics stay in the run's files and are sent later",
-                    self.uri,
+                    public_uri(self.uri),
                     error,
                 )
             self._outage_until = time.monotonic() + _OUTAGE_PAUSE_S
@@ -207,9 +234,15 @@ class Tracker:
 
         return MlflowException, RequestException, OSError
 
+    def page(self, run_id: str) -> str | None:
+        """The run's page in a server's interface; None where there is no server."""
+        if not self.uri.startswith("http"):
+            return None
+        return f"{public_uri(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
     @contextmanager
     def _reaching(self) -> Iterator[None]:
         try:
             yield
         except self._failures() as error:
-            raise TrackingError(f"MLflow at {self.uri} refused or cannot be reached: {error}") from error
+            raise TrackingError(f"MLflow at {public_uri(self.uri)} refused or cannot be reached: {error}") from error

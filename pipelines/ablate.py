@@ -17,7 +17,7 @@ from pipelines.results import choose_variants
 from pipelines.runtime import ray_session
 from pipelines.schedule import Outcome, run_tasks
 from pipelines.stage import Summary, git_commit, guarded, stage_parser, timed
-from pipelines.stage_log import tracking_uri
+from pipelines.stage_log import where_to_compare
 from pipelines.study import (
     STAGES,
     Task,
@@ -70,8 +70,7 @@ def run(settings: RunSettings, variants: Sequence[Variant]) -> Summary:
         "stages failed": len(failed),
         "variants measured": len(measured),
     }
-    ui = f"mlflow ui --backend-store-uri {tracking_uri(settings)}"
-    summary = Summary("ablate", counts, seconds(), {**written.results, "compare in MLflow": ui})
+    summary = Summary("ablate", counts, seconds(), {**written.results, "compare in MLflow": where_to_compare(settings)})
     if failed:
         print(summary.to_text())
         raise TrainingError(_failures(failed))

@@ -5,7 +5,7 @@ import sys
 from meteor.config import RunSettings, load_run, resolve_paths
 from pipelines import cache_features, evaluate, finetune, pretrain, report
 from pipelines.stage import Summary, stage_main, timed
-from pipelines.stage_log import tracking_uri
+from pipelines.stage_log import where_to_compare
 
 _DESCRIPTION = """Run cache_features, pretrain, finetune and evaluate for this run and for those in report.compare, then report.
 What has finished before is found and not done again."""
@@ -21,8 +21,7 @@ def run(settings: RunSettings) -> Summary:
                 print(f"[{variant.name}] {summary.to_text()}", flush=True)
                 counts[f"{variant.name} {summary.stage} seconds"] = round(summary.seconds, 1)
         summary = report.run(settings)
-        ui = f"mlflow ui --backend-store-uri {tracking_uri(settings)}"
-        return Summary("all", counts, seconds(), {**summary.results, "compare in MLflow": ui})
+        return Summary("all", counts, seconds(), {**summary.results, "compare in MLflow": where_to_compare(settings)})
 
 
 def variants(settings: RunSettings) -> list[RunSettings]:

@@ -22,7 +22,9 @@ from meteor.evaluation.questions import Question
 from meteor.train.build import DTYPES
 from pipelines.answers import AnswerStore, prompt_digest
 from pipelines.inputs import open_features, uris_by_key
-from pipelines.runtime import Counter, num_blocks, progress, worker_environment
+from pipelines.live_metrics import LiveMetrics
+from pipelines.logs import configure_worker_logging
+from pipelines.runtime import make_counter, num_blocks, progress, worker_environment
 
 _LOG = logging.getLogger(__name__)
 # Changes when prompts are answered otherwise: older answers are not taken then.
@@ -52,6 +54,7 @@ def answer(
     model: tuple[str, str],
     cache: FeatureCache,
     index: DatasetIndex,
+    live: LiveMetrics,
 ) -> tuple[dict[tuple[str, str], str], int]:
     """Answer what can be asked.
 
@@ -60,6 +63,7 @@ def answer(
         asked: questions of all sets.
         model: URI and digest.
         cache, index: versions to read.
+        live: counts answers as they come.
 
     Returns:
         Answers by (set, question id), those that are known taken as they are; and how many prompts were asked now.
@@ -77,6 +81,7 @@ def answer(
         try:
             for found in _ask(settings, missing, model[0], cache, index):
                 store.add(found)
+                live.answered(len(found))
                 known |= found
         finally:
             store.flush()
@@ -100,7 +105,7 @@ def _ask(
     runtime, options = settings.runtime, settings.evaluate
     lengths = _lengths(settings, missing, index)
     ordered = sorted(missing.items(), key=lambda item: (item[1][0], lengths[item[0]]), reverse=True)
-    counter = Counter.remote()
+    counter = make_counter()
     shared = ray.put([one for _, one in ordered])
     with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: ray.get(counter.count.remote())):
         dataset = ray.data.from_items(
@@ -152,6 +157,7 @@ class AnswerActor:
         questions: Any,
         counter: Any,
     ) -> None:
+        configure_worker_logging(variant=settings.name, stage="evaluate")
         self._questions: list[tuple[int, Question]] = ray.get(questions)
         self._counter = counter
         device = "cuda" if settings.runtime.gpus_per_worker else "cpu"

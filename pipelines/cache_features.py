@@ -28,6 +28,7 @@ from pipelines.calibration import calibrate_cache
 from pipelines.encoding import encode_missing
 from pipelines.indexing import update_index
 from pipelines.inputs import SampleSet, as_samples, load_sets, names_of_images
+from pipelines.live_metrics import LiveMetrics
 from pipelines.runtime import progress
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
@@ -59,11 +60,14 @@ def run(settings: RunSettings) -> Summary:
             return stage.reuse(before)
         stage.start(cache=cache_uri, cache_key=identity.key, sample_sets={one.name: one.uri for one in sets})
         with stage.tracked(canonical(mathematical_settings(settings))) as log:
+            live = LiveMetrics(settings.name, "cache_features", stage.digest)
             encoding: dict[str, float] = {}
             if missing:
                 calibrate_cache(settings, cache_uri, wanted)
-                encoding = encode_missing(settings, cache_uri, missing).counts()
-            record_quarantine(cache_uri, _new_refusals(cache_uri, refused))
+                encoding = encode_missing(settings, cache_uri, missing, live).counts()
+            new_refusals = _new_refusals(cache_uri, refused)
+            record_quarantine(cache_uri, new_refusals)
+            live.quarantined([row.reason for row in new_refusals])
             commit(cache_uri)
             cache = FeatureCache.open(cache_uri)
             bad = refused + [row for row in cache.quarantine() if row.image_key in wanted]

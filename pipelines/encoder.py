@@ -18,6 +18,7 @@ from meteor.cache.row import PAYLOAD_COLUMNS
 from meteor.config import RunSettings
 from meteor.data.features import PixelSettings, SlicedImage, encode_each, load_pixels, slice_bytes
 from meteor.errors import BadImageError, NotFoundError
+from pipelines.logs import configure_worker_logging
 
 # Files stay small enough to be held a few times in memory and to be sent again when an upload fails.
 MAX_FILE_BYTES = 128 << 20
@@ -131,6 +132,7 @@ class Encoder:
     """
 
     def __init__(self, settings: RunSettings, cache_uri: str) -> None:
+        configure_worker_logging(variant=settings.name, stage="cache_features")
         self._device = DeviceEncoder(settings)
         self._pixels = pixel_settings(settings)
         self._cache_uri = cache_uri

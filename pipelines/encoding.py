@@ -13,21 +13,27 @@ from meteor.assembly import pixel_settings
 from meteor.cache import IndexRow, QuarantineRow, commit, record_quarantine
 from meteor.config import RunSettings
 from pipelines.encoder import Encoder, slice_batch
+from pipelines.live_metrics import LiveMetrics
 from pipelines.meter import EncodingMeter
 from pipelines.runtime import progress, worker_environment
 
 _LOG = logging.getLogger(__name__)
-# Batches are repeated when their actor dies, which Ray would do for ever with one that kills it each time.
-_MAX_TASK_RETRIES = 5
+# Batches are repeated when their actor dies, which Ray would do for ever with one that kills it each time. When a whole node
+# goes, Ray tries after 0.1 s, then twice as long each time up to 5 s, and knows only after some 20 s that the node is gone: 15
+# tries cover about a minute.
+_MAX_TASK_RETRIES = 15
 
 
-def encode_missing(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow]) -> EncodingMeter:
+def encode_missing(
+    settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow], live: LiveMetrics
+) -> EncodingMeter:
     """Encode pictures into the cache and commit them, now and then and at the end, also when the pass fails.
 
     Args:
         settings: of the run.
         cache_uri: a cache that exists.
         missing: the pictures by image key.
+        live: counts what is done while it is done.
 
     Returns:
         What was done, and how fast.
@@ -39,6 +45,7 @@ def encode_missing(settings: RunSettings, cache_uri: str, missing: Mapping[str, 
         with progress("pictures encoded:", len(missing), lambda: meter.num_pictures, detail=meter.detail):
             for outcomes in _stream(settings, cache_uri, missing):
                 meter.add(outcomes)
+                live.encoded(outcomes)
                 bad += [_quarantine_row(row, missing[row["image_key"]]) for row in outcomes if row["reason"]]
                 if time.monotonic() - committed_at >= settings.cache.commit_every_s:
                     _publish(cache_uri, bad)

@@ -21,6 +21,7 @@ from meteor.evaluation.questions import Question
 from meteor.evaluation.score_table import UNTYPED, score_rows, score_table
 from pipelines.answering import Asked, answer
 from pipelines.inputs import as_samples, indexed_images, quarantine_into
+from pipelines.live_metrics import LiveMetrics
 from pipelines.preparation import prepare
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
@@ -55,7 +56,8 @@ def run(settings: RunSettings) -> Summary:
         with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate), "sets": facts})) as log:
             log.cache(cache, context="evaluation")
             asked = find_questions(settings, sets, index, cache)
-            predictions, num_new = answer(settings, asked, (model_uri, model_digest), cache, index)
+            live = LiveMetrics(settings.name, "evaluate", stage.digest)
+            predictions, num_new = answer(settings, asked, (model_uri, model_digest), cache, index, live)
             provenance = {
                 "model": model_uri,
                 "model_digest": model_digest,

@@ -1,5 +1,6 @@
 """All Ray wiring that is not one stage's own: the session, the workers' environment, progress of long work."""
 
+import json
 import logging
 import os
 import re
@@ -7,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import ray
-import ray.data
-from transformers.utils import logging as transformers_logging
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from meteor.config.settings import RuntimeSettings
 from meteor.formatting import format_duration
@@ -55,19 +56,6 @@ def ray_session(settings: RuntimeSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def configure_logging() -> None:
-    """Our own lines at INFO with the time; other packages at WARNING."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in ("meteor", "pipelines", "__main__"):  # the last is a stage's module where it is the command
-        logging.getLogger(name).setLevel(logging.INFO)
-    # Ray Data warns that a job "will hang" whenever all CPUs are busy for a moment.
-    for name in ("ray.data", "ray._private.authentication"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Our own lines tell of progress, in the same form with and without a terminal.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    transformers_logging.disable_progress_bar()
 
 
 class Pace:
@@ -120,7 +108,8 @@ def progress(
             done = count()
             _LOG.info("%s%s", progress_line(what, done, total, pace.per_s(done, time.monotonic())), detail())
 
-    thread = threading.Thread(target=watch, name=f"progress of {what}", daemon=True)
+    # Its lines are about what this thread's are about.
+    thread = threading.Thread(target=copy_context().run, args=(watch,), name=f"progress of {what}", daemon=True)
     thread.start()
     try:
         yield
@@ -133,6 +122,11 @@ def error_of_ours(error: ray.exceptions.RayError) -> str | None:
     """``StorageError: ...`` where a worker failed with an error of ours, of which Ray Data passes on the text alone."""
     found = re.findall(r"^meteor\.errors\.(\w+: .+)$", str(error), re.MULTILINE)
     return found[-1] if found else None
+
+
+def job_metadata() -> dict[str, str]:
+    """Of the Ray job that started this process: its submission id, and what the submitter said of it; empty elsewhere."""
+    return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
 
 
 class _Counter:
@@ -148,7 +142,10 @@ class _Counter:
         return self._count
 
 
-Counter: Any = ray.remote(num_cpus=0)(_Counter)
+def make_counter() -> Any:
+    """A counter actor on this process's own node: on another one it would go when that node goes."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Counter).remote()
 
 
 def num_blocks(num_items: int, items_per_block: int) -> int:

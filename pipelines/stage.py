@@ -19,7 +19,8 @@ from meteor.cli.data import check_run
 from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.errors import MeteorError, NotFoundError
 from meteor.formatting import format_duration
-from pipelines.runtime import configure_logging, error_of_ours, ray_session
+from pipelines.logs import configure_logging, log_context
+from pipelines.runtime import error_of_ours, job_metadata, ray_session
 from pipelines.stage_log import StageLog
 
 _LOG = logging.getLogger(__name__)
@@ -95,19 +96,21 @@ class StageRun:
         """
         tags = {"meteor.kind": "stage", "meteor.stage": self.stage, "meteor.variant": self.settings.name}
         tags |= {"meteor.folder": self.uri, "mlflow.source.git.commit": git_commit() or "unknown"}
+        tags |= ray_tags()
         tracking = self.settings.tracking
         if tracking.study is not None:
             tags["meteor.study"] = tracking.study
         if tracking.used_by:
             tags["used_by"] = ", ".join(tracking.used_by)
         log = StageLog.new(self.settings, self.stage, self.digest, self.uri, params=params, tags=tags)
-        log.open()
-        try:
-            yield log
-        except BaseException:
-            log.close(failed=True)
-            raise
-        log.close(failed=False)
+        with log_context(variant=self.settings.name, stage=self.stage, run=self.digest[:12]):
+            log.open()
+            try:
+                yield log
+            except BaseException:
+                log.close(failed=True)
+                raise
+            log.close(failed=False)
 
     def reuse(self, summary: Summary) -> Summary:
         """The summary of a finished run, after telling MLflow what an outage kept from it."""
@@ -115,6 +118,13 @@ class StageRun:
         if log is not None and log.settle():
             _LOG.info("%s: MLflow has been sent what it missed", self.stage)
         return summary
+
+
+def ray_tags() -> dict[str, str]:
+    """Tags that lead from MLflow to the Ray job of this process; none where it is no job's."""
+    job = job_metadata()
+    tags = {"ray.submission_id": job.get("job_submission_id"), "ray.dashboard": job.get("job_page")}
+    return {name: value for name, value in tags.items() if value}
 
 
 def git_commit() -> str | None:

@@ -12,7 +12,7 @@ from meteor.cache import FeatureCache
 from meteor.config import RunSettings, settings_digest
 from meteor.errors import NotFoundError, TrackingError
 from meteor.report.data import read_stage_run
-from meteor.tracking import Tracker
+from meteor.tracking import Tracker, public_uri
 
 _LOG = logging.getLogger(__name__)
 _RETRY_S = 60.0
@@ -38,6 +38,7 @@ class StageLog:
         self._run_id: str | None = None
         self._tracker: Tracker | None = None
         self._retry_at = -math.inf
+        self._told = False
 
     @classmethod
     def new(
@@ -145,6 +146,9 @@ class StageLog:
             tracker.log_file(run_id, file, storage.read_bytes(storage.join(self._uri, file)))
         tracker.set_tags(run_id, content["tags"])
         self._tracker, self._run_id = tracker, run_id
+        if not self._told and (page := tracker.page(run_id)):
+            _LOG.info("[%s] %s in MLflow: %s", self._settings.name, self._stage, page)
+        self._told = True
         if status != "running":
             tracker.finish(run_id, failed=status == "failed")
             if status == "finished" and not used_by:
@@ -193,6 +197,12 @@ def pipeline_digest(settings: RunSettings) -> str:
 def make_tracker(settings: RunSettings) -> Tracker:
     """Raises TrackingError where the server cannot be reached."""
     return Tracker(tracking_uri(settings), settings.tracking.experiment)
+
+
+def where_to_compare(settings: RunSettings) -> str:
+    """The server's address, or the command that shows the database's runs."""
+    uri = public_uri(tracking_uri(settings))
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
 def tracking_uri(settings: RunSettings) -> str:

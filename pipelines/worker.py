@@ -42,6 +42,8 @@ from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.inputs import open_features
+from pipelines.live_metrics import LiveMetrics
+from pipelines.logs import configure_worker_logging, lines_are_about
 from pipelines.metrics import MetricsSegment
 from pipelines.recipe import make_lora, make_recipe
 
@@ -85,6 +87,12 @@ class WorkerTask:
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of `ray.train.torch.TorchTrainer`."""
     task: WorkerTask = config["task"]
+    configure_worker_logging(
+        variant=task.settings.name,
+        stage=task.stage,
+        run=task.run_uri[-12:],
+        rank=ray.train.get_context().get_world_rank(),
+    )
     settings, stage = task.settings, task.stage_settings
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -263,11 +271,15 @@ class _Reporter:
     def __init__(self, task: WorkerTask, start_step: int, rank: int) -> None:
         self._rank = rank
         self._segment = MetricsSegment(task.run_uri, start_step)
+        self._live = LiveMetrics(task.settings.name, task.stage, task.run_uri[-12:])
         self._unstored: list[dict[str, Any]] = []
         self._unreported: list[dict[str, Any]] = []
 
     def __call__(self, row: dict[str, Any]) -> None:
         self._unstored.append({**row, "time_ms": int(time.time() * 1000)})
+        lines_are_about(step=row["step"])
+        if self._rank == 0:  # a row is about all workers
+            self._live.step(row)
 
     def store(self) -> None:
         if self._rank == 0 and self._unstored:

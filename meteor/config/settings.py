@@ -3,6 +3,8 @@
 A field marked `operational` says where or how fast something runs, not what is computed: it stays out of the run digest.
 """
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -349,6 +351,17 @@ class RunSettings(_Settings):
         return value.rstrip("/") or "/"
 
     @model_validator(mode="after")
+    def _no_credentials(self) -> "RunSettings":
+        # Run files are stored with results, logged to MLflow, and shown with a cluster's jobs.
+        for value in _texts(self.model_dump(mode="json")):
+            if found := re.search(r"(\w+://)[^/@\s]*:[^/@\s]*@", value):
+                raise ValueError(
+                    f"a URI with a password ({found[1]}...@) does not belong in a run: give it to the processes by "
+                    "their environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI; AWS_*)"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _layers_of_the_cache_serve_the_selection(self) -> "RunSettings":
         if self.vision.select_layer not in self.vision.attention_layers:
             raise ValueError(
@@ -367,3 +380,15 @@ class RunSettings(_Settings):
     @property
     def cache_root(self) -> str:
         return self.cache.uri or f"{self.output}/cache"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in a tree of mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in (*value.keys(), *value.values()):
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)

@@ -172,7 +172,9 @@ class S3Object:
         return f"{self.key}/" if self.key else ""
 
     def now_s(self) -> float:
-        answer = self.client.head_bucket(Bucket=self.bucket)["ResponseMetadata"]["HTTPHeaders"]
+        # Asked for below the place: whoever may use a part of the bucket alone may not ask about all of it.
+        found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix(), MaxKeys=1)
+        answer = found["ResponseMetadata"]["HTTPHeaders"]
         return parsedate_to_datetime(answer["date"]).timestamp()
 
     def supports_create(self) -> bool:

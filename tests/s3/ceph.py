@@ -52,7 +52,7 @@ osd pool default pg num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
 rgw data = {folder}/rgw
-rgw frontends = beast endpoint=127.0.0.1:{rgw_port} tcp_nodelay=1
+rgw frontends = beast endpoint={host}:{rgw_port} tcp_nodelay=1
 rgw thread pool size = 64
 rgw enable usage log = false
 rgw dynamic resharding = false
@@ -65,28 +65,31 @@ def missing_programs() -> list[str]:
 
 
 @contextmanager
-def ceph_gateway() -> Iterator[str]:
+def ceph_gateway(host: str = "127.0.0.1") -> Iterator[str]:
     """Start Ceph, yield the endpoint of its gateway, and stop all that was started, after a failed start too.
+
+    Args:
+        host: address of this machine that the gateway is bound to; everything else is on loopback.
 
     Raises:
         RuntimeError: it did not come up; with the end of every log.
     """
     with tempfile.TemporaryDirectory(prefix="ceph-") as name, ExitStack() as stack:
         folder = Path(name)
-        endpoint = f"http://127.0.0.1:{_write_settings(folder)}"
+        endpoint = f"http://{host}:{_write_settings(folder, host)}"
         try:
             _start(folder, endpoint, lambda *command: _spawn(stack, folder, command))
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            raise RuntimeError(f"Ceph did not start: {error}\n{_ends_of_logs(folder)}") from error
+            raise RuntimeError(f"Ceph did not start: {error}\n{ends_of_logs(folder)}") from error
         yield endpoint
 
 
-def _write_settings(folder: Path) -> int:
-    mon_port, old_mon_port, rgw_port = _free_ports(3)
+def _write_settings(folder: Path, host: str) -> int:
+    mon_port, old_mon_port, rgw_port = free_ports(3)
     for name in ("mon", "osd", "rgw"):
         (folder / name).mkdir()
     settings = _SETTINGS.format(
-        folder=folder, fsid=uuid.uuid4(), mon_port=mon_port, old_mon_port=old_mon_port, rgw_port=rgw_port
+        folder=folder, fsid=uuid.uuid4(), mon_port=mon_port, old_mon_port=old_mon_port, rgw_port=rgw_port, host=host
     )
     (folder / "ceph.conf").write_text(settings)
     return rgw_port
@@ -133,11 +136,11 @@ def _do(folder: Path, *command: str) -> None:
 def _spawn(stack: ExitStack, folder: Path, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
     with open(folder / f"{command[0]}.out", "wb") as output:
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=_environment())
-    stack.callback(_stop, process)
+    stack.callback(stop, process)
     return process
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(_STOP_TIMEOUT_S)
@@ -153,7 +156,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _free_ports(num_ports: int) -> list[int]:
+def free_ports(num_ports: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(num_ports)]
         for taken in sockets:
@@ -161,6 +164,6 @@ def _free_ports(num_ports: int) -> list[int]:
         return [taken.getsockname()[1] for taken in sockets]
 
 
-def _ends_of_logs(folder: Path) -> str:
+def ends_of_logs(folder: Path) -> str:
     logs = sorted([*folder.glob("*.log"), *folder.glob("*.out")])
     return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)

@@ -1,0 +1,140 @@
+"""Ray's job server: one job for a stage of a run at a time, followed until it ends, over broken connections too."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from jobs.spec import Job
+from meteor.errors import ClusterError, SettingsError
+
+# A head that restarts, or a laptop that wakes up, is back within minutes.
+_PATIENCE_S = 600.0
+_PAUSE_S = 5.0
+# Everything that a lost connection shows as.
+_LOST = (aiohttp.ClientError, ConnectionError, OSError, RuntimeError, TimeoutError)
+
+
+class JobServer:
+    """The jobs of a cluster.
+
+    Args:
+        address: of the dashboard; RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine's cluster if None.
+
+    Raises:
+        ClusterError: nothing answers there, or it wants another token.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        try:
+            self._client = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"no Ray cluster answers at {address or 'the default address'}: {error}\nGive --address http://HOST:8265; for "
+                "a cluster on Kubernetes first `kubectl port-forward service/NAME-head-svc 8265`. Where it asks for a "
+                "token, put it into RAY_AUTH_TOKEN or ~/.ray/auth_token."
+            ) from error
+        self.address = self._client.get_address()
+
+    def page(self, submission_id: str) -> str:
+        """The job's page in the dashboard."""
+        return f"{self.address}/#/jobs/{submission_id}"
+
+    def submit(self, job: Job) -> tuple[str, bool]:
+        """Submit a job; or find it where it runs already.
+
+        Returns:
+            The submission id, and whether it is new.
+        """
+        while True:
+            attempts = self._attempts(job)
+            running = [one for one in attempts.values() if not one.status.is_terminal()]
+            if running:
+                return str(running[-1].submission_id), False
+            submission_id = job.submission_id(max(attempts, default=0) + 1)
+            try:
+                return self._submit(job, submission_id), True
+            except RuntimeError as error:
+                # Somebody else was faster by a moment: theirs is running now.
+                if "already exists" not in str(error):
+                    raise SettingsError(f"the cluster refuses {submission_id}: {error}") from error
+
+    def _attempts(self, job: Job) -> dict[int, JobDetails]:
+        """Attempt -> job, in order."""
+        prefix, found = job.submission_id(0)[:-1], {}
+        for one in self._client.list_jobs():
+            number = (one.submission_id or "").removeprefix(prefix)
+            if number.isdecimal():
+                found[int(number)] = one
+        return dict(sorted(found.items()))
+
+    def _submit(self, job: Job, submission_id: str) -> str:
+        resources = vars(job.resources).copy()
+        env_vars = resources.pop("env_vars")
+        return self._client.submit_job(
+            entrypoint=job.entrypoint,
+            submission_id=submission_id,
+            runtime_env={"working_dir": ".", "env_vars": env_vars},
+            metadata={
+                "run": job.settings.name,
+                "stage": job.stage,
+                "digest": job.digest,
+                "job_page": self.page(submission_id),
+            },
+            **{name: value for name, value in resources.items() if value},
+        )
+
+    def follow(self, submission_id: str, write: Callable[[str], Any]) -> JobDetails:
+        """Pass the job's log on as it grows until the job ends; each character once, over broken connections too.
+
+        Raises:
+            ClusterError: the cluster has not answered for ten minutes.
+        """
+        num_written, lost_since = 0, None
+
+        def pass_on(text: str, start: int) -> None:
+            nonlocal num_written
+            if start + len(text) > num_written:
+                write(text[max(num_written - start, 0) :])
+                num_written = start + len(text)
+
+        async def tail() -> None:
+            nonlocal lost_since
+            # Each connection starts at the log's beginning.
+            position = 0
+            async for text in self._client.tail_job_logs(submission_id):
+                lost_since = None
+                pass_on(text, position)
+                position += len(text)
+
+        while True:
+            try:
+                asyncio.run(tail())
+                details = self._client.get_job_info(submission_id)
+                if details.status.is_terminal():
+                    pass_on(self._client.get_job_logs(submission_id), 0)
+                    return details
+                lost_since = None
+            except _LOST as error:
+                now_s = time.monotonic()
+                if lost_since is None:
+                    lost_since = now_s
+                    write(f"[the connection to {self.address} is lost ({error}); the job goes on, trying again]\n")
+                if now_s - lost_since > _PATIENCE_S:
+                    raise ClusterError(
+                        f"{self.address} has not answered for {_PATIENCE_S / 60:.0f} minutes. The same command looks for "
+                        f"the job {submission_id} again"
+                    ) from error
+            time.sleep(_PAUSE_S if lost_since else 1.0)
+
+
+def exit_status(details: JobDetails) -> int:
+    """0 where the job succeeded; its driver's own status, or 1, where it failed; 2 where it was stopped."""
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    if details.status == JobStatus.STOPPED:
+        return 2
+    return details.driver_exit_code or 1

@@ -1,0 +1,126 @@
+"""From a stage and a run to a job: its command, what it needs, and an id that tells it from all others."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from meteor.config import RunSettings, load_run, mathematical_settings, settings_digest
+from meteor.errors import SettingsError
+
+# In the order in which a run goes through them.
+CHAIN = ("cache_features", "pretrain", "finetune", "evaluate", "report")
+_SPECS = Path(__file__).with_name("stages.yaml")
+_MODULES = {"preflight": "jobs.preflight"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the driver of a stage's job asks for (`jobs/stages.yaml`).
+
+    Attributes:
+        entrypoint_num_cpus, entrypoint_num_gpus, entrypoint_memory: logical resources; memory in bytes. All 0: the head node.
+        entrypoint_resources: custom resources, for example of a group of nodes.
+        env_vars: of the driver and all workers. Never a secret.
+    """
+
+    entrypoint_num_cpus: float = 0
+    entrypoint_num_gpus: float = 0
+    entrypoint_memory: int = 0
+    entrypoint_resources: dict[str, float] = field(default_factory=dict)
+    env_vars: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of one run.
+
+    Attributes:
+        stage: its name.
+        run: run file, or the name of one, as it was given.
+        overrides: ``a.b=value``.
+        settings: all of it resolved.
+        resources: of the driver.
+    """
+
+    stage: str
+    run: str
+    overrides: tuple[str, ...]
+    settings: RunSettings
+    resources: Resources
+
+    @property
+    def entrypoint(self) -> str:
+        """The command, as it would be typed in the working directory."""
+        module = _MODULES.get(self.stage, f"pipelines.{self.stage}")
+        return shlex.join(["python", "-m", module, "--run", self.run, *self.overrides])
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of what is computed, from what, and where it is left.
+
+        Not of worker counts and the like: a second try with fewer of them follows the first one, and never runs beside it.
+        """
+        settings = self.settings
+        content = settings.model_dump(mode="json", exclude={"runtime", "tracking", "report", "pretrain", "finetune"})
+        content |= {
+            "pretrain": mathematical_settings(settings.pretrain),
+            "finetune": mathematical_settings(settings.finetune),
+            "pretrained": settings.finetune.pretrained,
+        }
+        return settings_digest(TypeAdapter(Any).dump_python(content, mode="json"))[:12]
+
+    def submission_id(self, attempt: int) -> str:
+        """Ray takes each id once, also after a failure: every attempt has its own."""
+        return f"{self.stage}-{self.digest}-{attempt}"
+
+
+def make_job(stage: str, run: str, overrides: Sequence[str] = ()) -> Job:
+    """The job of a stage.
+
+    Raises:
+        SettingsError: no such stage or run file, or the run file does not travel with the working directory.
+    """
+    specs = read_specs()
+    if stage not in specs:
+        raise SettingsError(f"there is no stage {stage!r}; known are {', '.join(specs)}, and all")
+    file = Path(run)
+    if file.is_file() and not file.resolve().is_relative_to(Path.cwd().resolve()):
+        raise SettingsError(
+            f"the run file {run} lies outside the working directory {Path.cwd()}, which is all that the cluster gets: copy it "
+            "below jobs/runs/"
+        )
+    if file.is_file():
+        run = str(file.resolve().relative_to(Path.cwd().resolve()))
+    return Job(stage, run, tuple(overrides), load_run(run, overrides), specs[stage])
+
+
+def make_chain(run: str, overrides: Sequence[str] = ()) -> list[Job]:
+    """Every stage of a run, and of those it is compared with, then the report."""
+    first = make_job("report", run, overrides)
+    jobs = []
+    for name, changes in [(run, overrides), *((other, ()) for other in first.settings.report.compare)]:
+        jobs += [make_job(stage, name, changes) for stage in CHAIN[:-1]]
+    return [*(job for job in jobs if _asked(job)), first]
+
+
+def _asked(job: Job) -> bool:
+    """Whether the run says anything to the stage."""
+    settings = job.settings
+    return {
+        "pretrain": bool(settings.data.sources("pretrain")) and settings.finetune.pretrained is None,
+        "finetune": bool(settings.data.sources("finetune")) and settings.evaluate.model is None,
+        "evaluate": bool(settings.data.evaluate),
+    }.get(job.stage, True)
+
+
+def read_specs() -> dict[str, Resources]:
+    """Stage -> resources. Raises SettingsError where the file has something that is none."""
+    try:
+        return TypeAdapter(dict[str, Resources]).validate_python(yaml.safe_load(_SPECS.read_text()))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise SettingsError(f"{_SPECS}: {error}") from error

@@ -1,0 +1,98 @@
+"""Submit a stage of a run, or all of them, to a Ray cluster."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from jobs.client import JobServer, exit_status
+from jobs.spec import CHAIN, Job, make_chain, make_job, read_specs
+from meteor.errors import MeteorError
+from meteor.tracking import experiment_page
+
+_DESCRIPTION = """Submit a stage of a run to a Ray cluster, with the working directory's code. Where it runs already, its log is
+shown; after a failure a new attempt goes on where the last one stopped."""
+_EPILOG = """The same by Ray's own command: ray job submit --working-dir . -- python -m pipelines.STAGE --run RUN.
+Exit status: 0 the job succeeded (or, without --wait, was submitted), 2 it was stopped, else its own."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m jobs.submit", description=_DESCRIPTION, epilog=_EPILOG)
+    names = [*read_specs(), "all"]
+    parser.add_argument(
+        "stage",
+        choices=names,
+        metavar="STAGE",
+        help=f"one of {', '.join(names)}; all is {', '.join(CHAIN)}, one by one",
+    )
+    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="of the cluster's dashboard; RAY_API_SERVER_ADDRESS or this machine's if not given",
+    )
+    parser.add_argument("--wait", action="store_true", help="show the log, wait for the end; `all` always does")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    logging.getLogger("ray").setLevel(logging.ERROR)  # which files it leaves out, five times
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        if arguments.stage == "all":
+            jobs = make_chain(arguments.run, arguments.overrides)
+        else:
+            jobs = [make_job(arguments.stage, arguments.run, arguments.overrides)]
+        if arguments.dry_run:
+            for job in jobs:
+                print(f"{job.submission_id(1)}: {job.entrypoint}")
+            return 0
+        return submit(jobs, JobServer(arguments.address), wait=arguments.wait or arguments.stage == "all")
+    except MeteorError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def submit(jobs: Sequence[Job], server: JobServer, *, wait: bool, write: Callable[[str], object] | None = None) -> int:
+    """Submit jobs one by one, each when the one before it has succeeded; the exit status of the last that was submitted."""
+    write = write or _write
+    status = 0
+    for number, job in enumerate(jobs, 1):
+        submission_id, is_new = server.submit(job)
+        place = f" ({number} of {len(jobs)})" if len(jobs) > 1 else ""
+        write(
+            f"[{job.settings.name}] {job.stage}{place}: {'submitted' if is_new else 'is running'} as {submission_id}\n"
+        )
+        write(f"  dashboard  {server.page(submission_id)}\n  MLflow     {_mlflow(job, submission_id)}\n")
+        if not wait:
+            write(f"  follow it: ray job logs --follow {submission_id}; stop it: ray job stop {submission_id}\n")
+            continue
+        try:
+            details = server.follow(submission_id, write)
+        except KeyboardInterrupt:
+            write(f"\nThe job goes on. The same command shows it again; ray job stop {submission_id} stops it.\n")
+            return 130
+        status = exit_status(details)
+        write(
+            f"{submission_id}: {details.status.value}{f', {details.message}' if status and details.message else ''}\n"
+        )
+        if status:
+            left = ", ".join(one.stage for one in jobs[number:])
+            write(f"Not started: {left}. The same command goes on here.\n" if left else "")
+            return status
+    return status
+
+
+def _mlflow(job: Job, submission_id: str) -> str:
+    """Where the job's run will be: found by the tag that the stage puts on it."""
+    uri = job.settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    page = experiment_page(uri, job.settings.tracking.experiment, {"ray.submission_id": submission_id})
+    return page or "by the cluster's own MLFLOW_TRACKING_URI; the log names the run"
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
