@@ -46,7 +46,10 @@ def configure_logging() -> None:
         handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    root = logging.getLogger()
+    # Ray's workers come with one of their own, which tells everything of every library.
+    root.handlers = [one for one in root.handlers if type(one) is not logging.StreamHandler] + [handler]
+    root.setLevel(logging.WARNING)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)
     # Ray Data warns that a job "will hang" whenever all CPUs are busy for a moment.
@@ -60,8 +63,8 @@ def configure_logging() -> None:
 def configure_worker_logging(**about: Any) -> None:
     """The same in a worker or actor, whose lines are all about one thing: ``stage``, ``variant``, ``run``, ``rank``."""
     configure_logging()
-    # What every worker of a stage would say, its driver says once.
-    for name in _OURS:
+    # What every worker of a stage would say, its driver says once; Ray Train would repeat every step's numbers.
+    for name in (*_OURS, "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
     lines_are_about(**about)
 

@@ -1,0 +1,121 @@
+"""Look before a long run: storage, models, data, MLflow, GPUs and versions, on every node of the cluster."""
+
+import argparse
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.node_checks import Finding, check_node, differing, gpus, versions
+from meteor import storage
+from meteor.config import RunSettings, load_run, resolve_paths
+from meteor.errors import MeteorError
+
+_DESCRIPTION = """Look at everything that a run needs, on every node of the cluster: storage (write, read, conditional put),
+models, data, MLflow, GPUs, versions. Nothing is trained, and nothing is left behind."""
+_EPILOG = """On a cluster: ray job submit --working-dir . -- python -m jobs.preflight --run RUN, or python -m jobs.submit
+preflight --run RUN --wait. Without one it looks at this machine. Exit status: 0 all is well, 1 something is not."""
+# Copying a model of 26 GB to a node's disk takes minutes.
+_NODE_TIMEOUT_S = 1800.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m jobs.preflight", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        settings = resolve_paths(load_run(arguments.run, arguments.overrides))
+    except MeteorError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    address = settings.runtime.ray_address or os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"include_dashboard": False}
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
+    try:
+        return report(settings, look(settings))
+    finally:
+        ray.shutdown()
+
+
+def look(settings: RunSettings) -> dict[str, dict[str, Any]]:
+    """Node -> its findings, GPUs, versions and resources; the node that this process is on comes first."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
+    marker = storage.join(settings.output, "preflight", f"marker-{uuid.uuid4().hex}")
+    storage.write_bytes(marker, b"")
+    try:
+        asked = {}
+        for node in nodes:
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = _look.options(num_cpus=0, scheduling_strategy=strategy)
+            asked[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = (
+                task.remote(settings, len(nodes), marker, is_driver=node["NodeID"] == here),
+                node["Resources"],
+            )
+        return {name: {**_answer(reference), "resources": has} for name, (reference, has) in asked.items()}
+    finally:
+        storage.delete(marker)
+
+
+@ray.remote(max_retries=0)
+def _look(settings: RunSettings, num_nodes: int, marker: str, *, is_driver: bool) -> dict[str, Any]:
+    findings = check_node(settings, num_nodes, marker, is_driver=is_driver)
+    return {"findings": findings, "gpus": gpus(), "versions": versions()}
+
+
+def _answer(reference: Any) -> dict[str, Any]:
+    """A node's; one that does not answer is a finding too."""
+    try:
+        return ray.get(reference, timeout=_NODE_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        text = str(error).strip().splitlines()[-1]
+        return {"findings": [Finding("node", False, f"cannot be looked at: {text}")], "gpus": [], "versions": {}}
+
+
+def report(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> int:
+    """Print everything; 0 where all is well."""
+    num_wrong = 0
+    for name, node in nodes.items():
+        has = node["resources"]
+        found = ", ".join(sorted(set(node["gpus"]))) or "none"
+        print(f"{name}: {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs ({found})")
+        for finding in node["findings"]:
+            print(f"  {'ok  ' if finding.ok else 'FAIL'} {finding.check}: {finding.text}")
+            num_wrong += not finding.ok
+    different = differing({name: node["versions"] for name, node in nodes.items() if node["versions"]})
+    for line in different:
+        print(f"FAIL versions: {line}")
+    if not different:
+        known = next(iter(nodes.values()))["versions"]
+        print("ok   versions: " + ", ".join(f"{package} {version}" for package, version in known.items()))
+    for line in wanting(settings, nodes):
+        print(f"note {line}")
+    num_wrong += len(different)
+    print(f"{num_wrong} of the checks failed" if num_wrong else f"{settings.name}: {len(nodes)} nodes are ready")
+    return 1 if num_wrong else 0
+
+
+def wanting(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> list[str]:
+    """What the run's workers ask for beyond what the cluster has now: an autoscaler may still bring it."""
+    runtime = settings.runtime
+    asked = {
+        "CPU": max(runtime.num_workers * runtime.cpus_per_worker, runtime.num_encoders * runtime.cpus_per_encoder),
+        "GPU": max(runtime.num_workers * runtime.gpus_per_worker, runtime.num_encoders * runtime.gpus_per_encoder),
+    }
+    has = {kind: sum(node["resources"].get(kind, 0) for node in nodes.values()) for kind in asked}
+    return [
+        f"the run asks for {number:g} {kind}s, the cluster has {has[kind]:g} now: without an autoscaler it would wait for ever"
+        for kind, number in asked.items()
+        if number > has[kind]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
