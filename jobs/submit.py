@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--wait", action="store_true", help="show the log, wait for the end; `all` always does")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
-    logging.getLogger("ray").setLevel(logging.ERROR)  # which files it leaves out, five times
+    # Which files it leaves out, five times; that it uploads, and hangs up.
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     arguments = parser.parse_intermixed_args(argv)
     try:
         if arguments.stage == "all":

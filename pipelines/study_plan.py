@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meteor.assembly import open_index, pixel_settings
-from meteor.cli.cache_plan import plan_cache
+from meteor.cli.cache_plan import PlanInputs, plan_cache
 from meteor.config import RunSettings, Variant
 from meteor.data.samples import Sample
 from meteor.data.table import plan_table
@@ -51,9 +51,9 @@ def find_finished(task: Task) -> Summary | None:
 
 
 def _caches(variants: Sequence[Variant]) -> list[str]:
-    lines = []
+    lines, inputs = [], PlanInputs()
     for settings, users in distinct_caches(variants).values():
-        plan = plan_cache(settings)
+        plan = plan_cache(settings, inputs)
         missing = plan.num_distinct - plan.num_cached
         state = f"{format_count(missing)} to encode" if missing else "nothing to encode"
         lines.append(

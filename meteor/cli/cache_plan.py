@@ -1,7 +1,9 @@
 """The plan of a run's cache: picture sizes from the dataset index or from headers, shapes from configurations."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,18 +40,20 @@ _NUM_HEADER_READERS = 32
 _NUM_TOKENISED = 2000
 
 
-def plan_cache(settings: RunSettings) -> CachePlan:
+def plan_cache(settings: RunSettings, inputs: "PlanInputs | None" = None) -> CachePlan:
     """What `cache_features` of this run will hold and cost.
+
+    Args:
+        settings: of the run.
+        inputs: of the run before, in a row of plans.
 
     Raises:
         SettingsError: the run names no samples, or there is no encoder at ``vision.path``.
     """
-    sets = [(file, read_samples(settings, file)[0]) for file in sample_files(settings)]
-    names = sorted({image for _, samples in sets for sample in samples for image in sample.images})
-    encoder, pixels = load_encoder(settings), pixel_settings(settings)
-    keys, plans = _indexed(settings, names, pixels)
+    inputs = inputs or PlanInputs()
+    survey, encoder = inputs.survey(settings), inputs.encoder(settings)
+    sets, names, keys, plans = survey.sets, survey.names, survey.keys, survey.plans
     num_unindexed = len(names) - len(keys)
-    plans |= _from_headers([name for name in names if name not in keys], image_roots(settings), pixels)
     distinct = {keys.get(name) or name: plan for name, plan in plans.items()}
     grids = [grid for plan in distinct.values() for grid in plan.patch_grids]
     shape = _encoder_shape(encoder)
@@ -73,6 +77,48 @@ def plan_cache(settings: RunSettings) -> CachePlan:
         stages=tuple(stages),
         note=note,
     )
+
+
+class PlanInputs:
+    """What plans of several runs read once, as long as nothing is written meanwhile: samples, pictures' sizes, the encoder.
+
+    The variants of a study follow one another, and most of them show the same; the last of each is kept.
+    """
+
+    def __init__(self) -> None:
+        self._survey: tuple[str, _Survey] | None = None
+        self._encoder: tuple[str, FrozenClip] | None = None
+
+    def survey(self, settings: RunSettings) -> "_Survey":
+        key = repr((settings.data, settings.slicing, settings.evaluate, index_uri(settings)))
+        if self._survey is None or self._survey[0] != key:
+            self._survey = key, _survey(settings)
+        return self._survey[1]
+
+    def encoder(self, settings: RunSettings) -> FrozenClip:
+        key = repr((settings.vision, settings.slicing.patch_size))
+        if self._encoder is None or self._encoder[0] != key:
+            self._encoder = key, load_encoder(settings)
+        return self._encoder[1]
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """A run's samples by file, the names of their pictures, and those pictures' image keys and plans (see `_indexed`)."""
+
+    sets: list[tuple[SampleFile, list[Sample]]]
+    names: list[str]
+    keys: dict[str, str]
+    plans: dict[str, SlicePlan]
+
+
+def _survey(settings: RunSettings) -> _Survey:
+    sets = [(file, read_samples(settings, file)[0]) for file in sample_files(settings)]
+    names = sorted({image for _, samples in sets for sample in samples for image in sample.images})
+    pixels = pixel_settings(settings)
+    keys, plans = _indexed(settings, names, pixels)
+    plans |= _from_headers([name for name in names if name not in keys], image_roots(settings), pixels)
+    return _Survey(sets, names, keys, plans)
 
 
 def _indexed(
@@ -124,7 +170,7 @@ def _stages(
     shape: EncoderShape,
 ) -> tuple[list[StagePlan], str]:
     try:
-        num_parameters = _num_llm_parameters(settings.llm.path)
+        num_parameters = count_llm_parameters(settings.llm.path)
         tokenizer = load_tokenizer(settings.llm.path)
     except (OSError, ValueError, SettingsError) as error:
         return [], f"no shares of training: llm.path={settings.llm.path!r} cannot be read here ({error})".split("\n")[0]
@@ -147,7 +193,7 @@ def _stages(
                 file.name,
                 grids,
                 encoder=shape,
-                epochs=options.epochs * file.weight,
+                epochs=options.epochs * file.weight * options.fraction,
                 flops_per_parameter=FLOPS_PER_PARAMETER[file.stage],
                 num_llm_parameters=num_parameters,
                 num_visual_tokens=sum(sum(budget(picture)) for sample in grids for picture in sample),
@@ -165,7 +211,8 @@ def _text_length(sample: Sample, tokenizer: Any, template: str) -> int | None:
     return len(tokens.input_ids) - len(sample.images)
 
 
-def _num_llm_parameters(path: str) -> int:
+@functools.lru_cache(maxsize=32)
+def count_llm_parameters(path: str) -> int:
     """Parameters that multiply for each token: all but the embedding table, which is looked up."""
     config = read_llm_config(path)
     with torch.device("meta"):

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from transformers.utils import logging as transformers_logging
 
 import meteor
-from meteor.cli import cache, compare, config, data, generate, project, synthetic
+from meteor.cli import cache, compare, config, data, generate, plan, project, synthetic
 from meteor.errors import MeteorError
 
-_ROOMS = (config, data, cache, project, generate, compare, synthetic)
+_ROOMS = (config, data, plan, cache, project, generate, compare, synthetic)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="meteor",
-        description="Settings, data, feature caches, visual tokens, answers, comparisons, generated examples.",
+        description="Settings, data, costs, feature caches, visual tokens, answers, comparisons, generated examples.",
     )
     parser.add_argument("--version", action="version", version=f"meteor {meteor.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

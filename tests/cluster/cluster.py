@@ -1,9 +1,12 @@
 """A Ray cluster of several machines with an object store and a tracking server; stopped at the end, whatever happens."""
 
 import os
+import re
 import secrets
 import subprocess
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -76,6 +79,36 @@ class Cluster:
             env={**os.environ, **self.environment},
         )
         return done.stdout
+
+
+class Scraper:
+    """Looks at the nodes' metrics ports as Prometheus would, and remembers the names of our own metrics.
+
+    Gauges go with the process that set them, so that one look at the end would miss them.
+    """
+
+    def __init__(self, one: Cluster) -> None:
+        self.names: set[str] = set()
+        self._cluster, self._stop = one, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="scraper", daemon=True)
+
+    def __enter__(self) -> "Scraper":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(2.0):
+            for machine in self._cluster.network.machines:
+                try:
+                    with urllib.request.urlopen(f"http://{machine.address}:8080/metrics", timeout=2) as answer:
+                        text = answer.read().decode()
+                except OSError:
+                    continue  # killed, or not there yet
+                self.names |= set(re.findall(r"^(ray_meteor_\w+)\{", text, re.MULTILINE))
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import mlflow
 import pytest
 from ceph import SECRET_KEY
-from cluster import BUCKET, Cluster, wait_for
+from cluster import BUCKET, Cluster, Scraper, wait_for
 from services import PASSWORD
 
 from meteor import storage
@@ -17,11 +18,15 @@ from meteor.report.data import read_stage_run
 OUTPUT = f"s3://{BUCKET}/outputs/demo"
 # Small files, many steps and checkpoints: there is a middle to be killed in.
 SETTINGS = (
-    "cache.rows_per_file=2 runtime.cpus_per_worker=2 pretrain.zero_stage=0 finetune.zero_stage=0 pretrain.epochs=6 "
-    "finetune.epochs=3 pretrain.global_batch_size=8 finetune.global_batch_size=16 pretrain.checkpoint_every_steps=10 "
-    "finetune.checkpoint_every_steps=10 pretrain.micro_batch_size=4 finetune.micro_batch_size=8"
+    "cache.rows_per_file=2 runtime.cpus_per_worker=2 runtime.peak_tflops=1 "
+    "pretrain.zero_stage=0 pretrain.epochs=4 pretrain.global_batch_size=8 pretrain.micro_batch_size=4 "
+    "pretrain.checkpoint_every_steps=10 "
+    "finetune.zero_stage=0 finetune.epochs=2 finetune.global_batch_size=16 finetune.micro_batch_size=8 "
+    "finetune.checkpoint_every_steps=10"
 )
 NUM_PICTURES = 184
+# Made by conftest.py.
+BROKEN = "broken.png"
 STAGES = ("cache_features", "pretrain", "finetune", "evaluate", "report")
 
 
@@ -49,6 +54,20 @@ def num_steps(stage: str) -> int:
 @pytest.mark.timeout(1800)
 def test_the_chain_survives_the_loss_of_nodes_and_of_mlflow(running_cluster: Cluster):
     one = running_cluster
+    ready = one.run("python -m jobs.submit preflight --run demo_cluster --wait", log="preflight.log")
+    assert "demo_cluster: 3 nodes are ready" in ready, ready
+    with Scraper(one) as scraper:
+        run_chain(one)
+    dashboard = (Path(__file__).parents[2] / "infra/observability/dashboard.json").read_text()
+    assert scraper.names == set(re.findall(r"ray_meteor_\w+", dashboard))
+    check_results()
+    check_mlflow(one)
+    check_logs(one)
+    check_secrets(one)
+
+
+def run_chain(one: Cluster) -> None:
+    """Submit it, take things away in the middle, and start it again when it has ended."""
     chain = one.submit(f"python -m jobs.submit all --run demo_cluster {SETTINGS}", log="chain.log")
     said: list[str] = []
 
@@ -96,16 +115,13 @@ def test_the_chain_survives_the_loss_of_nodes_and_of_mlflow(running_cluster: Clu
     assert again.count("finished before, nothing to do") == 4
     say("started again, everything is found")
 
-    check_results()
-    check_mlflow(one)
-    check_secrets(one)
-
 
 def check_results() -> None:
     """Complete, once."""
     [manifest_folder] = {uri.partition("/ledger/")[0] for uri in files("/ledger/")}
     cache = FeatureCache.open(manifest_folder)
     assert len(cache) == NUM_PICTURES
+    assert [row.name for row in cache.quarantine()] == [BROKEN]
     assert cache.verify() == []
     assert len(set(cache.keys())) == NUM_PICTURES
     for stage in ("pretrain", "finetune"):
@@ -131,6 +147,16 @@ def check_mlflow(one: Cluster) -> None:
     for stage in ("pretrain", "finetune"):
         history = client.get_metric_history(by_stage[stage].info.run_id, "loss")
         assert {point.step for point in history} == set(range(1, num_steps(stage) + 1))
+
+
+def check_logs(one: Cluster) -> None:
+    """Our lines are JSON that says what they are about."""
+    lines = (one.logs / "chain.log").read_text().splitlines()
+    ours = [json.loads(line) for line in lines if line.startswith("{")]
+    steps = [line for line in ours if re.search(r"pretrain: step [1-9]", line["message"])]
+    assert steps
+    assert all(line["stage"] == "pretrain" and line["variant"] == "demo_cluster" for line in steps)
+    assert {line["run"] for line in steps} == {stage_folder("pretrain").rpartition("-")[2]}
 
 
 def check_secrets(one: Cluster) -> None:
