@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,7 @@ from meteor.errors import ClusterError, SettingsError
 
 # A head that restarts, or a laptop that wakes up, is back within minutes.
 _PATIENCE_S = 600.0
-_PAUSE_S = 5.0
+_PAUSE_S = 2.0
 # Everything that a lost connection shows as.
 _LOST = (aiohttp.ClientError, ConnectionError, OSError, RuntimeError, TimeoutError)
 
@@ -102,33 +103,33 @@ class JobServer:
                 num_written = start + len(text)
 
         async def tail() -> None:
-            nonlocal lost_since
             # Each connection starts at the log's beginning.
             position = 0
             async for text in self._client.tail_job_logs(submission_id):
-                lost_since = None
                 pass_on(text, position)
                 position += len(text)
 
         while True:
-            try:
+            # Proxies cut connections on which nothing is said; whether the cluster is there is asked below.
+            with suppress(*_LOST):
                 asyncio.run(tail())
+            try:
                 details = self._client.get_job_info(submission_id)
+                lost_since = None
                 if details.status.is_terminal():
                     pass_on(self._client.get_job_logs(submission_id), 0)
                     return details
-                lost_since = None
             except _LOST as error:
                 now_s = time.monotonic()
                 if lost_since is None:
                     lost_since = now_s
-                    write(f"[the connection to {self.address} is lost ({error}); the job goes on, trying again]\n")
-                if now_s - lost_since > _PATIENCE_S:
+                    write(f"[{self.address} does not answer ({error}); the job goes on, trying again]\n")
+                if now_s - lost_since >= _PATIENCE_S:
                     raise ClusterError(
                         f"{self.address} has not answered for {_PATIENCE_S / 60:.0f} minutes. The same command looks for "
                         f"the job {submission_id} again"
                     ) from error
-            time.sleep(_PAUSE_S if lost_since else 1.0)
+            time.sleep(_PAUSE_S)
 
 
 def exit_status(details: JobDetails) -> int:

@@ -40,7 +40,26 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging() -> None:
-    """Our own lines at INFO, other packages' at WARNING, in this process."""
+    """In the process of a command: our own lines at INFO, other packages' at WARNING."""
+    _configure_lines(logging.INFO)
+    # Ray Data warns that a job "will hang" whenever all CPUs are busy for a moment.
+    for name in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Our own lines tell of progress, in the same form with and without a terminal.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    transformers_logging.disable_progress_bar()
+
+
+def configure_worker_logging(**about: Any) -> None:
+    """In a worker or actor, whose lines are all about one thing: ``stage``, ``variant``, ``run``, ``rank``; at WARNING, as what
+    every worker of a stage would say, its driver says once."""
+    _configure_lines(logging.WARNING)
+    # It would repeat every step's numbers.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    lines_are_about(**about)
+
+
+def _configure_lines(level: int) -> None:
     handler = logging.StreamHandler()
     if os.environ.get("METEOR_LOG_FORMAT", "text") == "json":
         handler.setFormatter(JsonFormatter())
@@ -51,22 +70,7 @@ def configure_logging() -> None:
     root.handlers = [one for one in root.handlers if type(one) is not logging.StreamHandler] + [handler]
     root.setLevel(logging.WARNING)
     for name in _OURS:
-        logging.getLogger(name).setLevel(logging.INFO)
-    # Ray Data warns that a job "will hang" whenever all CPUs are busy for a moment.
-    for name in ("ray.data", "ray._private.authentication"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Our own lines tell of progress, in the same form with and without a terminal.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    transformers_logging.disable_progress_bar()
-
-
-def configure_worker_logging(**about: Any) -> None:
-    """The same in a worker or actor, whose lines are all about one thing: ``stage``, ``variant``, ``run``, ``rank``."""
-    configure_logging()
-    # What every worker of a stage would say, its driver says once; Ray Train would repeat every step's numbers.
-    for name in (*_OURS, "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    lines_are_about(**about)
+        logging.getLogger(name).setLevel(level)
 
 
 def lines_are_about(**about: Any) -> None:
