@@ -1,10 +1,10 @@
-# make install | demo | test | test-slow | test-s3 | lint | clean
+# make install | demo | test | test-slow | test-s3 | test-cluster | lint | clean
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-s3 ceph lint clean
+.PHONY: install demo test test-slow test-s3 test-cluster ceph cluster-tools lint clean
 
 install: $(STAMP)
 
@@ -32,17 +32,24 @@ test-slow: install
 test-s3: install ceph
 	$(BIN)/pytest -m s3
 
-# The programs that tests/s3/ceph.py starts, from Debian's or Ubuntu's packages.
-CEPH_PROGRAMS := ceph ceph-mon ceph-osd monmaptool radosgw radosgw-admin
-CEPH_PACKAGES := ceph-mon ceph-osd radosgw
-ceph:
-	@for program in $(CEPH_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
+# The whole chain on several Ray nodes in namespaces of their own, with that server and MLflow on PostgreSQL; nodes and MLflow are
+# taken away in the middle. Needs root.
+test-cluster: install ceph cluster-tools
+	$(BIN)/pytest -m cluster -s
+
+# Programs that tests start, and the packages of Debian or Ubuntu that have them.
+ceph: PROGRAMS := ceph ceph-mon ceph-osd monmaptool radosgw radosgw-admin
+ceph: PACKAGES := ceph-mon ceph-osd radosgw
+cluster-tools: PROGRAMS := ip unshare setpriv curl /usr/lib/postgresql
+cluster-tools: PACKAGES := postgresql iproute2 util-linux curl
+ceph cluster-tools:
+	@for program in $(PROGRAMS); do command -v $$program >/dev/null || test -d $$program || missing=1; done; \
 	test -z "$$missing" && exit 0; \
-	install="apt-get install -y --no-install-recommends $(CEPH_PACKAGES)"; \
+	install="apt-get install -y --no-install-recommends $(PACKAGES)"; \
 	if [ "$$(id -u)" = 0 ]; then sudo=; \
 	elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo="sudo -n"; \
-	else echo "The tests on a real S3 server need Ceph. As root: $$install" >&2; exit 1; fi; \
-	command -v apt-get >/dev/null || { echo "No apt-get here; install ceph-mon, ceph-osd and radosgw by hand" >&2; exit 1; }; \
+	else echo "These tests need more programs. As root: $$install" >&2; exit 1; fi; \
+	command -v apt-get >/dev/null || { echo "No apt-get here; install $(PACKAGES) by hand" >&2; exit 1; }; \
 	$$sudo apt-get update -q && $$sudo env DEBIAN_FRONTEND=noninteractive $$install
 
 lint: install

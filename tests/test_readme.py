@@ -11,20 +11,20 @@ import pytest
 from meteor.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-TEXT = "\n".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+TEXT = "\n".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "infra/README.md"))
 
 
 def named(pattern: str) -> list[str]:
     return sorted(set(re.findall(pattern, TEXT)))
 
 
-@pytest.mark.parametrize("path", named(r"(?:jobs/runs|meteor|pipelines|benchmarks|tests|train)/[\w./]*\w"))
+@pytest.mark.parametrize("path", named(r"(?:jobs/runs|meteor|pipelines|benchmarks|tests|train|infra)/[\w./]*\w"))
 def test_paths_exist(path):
     candidates = [ROOT / path, ROOT / "meteor" / path]
     assert any(candidate.exists() for candidate in candidates)
 
 
-@pytest.mark.parametrize("module", named(r"(?:python -m |\s{2,})(pipelines\.\w+)"))
+@pytest.mark.parametrize("module", named(r"(?:python -m |\s{2,})((?:pipelines|jobs)\.\w+)"))
 def test_modules_exist(module):
     assert importlib.util.find_spec(module)
 

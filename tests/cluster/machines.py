@@ -97,11 +97,10 @@ class Network:
     """Machines that reach each other, and this one at ``address``."""
 
     def __init__(self, stack: ExitStack) -> None:
-        number = os.getpid() % 250
+        number = _add_bridge()
         self._stack, self._bridge, self._prefix = stack, f"meteor{number}", f"10.77.{number}"
         self.address = f"{self._prefix}.1"
         self.machines: list[Machine] = []
-        _ip("link", "add", self._bridge, "type", "bridge")
         stack.callback(_ip, "link", "delete", self._bridge)
         _ip("address", "add", f"{self.address}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
@@ -141,6 +140,16 @@ def why_not() -> str | None:
     except (OSError, subprocess.CalledProcessError) as error:
         return f"no namespaces here: {error}"
     return None
+
+
+def _add_bridge() -> int:
+    """The number of a new one, which no other test run on this machine has, or has left behind."""
+    for attempt in range(250):
+        number = (os.getpid() + attempt) % 250
+        command = ["ip", "link", "add", f"meteor{number}", "type", "bridge"]
+        if not subprocess.run(command, check=False, capture_output=True).returncode:
+            return number
+    raise RuntimeError("no bridge can be made: `ip link add ... type bridge` fails")
 
 
 def _ip(*arguments: str) -> None:

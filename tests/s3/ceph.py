@@ -16,6 +16,8 @@ from pathlib import Path
 INSTALL = "apt-get install -y --no-install-recommends ceph-mon ceph-osd radosgw"
 ACCESS_KEY = "testing"
 SECRET_KEY = "testing-secret"
+# Of a second user, who may do nothing until a bucket's policy lets them.
+WORKER, WORKER_ACCESS_KEY, WORKER_SECRET_KEY = "worker", "worker", "worker-secret"
 _PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 10.0
@@ -106,8 +108,12 @@ def _start(folder: Path, endpoint: str, spawn: Callable[..., subprocess.Popen[by
     _do(folder, "ceph", *settings, "osd", "new", osd)
     _do(folder, "ceph-osd", *settings, "-i", "0", "--mkfs", "--osd-uuid", osd)
     spawn("ceph-osd", *settings, "-i", "0", "-f")
-    user = ["--uid", "tests", "--display-name", "tests", "--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY]
-    _do(folder, "radosgw-admin", *settings, "user", "create", *user)
+    for name, access_key, secret_key in (
+        ("tests", ACCESS_KEY, SECRET_KEY),
+        (WORKER, WORKER_ACCESS_KEY, WORKER_SECRET_KEY),
+    ):
+        user = ["--uid", name, "--display-name", name, "--access-key", access_key, "--secret-key", secret_key]
+        _do(folder, "radosgw-admin", *settings, "user", "create", *user)
     gateway = spawn("radosgw", *settings, "-n", "client.rgw.a", "-f")
     _wait_until_it_answers(endpoint, gateway)
 
