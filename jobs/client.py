@@ -75,16 +75,19 @@ class JobServer:
     def _submit(self, job: Job, submission_id: str) -> str:
         resources = vars(job.resources).copy()
         env_vars = resources.pop("env_vars")
+        metadata = {
+            "run": job.settings.name,
+            "stage": job.stage,
+            "digest": job.digest,
+            "job_page": self.page(submission_id),
+        }
+        if (tracking := job.tracking_page(submission_id)) is not None:
+            metadata["mlflow"] = tracking
         return self._client.submit_job(
             entrypoint=job.entrypoint,
             submission_id=submission_id,
             runtime_env={"working_dir": ".", "env_vars": env_vars},
-            metadata={
-                "run": job.settings.name,
-                "stage": job.stage,
-                "digest": job.digest,
-                "job_page": self.page(submission_id),
-            },
+            metadata=metadata,
             **{name: value for name, value in resources.items() if value},
         )
 

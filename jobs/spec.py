@@ -1,5 +1,6 @@
 """From a stage and a run to a job: its command, what it needs, and an id that tells it from all others."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from meteor.config import RunSettings, load_run, mathematical_settings, settings_digest
 from meteor.errors import SettingsError
+from meteor.tracking import experiment_page
 
 # In the order in which a run goes through them.
 CHAIN = ("cache_features", "pretrain", "finetune", "evaluate", "report")
@@ -73,6 +75,11 @@ class Job:
             "pretrained": settings.finetune.pretrained,
         }
         return settings_digest(TypeAdapter(Any).dump_python(content, mode="json"))[:12]
+
+    def tracking_page(self, submission_id: str) -> str | None:
+        """Where MLflow has the job's run: found by the tag that the stage puts on it; None where no server answers here."""
+        uri = self.settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+        return experiment_page(uri, self.settings.tracking.experiment, {"ray.submission_id": submission_id})
 
     def submission_id(self, attempt: int) -> str:
         """Ray takes each id once, also after a failure: every attempt has its own."""

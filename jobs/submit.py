@@ -2,14 +2,12 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 from jobs.client import JobServer, exit_status
 from jobs.spec import CHAIN, Job, make_chain, make_job, read_specs
 from meteor.errors import MeteorError
-from meteor.tracking import experiment_page
 
 _DESCRIPTION = """Submit a stage of a run to a Ray cluster, with the working directory's code. Where it runs already, its log is
 shown; after a failure a new attempt goes on where the last one stopped."""
@@ -65,7 +63,8 @@ def submit(jobs: Sequence[Job], server: JobServer, *, wait: bool, write: Callabl
         write(
             f"[{job.settings.name}] {job.stage}{place}: {'submitted' if is_new else 'is running'} as {submission_id}\n"
         )
-        write(f"  dashboard  {server.page(submission_id)}\n  MLflow     {_mlflow(job, submission_id)}\n")
+        tracking = job.tracking_page(submission_id) or "by the cluster's own MLFLOW_TRACKING_URI; the log names the run"
+        write(f"  dashboard  {server.page(submission_id)}\n  MLflow     {tracking}\n")
         if not wait:
             write(f"  follow it: ray job logs --follow {submission_id}; stop it: ray job stop {submission_id}\n")
             continue
@@ -83,13 +82,6 @@ def submit(jobs: Sequence[Job], server: JobServer, *, wait: bool, write: Callabl
             write(f"Not started: {left}. The same command goes on here.\n" if left else "")
             return status
     return status
-
-
-def _mlflow(job: Job, submission_id: str) -> str:
-    """Where the job's run will be: found by the tag that the stage puts on it."""
-    uri = job.settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    page = experiment_page(uri, job.settings.tracking.experiment, {"ray.submission_id": submission_id})
-    return page or "by the cluster's own MLFLOW_TRACKING_URI; the log names the run"
 
 
 def _write(text: str) -> None:

@@ -21,7 +21,7 @@ from meteor.errors import MeteorError, NotFoundError
 from meteor.formatting import format_duration
 from pipelines.logs import configure_logging, log_context
 from pipelines.runtime import error_of_ours, job_metadata, ray_session
-from pipelines.stage_log import StageLog
+from pipelines.stage_log import StageLog, has_server
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,6 +102,11 @@ class StageRun:
             tags["meteor.study"] = tracking.study
         if tracking.used_by:
             tags["used_by"] = ", ".join(tracking.used_by)
+        if job_metadata() and not has_server(self.settings):
+            _LOG.warning(
+                "MLflow: no server is set, and what this job writes to its own folder goes with it. Set MLFLOW_TRACKING_URI on "
+                "all nodes, or tracking.uri"
+            )
         log = StageLog.new(self.settings, self.stage, self.digest, self.uri, params=params, tags=tags)
         with log_context(variant=self.settings.name, stage=self.stage, run=self.digest[:12]):
             log.open()

@@ -205,6 +205,11 @@ def where_to_compare(settings: RunSettings) -> str:
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
+def has_server(settings: RunSettings) -> bool:
+    """Whether runs go to a server or a database that somebody named."""
+    return bool(settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
+
+
 def tracking_uri(settings: RunSettings) -> str:
     """The setting, else MLFLOW_TRACKING_URI, else SQLite beside the results (in the working directory for s3 outputs)."""
     folder = "." if "://" in settings.output else settings.output

@@ -1,7 +1,9 @@
 """The library works on a bare machine: torch, transformers and pyarrow, nothing of the pipelines' packages."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 ABSENT = ("ray", "deepspeed", "mlflow", "boto3", "botocore", "mamba_ssm", "triton", "matplotlib", "pydantic", "scipy")
 # `config` and `cli` read settings (pydantic), `report` draws (matplotlib), `synthetic` trains tokenizers (sentencepiece).
@@ -26,3 +28,14 @@ def test_the_library_imports_without_the_packages_of_the_pipelines():
     command = [sys.executable, "-c", SCRIPT, ",".join(ABSENT), ",".join(ROOMS), ",".join(BEHIND_DOORS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_that_is_read_is_unpickled():
+    # Checkpoints are safetensors and JSON, features Parquet; transformers reads `.bin` weights with `weights_only`.
+    root = Path(__file__).parents[1]
+    for folder in ("meteor", "pipelines", "jobs"):
+        for file in (root / folder).rglob("*.py"):
+            found = re.search(
+                r"\b(pickle|cloudpickle|dill|joblib)\.loads?\(|torch\.load\(|weights_only=False", file.read_text()
+            )
+            assert found is None, f"{file}: {found[0]}"
