@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=64)
-def local_model(path: str) -> str:
+def local_model(path: str | os.PathLike[str]) -> str:
     """What transformers can open: the folder of a copy for an s3:// folder; a local path or a hub id as it is.
 
     A node copies a model once, whichever process asks first; the copy is named by the names, sizes and etags of the files,
@@ -36,6 +36,7 @@ def local_model(path: str) -> str:
         SettingsError: there is no config.json below the s3:// folder.
         StorageError: it cannot be read.
     """
+    path = os.fspath(path)
     if not path.startswith("s3://"):
         return path
     root = storage.absolute(path)

@@ -17,6 +17,7 @@ SHAPES = {
     "TinyLlama/TinyLlama_v1.1": (2048, 5632, 22, 32, 4),
     # The demo's, small enough for any machine.
     "outputs/demo/models/llm": (64, 128, 2, 4, 4),
+    "s3://meteor/models/demo/llm": (64, 128, 2, 4, 4),
 }
 
 
