@@ -76,6 +76,7 @@ class JobServer:
         resources = vars(job.resources).copy()
         env_vars = resources.pop("env_vars")
         metadata = {
+            "job_name": f"{job.settings.name} {job.stage}",  # a column of the dashboard's list
             "run": job.settings.name,
             "stage": job.stage,
             "digest": job.digest,

@@ -58,7 +58,7 @@ def experiment_page(uri: str, experiment: str, tags: Mapping[str, str]) -> str |
         _LOG.warning("%s", error)
         return None
     wanted = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-    return f"{public_uri(uri).rstrip('/')}/#/experiments/{tracker.experiment_id}?searchFilter={quote(wanted)}"
+    return f"{public_uri(uri).rstrip('/')}/#/experiments/{tracker.experiment_id}/runs?searchFilter={quote(wanted)}"
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class TrackingServer:
             "1",
         ]
         self._command += ["--artifacts-destination", artifacts, "--allowed-hosts", f"{host}:{port}"]
+        # Its own pages, which ask as another origin where the server is not on loopback.
+        self._command += ["--cors-allowed-origins", self.uri]
         # Not on the command line, which everybody on the machine can read.
         self._environment = {
             **os.environ,
