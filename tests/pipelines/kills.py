@@ -25,10 +25,11 @@ def descendants(pid: int) -> dict[int, str]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             # After the name, which is in brackets and may hold anything: state, parent.
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            lines[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except (FileNotFoundError, ProcessLookupError):
-            continue
+            continue  # it ended between the two
+        parents[int(folder.name)], lines[int(folder.name)] = parent, line
     found, waiting = {}, [pid]
     while waiting:
         parent = waiting.pop()
