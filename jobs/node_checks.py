@@ -48,7 +48,7 @@ def check_node(settings: RunSettings, num_nodes: int, marker: str, *, is_driver:
         settings: of the run, with absolute paths.
         num_nodes: of the cluster: to one alone its own loopback and disk are enough.
         marker: a file that the driver wrote below the run's output.
-        is_driver: on the node where stages start: data and MLflow are looked at as well.
+        is_driver: on the node where stages start: samples and pictures are looked at as well.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("name", lambda: _name(num_nodes)),

@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -74,7 +73,7 @@ class Job:
             "finetune": mathematical_settings(settings.finetune),
             "pretrained": settings.finetune.pretrained,
         }
-        return settings_digest(TypeAdapter(Any).dump_python(content, mode="json"))[:12]
+        return settings_digest(content)[:12]
 
     def tracking_page(self, submission_id: str) -> str | None:
         """Where MLflow has the job's run: found by the tag that the stage puts on it; None where no server answers here."""

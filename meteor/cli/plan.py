@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
         "plan",
         help="GPU hours, storage and money of a run or a whole study, and what the cache avoids",
         description="Cost of a run, or of all variants of its `study:`, stages that variants share counted once. Rates are "
-        "those measured by finished runs below --measured, else the ones given, else what --gpu does at --mfu.",
+        "the ones given, else those measured by finished runs below --measured, else what --gpu does at --mfu.",
     )
     add_run(parser)
     parser.add_argument("--measured", metavar="URI", help="root of finished runs; the run's own output if not given")
