@@ -96,7 +96,7 @@ class JobServer:
         """Pass the job's log on as it grows until the job ends; each character once, over broken connections too.
 
         Raises:
-            ClusterError: the cluster has not answered for ten minutes.
+            ClusterError: the cluster has not answered for ten minutes, or has forgotten the job.
         """
         num_written, lost_since = 0, None
 
@@ -124,6 +124,11 @@ class JobServer:
                     pass_on(self._client.get_job_logs(submission_id), 0)
                     return details
             except _LOST as error:
+                if "does not exist" in str(error):
+                    raise ClusterError(
+                        f"{self.address} does not know {submission_id} any more: its head has started anew. The same command "
+                        "goes on where the job stopped"
+                    ) from error
                 now_s = time.monotonic()
                 if lost_since is None:
                     lost_since = now_s

@@ -74,7 +74,12 @@ def plan_cost(settings: RunSettings, arguments: argparse.Namespace) -> StudyCost
     inputs = PlanInputs()
     plans = {_cache_key(one): plan_cache(one, inputs) for one in variants}
     stages = {stage: _distinct(variants, stage) for stage in _STAGES}
-    runs = list(_finished_runs(arguments.measured or settings.output))
+    on_gpus = settings.runtime.gpus_per_worker > 0
+    runs = [
+        one
+        for one in _finished_runs(arguments.measured or settings.output)
+        if (one[0].runtime.gpus_per_worker > 0) == on_gpus  # a CPU's rate says nothing of a GPU
+    ]
     encoder = _encoder_rate(runs, arguments, list(plans.values()))
     work = [
         Work(

@@ -96,6 +96,9 @@ def test_finished_runs_tell_the_rates(call, write_run, settings):
     per_token = before["pretrain"]["amount"] / num_tokens_of_stage_1(stored)
     assert after["pretrain"]["rate"]["per_s"] == pytest.approx(per_token * 50 / 20)
     assert after["finetune"]["rate"] == before["finetune"]["rate"]
+    # They ran on CPUs: of a GPU they say nothing.
+    on_gpus = plan(call, file, "runtime.gpus_per_worker=1")["work"]
+    assert all("measured" not in one["rate"]["source"] for one in on_gpus)
 
 
 def leave(settings, stage, counts, extra):

@@ -93,6 +93,17 @@ def test_a_cluster_that_does_not_come_back_is_given_up(fake, said, monkeypatch):
         server.follow(submission_id, said.append)
 
 
+def test_a_job_that_a_new_head_does_not_know_is_not_waited_for(fake, said, monkeypatch):
+    def forgotten(submission_id):
+        raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist.")
+
+    server = JobServer()
+    submission_id, _ = server.submit(make_job("pretrain", "demo"))
+    monkeypatch.setattr(fake, "get_job_info", forgotten)
+    with pytest.raises(ClusterError, match="its head has started anew"):
+        server.follow(submission_id, said.append)
+
+
 def test_a_chain_goes_through_the_stages_of_all_runs_that_are_compared():
     chain = make_chain("demo", ["pretrain.lr=1"])
     assert [(job.settings.name, job.stage) for job in chain] == [
