@@ -27,17 +27,9 @@ from typing import Any
 import torch
 from reading_peers import Peer, open_peers
 
-from meteor.cache import (
-    CacheIdentity,
-    FeatureCache,
-    ImageFeatures,
-    calibrate,
-    commit,
-    create_cache,
-    encode_row,
-    write_feature_file,
-)
+from meteor.cache import CacheIdentity, FeatureCache, calibrate, commit, create_cache, encode_row, write_feature_file
 from meteor.cache.row import PAYLOAD_COLUMNS
+from meteor.features import ImageFeatures
 
 NUM_THREADS = 8
 PICTURES_PER_FILE = 32

@@ -23,11 +23,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from meteor.assembly import cache_identity, load_encoder, pixel_settings
 from meteor.cache import FeatureCache, IndexRow, create_cache
 from meteor.config import RunSettings
-from meteor.data.features import SlicedImage, encode_each, slice_bytes
-from pipelines.encoding import encode_missing
-from pipelines.live_metrics import LiveMetrics
-from pipelines.logs import configure_logging
-from pipelines.runtime import ray_session
+from meteor.image.pixels import SlicedImage, slice_bytes
+from meteor.vision.encode_images import encode_each
+from pipelines.ray_parts.encoding import encode_missing
+from pipelines.ray_parts.live_metrics import LiveMetrics
+from pipelines.ray_parts.logs import configure_logging
+from pipelines.ray_parts.runtime import ray_session
 
 SIZES = [(1000, 700), (640, 480), (700, 1000), (1280, 960), (500, 375), (480, 640)]
 

@@ -17,7 +17,7 @@ import yaml
 from side_by_side import print_table
 
 from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
-from meteor.report import read_stage_run
+from meteor.runs.reading import read_stage_run
 from meteor.synthetic.dataset import write_dataset
 from meteor.synthetic.models import make_tiny_models
 

@@ -15,11 +15,11 @@ from train_work import SHAPES, make_model
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import Batch
-from meteor.train.activations import count_layer_bytes
+from meteor.planning.activations import count_layer_bytes
+from meteor.planning.memory import Setup, plan_memory
+from meteor.planning.sizes import BatchSizes, find_model_sizes
 from meteor.train.build import checkpoint_activations, freeze_for
 from meteor.train.engine import make_engine
-from meteor.train.memory import Setup, plan_memory
-from meteor.train.sizes import BatchSizes, find_model_sizes
 
 
 def main() -> None:

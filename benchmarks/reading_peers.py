@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from meteor.cache import ImageFeatures
+from meteor.features import ImageFeatures
 
 Check = Callable[[str, Any], None]
 Read = Callable[[Sequence[str]], None]

@@ -17,17 +17,18 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, write_feature_file
 from meteor.cache.calibration import open_codec
-from meteor.cache.row import ImageFeatures
 from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import Batch, collate
-from meteor.data.features import PixelSettings, encode_sliced, slice_bytes
 from meteor.data.order import MicroBatch
 from meteor.data.samples import Sample
 from meteor.data.table import IndexedImage, SampleTable, plan_table
+from meteor.features import ImageFeatures
 from meteor.image.budget import visual_token_budget
+from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise_batch
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.text.tokens import Separators, TokenisedSample
+from meteor.vision.encode_images import encode_sliced
 from meteor.vision.encoder import FrozenClip
 
 # Width and height of COCO's, GQA's and TextVQA's usual pictures.

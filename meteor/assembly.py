@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Literal
 
 import torch
 
@@ -13,14 +12,12 @@ from meteor.cache import CacheIdentity, DatasetIndex
 from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings
 from meteor.config.settings import SlicingSettings, VisionSettings
-from meteor.data.features import PixelSettings
 from meteor.data.samples import Sample, SampleProblem, load_samples
 from meteor.errors import CacheError, SettingsError
 from meteor.evaluation.question_set import QuestionSet, load_question_set
+from meteor.image.pixels import PixelSettings
+from meteor.stages import TRAINING_STAGES, TrainingStage
 from meteor.vision.encoder import FrozenClip
-
-Stage = Literal["pretrain", "finetune"]
-STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class SampleFile:
 
     name: str
     uri: str
-    stage: Stage | None
+    stage: TrainingStage | None
     weight: float
 
 
@@ -47,7 +44,7 @@ def sample_files(settings: RunSettings) -> list[SampleFile]:
         SettingsError: the run names none.
     """
     data = settings.data
-    files = [file for stage in STAGES for file in training_files(settings, stage)]
+    files = [file for stage in TRAINING_STAGES for file in training_files(settings, stage)]
     files += [SampleFile(f"{stage}, held out", uri, stage, 0.0) for stage, uri in data.held_out.items()]
     files += [SampleFile(name, questions.path, None, 0.0) for name, questions in data.evaluate.items()]
     if not files:
@@ -55,7 +52,7 @@ def sample_files(settings: RunSettings) -> list[SampleFile]:
     return files
 
 
-def training_files(settings: RunSettings, stage: Stage) -> list[SampleFile]:
+def training_files(settings: RunSettings, stage: TrainingStage) -> list[SampleFile]:
     """The files that a stage trains on.
 
     Raises:

@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 import ray
 
 from meteor import storage
-from meteor.cache.transcode import transcode
+from meteor.cache.upkeep.transcode import transcode
 from meteor.config import RunSettings, Variant, expand_study, load_run, resolve_paths
 from meteor.errors import TrainingError
+from meteor.runs.mlflow_log import where_to_compare
 from pipelines import cache_features, report
-from pipelines.efficiency import measure_variants
-from pipelines.results import choose_variants
-from pipelines.runtime import ray_session
-from pipelines.schedule import Outcome, run_tasks
+from pipelines.ray_parts.runtime import ray_session
 from pipelines.stage import Summary, git_commit, guarded, stage_parser, timed
-from pipelines.stage_log import where_to_compare
-from pipelines.study import (
+from pipelines.studies.efficiency import measure_variants
+from pipelines.studies.log import announce, mark_failed, record
+from pipelines.studies.results import choose_variants
+from pipelines.studies.schedule import Outcome, run_tasks
+from pipelines.studies.tasks import (
     STAGES,
     Task,
     distinct_caches,
@@ -28,7 +29,6 @@ from pipelines.study import (
     read_pins,
     study_uri,
 )
-from pipelines.study_log import announce, mark_failed, record
 from pipelines.study_plan import plan_study
 
 _LOG = logging.getLogger(__name__)

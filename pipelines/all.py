@@ -3,9 +3,9 @@
 import sys
 
 from meteor.config import RunSettings, load_run, resolve_paths
+from meteor.runs.mlflow_log import where_to_compare
 from pipelines import cache_features, evaluate, finetune, pretrain, report
 from pipelines.stage import Summary, stage_main, timed
-from pipelines.stage_log import where_to_compare
 
 _DESCRIPTION = """Run cache_features, pretrain, finetune and evaluate for this run and for those in report.compare, then report.
 What has finished before is found and not done again."""

@@ -20,16 +20,16 @@ from meteor.cache.manifest import latest_manifest, read_keys
 from meteor.cache.quarantine import retryable
 from meteor.cli.cache_plan import plan_cache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
-from meteor.data.features import PixelSettings
 from meteor.errors import BadImageError, QuarantineLimitError
 from meteor.evaluation.question_pictures import is_written, write_pictures
 from meteor.evaluation.question_set import QuestionSet
-from pipelines.calibration import calibrate_cache
-from pipelines.encoding import encode_missing
-from pipelines.indexing import update_index
+from meteor.image.pixels import PixelSettings
 from pipelines.inputs import SampleSet, as_samples, load_sets, names_of_images
-from pipelines.live_metrics import LiveMetrics
-from pipelines.runtime import progress
+from pipelines.ray_parts.calibration import calibrate_cache
+from pipelines.ray_parts.encoding import encode_missing
+from pipelines.ray_parts.indexing import update_index
+from pipelines.ray_parts.live_metrics import LiveMetrics
+from pipelines.ray_parts.runtime import progress
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _LOG = logging.getLogger(__name__)

@@ -13,16 +13,16 @@ from meteor import storage
 from meteor.assembly import cache_uri, cache_version, identity_of, open_index, pixel_settings, question_sets
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
-from meteor.data.features import PixelSettings
 from meteor.data.table import IndexedImage
 from meteor.errors import BadImageError, CacheError, SettingsError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question
 from meteor.evaluation.score_table import UNTYPED, score_rows, score_table
-from pipelines.answering import Asked, answer
+from meteor.image.pixels import PixelSettings
 from pipelines.inputs import as_samples, indexed_images, quarantine_into
-from pipelines.live_metrics import LiveMetrics
 from pipelines.preparation import prepare
+from pipelines.ray_parts.answering import Asked, answer
+from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _DESCRIPTION = """Answer the question sets of data.evaluate greedily and score them, each with its benchmark's own metric. A

@@ -3,9 +3,9 @@
 import sys
 
 from meteor.config import RunSettings
-from pipelines.plan import plan_text
+from meteor.planning.steps import plan_text
+from pipelines.ray_parts.training import run_stage
 from pipelines.stage import Summary, stage_main
-from pipelines.training import run_stage
 
 _DESCRIPTION = """Train projector and language model on instructions from cached features (paper, section 4.1). Started again
 with the same settings it resumes from its last checkpoint, or says that it is finished."""

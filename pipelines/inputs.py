@@ -8,15 +8,16 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from meteor import storage
-from meteor.assembly import Stage, load_encoder, pixel_settings, question_sets, sample_files, training_files
+from meteor.assembly import load_encoder, pixel_settings, question_sets, sample_files, training_files
 from meteor.cache import DatasetIndex, FeatureCache, IndexRow
 from meteor.cache.disk_tier import DiskTier
 from meteor.config import RunSettings, settings_digest
-from meteor.data.features import LiveFeatures
 from meteor.data.samples import Sample, SampleProblem, load_samples
 from meteor.data.table import IndexedImage
 from meteor.errors import SettingsError
 from meteor.evaluation.question_set import QuestionSet
+from meteor.stages import TrainingStage
+from meteor.vision.live import LiveFeatures
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def as_samples(questions: QuestionSet) -> SampleSet:
     return SampleSet(questions.name, questions.uri, samples, list(questions.problems), questions.digest)
 
 
-def load_mixture(settings: RunSettings, stage: Stage) -> list[SampleSet]:
+def load_mixture(settings: RunSettings, stage: TrainingStage) -> list[SampleSet]:
     """What a stage trains on, in an order that depends on the files' content alone.
 
     Of several files each sample's id begins with its file's name.

@@ -19,8 +19,9 @@ from meteor.data.samples import Sample
 from meteor.data.table import TablePlan, plan_table
 from meteor.errors import CacheError, NotFoundError, QuarantineLimitError, SettingsError
 from meteor.image.budget import visual_token_budget
+from meteor.stages import TrainingStage
 from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise
-from meteor.train.build import Stage, llm_fingerprint
+from meteor.train.build import llm_fingerprint
 from pipelines.inputs import (
     SampleSet,
     indexed_images,
@@ -58,11 +59,11 @@ class Prepared:
     parent: dict[str, str] | None
 
 
-def stage_settings(settings: RunSettings, stage: Stage) -> StageSettings:
-    return settings.pretrain if stage == "pretrain" else settings.finetune
+def stage_settings(settings: RunSettings, stage: TrainingStage) -> StageSettings:
+    return settings.training(stage)
 
 
-def prepare(settings: RunSettings, stage: Stage) -> Prepared:
+def prepare(settings: RunSettings, stage: TrainingStage) -> Prepared:
     """Find or make the pin and with it the run: its digest is over settings, samples, pictures, and the parent's digest.
 
     Raises:
@@ -77,7 +78,7 @@ def prepare(settings: RunSettings, stage: Stage) -> Prepared:
 
 
 def content_of(
-    settings: RunSettings, stage: Stage, samples: list[SampleSet], identity: CacheIdentity, parent: str | None
+    settings: RunSettings, stage: TrainingStage, samples: list[SampleSet], identity: CacheIdentity, parent: str | None
 ) -> dict[str, Any]:
     """All that decides about a stage's numbers but the pictures: two stages that agree in it and in them are one run."""
     return canonical(
@@ -97,7 +98,7 @@ def content_of(
 
 def _pinned(
     settings: RunSettings,
-    stage: Stage,
+    stage: TrainingStage,
     content: dict[str, Any],
     samples: list[SampleSet],
     identity: CacheIdentity,
@@ -162,7 +163,7 @@ def _parent(settings: RunSettings) -> dict[str, str]:
     return {"uri": summary.results["projector"], "digest": own.run.digest}
 
 
-def plan_samples(settings: RunSettings, stage: Stage, prepared: Prepared) -> TablePlan:
+def plan_samples(settings: RunSettings, stage: TrainingStage, prepared: Prepared) -> TablePlan:
     """The sample table of the pinned index and cache.
 
     Raises:
@@ -179,7 +180,7 @@ def plan_samples(settings: RunSettings, stage: Stage, prepared: Prepared) -> Tab
     return plans[0] if len(plans) == 1 else TablePlan.mixture(plans, [one.weight for one in prepared.samples])
 
 
-def plan_held_out(settings: RunSettings, stage: Stage, prepared: Prepared) -> TablePlan | None:
+def plan_held_out(settings: RunSettings, stage: TrainingStage, prepared: Prepared) -> TablePlan | None:
     """The same of the samples whose loss is measured at checkpoints; None where the run names none.
 
     They belong to no run: what they hold changes nothing of what is trained.
@@ -200,7 +201,7 @@ def plan_held_out(settings: RunSettings, stage: Stage, prepared: Prepared) -> Ta
     return _plan_set(settings, stage, prepared, samples)
 
 
-def _plan_set(settings: RunSettings, stage: Stage, prepared: Prepared, samples: SampleSet) -> TablePlan:
+def _plan_set(settings: RunSettings, stage: TrainingStage, prepared: Prepared, samples: SampleSet) -> TablePlan:
     options = stage_settings(settings, stage)
     tokenizer = load_tokenizer(settings.llm.path)
     cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)

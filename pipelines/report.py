@@ -29,12 +29,12 @@ from meteor.report import (
     write_report,
 )
 from meteor.report.seeds import merge_seeds
+from meteor.runs.mlflow_log import make_tracker, parent_run, study_run
 from meteor.text.conversation import Turn
 from meteor.train.build import DTYPES
 from pipelines import cache_features
-from pipelines.results import collect, find_or_log, find_records, read_record, study_tables, unequal_samples
 from pipelines.stage import Summary, stage_main, timed
-from pipelines.stage_log import make_tracker, parent_run, study_run
+from pipelines.studies.results import collect, find_or_log, find_records, read_record, study_tables, unequal_samples
 
 _LOG = logging.getLogger(__name__)
 _NUM_IMPORTANCE = 2

@@ -19,9 +19,9 @@ from meteor.cli.data import check_run
 from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.errors import MeteorError, NotFoundError
 from meteor.formatting import format_duration
-from pipelines.logs import configure_logging, log_context
-from pipelines.runtime import error_of_ours, job_metadata, ray_session
-from pipelines.stage_log import StageLog, has_server
+from meteor.runs.mlflow_log import StageLog, has_server
+from pipelines.ray_parts.logs import configure_logging, log_context
+from pipelines.ray_parts.runtime import error_of_ours, job_metadata, ray_session
 
 _LOG = logging.getLogger(__name__)
 

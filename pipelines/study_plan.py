@@ -11,13 +11,13 @@ from meteor.data.table import plan_table
 from meteor.errors import CacheError, SettingsError
 from meteor.formatting import format_count, format_duration
 from meteor.image.budget import visual_token_budget
+from meteor.stages import TrainingStage
 from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise
-from meteor.train.build import Stage
 from pipelines import evaluate
 from pipelines.inputs import indexed_images, load_mixture
 from pipelines.preparation import prepare, stage_settings
 from pipelines.stage import Summary
-from pipelines.study import STAGES, Task, distinct_caches
+from pipelines.studies.tasks import STAGES, Task, distinct_caches
 
 # As many samples of a file tell how many tokens all of them have, to about a percent.
 _NUM_SAMPLED = 256
@@ -99,7 +99,7 @@ class Work:
         return self.num_visual_tokens + self.num_text_tokens
 
 
-def estimate_work(settings: RunSettings, stage: Stage) -> Work:
+def estimate_work(settings: RunSettings, stage: TrainingStage) -> Work:
     """From a few hundred samples of each file.
 
     Raises:
@@ -141,10 +141,10 @@ def _cost(tasks: Mapping[str, Task], finished: Mapping[str, Summary]) -> list[st
 
 
 def _cost_of(
-    stage: Stage,
+    stage: TrainingStage,
     tasks: Mapping[str, Task],
     finished: Mapping[str, Summary],
-    estimate: Callable[[RunSettings, Stage], Work],
+    estimate: Callable[[RunSettings, TrainingStage], Work],
 ) -> str:
     mine = {key: task for key, task in tasks.items() if task.stage == stage}
     left = [estimate(task.settings, stage) for key, task in mine.items() if key not in finished]

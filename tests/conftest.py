@@ -19,10 +19,10 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from meteor.cache import ImageFeatures
 from meteor.data.collate import Batch, collate
-from meteor.data.features import PixelSettings
+from meteor.features import ImageFeatures
 from meteor.image.budget import visual_token_budget
+from meteor.image.pixels import PixelSettings
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
 from meteor.text.tokens import Separators, TokenisedSample, load_tokenizer
 

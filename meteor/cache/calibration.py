@@ -15,9 +15,9 @@ import torch
 from meteor import storage
 from meteor.cache.codec import INT8_CODEC, INT8_LIMIT, Codec, Int8Codec, get_codec
 from meteor.cache.folder import CALIBRATION, CacheInfo, read_cache_info
-from meteor.cache.row import ImageFeatures
 from meteor.cache.table import check_schema_version
 from meteor.errors import AlreadyExistsError, CacheError, NotFoundError
+from meteor.features import ImageFeatures
 
 # How many pictures a calibration looks at: those with the lowest image keys, which by sha256 is a random sample.
 CALIBRATION_PICTURES = 256

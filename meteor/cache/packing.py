@@ -12,7 +12,8 @@ import torch
 
 from meteor.cache.codec import Codec, check_finite
 from meteor.cache.quality import measure_differences
-from meteor.cache.row import FEATURE_SCHEMA, IMAGE_FIELDS, PAYLOAD_COLUMNS, ImageFeatures, payload_crc32
+from meteor.cache.row import FEATURE_SCHEMA, IMAGE_FIELDS, PAYLOAD_COLUMNS, payload_crc32
+from meteor.features import ImageFeatures
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from meteor.cache.pins import pin_version
 from meteor.cache.prefetch import read_ahead
 from meteor.cache.quality import summarise_errors
 from meteor.cache.quarantine import QuarantineRow, quarantine_rows
-from meteor.cache.row import PAYLOAD_COLUMNS, ImageFeatures, decode_payload, payload_crc32
+from meteor.cache.row import PAYLOAD_COLUMNS, decode_payload, payload_crc32
 from meteor.cache.table import RowReader
 from meteor.cache.verify import verify_files
 from meteor.errors import CacheError, CorruptPayloadError
+from meteor.features import ImageFeatures
 
 # What a read needs to know; of the other columns of the key index nothing is kept in memory.
 _READ_COLUMNS = (

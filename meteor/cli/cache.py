@@ -8,26 +8,23 @@ from datetime import datetime
 from typing import Any
 
 from meteor import storage
-from meteor.cache import (
-    CODEC_NAMES,
+from meteor.cache import CODEC_NAMES, FeatureCache, pins, unpin
+from meteor.cache.upkeep import (
     CacheListing,
-    FeatureCache,
     diff_caches,
     export_pictures,
     list_caches,
-    pins,
     plan_gc,
     repair,
     run_gc,
     transcode,
-    unpin,
 )
 from meteor.cli.cache_audit import audit_run
 from meteor.cli.cache_plan import plan_cache
 from meteor.cli.options import CACHE_HELP, add_json, add_run, read_run, show_progress
 from meteor.cli.pictures import PICTURE_HELP, find_pictures
-from meteor.data.cache_plan import NUM_RUNS, USD_PER_GB
 from meteor.formatting import format_bytes
+from meteor.planning.cache_cost import NUM_RUNS, USD_PER_GB
 
 _SECONDS_AN_HOUR = 3600
 

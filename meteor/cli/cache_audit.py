@@ -6,7 +6,7 @@ from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, 
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings
 from meteor.data.audit import CacheAudit, audit_cache
-from meteor.data.features import LiveFeatures
+from meteor.vision.live import LiveFeatures
 
 
 def audit_run(

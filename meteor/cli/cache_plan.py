@@ -24,13 +24,13 @@ from meteor.cache import CODEC_NAMES, DatasetIndex, FeatureCache
 from meteor.cache.codec import INT8_CODEC, get_codec
 from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings
-from meteor.data.cache_plan import FLOPS_PER_PARAMETER, CachePlan, EncoderShape, StagePlan, plan_stage
-from meteor.data.features import PixelSettings
 from meteor.data.pictures import inspect_picture
 from meteor.data.samples import Sample
 from meteor.errors import BadImageError, SettingsError, TokenisationError
 from meteor.image.budget import visual_token_budget
+from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
+from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CachePlan, EncoderShape, StagePlan, plan_stage
 from meteor.text.tokens import load_tokenizer, tokenise
 from meteor.train.build import read_llm_config
 from meteor.vision.encoder import FrozenClip
@@ -179,7 +179,7 @@ def _stages(
     for file, samples in sets:
         if file.stage is None or not file.weight:
             continue
-        options = settings.pretrain if file.stage == "pretrain" else settings.finetune
+        options = settings.training(file.stage)
         usable = [sample for sample in samples if all(image in plans for image in sample.images)]
         only_global = options.sub_images == "global"
         grids = [

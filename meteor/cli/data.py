@@ -8,13 +8,13 @@ from typing import Any
 from meteor.assembly import SampleFile, image_roots, load_questions, pixel_settings, read_samples, sample_files
 from meteor.cli.options import add_json, add_run, read_run, show_progress
 from meteor.config import RunSettings
-from meteor.data.check import CheckedSet, check_data
-from meteor.data.check_report import DataReport
 from meteor.data.collate import ImageLayout, num_image_tokens
 from meteor.data.samples import Sample
 from meteor.evaluation.question_pictures import is_written
 from meteor.image.budget import visual_token_budget
 from meteor.image.slicing import SlicePlan
+from meteor.planning.data_check import CheckedSet, check_data
+from meteor.planning.data_report import DataReport
 from meteor.text.tokens import load_tokenizer, tokenise
 
 
@@ -55,7 +55,7 @@ def _is_readable(settings: RunSettings, file: SampleFile) -> bool:
 
 
 def _checked(settings: RunSettings, file: SampleFile) -> CheckedSet:
-    stage = settings.pretrain if file.stage == "pretrain" else settings.finetune
+    stage = settings.training(file.stage)
     template = stage.template if file.stage else settings.evaluate.template
     tokenizer = load_tokenizer(settings.llm.path)
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)

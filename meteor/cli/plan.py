@@ -10,16 +10,17 @@ from meteor.assembly import question_sets
 from meteor.cli.cache_plan import PlanInputs, count_llm_parameters, plan_cache
 from meteor.cli.options import add_json, add_run, read_run
 from meteor.config import RunSettings, Variant, expand_study, mathematical_settings, resolve_paths, settings_digest
-from meteor.data.cache_plan import FLOPS_PER_PARAMETER, USD_PER_GB, CachePlan
-from meteor.data.study_cost import Rate, StudyCost, Work, weighted_rate
 from meteor.errors import MeteorError, SettingsError
-from meteor.train.build import DTYPES, Stage, read_llm_config
+from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, USD_PER_GB, CachePlan
+from meteor.planning.sizes import find_model_sizes
+from meteor.planning.study_cost import Rate, StudyCost, Work, weighted_rate
+from meteor.stages import TrainingStage
+from meteor.train.build import DTYPES, read_llm_config
 from meteor.train.flops import PEAK_TFLOPS
 from meteor.train.lora import Lora, add_lora
-from meteor.train.sizes import find_model_sizes
 from meteor.vision.checkpoint import read_vision_config
 
-_STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
+_STAGES: tuple[TrainingStage, ...] = ("pretrain", "finetune")
 # Master, two moments, in float32.
 _CHECKPOINT_BYTES = 12
 
@@ -161,7 +162,7 @@ def _stage_key(settings: RunSettings, stage: str) -> str | None:
         return settings_digest([before, mathematical_settings(settings.evaluate)])
     if not settings.data.sources(stage):  # type: ignore[arg-type]
         return None
-    own = mathematical_settings(settings.pretrain if stage == "pretrain" else settings.finetune)
+    own = mathematical_settings(settings.training(stage))
     if stage == "pretrain":
         return None if settings.finetune.pretrained else settings_digest([shared, own])
     return settings_digest([shared, own, settings.finetune.pretrained or _stage_key(settings, "pretrain")])
@@ -172,9 +173,9 @@ def _is_of(name: str, stage: str) -> bool:
     return name == stage or name.startswith(f"{stage}, ")
 
 
-def _stage_bytes(settings: RunSettings, stage: Stage) -> int:
+def _stage_bytes(settings: RunSettings, stage: TrainingStage) -> int:
     """Kept checkpoints, and what the stage leaves."""
-    options = settings.pretrain if stage == "pretrain" else settings.finetune
+    options = settings.training(stage)
     lora = settings.finetune.lora if stage == "finetune" else None
 
     def adapt(language_model: Any) -> None:
@@ -234,11 +235,11 @@ def _encoder_rate(
 
 
 def _training_rate(
-    stage: Stage, runs: Sequence[tuple[RunSettings, dict[str, Any]]], arguments: argparse.Namespace
+    stage: TrainingStage, runs: Sequence[tuple[RunSettings, dict[str, Any]]], arguments: argparse.Namespace
 ) -> Rate:
     done = []
     for run, _, extra in _of_stage(runs, stage):
-        options = run.pretrain if stage == "pretrain" else run.finetune
+        options = run.training(stage)
         tokens = (extra["totals"]["visual_tokens"] + extra["totals"]["text_tokens"]) * options.epochs
         try:
             flops = FLOPS_PER_PARAMETER[stage] * count_llm_parameters(run.llm.path) * tokens

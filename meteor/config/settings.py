@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from meteor.stages import TrainingStage
+
 
 def operational(default: Any, description: str, **constraints: Any) -> Any:
     """A field that does not change the mathematics (see `meteor.config.digest`)."""
@@ -67,7 +69,7 @@ class DataSettings(_Settings):
         "LLaVA JSON / JSONL of stage 1; or several, each with the passes over it in an epoch: {a.json: 1, b.json: 0.5}",
     )
     finetune: str | dict[str, Weight] | None = operational(None, "the same of stage 2")
-    held_out: dict[Literal["pretrain", "finetune"], str] = operational(
+    held_out: dict[TrainingStage, str] = operational(
         {}, "stage -> LLaVA JSON / JSONL whose loss is measured at each checkpoint; the best checkpoint is kept"
     )
     evaluate: dict[str, QuestionSetSettings] = operational(
@@ -85,7 +87,7 @@ class DataSettings(_Settings):
             return value
         return {name: {"path": one} if isinstance(one, str) else one for name, one in value.items()}
 
-    def sources(self, stage: Literal["pretrain", "finetune"]) -> dict[str, float]:
+    def sources(self, stage: TrainingStage) -> dict[str, float]:
         """Annotation file of the stage -> its weight; empty where the run names none."""
         named = getattr(self, stage)
         return dict(named) if isinstance(named, dict) else {named: 1.0} if named else {}
@@ -376,6 +378,10 @@ class RunSettings(_Settings):
         if taken:
             raise ValueError(f"data.evaluate names a set {taken[0]!r}, which is a stage's: call it otherwise")
         return self
+
+    def training(self, stage: TrainingStage) -> StageSettings:
+        """The settings of a training stage."""
+        return self.pretrain if stage == "pretrain" else self.finetune
 
     @property
     def cache_root(self) -> str:

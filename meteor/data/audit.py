@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from meteor.cache import FeatureCache, ImageFeatures
-from meteor.data.features import LiveFeatures
+from meteor.cache import FeatureCache
 from meteor.errors import CacheError, DataError
+from meteor.features import ImageFeatures
+from meteor.vision.live import LiveFeatures
 
 _NUM_SHOWN = 5
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from meteor.cache.row import ImageFeatures
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.features import ImageFeatures
 from meteor.text.tokens import Separators, TokenisedSample
 
 PatchGrids = Sequence[tuple[int, int]]

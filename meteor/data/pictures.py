@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image
 
 from meteor import storage
-from meteor.data.features import PixelSettings
 from meteor.data.roots import resolve_image
 from meteor.data.sources import other_spelling
 from meteor.errors import BadImageError, ImagePathError, NotFoundError, StorageError
 from meteor.image.decode import decode_image
+from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 
 # Enough for the size of nearly every JPEG (the EXIF block before it is at most 64 KiB) and of every PNG, GIF and BMP.

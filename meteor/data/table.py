@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from meteor import storage
 from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE, IGNORE_INDEX
 from meteor.data.collate import ImageLayout, VisualTokenBudget, cut_text, num_image_tokens
-from meteor.data.features import PixelSettings
 from meteor.data.order import Part
 from meteor.data.samples import Sample, SampleProblem
 from meteor.errors import BadImageError, DataError, TokenisationError
+from meteor.image.pixels import PixelSettings
 from meteor.text.tokens import TokenisedSample
 
 _SCHEMA = pa.schema(

@@ -11,9 +11,9 @@ import torch
 from meteor import storage
 from meteor.cache import CacheIdentity, FeatureCache
 from meteor.data.collate import Batch, collate
-from meteor.data.features import FeatureSource
 from meteor.errors import NotFoundError
 from meteor.evaluation.questions import Question
+from meteor.features import FeatureSource
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.pretrained import load_pretrained
 from meteor.text.tokens import tokenise

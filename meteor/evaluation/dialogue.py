@@ -11,13 +11,13 @@ from PIL import Image
 from transformers import TextStreamer
 
 from meteor import storage
-from meteor.cache import ImageFeatures
 from meteor.data.samples import Sample
 from meteor.errors import ConversationError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.efficiency import TokenTimes
 from meteor.evaluation.questions import Question
 from meteor.evaluation.shown import ShownPictures
+from meteor.features import ImageFeatures
 from meteor.image.decode import decode_image
 from meteor.text.conversation import Turn
 

@@ -11,9 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from meteor.constants import IMAGE_TOKEN_ID
 from meteor.data.collate import Batch
-from meteor.data.features import FeatureSource
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
+from meteor.features import FeatureSource
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from meteor.data.features import FeatureSource
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
+from meteor.features import FeatureSource
 from meteor.model.text_sampler import Marks, importance
 
 

@@ -9,9 +9,9 @@ from itertools import islice
 
 import torch
 
-from meteor.cache import ImageFeatures
 from meteor.data.collate import pad_sub_images
 from meteor.errors import DataError
+from meteor.features import ImageFeatures
 from meteor.model.trained_projector import TrainedProjector
 from meteor.projector import ProjectorOutput
 

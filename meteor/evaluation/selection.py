@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from meteor.cache import ImageFeatures
 from meteor.data.collate import pad_sub_images
+from meteor.features import ImageFeatures
 from meteor.projector import Projector
 
 

@@ -5,15 +5,16 @@ from collections.abc import Generator, Iterable
 import torch
 from PIL import Image
 
-from meteor.cache import ImageFeatures
-from meteor.data.features import SlicedImage, encode_sliced
+from meteor.features import ImageFeatures
 from meteor.image.decode import as_shown
+from meteor.image.pixels import SlicedImage
 from meteor.image.transform import slice_image
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.vision.encode_images import encode_sliced
 
 
 class ShownPictures:
-    """A feature source (`meteor.data.features.FeatureSource`) of what a finished model is shown.
+    """A feature source (`meteor.vision.live.FeatureSource`) of what a finished model is shown.
 
     Args:
         model: with its vision tower.

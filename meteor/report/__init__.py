@@ -1,14 +1,6 @@
 """Finished runs in, one Markdown and one self-contained HTML page out; reads no settings, runs no model."""
 
-from meteor.report.data import (
-    ImportancePanel,
-    SelectionPanel,
-    StageRun,
-    StudyTable,
-    SubImageScores,
-    VariantResult,
-    read_stage_run,
-)
+from meteor.report.data import ImportancePanel, SelectionPanel, StudyTable, SubImageScores, VariantResult
 from meteor.report.page import ReportPaths, write_report
 from meteor.report.predictions import PredictionRow, choose_predictions
 
@@ -17,11 +9,9 @@ __all__ = [
     "PredictionRow",
     "ReportPaths",
     "SelectionPanel",
-    "StageRun",
     "StudyTable",
     "SubImageScores",
     "VariantResult",
     "choose_predictions",
-    "read_stage_run",
     "write_report",
 ]

@@ -10,7 +10,7 @@ from PIL import Image
 from meteor.report import paper
 from meteor.report.canvas import MANY_VARIANTS, Look, Picture, variant_looks
 from meteor.report.csv_files import csv_files
-from meteor.report.data import TRAINING_STAGES, ImportancePanel, SelectionPanel, StudyTable, VariantResult
+from meteor.report.data import ImportancePanel, SelectionPanel, StudyTable, VariantResult
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
 from meteor.report.pictures import heat_figure, kept_figure
 from meteor.report.predictions import PredictionRow, choose_predictions
@@ -35,6 +35,7 @@ from meteor.report.tables import (
     score_table,
     stage_table,
 )
+from meteor.stages import TRAINING_STAGES
 
 # Pixels of a thumbnail's longer side: twice its size on the page.
 _THUMBNAIL_PIXELS = 192

@@ -21,10 +21,11 @@ from meteor.report.canvas import (
     plain_axes,
     to_picture,
 )
-from meteor.report.data import StageRun, VariantResult
+from meteor.report.data import VariantResult
 from meteor.report.measures import column, final_loss, median_rate, smooth
 from meteor.report.seeds import by_variant
 from meteor.report.tables import metric_title
+from meteor.runs.reading import StageRun
 
 _RATES = (("num_samples", "samples/s"), ("num_visual_tokens", "visual tokens/s"))
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from meteor.report.data import TRAINING_STAGES, StageRun, VariantResult
+from meteor.report.data import VariantResult
+from meteor.runs.reading import StageRun
+from meteor.stages import TRAINING_STAGES
 
 # Below this a curve is short enough to be read raw.
 _MIN_ROWS_TO_SMOOTH = 20

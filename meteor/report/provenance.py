@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from meteor.formatting import format_count, format_value, humanise
-from meteor.report.data import EVALUATION_STAGE, TRAINING_STAGES, StageRun, VariantResult
+from meteor.report.data import VariantResult
 from meteor.report.tables import Table, flatten
+from meteor.runs.reading import StageRun
+from meteor.stages import STAGES
 
-_STAGES = (*TRAINING_STAGES, EVALUATION_STAGE)
+_STAGES = STAGES[1:]  # all but the feature cache, which variants share
 _LABELS = {"digest": "run digest", "uri": "folder"}
 _PROJECTOR_NOTES = {
     "focus": "FocusLLaVA-style, as the paper gives neither region sizes, nor scales, nor the form of the gate.",
@@ -87,8 +89,8 @@ def missing_pieces(variants: Sequence[VariantResult], cache: Mapping[str, Any] |
                     f"it had reached step {format_count(run.metrics[-1]['step'])}" if run.metrics else "no step yet"
                 )
                 sentences.append(f"{variant.name}: stage {stage} has not finished; {reached}.")
-        if EVALUATION_STAGE in variant.stages and variant.scores is None:
-            sentences.append(f"{variant.name}: stage {EVALUATION_STAGE} left no scores.")
+        if "evaluate" in variant.stages and variant.scores is None:
+            sentences.append(f"{variant.name}: stage evaluate left no scores.")
     return sentences
 
 

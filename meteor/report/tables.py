@@ -16,8 +16,10 @@ from meteor.formatting import (
     humanise,
 )
 from meteor.report.canvas import MANY_VARIANTS
-from meteor.report.data import TRAINING_STAGES, StageRun, VariantResult
+from meteor.report.data import VariantResult
 from meteor.report.measures import final_loss, median_rate, step_seconds, total, training_seconds
+from meteor.runs.reading import StageRun
+from meteor.stages import TRAINING_STAGES
 
 NOT_RUN = "not run"
 NOT_SCORED = "not scored here"

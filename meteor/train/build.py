@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -13,8 +13,8 @@ from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.model.trained_projector import projector_metadata
 from meteor.pretrained import load_pretrained, local_model
 from meteor.projector.file import load_weights, read_projector_file
+from meteor.stages import TrainingStage
 
-Stage = Literal["pretrain", "finetune"]
 _NUM_SAMPLED_BLOCKS, _BLOCK_BYTES = 1024, 1 << 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,8 +98,8 @@ def load_llm(path: str, dtype: torch.dtype) -> Any:
     )
 
 
-def freeze_for(model: MeteorForConditionalGeneration, stage: Stage) -> None:
-    """Stage 1 trains the projector; stage 2 the projector and the language model (paper, section 4.1)."""
+def freeze_for(model: MeteorForConditionalGeneration, stage: TrainingStage) -> None:
+    """TrainingStage 1 trains the projector; stage 2 the projector and the language model (paper, section 4.1)."""
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
     if stage == "finetune":

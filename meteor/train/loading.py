@@ -4,11 +4,10 @@ import itertools
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 
-from meteor.cache.row import ImageFeatures
 from meteor.data.collate import Batch
-from meteor.data.features import FeatureSource
 from meteor.data.order import MicroBatch
 from meteor.data.table import SampleTable
+from meteor.features import FeatureSource, ImageFeatures
 from meteor.text.tokens import TokenisedSample
 
 Collate = Callable[[list[list[tuple[TokenisedSample, list[ImageFeatures]]]]], Batch]

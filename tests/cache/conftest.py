@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from meteor.cache import CacheIdentity, ImageFeatures
+from meteor.cache import CacheIdentity
+from meteor.features import ImageFeatures
 
 VISION_WIDTH = 6
 

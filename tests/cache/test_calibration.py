@@ -11,7 +11,6 @@ import torch
 from meteor import storage
 from meteor.cache import (
     FeatureCache,
-    ImageFeatures,
     calibrate,
     commit,
     create_cache,
@@ -23,6 +22,7 @@ from meteor.cache import (
 )
 from meteor.cache.calibration import MARGIN, calibration_bytes
 from meteor.errors import CacheError
+from meteor.features import ImageFeatures
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meteor.cache import FEATURE_SCHEMA, ImageFeatures, encode_row, get_codec, read_row
+from meteor.cache import FEATURE_SCHEMA, encode_row, get_codec, read_row
 from meteor.cache.codec import Int8Codec
 from meteor.cache.row import PAYLOAD_COLUMNS
 from meteor.errors import BadImageError, CacheError, CorruptPayloadError, SettingsError
+from meteor.features import ImageFeatures
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -15,7 +15,6 @@ from meteor import storage
 from meteor.cache import (
     CacheIdentity,
     FeatureCache,
-    ImageFeatures,
     QuarantineRow,
     commit,
     create_cache,
@@ -25,12 +24,13 @@ from meteor.cache import (
     record_quarantine,
     write_feature_file,
 )
-from meteor.cache.gc import plan_gc, run_gc
 from meteor.cache.ledger import ledger_names, read_record
 from meteor.cache.manifest import latest_manifest, read_keys
 from meteor.cache.pins import unpin
-from meteor.cache.repair import repair
+from meteor.cache.upkeep.gc import plan_gc, run_gc
+from meteor.cache.upkeep.repair import repair
 from meteor.errors import AlreadyExistsError, NotFoundError
+from meteor.features import ImageFeatures
 
 ROOT = "/memory"
 NARROW, WIDE = (-2,), (-2, -5)
@@ -103,7 +103,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     made = MemoryStore()
     made.install(monkeypatch)
     # Deletions one after the other, so that a state stands for one moment.
-    monkeypatch.setattr("meteor.cache.gc._NUM_DELETERS", 1)
+    monkeypatch.setattr("meteor.cache.upkeep.gc._NUM_DELETERS", 1)
     return made
 
 

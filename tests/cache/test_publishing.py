@@ -14,7 +14,6 @@ import pytest
 from meteor import storage
 from meteor.cache import (
     FeatureCache,
-    ImageFeatures,
     QuarantineRow,
     commit,
     create_cache,
@@ -28,6 +27,7 @@ from meteor.cache.merging import merge_keys
 from meteor.cache.quarantine import merge_quarantine, quarantine_rows, quarantine_table, retryable
 from meteor.cache.table import read_table, table_bytes, versioned
 from meteor.errors import AlreadyExistsError, CacheError, StorageError
+from meteor.features import ImageFeatures
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from meteor import storage
 from meteor.cache import (
     FEATURE_SCHEMA,
     FeatureCache,
-    ImageFeatures,
     QuarantineRow,
     commit,
     create_cache,
@@ -26,6 +25,7 @@ from meteor.cache import (
 )
 from meteor.constants import CACHE_SCHEMA_VERSION
 from meteor.errors import CacheError, CorruptPayloadError, StorageError
+from meteor.features import ImageFeatures
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

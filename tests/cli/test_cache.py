@@ -24,7 +24,7 @@ from meteor.cache import (
     write_feature_file,
 )
 from meteor.config import load_run, resolve_paths
-from meteor.data.features import LiveFeatures
+from meteor.vision.live import LiveFeatures
 
 HELD, OTHER = "a" * 64, "b" * 64
 

@@ -13,7 +13,7 @@ from services import PASSWORD
 
 from meteor import storage
 from meteor.cache import FeatureCache
-from meteor.report.data import read_stage_run
+from meteor.runs.reading import read_stage_run
 
 OUTPUT = f"s3://{BUCKET}/outputs/demo"
 # Small files, many steps and checkpoints: there is a middle to be killed in.

@@ -6,18 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meteor.cache import (
-    CacheIdentity,
-    FeatureCache,
-    ImageFeatures,
-    commit,
-    create_cache,
-    encode_row,
-    open_codec,
-    write_feature_file,
-)
+from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, open_codec, write_feature_file
 from meteor.data.audit import audit_cache, compare_features, rank_correlation
 from meteor.errors import CacheError, DataError
+from meteor.features import ImageFeatures
 
 
 class Fresh:

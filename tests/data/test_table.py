@@ -2,11 +2,11 @@ import pytest
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import collate
-from meteor.data.features import PixelSettings
 from meteor.data.samples import Sample, SampleProblem
 from meteor.data.table import IndexedImage, SampleTable, plan_table
 from meteor.errors import DataError, TokenisationError
 from meteor.image.budget import visual_token_budget
+from meteor.image.pixels import PixelSettings
 from meteor.text.conversation import Turn
 from meteor.text.tokens import Separators, TokenisedSample
 

@@ -6,12 +6,13 @@ import torch
 from meteor import storage
 from meteor.cache import CacheIdentity, create_cache
 from meteor.cache.folder import read_cache_info
-from meteor.data.features import LiveFeatures, PixelSettings
 from meteor.data.samples import Sample
 from meteor.errors import CacheMismatchError, NotFoundError, SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question, last_answer
+from meteor.image.pixels import PixelSettings
 from meteor.text.conversation import Turn
+from meteor.vision.live import LiveFeatures
 
 PIXELS = PixelSettings(resolution=56)
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from meteor.data.features import PixelSettings
 from meteor.data.samples import Sample
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.efficiency import measure_answers
 from meteor.evaluation.importance import importance_maps
 from meteor.evaluation.questions import Question
+from meteor.image.pixels import PixelSettings
 from meteor.model import MeteorProcessor
 from meteor.text.conversation import Turn
 from meteor.text.tokens import load_tokenizer

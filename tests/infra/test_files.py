@@ -12,7 +12,7 @@ import pytest
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 
-from pipelines.live_metrics import COUNTERS, GAUGES
+from pipelines.ray_parts.live_metrics import COUNTERS, GAUGES
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -14,13 +14,13 @@ import torch
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.data.collate import collate
-from meteor.data.features import PixelSettings, encode_sliced, slice_bytes
 from meteor.data.samples import load_samples
 from meteor.data.table import IndexedImage, plan_table
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question, last_answer
 from meteor.evaluation.scoring import exact_match
 from meteor.image.budget import visual_token_budget
+from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.model import MeteorProcessor
 from meteor.synthetic.contrast import make_contrast_set
 from meteor.synthetic.models import make_tiny_models
@@ -30,6 +30,7 @@ from meteor.train.engine import make_engine
 from meteor.train.export import export_model
 from meteor.train.loop import train
 from meteor.train.plan import Recipe, StepPlan
+from meteor.vision.encode_images import encode_sliced
 from meteor.vision.encoder import FrozenClip
 
 PIXELS = PixelSettings(resolution=112)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from meteor.cache import ImageFeatures
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.features import ImageFeatures
 from meteor.model.attention import IMPLEMENTATIONS
 from meteor.text.tokens import TokenisedSample
 from meteor.vision.encoder import FrozenClip

@@ -7,14 +7,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionModel
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from meteor.data.features import PixelSettings, encode_sliced, slice_bytes
 from meteor.errors import DataError
+from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.projector import ProjectorOutput
 from meteor.projector.statistics import sum_selection
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import freeze_for
+from meteor.vision.encode_images import encode_sliced
 
 V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

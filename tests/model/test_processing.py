@@ -8,12 +8,13 @@ from transformers import AutoProcessor
 
 from meteor.constants import IMAGE_TOKEN_ID
 from meteor.data.collate import collate
-from meteor.data.features import PixelSettings, encode_sliced, slice_bytes
 from meteor.errors import BadImageError, ConversationError, SettingsError
+from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise
 from meteor.model import MeteorConfig, MeteorProcessor
 from meteor.text.conversation import Conversation, Turn
 from meteor.text.tokens import Separators, load_tokenizer, tokenise
+from meteor.vision.encode_images import encode_sliced
 
 PIXELS = PixelSettings(resolution=56, max_aspect_ratio=8)
 PROJECTOR = {"name": "meteor", "k": 4}

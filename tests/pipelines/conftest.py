@@ -13,7 +13,7 @@ import ray
 from meteor.config import RunSettings, resolve_paths
 from meteor.synthetic.dataset import write_dataset
 from meteor.synthetic.models import make_tiny_models
-from pipelines.runtime import ray_session
+from pipelines.ray_parts.runtime import ray_session
 
 # What benchmarks/kills.py uses as well.
 sys.path.insert(0, str(Path(__file__).parent))

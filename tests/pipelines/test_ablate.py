@@ -10,11 +10,11 @@ import pytest
 from meteor.config import expand_study, load_run
 from meteor.errors import SettingsError, TrainingError
 from meteor.projector import build_projector
+from meteor.runs.mlflow_log import study_run, tracking_uri
 from meteor.tracking import Tracker
 from pipelines import ablate, cache_features, evaluate, finetune, report
-from pipelines.results import choose_variants, find_records, study_tables
-from pipelines.stage_log import study_run, tracking_uri
-from pipelines.study import Pins, distinct_caches, hold_pins, plan_tasks
+from pipelines.studies.results import choose_variants, find_records, study_tables
+from pipelines.studies.tasks import Pins, distinct_caches, hold_pins, plan_tasks
 from pipelines.study_plan import plan_study
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]

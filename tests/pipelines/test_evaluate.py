@@ -13,12 +13,13 @@ from meteor.assembly import identity_of, load_encoder, pixel_settings
 from meteor.evaluation.benchmarks import BENCHMARKS
 from meteor.evaluation.questions import ask
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
+from meteor.runs.mlflow_log import tracking_uri
 from meteor.synthetic.benchmarks import write_benchmarks
 from meteor.text.tokens import load_tokenizer
 from meteor.tracking import Tracker
-from pipelines import answering, cache_features, evaluate
-from pipelines.answers import AnswerStore, prompt_digest
-from pipelines.stage_log import tracking_uri
+from pipelines import cache_features, evaluate
+from pipelines.ray_parts import answering
+from pipelines.ray_parts.answers import AnswerStore, prompt_digest
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 

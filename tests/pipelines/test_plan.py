@@ -7,8 +7,9 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from meteor.config import RunSettings, load_run
 from meteor.errors import SettingsError
-from pipelines import cache_features, memory_plan, pretrain
-from pipelines.memory_plan import Needs, StageMemory
+from meteor.planning import stage_memory as memory_plan
+from meteor.planning.stage_memory import Needs, StageMemory
+from pipelines import cache_features, pretrain
 
 RUNS = sorted(Path("jobs/runs").glob("*.yaml"))
 SHAPES = {

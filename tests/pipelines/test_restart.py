@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.cache import FeatureCache
 from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
-from meteor.report import read_stage_run
+from meteor.runs.reading import read_stage_run
 
 
 def write_run(folder: Path, name: str, settings) -> Path:

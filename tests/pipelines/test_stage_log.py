@@ -17,11 +17,11 @@ from ray import cloudpickle
 from meteor import storage
 from meteor.config import RunSettings
 from meteor.errors import TrackingError
+from meteor.runs import mlflow_log as stage_log
+from meteor.runs.metrics import MetricsSegment
 from meteor.tracking import Tracker
-from pipelines import stage_log
-from pipelines.metrics import MetricsSegment
+from pipelines.ray_parts.training import LogToMlflow
 from pipelines.stage import StageRun, Summary
-from pipelines.training import LogToMlflow
 
 # MLflow's own way with SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingError
 from meteor.evaluation.answer import Answerer
-from meteor.report import read_stage_run
+from meteor.runs.mlflow_log import tracking_uri
+from meteor.runs.reading import read_stage_run
 from meteor.tracking import Tracker
 from pipelines import cache_features, evaluate, finetune, pretrain, report
 from pipelines.preparation import prepare
-from pipelines.stage_log import tracking_uri
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 

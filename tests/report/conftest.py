@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from meteor.image.slicing import plan_slices
-from meteor.report import SelectionPanel, StageRun, SubImageScores, VariantResult
+from meteor.report import SelectionPanel, SubImageScores, VariantResult
+from meteor.runs.reading import StageRun
 
 
 @pytest.fixture(scope="session")

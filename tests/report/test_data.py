@@ -9,7 +9,8 @@ from PIL import Image
 from meteor import storage
 from meteor.errors import DataError, NotFoundError
 from meteor.image.slicing import plan_slices
-from meteor.report import SelectionPanel, SubImageScores, read_stage_run
+from meteor.report import SelectionPanel, SubImageScores
+from meteor.runs.reading import read_stage_run
 
 
 def make_run_folder(tmp_path, segments, *, summary=None):

@@ -21,17 +21,9 @@ import torch
 from ceph import ACCESS_KEY, SECRET_KEY
 from proxy import KINDS, fault_proxy, random_faults
 
-from meteor.cache import (
-    CacheIdentity,
-    FeatureCache,
-    ImageFeatures,
-    commit,
-    create_cache,
-    encode_row,
-    get_codec,
-    write_feature_file,
-)
+from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
 from meteor.errors import MeteorError
+from meteor.features import ImageFeatures
 from meteor.storage import client, s3
 
 BUCKET = "runs"

@@ -8,17 +8,8 @@ import pytest
 from ceph import WORKER, WORKER_ACCESS_KEY, WORKER_SECRET_KEY
 
 from meteor import storage
-from meteor.cache import (
-    CacheIdentity,
-    FeatureCache,
-    commit,
-    create_cache,
-    encode_row,
-    get_codec,
-    plan_gc,
-    run_gc,
-    write_feature_file,
-)
+from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
+from meteor.cache.upkeep import plan_gc, run_gc
 from meteor.errors import AlreadyExistsError, StorageError
 
 pytestmark = pytest.mark.s3

@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from meteor import storage
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from meteor.data.features import PixelSettings
 from meteor.errors import CacheMismatchError
+from meteor.image.pixels import PixelSettings
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.trained_projector import load_trained_projector, projector_metadata
 from meteor.text.tokens import TokenisedSample, load_tokenizer

@@ -1,0 +1,119 @@
+"""What a clean-up would do, and what it did, as values and as text."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from meteor.cache.upkeep.compaction import Compaction
+from meteor.formatting import format_bytes
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """A file below the cache's URI that nobody needs, and why."""
+
+    file: str
+    size_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class GcPlan:
+    """What `run_gc` would do.
+
+    Attributes:
+        cache_uri: the cache.
+        older_than_s: nothing younger is touched.
+        now_s: the time of the plan, by the store's clock.
+        latest: the latest version.
+        kept_versions: numbers, and why each is kept.
+        deletions: in the order in which they are carried out.
+        compactions: data files whose living rows move to a new file; a later run deletes the old one.
+        leftovers: URIs of unfinished writes.
+        num_files, num_bytes: everything that lies below the cache's URI.
+    """
+
+    cache_uri: str
+    older_than_s: float
+    now_s: float
+    latest: int
+    kept_versions: tuple[tuple[int, str], ...]
+    deletions: tuple[Deletion, ...]
+    compactions: tuple[Compaction, ...]
+    leftovers: tuple[str, ...]
+    num_files: int
+    num_bytes: int
+
+    @property
+    def deleted_bytes(self) -> int:
+        """Bytes that the deletions free."""
+        return sum(deletion.size_bytes for deletion in self.deletions)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.deletions or self.compactions or self.leftovers)
+
+    def by_reason(self) -> dict[str, tuple[int, int]]:
+        """Number and bytes of the files to be deleted, by folder and reason."""
+        found: dict[str, tuple[int, int]] = {}
+        for deletion in self.deletions:
+            name = f"{deletion.file.partition('/')[0]}: {deletion.reason}"
+            num_files, num_bytes = found.get(name, (0, 0))
+            found[name] = (num_files + 1, num_bytes + deletion.size_bytes)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return {"deleted_bytes": self.deleted_bytes, **asdict(self)}
+
+    def to_text(self) -> str:
+        """For people."""
+        lines = [f"{self.cache_uri}: {self.num_files:,} files, {format_bytes(self.num_bytes)}"]
+        lines += [f"  keep version {version}: {reason}" for version, reason in self.kept_versions]
+        lines += [
+            f"  delete {num_files:,} in {name}, {format_bytes(num_bytes)}"
+            for name, (num_files, num_bytes) in self.by_reason().items()
+        ]
+        if self.compactions:
+            lines.append(
+                f"  write {len(self.compactions):,} data files again without their dead rows, "
+                f"{format_bytes(sum(compaction.dead_bytes for compaction in self.compactions))}"
+            )
+        if self.leftovers:
+            lines.append(f"  delete {len(self.leftovers):,} unfinished writes")
+        lines.append(f"  nothing younger than {self.older_than_s / 3600:g} hours is touched")
+        if self.is_empty:
+            lines.append("  nothing to do")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """What `run_gc` did.
+
+    Attributes:
+        num_deleted, deleted_bytes: files that went.
+        num_compacted: data files whose living rows moved.
+        num_leftovers: unfinished writes that went.
+        version: the latest version; a new one if rows moved.
+        notes: what the plan said and could not be done, and why.
+    """
+
+    num_deleted: int
+    deleted_bytes: int
+    num_compacted: int
+    num_leftovers: int
+    version: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """For people."""
+        done = f"deleted {self.num_deleted:,} files, {format_bytes(self.deleted_bytes)}"
+        done += f", and {self.num_leftovers:,} unfinished writes" if self.num_leftovers else ""
+        if self.num_compacted:
+            done += f"; wrote {self.num_compacted:,} data files again for version {self.version}, a later gc deletes the old"
+        return "\n".join([done, *self.notes])

@@ -1,0 +1,136 @@
+"""Checks annotation files and their pictures before hours are spent on them (`meteor data check`)."""
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from meteor.data.pictures import Picture, inspect_picture
+from meteor.data.samples import Sample, SampleProblem
+from meteor.data.sources import find_source
+from meteor.errors import TokenisationError
+from meteor.image.pixels import PixelSettings
+from meteor.image.slicing import SlicePlan
+from meteor.planning.data_report import DataReport, SetReport, SourceReport
+
+# Pictures handed to the threads at a time: a future for each of 400,000 would take half a gigabyte.
+_PICTURES_AT_A_TIME = 4096
+
+TokenCounter = Callable[[Sample, Sequence[SlicePlan]], int]
+
+
+@dataclass(frozen=True)
+class CheckedSet:
+    """An annotation file as a stage would use it.
+
+    Attributes:
+        samples, problems: what ``load_samples`` gave for it.
+        max_length: tokens of a sample above which its text is cut.
+        count_tokens: (sample, the slices of its pictures in order) -> tokens, those of its pictures included.
+    """
+
+    samples: Sequence[Sample]
+    problems: Sequence[SampleProblem]
+    max_length: int
+    count_tokens: TokenCounter
+
+
+def check_data(
+    sets: Mapping[str, CheckedSet],
+    *,
+    roots: Mapping[str, str],
+    pixels: PixelSettings,
+    full: bool = False,
+    num_threads: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DataReport:
+    """Look at every sample and, once each, at every picture.
+
+    Args:
+        sets: name -> samples and the limits of their stage.
+        roots: prefix of an image name -> folder or s3:// URI.
+        pixels: slicing, and which pictures are refused.
+        full: read and decode whole pictures, which finds truncated ones and duplicates; by default headers alone.
+        num_threads: pictures read at the same time.
+        on_progress: called with (pictures done, pictures in all).
+
+    Returns:
+        The report; nothing that is wrong with samples or pictures raises.
+    """
+    names = list(dict.fromkeys(name for one in sets.values() for sample in one.samples for name in sample.images))
+    pictures: dict[str, Picture] = {}
+    with warnings.catch_warnings():
+        # Pillow warns of what it repairs or skips, for each picture; what counts comes out as a reason.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        for picture in _inspect(names, roots, pixels, full, num_threads):
+            pictures[picture.name] = picture
+            if on_progress is not None:
+                on_progress(len(pictures), len(names))
+    reports = tuple(_check_set(name, one, pictures) for name, one in sets.items())
+    return DataReport(reports, _duplicates(pictures.values()) if full else None)
+
+
+def _inspect(
+    names: Sequence[str], roots: Mapping[str, str], pixels: PixelSettings, full: bool, num_threads: int
+) -> Iterator[Picture]:
+    with ThreadPoolExecutor(num_threads) as pool:
+        for start in range(0, len(names), _PICTURES_AT_A_TIME):
+            some = names[start : start + _PICTURES_AT_A_TIME]
+            yield from pool.map(lambda name: inspect_picture(name, roots, pixels, full=full), some)
+
+
+def _check_set(name: str, checked: CheckedSet, pictures: Mapping[str, Picture]) -> SetReport:
+    samples, problems, max_length = checked.samples, checked.problems, checked.max_length
+    token_counts: dict[str, int] = {}
+    found = list(problems)
+    num_without_pictures = 0
+    for sample in samples:
+        plans = [plan for image in sample.images if (plan := pictures[image].plan) is not None]
+        if len(plans) < len(sample.images):
+            num_without_pictures += 1
+            continue
+        try:
+            token_counts[sample.id] = checked.count_tokens(sample, plans)
+        except TokenisationError as error:
+            found.append(SampleProblem(sample.id, "tokenisation", str(error)))
+    own = [pictures[image] for image in dict.fromkeys(image for sample in samples for image in sample.images)]
+    return SetReport(
+        name=name,
+        num_samples=len(samples) + len(problems),
+        num_text_only=sum(not sample.images for sample in samples),
+        num_without_pictures=num_without_pictures,
+        problems=tuple(found),
+        sources=_by_source(own),
+        max_length=max_length,
+        over_long=tuple(sample_id for sample_id, count in token_counts.items() if count > max_length),
+        sub_images=dict(sorted(Counter(p.plan.num_sub_images for p in own if p.plan is not None).items())),
+        tokens=dict(sorted(Counter(_bucket(count) for count in token_counts.values()).items())),
+    )
+
+
+def _by_source(pictures: Sequence[Picture]) -> tuple[SourceReport, ...]:
+    groups: dict[str, list[Picture]] = defaultdict(list)
+    for picture in pictures:
+        groups[find_source(picture.name).name].append(picture)
+    return tuple(
+        SourceReport(
+            source=find_source(group[0].name),
+            num_pictures=len(group),
+            bad=tuple(picture for picture in group if picture.reason),
+        )
+        for _, group in sorted(groups.items())
+    )
+
+
+def _bucket(num_tokens: int) -> int:
+    """The smallest power of two that is not below the number."""
+    return 1 << max(num_tokens - 1, 0).bit_length()
+
+
+def _duplicates(pictures: Iterable[Picture]) -> tuple[tuple[str, ...], ...]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for picture in pictures:
+        if picture.sha256:
+            groups[picture.sha256].append(picture.name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)

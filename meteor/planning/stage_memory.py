@@ -1,0 +1,280 @@
+"""Memory of a stage before it starts: whether it fits the GPUs, and which settings would."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from meteor.config import RunSettings, StageSettings
+from meteor.data.table import SampleTable
+from meteor.errors import SettingsError
+from meteor.formatting import format_bytes, format_share, format_value
+from meteor.model.attention import choose_attention
+from meteor.planning.activations import count_layer_bytes
+from meteor.planning.memory import OVERHEAD_BYTES, MemoryPlan, Setup, plan_memory
+from meteor.planning.sizes import BatchSizes, ModelSizes, find_model_sizes
+from meteor.stages import TrainingStage
+from meteor.train.build import DTYPES, read_llm_config
+from meteor.train.lora import add_lora
+from meteor.vision.encoder import read_vision_config
+from pipelines.preparation import stage_settings
+from pipelines.recipe import make_lora
+
+_LOG = logging.getLogger(__name__)
+# Above this share of a GPU's memory a plan is called tight: it is arithmetic, and allocators leave gaps.
+_TIGHT = 0.9
+_MAX_WORKERS = 64
+
+
+def check_memory(settings: RunSettings, stage: TrainingStage, table: SampleTable) -> None:
+    """Before workers start.
+
+    Raises:
+        SettingsError: the stage will not fit; says what would.
+    """
+    memory = StageMemory.of(settings, stage, Needs.of(table))
+    if not memory.fits:
+        raise SettingsError(memory.problem())
+    if memory.is_tight:
+        _LOG.warning("%s: the plan takes %s of a GPU's memory; %s", stage, format_share(memory.share), memory.advice())
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What samples ask of memory, for each token of a row.
+
+    Attributes:
+        sub_images: at most.
+        answer_tokens: at most.
+    """
+
+    sub_images: float
+    answer_tokens: float
+
+    @classmethod
+    def of(cls, table: SampleTable) -> "Needs":
+        """The densest samples of a table: a micro batch may hold nothing else."""
+        sub_images = table.num_sub_images
+        return cls(
+            max(count / length for count, length in zip(sub_images, table.lengths, strict=True)),
+            max(table.num_answer_tokens(i) / length for i, length in enumerate(table.lengths)),
+        )
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A stage's memory plan beside what a GPU has.
+
+    Attributes:
+        plan: bytes by part.
+        on_gpu: whether workers have GPUs.
+        gpu_bytes: what a GPU has; None where nobody knows.
+        remedies: overrides that make it fit, the mildest first; empty where it fits or nothing helps.
+        keep_checkpoints: how many stay.
+    """
+
+    plan: MemoryPlan
+    on_gpu: bool
+    gpu_bytes: float | None
+    remedies: tuple[str, ...]
+    keep_checkpoints: int
+
+    @classmethod
+    def of(cls, settings: RunSettings, stage: TrainingStage, needs: Needs) -> "StageMemory":
+        planner, gpu_bytes = _Planner.of(settings, stage, needs), _gpu_bytes(settings)
+        plan = planner.plan(settings)
+        remedies: tuple[str, ...] = ()
+        if gpu_bytes is not None and plan.gpu_total > _TIGHT * gpu_bytes:
+            remedies = planner.remedies(settings, gpu_bytes)
+        on_gpu, keep = settings.runtime.gpus_per_worker > 0, stage_settings(settings, stage).keep_checkpoints
+        return cls(plan, on_gpu, gpu_bytes, remedies, keep)
+
+    @property
+    def share(self) -> float:
+        return self.plan.gpu_total / self.gpu_bytes if self.gpu_bytes else 0.0
+
+    @property
+    def fits(self) -> bool:
+        return self.share <= 1
+
+    @property
+    def is_tight(self) -> bool:
+        return self.share > _TIGHT
+
+    def advice(self) -> str:
+        if not self.remedies:
+            return (
+                "nothing tried here makes it fit: take GPUs with more memory, a smaller language model, or in stage 2 adapters "
+                "(finetune.lora={})"
+            )
+        return f"this would fit: {' '.join(self.remedies)}"
+
+    def problem(self) -> str:
+        assert self.gpu_bytes is not None
+        return (
+            f"it will not fit: a GPU needs {format_bytes(self.plan.gpu_total)} and has {format_bytes(int(self.gpu_bytes))}; "
+            f"{self.advice()}"
+        )
+
+    def to_lines(self) -> list[str]:
+        """Aligned with the rest of the plan."""
+        total = format_bytes(self.plan.gpu_total)
+        if not self.on_gpu:
+            verdict = "on the CPU"
+        elif self.gpu_bytes is None:
+            verdict = "with nothing to compare it with: set runtime.gpu_memory_gb"
+        else:
+            word = "too much" if not self.fits else "tight" if self.is_tight else "fits"
+            verdict = f"of {format_bytes(int(self.gpu_bytes))}, {word}"
+        parts = [f"    {name:<28} {format_bytes(size):>8}" for name, size in self.plan.gpu.items()]
+        host = [f"    {name:<28} {format_bytes(size):>8}" for name, size in self.plan.host.items()]
+        checkpoints = self.keep_checkpoints * self.plan.checkpoint
+        return [
+            f"  memory of a {'GPU   ' if self.on_gpu else 'worker'} {total} at the peak, {verdict}",
+            *parts,
+            *([f"  memory of a host   {format_bytes(self.plan.host_total)} for each worker", *host] if host else []),
+            f"  a checkpoint       {format_bytes(self.plan.checkpoint)}; the {self.keep_checkpoints} kept take "
+            f"{format_bytes(checkpoints)}",
+            *([f"  tight              {self.advice()}"] if self.fits and self.is_tight else []),
+        ]
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Plans of one model under different settings.
+
+    Attributes:
+        stage: which.
+        needs: of its samples.
+        llm: the language model's configuration.
+        model: sizes, which no setting that is tried changes.
+        adapt: puts adapters beside its layers, where the stage has them.
+    """
+
+    stage: TrainingStage
+    needs: Needs
+    llm: PretrainedConfig
+    model: ModelSizes
+    adapt: Callable[[Any], None]
+
+    @classmethod
+    def of(cls, settings: RunSettings, stage: TrainingStage, needs: Needs) -> "_Planner":
+        llm, lora = read_llm_config(settings.llm.path), make_lora(stage_settings(settings, stage))
+
+        def adapt(language_model: Any) -> None:
+            if lora is not None:
+                add_lora(language_model, lora)
+
+        model = find_model_sizes(
+            llm,
+            read_vision_config(settings.vision.path),
+            {"name": settings.projector.name, **settings.projector.settings},
+            stage,
+            dtype=DTYPES[settings.llm.dtype],
+            live=stage_settings(settings, stage).features == "live",
+            adapt=adapt,
+        )
+        return cls(stage, needs, llm, model, adapt)
+
+    def plan(self, settings: RunSettings) -> MemoryPlan:
+        options, llm = stage_settings(settings, self.stage), settings.llm
+        dtype, num_tokens = DTYPES[llm.dtype], options.micro_batch_size * options.max_length
+        # As on the GPU that this is for.
+        device = torch.device("cuda" if settings.runtime.gpus_per_worker else "cpu")
+        layers = count_layer_bytes(
+            self.llm,
+            dtype=dtype,
+            rows=options.micro_batch_size,
+            length=options.max_length,
+            attention=choose_attention(llm.attention, device, dtype),
+            trained=self.stage == "finetune",
+            adapt=self.adapt,
+        )
+        batch = BatchSizes(
+            layers,
+            num_sub_images=math.ceil(self.needs.sub_images * num_tokens),
+            num_answer_tokens=math.ceil(self.needs.answer_tokens * num_tokens),
+        )
+        setup = Setup(
+            num_workers=settings.runtime.num_workers,
+            zero_stage=options.zero_stage,
+            element_bytes=dtype.itemsize,
+            checkpointing=llm.gradient_checkpointing,
+            overhead_bytes=OVERHEAD_BYTES if settings.runtime.gpus_per_worker else 0,
+            **_offloads(options),
+        )
+        return plan_memory(self.model, batch, setup)
+
+    def remedies(self, settings: RunSettings, gpu_bytes: float) -> tuple[str, ...]:
+        """Changes one after the other, those that cost least speed first, until it is no longer tight; then without those that
+        it can do without."""
+        changes: dict[str, Any] = {}
+        for name, value in _changes(settings, self.stage):
+            changes[name] = value
+            if self._fits(settings, changes, gpu_bytes):
+                break
+        else:
+            return ()
+        for name in list(changes):
+            without = {one: value for one, value in changes.items() if one != name}
+            if self._fits(settings, without, gpu_bytes):
+                changes = without
+        return tuple(f"{name}={format_value(value)}" for name, value in changes.items())
+
+    def _fits(self, settings: RunSettings, changes: dict[str, Any], gpu_bytes: float) -> bool:
+        changed = _override(settings, changes)
+        options = stage_settings(changed, self.stage)
+        offloads = _offloads(options)
+        if (any(offloads.values()) and options.zero_stage == 0) or (
+            offloads["offload_param"] and options.zero_stage != 3
+        ):
+            return False
+        return self.plan(changed).gpu_total <= _TIGHT * gpu_bytes
+
+
+def _gpu_bytes(settings: RunSettings) -> float | None:
+    runtime = settings.runtime
+    if not runtime.gpus_per_worker:
+        return None
+    if runtime.gpu_memory_gb is not None:
+        return runtime.gpu_memory_gb * 1e9
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return None
+
+
+def _override(settings: RunSettings, changes: dict[str, Any]) -> RunSettings:
+    content = settings.model_dump()
+    for dotted, value in changes.items():
+        part, name = dotted.split(".")
+        content[part][name] = value
+    return RunSettings.model_validate(content)
+
+
+def _offloads(options: StageSettings) -> dict[str, bool]:
+    zero = options.deepspeed.get("zero_optimization", {})
+    return {name: zero.get(name, {}).get("device") == "cpu" for name in ("offload_optimizer", "offload_param")}
+
+
+def _changes(settings: RunSettings, stage: TrainingStage) -> Iterator[tuple[str, Any]]:
+    options = stage_settings(settings, stage)
+    if not settings.llm.gradient_checkpointing:
+        yield "llm.gradient_checkpointing", True
+    size = options.micro_batch_size
+    while size > 1:
+        size //= 2
+        yield f"{stage}.micro_batch_size", size
+    for zero_stage in range(max(options.zero_stage + 1, 2), 4):
+        yield f"{stage}.zero_stage", zero_stage
+    zero = options.deepspeed.get("zero_optimization", {})
+    for name in ("offload_optimizer", "offload_param"):
+        zero = {**zero, name: {"device": "cpu"}}
+        yield f"{stage}.deepspeed", {**options.deepspeed, "zero_optimization": zero}
+    num_workers = settings.runtime.num_workers
+    while num_workers < _MAX_WORKERS:
+        num_workers *= 2
+        yield "runtime.num_workers", num_workers

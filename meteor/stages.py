@@ -1,0 +1,9 @@
+"""Names of the stages, in the order in which a run goes through them."""
+
+from typing import Literal, get_args
+
+Stage = Literal["cache_features", "pretrain", "finetune", "evaluate"]
+TrainingStage = Literal["pretrain", "finetune"]
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
+TRAINING_STAGES: tuple[TrainingStage, ...] = get_args(TrainingStage)

@@ -1,0 +1,65 @@
+"""Encode sliced images: all sub-images of several images in one pass, then one `ImageFeatures` for each image."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from meteor.errors import BadImageError
+from meteor.features import ImageFeatures
+from meteor.image.pixels import SlicedImage
+from meteor.image.transform import normalise_batch
+from meteor.vision.encoder import FrozenClip, SubImageFeatures
+
+
+def encode_sliced(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[ImageFeatures]:
+    """Encode several pictures together, whatever their patch grids; the result is on the CPU.
+
+    Raises:
+        BadImageError: the encoder's output is not finite for one of them; see `encode_each`.
+    """
+    results = []
+    for image in encode_each(images, encoder):
+        if isinstance(image, BadImageError):
+            raise image
+        features, attention = ([one.cpu() for one in parts] for parts in (image.features, image.cls_attention))
+        results.append(replace(image, features=features, cls_attention=attention, cls=image.cls.cpu()))
+    return results
+
+
+def load_pixels(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[torch.Tensor]:
+    """All sub-images of the pictures in order, normalised on the encoder's device; see `normalise_batch`."""
+    sub_images = [sub_image for image in images for sub_image in image.sub_images]
+    return normalise_batch(sub_images, encoder.mean, encoder.std, device=encoder.device, dtype=encoder.dtype)
+
+
+def encode_each(
+    images: Sequence[SlicedImage], encoder: FrozenClip, pixels: Sequence[torch.Tensor] | None = None
+) -> list[ImageFeatures | BadImageError]:
+    """Encode several pictures together; a picture whose features are not finite becomes its error, among good neighbours.
+
+    The features stay on the encoder's device. ``pixels`` is what `load_pixels` gives, for who wants to call it earlier.
+    """
+    encoded = iter(encoder.encode(load_pixels(images, encoder) if pixels is None else pixels, raise_bad=False))
+    return [_join(image, [next(encoded) for _ in image.sub_images], encoder.attention_layers) for image in images]
+
+
+def _join(
+    image: SlicedImage, parts: Sequence[SubImageFeatures], attention_layers: tuple[int, ...]
+) -> ImageFeatures | BadImageError:
+    if num_bad := sum(not part.finite for part in parts):
+        return BadImageError(
+            "non_finite_features",
+            f"the encoder produced values that are not finite in {num_bad} of {len(parts)} sub-images of {image.image_key}",
+        )
+    return ImageFeatures(
+        image_key=image.image_key,
+        width=image.width,
+        height=image.height,
+        grid=image.plan.grid,
+        patch_grids=image.plan.patch_grids,
+        attention_layers=attention_layers,
+        features=[part.features for part in parts],
+        cls_attention=[part.cls_attention for part in parts],
+        cls=torch.stack([part.cls for part in parts]).float(),
+    )

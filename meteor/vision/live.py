@@ -1,0 +1,45 @@
+"""Features without a cache: the frozen encoder runs whenever an image is asked for."""
+
+import hashlib
+from collections.abc import Generator, Iterable, Mapping
+
+from meteor import storage
+from meteor.errors import BadImageError, DataError, NotFoundError
+from meteor.features import ImageFeatures
+from meteor.image.pixels import PixelSettings, slice_bytes
+from meteor.vision.encode_images import encode_sliced
+from meteor.vision.encoder import FrozenClip
+
+
+class LiveFeatures:
+    """Encodes a picture whenever it is asked for: the control in benchmarks, and the way without space for a cache.
+
+    Args:
+        encoder: the frozen tower.
+        uris: image key -> where the picture's file is.
+        settings: slicing and limits.
+    """
+
+    def __init__(self, encoder: FrozenClip, uris: Mapping[str, str], settings: PixelSettings) -> None:
+        self.encoder, self.uris, self.settings = encoder, uris, settings
+
+    def get(self, image_key: str) -> ImageFeatures:
+        """Read, slice, encode.
+
+        Raises:
+            DataError: the picture is gone or has changed since it was indexed.
+        """
+        uri = self.uris[image_key]
+        try:
+            data = storage.read_bytes(uri)
+            if hashlib.sha256(data).hexdigest() != image_key:
+                raise DataError(f"{uri} has changed since it was indexed as {image_key}: run cache_features again")
+            return encode_sliced([slice_bytes(data, image_key, self.settings)], self.encoder)[0]
+        except (BadImageError, NotFoundError) as error:
+            raise DataError(f"{uri} was readable when it was indexed and is not now ({error})") from error
+
+    def prefetch(
+        self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
+    ) -> Generator[ImageFeatures, None, None]:
+        """One after the other, whatever the limits of reading ahead: there is one encoder."""
+        yield from map(self.get, keys)

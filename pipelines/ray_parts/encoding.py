@@ -1,0 +1,103 @@
+"""Second pass of cache_features: slice on CPUs, encode and write in actors, as a stream; published while it runs."""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+
+from meteor.assembly import pixel_settings
+from meteor.cache import IndexRow, QuarantineRow, commit, record_quarantine
+from meteor.config import RunSettings
+from pipelines.ray_parts.encoder import Encoder, slice_batch
+from pipelines.ray_parts.live_metrics import LiveMetrics
+from pipelines.ray_parts.meter import EncodingMeter
+from pipelines.ray_parts.runtime import progress, worker_environment
+
+_LOG = logging.getLogger(__name__)
+# Batches are repeated when their actor dies, which Ray would do for ever with one that kills it each time. When a whole node
+# goes, Ray tries after 0.1 s, then twice as long each time up to 5 s, and knows only after some 20 s that the node is gone: 15
+# tries cover about a minute.
+_MAX_TASK_RETRIES = 15
+
+
+def encode_missing(
+    settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow], live: LiveMetrics
+) -> EncodingMeter:
+    """Encode pictures into the cache and commit them, now and then and at the end, also when the pass fails.
+
+    Args:
+        settings: of the run.
+        cache_uri: a cache that exists.
+        missing: the pictures by image key.
+        live: counts what is done while it is done.
+
+    Returns:
+        What was done, and how fast.
+    """
+    meter = EncodingMeter(settings.runtime.num_encoders)
+    bad: list[QuarantineRow] = []
+    committed_at = time.monotonic()
+    try:
+        with progress("pictures encoded:", len(missing), lambda: meter.num_pictures, detail=meter.detail):
+            for outcomes in _stream(settings, cache_uri, missing):
+                meter.add(outcomes)
+                live.encoded(outcomes)
+                bad += [_quarantine_row(row, missing[row["image_key"]]) for row in outcomes if row["reason"]]
+                if time.monotonic() - committed_at >= settings.cache.commit_every_s:
+                    _publish(cache_uri, bad)
+                    committed_at = time.monotonic()
+    finally:
+        _publish(cache_uri, bad)
+    return meter
+
+
+def _stream(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow]) -> Iterator[list[dict[str, Any]]]:
+    """What became of the pictures, batch by batch (`OUTCOME_SCHEMA`)."""
+    items = [{"image_key": key, "uri": missing[key].uri} for key in sorted(missing)]
+    # A block becomes a batch of the encoder and then a feature file; Ray cuts it where its pixels pass 128 MB.
+    num_blocks = -(-len(items) // settings.cache.rows_per_file)
+    sliced = ray.data.from_items(items, override_num_blocks=num_blocks).map_batches(
+        slice_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"pixels": pixel_settings(settings)}
+    )
+    outcomes = encoded(settings, cache_uri, sliced)
+    for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield batch.to_pylist()
+
+
+def encoded(settings: RunSettings, cache_uri: str, sliced: Dataset) -> Dataset:
+    """What becomes of sliced pictures in the encoder actors."""
+    runtime = settings.runtime
+    with warnings.catch_warnings():
+        # Ray Data has no other way to limit the retries, and announces that it will not have this one for ever.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        return sliced.map_batches(
+            Encoder,
+            fn_constructor_kwargs={"settings": settings, "cache_uri": cache_uri},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=runtime.cpus_per_encoder,
+            num_gpus=runtime.gpus_per_encoder or None,
+            compute=ActorPoolStrategy(
+                size=runtime.num_encoders,
+                max_concurrent_calls_per_actor=runtime.batches_per_encoder,
+                # One more waits sliced, so that the device never waits for a task to be sent.
+                max_tasks_in_flight_per_actor=runtime.batches_per_encoder + 1,
+                enable_true_multi_threading=True,
+            ),
+            runtime_env={"env_vars": worker_environment(runtime.gpus_per_encoder)},
+            max_task_retries=_MAX_TASK_RETRIES,
+        )
+
+
+def _publish(cache_uri: str, bad: list[QuarantineRow]) -> None:
+    record_quarantine(cache_uri, bad)
+    bad.clear()
+    commit(cache_uri)
+
+
+def _quarantine_row(outcome: Mapping[str, Any], row: IndexRow) -> QuarantineRow:
+    return QuarantineRow(row.image_key, row.name, outcome["reason"], outcome["message"], row.uri, row.size_bytes)

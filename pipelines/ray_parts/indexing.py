@@ -1,0 +1,150 @@
+"""First pass of cache_features: every picture file is read, hashed and decoded once, and the dataset index published."""
+
+import hashlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from meteor import storage
+from meteor.assembly import image_roots, index_uri
+from meteor.cache import DatasetIndex, IndexRow
+from meteor.config import RunSettings
+from meteor.data.roots import resolve_image
+from meteor.errors import BadImageError, ImagePathError, NotFoundError
+from meteor.image.decode import decode_image
+from pipelines.inputs import SampleSet, names_of_images
+from pipelines.ray_parts.runtime import num_blocks, progress
+
+_LOG = logging.getLogger(__name__)
+_OUTSIDE = "outside:"
+# Fewer names than this in a folder of an object store are asked for one by one: the folder may hold millions of others.
+_LIST_FROM = 32
+_NUM_STAT_THREADS = 32
+
+
+def update_index(settings: RunSettings, sets: list[SampleSet]) -> tuple[DatasetIndex, int]:
+    """Publish the index of all pictures; only new and changed files are read, and what was read is published now and then.
+
+    Returns:
+        The index, and how many files were read.
+    """
+    places = _places(settings, sets)
+    latest = DatasetIndex.latest(index_uri(settings))
+    found = stat_all(set(places.values()))
+    rows: list[IndexRow] = []
+    # A file with several names is read once.
+    to_read: dict[str, list[str]] = defaultdict(list)
+    for name, uri in places.items():
+        info = found.get(uri)
+        if info is None:
+            rows.append(IndexRow(name, uri, 0, "", "", 0, 0, "bad", _reason(uri)))
+        elif unchanged := latest.unchanged(info) if latest else None:
+            rows.append(replace(unchanged, name=name))
+        else:
+            to_read[uri].append(name)
+    _LOG.info("%d pictures, %d of them new or changed since the last index", len(places), len(to_read))
+    published_at = time.monotonic()
+    for row in read_pictures(
+        [{"name": names[0], "uri": uri} for uri, names in to_read.items()], settings.data.max_pixels
+    ):
+        rows += [replace(row, name=name) for name in to_read[row.uri]]
+        if time.monotonic() - published_at >= settings.cache.commit_every_s:
+            DatasetIndex.publish(index_uri(settings), rows)
+            published_at = time.monotonic()
+    return DatasetIndex.publish(index_uri(settings), rows), len(to_read)
+
+
+def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
+    """Size and etag of the files that exist; on an object store a listing tells a thousand of them in one request."""
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for uri in uris:
+        if _is_place(uri):
+            by_folder[uri.rpartition("/")[0]].append(uri)
+    listed: set[str] = set()
+    for folder in sorted(by_folder):
+        # A listing goes down into the folders below, which come later in this order.
+        if folder.startswith("s3://") and len(by_folder[folder]) >= _LIST_FROM and not _is_below(folder, listed):
+            listed.add(folder)
+    wanted = {uri for folder in by_folder if _is_below(folder, listed) for uri in by_folder[folder]}
+    single = [uri for folder in by_folder if not _is_below(folder, listed) for uri in by_folder[folder]]
+    found: dict[str, storage.ObjectInfo] = {}
+    num_done = 0
+    with (
+        ThreadPoolExecutor(_NUM_STAT_THREADS) as pool,
+        progress("pictures looked up:", len(wanted) + len(single), lambda: num_done),
+    ):
+        for infos in pool.map(storage.list_objects, sorted(listed)):
+            new = {info.uri: info for info in infos if info.uri in wanted}
+            found |= new
+            num_done += len(new)
+        for uri, info in zip(single, pool.map(_stat_if_there, single), strict=True):
+            num_done += 1
+            if info:
+                found[uri] = info
+    return found
+
+
+def _is_below(folder: str, listed: set[str]) -> bool:
+    """Whether the folder or one above it is among those."""
+    while folder and folder not in listed:
+        folder = folder.rpartition("/")[0]
+    return bool(folder)
+
+
+def read_pictures(places: list[dict[str, str]], max_pixels: int) -> Iterator[IndexRow]:
+    """Read, hash and decode pictures on all CPUs of the cluster."""
+    if not places:
+        return
+    dataset = ray.data.from_items(places, override_num_blocks=num_blocks(len(places), 16)).map(
+        _read_picture, fn_kwargs={"max_pixels": max_pixels}
+    )
+    num_done = 0
+    with progress("pictures indexed:", len(places), lambda: num_done):
+        for row in dataset.iter_rows():
+            num_done += 1
+            yield IndexRow(**row)
+
+
+def _stat_if_there(uri: str) -> storage.ObjectInfo | None:
+    try:
+        return storage.stat(uri)
+    except NotFoundError:
+        return None
+
+
+def _is_place(uri: str) -> bool:
+    return not uri.startswith(_OUTSIDE)
+
+
+def _reason(uri: str) -> str:
+    return "missing" if _is_place(uri) else "outside_roots"
+
+
+def _read_picture(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
+    info = storage.stat(row["uri"])
+    data = storage.read_bytes(row["uri"])
+    fields = {"name": row["name"], "uri": row["uri"], "size_bytes": info.size_bytes, "etag": info.etag}
+    fields["image_key"] = hashlib.sha256(data).hexdigest()
+    try:
+        image = decode_image(data, max_pixels=max_pixels)
+    except BadImageError as error:
+        return {**fields, "width": 0, "height": 0, "status": "bad", "reason": error.reason}
+    return {**fields, "width": image.width, "height": image.height, "status": "ok", "reason": ""}
+
+
+def _places(settings: RunSettings, sets: list[SampleSet]) -> dict[str, str]:
+    """Image name -> URI; a name that leaves its root keeps a marked place, and is never opened."""
+    places: dict[str, str] = {}
+    roots = image_roots(settings)
+    for name in sorted(names_of_images(sets)):
+        try:
+            places[name] = resolve_image(name, roots)
+        except ImagePathError:
+            places[name] = f"{_OUTSIDE}{name}"
+    return places

@@ -1,0 +1,190 @@
+"""Stages 1 and 2 on the driver: pin the data, plan the samples, run the workers, record what came out."""
+
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+
+from meteor import storage
+from meteor.assembly import cache_uri
+from meteor.checkpoint.format import Checkpoint, best_checkpoint
+from meteor.config import RunSettings, mathematical_settings
+from meteor.data.table import TablePlan
+from meteor.errors import TrainingError
+from meteor.planning.stage_memory import check_memory
+from meteor.planning.steps import num_steps
+from meteor.runs.metrics import read_last
+from meteor.runs.mlflow_log import StageLog
+from meteor.runs.reading import read_stage_run
+from meteor.stages import TrainingStage
+from meteor.text.tokens import load_tokenizer, visual_separators
+from pipelines.inputs import uris_by_key
+from pipelines.preparation import Prepared, hold_pin, plan_held_out, plan_samples, prepare, stage_settings
+from pipelines.ray_parts.runtime import progress, worker_environment
+from pipelines.ray_parts.worker import WorkerTask, train_worker
+from pipelines.stage import Summary, canonical, timed
+
+_LOG = logging.getLogger(__name__)
+
+
+def run_stage(settings: RunSettings, stage: TrainingStage) -> Summary:
+    """Train a stage, or resume it, or say that it is finished.
+
+    Raises:
+        SettingsError: it will not fit into the GPUs' memory.
+        TrainingError: the workers failed more often than ``runtime.max_failures``.
+    """
+    with timed() as seconds:
+        prepared = prepare(settings, stage)
+        finished = prepared.run.finished()
+        if finished:
+            return prepared.run.reuse(finished)
+        cache = hold_pin(settings, prepared)
+        plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared)
+        check_memory(settings, stage, plan.table)
+        run = prepared.run
+        plan.table.write(storage.join(run.uri, "samples.parquet"))
+        if held_out is not None:
+            held_out.table.write(storage.join(run.uri, "held_out.parquet"))
+        storage.write_json(storage.join(run.uri, "excluded.json"), [vars(one) for one in plan.excluded])
+        task = _task(settings, stage, prepared, has_held_out=held_out is not None)
+        run.start(pin=vars(prepared.pin), parent=prepared.parent, cache=task.cache_uri, cache_key=prepared.identity.key)
+        params = {stage: mathematical_settings(stage_settings(settings, stage)), **_shared_params(settings)}
+        with run.tracked(canonical(params)) as log:
+            log.cache(cache, context="training")
+            for one in prepared.samples:
+                log.dataset(name=one.name, digest=one.digest, source=one.uri, context="samples")
+            steps = num_steps(stage_settings(settings, stage), plan.table)
+            _LOG.info("[%s] %s: %d samples, %d steps, run %s", settings.name, stage, len(plan.table), steps, run.uri)
+            _run_workers(settings, task, log, steps)
+            summary = _summary(task, plan, steps, seconds())
+            log.tag("meteor.result", task.result_uri)
+        return run.finish(summary)
+
+
+def _shared_params(settings: RunSettings) -> dict[str, Any]:
+    names = ("slicing", "vision", "projector", "llm", "cache")
+    return {name: mathematical_settings(getattr(settings, name)) for name in names}
+
+
+def _task(settings: RunSettings, stage: TrainingStage, prepared: Prepared, *, has_held_out: bool) -> WorkerTask:
+    tokenizer = load_tokenizer(settings.llm.path)
+    live = stage_settings(settings, stage).features == "live"
+    return WorkerTask(
+        settings=settings,
+        stage=stage,
+        run_uri=prepared.run.uri,
+        index_digest=prepared.pin.index_digest,
+        cache_uri=cache_uri(settings, prepared.identity),
+        cache_version=prepared.pin.cache_version,
+        cache_identity=prepared.identity.to_dict(),
+        separators=visual_separators(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        projector_uri=prepared.parent["uri"] if prepared.parent else None,
+        image_uris=uris_by_key(prepared.index.rows()) if live else {},
+        has_held_out=has_held_out,
+    )
+
+
+def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_steps: int) -> None:
+    runtime = settings.runtime
+    attempts = storage.list_objects(storage.join(task.run_uri, "attempts"))
+    # Ray Train returns at once for a name that it knows as finished or failed: every start gets a name of its own.
+    name = f"{task.stage}-{task.run_uri[-12:]}-{len(attempts)}"
+    storage.write_json(storage.join(task.run_uri, "attempts", f"{len(attempts):04d}.json"), {"name": name})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=runtime.num_workers,
+            use_gpu=runtime.gpus_per_worker > 0,
+            resources_per_worker=_resources(runtime.cpus_per_worker, runtime.gpus_per_worker),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.join(settings.output, "ray_train"),
+            failure_config=FailureConfig(max_failures=runtime.max_failures),
+            callbacks=[LogToMlflow(log)],
+            worker_runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
+        ),
+    )
+    last: dict[str, Any] = {}
+
+    def steps_done() -> int:
+        last.update(read_last(task.run_uri) or {})
+        return int(last.get("step", 0))
+
+    def detail() -> str:
+        epochs = stage_settings(settings, task.stage).epochs
+        return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
+
+    with progress(f"[{settings.name}] {task.stage}: step", num_steps, steps_done, detail=detail):
+        try:
+            trainer.fit()
+        # The second where the controller itself has gone.
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            raise TrainingError(
+                f"{task.stage} failed. Started again with the same command it goes on from its last checkpoint in "
+                f"{task.run_uri}. Cause: {error}"
+            ) from error
+
+
+def _resources(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+
+
+class LogToMlflow(UserCallback):
+    """Lives in Ray Train's controller, so that one MLflow run goes on through restarts of the workers.
+
+    A thread sends: a server that does not answer holds nobody up. What it has not sent at the end, `StageLog.close` does.
+    """
+
+    def __init__(self, log: StageLog) -> None:
+        self._log = log
+        self._rows: queue.SimpleQueue[Mapping[str, Any]] | None = None
+
+    def after_report(self, run_context: Any, metrics: list[Mapping[str, Any]], checkpoint: Any) -> None:
+        if self._rows is None:
+            self._rows = queue.SimpleQueue()
+            threading.Thread(target=self._send, name="log to MLflow", daemon=True).start()
+        for row in metrics[0]["rows"]:
+            self._rows.put(row)
+
+    def _send(self) -> None:
+        assert self._rows is not None
+        while True:
+            rows = [self._rows.get()]
+            while not self._rows.empty():
+                rows.append(self._rows.get())
+            self._log.live(rows)
+
+
+def _summary(task: WorkerTask, plan: TablePlan, num_steps: int, seconds: float) -> Summary:
+    rows = read_stage_run(task.run_uri).metrics
+    busy_s = sum(row["seconds"] for row in rows)
+    totals = plan.table.totals()
+    counts: dict[str, Any] = {
+        "samples": totals["samples"],
+        "excluded": len(plan.excluded),
+        "cut": plan.num_cut,
+        "steps": num_steps,
+        "loss_first": rows[0]["loss"],
+        "loss_last": rows[-1]["loss"],
+        "visual_tokens": totals["visual_tokens"],
+        "text_tokens": totals["text_tokens"],
+        "samples_per_s": sum(row["num_samples"] for row in rows) / busy_s,
+    }
+    best = best_checkpoint(storage.join(task.run_uri, "checkpoints"))
+    if best is not None:
+        state = Checkpoint(best).state
+        counts |= {"best_held_out_loss": state["held_out_loss"], "best_checkpoint_step": state["step"]}
+    kind = "projector" if task.stage == "pretrain" else "model"
+    extra = {"training_seconds": busy_s, "excluded_reasons": plan.reasons(), "totals": totals}
+    return Summary(task.stage, counts, seconds, {kind: task.result_uri, "run": task.run_uri}, extra=extra)

@@ -1,0 +1,288 @@
+"""What runs inside a Ray Train worker: build the model, resume, train, leave the result."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from meteor import storage
+from meteor.assembly import pixel_settings
+from meteor.cache import CacheIdentity
+from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.config import FinetuneSettings, RunSettings, StageSettings
+from meteor.data.collate import collate
+from meteor.data.table import SampleTable
+from meteor.errors import FailedStepError, TrainingError
+from meteor.image.budget import visual_token_budget
+from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.model.attention import choose_attention
+from meteor.runs.metrics import MetricsSegment
+from meteor.stages import TrainingStage
+from meteor.text.tokens import Separators, load_tokenizer
+from meteor.train.build import DTYPES, build_model, checkpoint_activations, compile_layers, freeze_for, load_projector
+from meteor.train.engine import loading_for, make_engine
+from meteor.train.export import export_adapter, export_model, export_projector
+from meteor.train.flops import ModelFlops, peak_flops
+from meteor.train.held_out import held_out_loss
+from meteor.train.loading import load_batches
+from meteor.train.loop import train
+from meteor.train.lora import Lora, add_lora
+from meteor.train.plan import Recipe, StepPlan
+from meteor.train.protocol import Engine
+from meteor.vision.encoder import FrozenClip, read_vision_config
+from pipelines.inputs import open_features
+from pipelines.ray_parts.live_metrics import LiveMetrics
+from pipelines.ray_parts.logs import configure_worker_logging, lines_are_about
+from pipelines.recipe import make_lora, make_recipe
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """Everything a worker is told; made on the driver, small, without secrets."""
+
+    settings: RunSettings
+    stage: TrainingStage
+    run_uri: str
+    index_digest: str
+    cache_uri: str
+    cache_version: int
+    cache_identity: dict[str, Any]
+    separators: Separators
+    pad_id: int
+    projector_uri: str | None
+    image_uris: dict[str, str]
+    has_held_out: bool
+
+    @property
+    def stage_settings(self) -> StageSettings:
+        return self.settings.training(self.stage)
+
+    @property
+    def projector(self) -> dict[str, Any]:
+        return {"name": self.settings.projector.name, **self.settings.projector.settings}
+
+    @property
+    def lora(self) -> Lora | None:
+        return make_lora(self.stage_settings)
+
+    @property
+    def result_uri(self) -> str:
+        """TrainingStage 1 leaves a projector file, stage 2 a model directory."""
+        model = storage.join(self.run_uri, "model")
+        return storage.join(model, "projector.safetensors") if self.stage == "pretrain" else model
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of `ray.train.torch.TorchTrainer`."""
+    task: WorkerTask = config["task"]
+    configure_worker_logging(
+        variant=task.settings.name,
+        stage=task.stage,
+        run=task.run_uri[-12:],
+        rank=ray.train.get_context().get_world_rank(),
+    )
+    settings, stage = task.settings, task.stage_settings
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
+    table = SampleTable.read(storage.join(task.run_uri, "samples.parquet"))
+    load_from = _batch_loader(task, str(device))
+    loader = partial(load_from, table=table)
+    dtype = DTYPES[settings.llm.dtype]
+    with loading_for(zero_stage=stage.zero_stage, dtype=dtype, options=stage.deepspeed):
+        model = _build(task, attention=choose_attention(settings.llm.attention, device, dtype))
+    checkpoints = storage.join(task.run_uri, "checkpoints")
+    done = complete_checkpoints(checkpoints)
+    resumed = Checkpoint(done[-1]) if done else None
+    recipe = make_recipe(stage, _native_weight_full(model))
+    plan = StepPlan(table, recipe, task.index_digest)
+    start_step = resumed.state["step"] if resumed else 0
+    if start_step < plan.num_steps:
+        [empty] = loader([[]])
+        engine = make_engine(
+            model,
+            zero_stage=stage.zero_stage,
+            dtype=dtype,
+            device=device,
+            max_grad_norm=stage.max_grad_norm,
+            empty_inputs=empty.to(device).as_inputs(),
+            checkpoint=resumed,
+            options=stage.deepspeed,
+        )
+        reporter = _Reporter(task, start_step, engine.rank)
+        try:
+            train(
+                engine,
+                plan,
+                recipe,
+                load_batches=loader,
+                checkpoints=checkpoints,
+                start_step=start_step,
+                on_step=reporter,
+                store=reporter.store,
+                meet=reporter.meet,
+                evaluate=partial(_evaluate, task, engine, recipe, load_from),
+                flops=_flops(model, device, settings.runtime.peak_tflops),
+            )
+        except FailedStepError as error:
+            reporter.store()  # how the loss went before it
+            raise write_failure(error, task.run_uri) from error
+    # The others are done: waiting in a collective would end with its timeout where a large model is slow to write.
+    if ray.train.get_context().get_world_rank() == 0:
+        export(task, complete_checkpoints(checkpoints)[-1])
+
+
+def _evaluate(task: WorkerTask, engine: Engine, recipe: Recipe, load_from: Callable[..., Any]) -> dict[str, float]:
+    if not task.has_held_out:
+        return {}
+    table = SampleTable.read(storage.join(task.run_uri, "held_out.parquet"))
+    return {"held_out_loss": held_out_loss(engine, table, recipe, load_batches=partial(load_from, table=table))}
+
+
+def write_failure(error: FailedStepError, run_uri: str) -> TrainingError:
+    """Leave the samples of a failed step in the run's folder; the error that names the file.
+
+    Every worker that fails comes here: the first one's error ends the others, and all write the same.
+    """
+    uri = storage.join(run_uri, "failures", f"step_{error.failure['step']:08d}.json")
+    storage.write_json(uri, error.failure)
+    return TrainingError(f"{error} The samples of its global batch: {uri}")
+
+
+def _flops(model: MeteorForConditionalGeneration, device: torch.device, peak_tflops: float | None) -> ModelFlops | None:
+    """None where the device's peak is neither set nor known."""
+    if peak_tflops is not None:
+        return ModelFlops.of(model, peak_tflops * 1e12)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if peak is None else ModelFlops.of(model, peak)
+
+
+def _native_weight_full(model: MeteorForConditionalGeneration) -> float | None:
+    """The warm-up's end is the projector's own native weight."""
+    projector = model.projector.settings
+    return 1.0 - projector["visual_weight"] if projector.get("experts") == "visual_native" else None
+
+
+def export(task: WorkerTask, checkpoint_uri: str) -> None:
+    """Write the stage's result from its last checkpoint, on the CPU."""
+    model, checkpoint = _build(task), Checkpoint(checkpoint_uri)
+    if task.stage == "pretrain":
+        export_projector(model, checkpoint, task.result_uri)
+        return
+    encoder = FrozenClip.from_pretrained(task.settings.vision.path, select_layer=task.settings.vision.select_layer)
+    processor = MeteorProcessor(
+        load_tokenizer(task.settings.llm.path),
+        projector=task.projector,
+        pixels=pixel_settings(task.settings),
+        mean=encoder.mean,
+        std=encoder.std,
+        template=task.settings.evaluate.template,
+        separators=task.separators,
+        sub_images=task.stage_settings.sub_images,
+    )
+    if task.lora is not None:
+        export_adapter(model, checkpoint, task.lora, task.settings.llm.path, storage.join(task.result_uri, "adapter"))
+    export_model(
+        model, checkpoint, encoder, processor, task.result_uri, DTYPES[task.settings.llm.dtype], lora=task.lora
+    )
+
+
+def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForConditionalGeneration:
+    """The stage's model with the weights it starts from; to be trained where an ``attention`` is given."""
+    settings = task.settings
+    model = build_model(
+        llm_path=settings.llm.path,
+        vision_config=read_vision_config(settings.vision.path),
+        projector=task.projector,
+        select_layer=settings.vision.select_layer,
+        cache_identity=task.cache_identity,
+        dtype=DTYPES[settings.llm.dtype],
+        seed=task.stage_settings.seed,
+        attention=attention or "sdpa",
+        text_sampler=_text_sampler(task),
+    )
+    if task.projector_uri is not None:
+        load_projector(model, task.projector_uri)
+    freeze_for(model, task.stage)
+    if task.lora is not None:
+        add_lora(model.language_model, task.lora)
+    if attention and settings.llm.gradient_checkpointing:
+        checkpoint_activations(model)
+    if attention and settings.llm.compile:
+        compile_layers(model, zero_stage=task.stage_settings.zero_stage)
+    return model
+
+
+def _text_sampler(task: WorkerTask) -> dict[str, Any] | None:
+    stage = task.stage_settings
+    if not isinstance(stage, FinetuneSettings) or stage.text_sampler is None:
+        return None
+    return stage.text_sampler.model_dump()
+
+
+def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:
+    """`load_batches` of the stage's features, still without its table."""
+    settings, stage = task.settings, task.stage_settings
+    source = open_features(
+        settings,
+        stage.features,
+        cache=task.cache_uri,
+        version=task.cache_version,
+        uris=task.image_uris,
+        device=device,
+    )
+    if stage.features == "cache":
+        source.identity.require_match(CacheIdentity.from_dict(task.cache_identity))  # type: ignore[union-attr]
+    budget = visual_token_budget(settings.projector.name, settings.projector.settings)
+    width = read_vision_config(settings.vision.path).hidden_size
+
+    return partial(
+        load_batches,
+        source=source,
+        collate=partial(
+            collate,
+            budget=budget,
+            separators=task.separators,
+            pad_id=task.pad_id,
+            vision_width=width,
+            select_layer=settings.vision.select_layer,
+            sub_images=stage.sub_images,
+        ),
+        num_threads=settings.cache.prefetch_threads,
+        max_bytes=settings.cache.prefetch_mb << 20,
+    )
+
+
+class _Reporter:
+    """Metrics of each step: first to the run's files, then to the controller, which logs them to MLflow."""
+
+    def __init__(self, task: WorkerTask, start_step: int, rank: int) -> None:
+        self._rank = rank
+        self._segment = MetricsSegment(task.run_uri, start_step)
+        self._live = LiveMetrics(task.settings.name, task.stage, task.run_uri[-12:])
+        self._unstored: list[dict[str, Any]] = []
+        self._unreported: list[dict[str, Any]] = []
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self._unstored.append({**row, "time_ms": int(time.time() * 1000)})
+        lines_are_about(step=row["step"])
+        if self._rank == 0:  # a row is about all workers
+            self._live.step(row)
+
+    def store(self) -> None:
+        if self._rank == 0 and self._unstored:
+            self._segment.add(self._unstored)
+        self._unreported += self._unstored
+        self._unstored = []
+
+    def meet(self) -> bool:
+        """Store and report what is pending, on all workers after the same steps; whether a machine is about to go."""
+        self.store()
+        ray.train.report({"rows": self._unreported})
+        self._unreported = []
+        return ray.train.get_preemption_info() is not None

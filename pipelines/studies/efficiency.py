@@ -1,0 +1,114 @@
+"""How fast each variant of a study answers, one after the other: same hardware, same questions, nothing beside it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import torch
+
+from meteor import storage
+from meteor.config import RunSettings, Variant, settings_digest
+from meteor.errors import NotFoundError, SettingsError
+from meteor.evaluation.answer import Answerer
+from meteor.evaluation.efficiency import describe_hardware, measure_answers
+from meteor.evaluation.questions import Question
+from meteor.train.build import DTYPES
+from pipelines import evaluate
+from pipelines.ray_parts.runtime import worker_environment
+from pipelines.studies.tasks import study_uri
+
+_LOG = logging.getLogger(__name__)
+# Changes when what is measured does: older numbers are measured again.
+_METHOD = 3
+
+
+def measure_variants(settings: RunSettings, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    """Variant -> `meteor.evaluation.efficiency.Efficiency` as a dict; of its first seed, where that has a finished model.
+
+    What was measured before on the same hardware, with the same model and questions, is taken as it is.
+    """
+    study = settings.study
+    if study is None or not study.measure_questions or not settings.data.evaluate:
+        return {}
+    first = {variant.name: variant for variant in reversed(variants)}
+    hardware = _describe_hardware(variants[0].settings)
+    measured = {}
+    for name in dict.fromkeys(variant.name for variant in variants):
+        run = first[name].settings
+        try:
+            model_uri, digest = evaluate.find_model(run)
+        except SettingsError:
+            continue
+        uri, questions = study_uri(settings, "efficiency", f"{name}.json"), _spread(run, study.measure_questions)
+        wanted = {
+            "model": settings_digest([_METHOD, digest]),
+            "questions": settings_digest([question.id for question in questions]),
+            "hardware": hardware,
+        }
+        content = _read(uri)
+        if content is None or {key: content.get(key) for key in wanted} != wanted:
+            content = {**wanted, "measured": _measure(run, model_uri, questions)}
+            storage.write_json(uri, content)
+            _LOG.info("[%s] answers: %s", name, _line(content["measured"]))
+        measured[name] = content["measured"]
+    return measured
+
+
+def _line(measured: dict[str, Any]) -> str:
+    return (
+        f"prompt of {measured['num_prompt_tokens']:.0f} tokens in {measured['prefill_s'] * 1000:.3g} ms, then "
+        f"{measured['tokens_per_s']:.3g} tokens/s, {measured['memory_bytes'] / 1e9:.3g} GB"
+    )
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    try:
+        return storage.read_json(uri)
+    except NotFoundError:
+        return None
+
+
+def _describe_hardware(run: RunSettings) -> str:
+    return ray.get(_task(run, _hardware_of_worker).remote(run))
+
+
+def _measure(run: RunSettings, model_uri: str, questions: list[Question]) -> dict[str, Any]:
+    return ray.get(_task(run, _measure_in_worker).remote(run, model_uri, questions))
+
+
+def _task(run: RunSettings, function: Callable[..., Any]) -> Any:
+    """In a process of its own: its peak of memory counts from its start."""
+    runtime = run.runtime
+    return ray.remote(max_calls=1)(function).options(
+        num_cpus=runtime.cpus_per_worker,
+        num_gpus=runtime.gpus_per_worker or None,
+        runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
+    )
+
+
+def _spread(run: RunSettings, num_questions: int) -> list[Question]:
+    """Questions with pictures, evenly from all that are asked."""
+    index, cache = evaluate.open_index(run), evaluate.open_cache(run)
+    sets = evaluate.load_question_sets(run)
+    found = evaluate.find_questions(run, sets, index, cache)
+    asked = [one.question for one in found if not one.reason and one.question.image_keys]
+    count = min(num_questions, len(asked))
+    return [asked[i * len(asked) // count] for i in range(count)]
+
+
+def _device(run: RunSettings) -> str:
+    if run.runtime.gpus_per_worker:
+        return "cuda"
+    torch.set_num_threads(max(int(run.runtime.cpus_per_worker), 1))
+    return "cpu"
+
+
+def _hardware_of_worker(run: RunSettings) -> str:
+    return describe_hardware(_device(run))
+
+
+def _measure_in_worker(run: RunSettings, model_uri: str, questions: list[Question]) -> dict[str, Any]:
+    answerer = Answerer(model_uri, device=_device(run), dtype=DTYPES[run.llm.dtype])
+    return asdict(measure_answers(answerer, questions, evaluate.open_cache(run)))

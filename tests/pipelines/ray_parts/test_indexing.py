@@ -1,0 +1,87 @@
+"""What the first pass asks the store, and what it publishes on the way; no Ray."""
+
+import pytest
+
+from meteor import storage
+from meteor.assembly import index_uri
+from meteor.cache import DatasetIndex
+from pipelines.inputs import SampleSet
+from pipelines.ray_parts import indexing
+
+BELOW = ["many/below/1.png", "many/below/2.png", "many/below/3.png"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """URIs of listings and of single looks, as they are asked for."""
+    calls = {"list_objects": [], "stat": []}
+    for name, uris in calls.items():
+        real = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda uri, real=real, uris=uris: uris.append(uri) or real(uri))
+    monkeypatch.setattr(indexing, "_LIST_FROM", 3)
+    return calls
+
+
+def test_a_crowded_folder_of_an_object_store_is_listed_and_other_names_are_asked_for_one_by_one(s3_root, asked):
+    for name in ["many/1.png", "many/2.png", "many/3.png", *BELOW, "many/unwanted.png", "few/5.png"]:
+        storage.write_bytes(f"{s3_root}/{name}", name.encode())
+    names = ["many/1.png", "many/2.png", "many/absent.png", *BELOW, "few/5.png", "few/absent.png"]
+    asked["stat"].clear()
+    found = indexing.stat_all([*(f"{s3_root}/{name}" for name in names), "outside:../escape.png"])
+    assert asked["list_objects"] == [f"{s3_root}/many"]
+    assert sorted(asked["stat"]) == [f"{s3_root}/few/5.png", f"{s3_root}/few/absent.png"]
+    there = [name for name in names if "absent" not in name]
+    assert found == {f"{s3_root}/{name}": storage.stat(f"{s3_root}/{name}") for name in there}
+
+
+def test_local_files_are_asked_for_one_by_one(tmp_path, asked):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(b"x" * i)
+    found = indexing.stat_all([str(tmp_path / f"{i}.png") for i in range(5)])
+    assert asked["list_objects"] == []
+    assert {uri: info.size_bytes for uri, info in found.items()} == {str(tmp_path / f"{i}.png"): i for i in range(4)}
+
+
+def make_set(*names):
+    samples = SampleSet("pretrain", "", [], [], "")
+    samples.__dict__["image_names"] = set(names)
+    return samples
+
+
+def test_a_first_pass_that_ends_early_keeps_what_it_had_published(make_settings, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(b"no picture %d" % i)
+    settings = make_settings(data={"roots": {"": str(folder)}}, cache={"commit_every_s": 1e-9})
+    sets = [make_set(*(f"{i}.png" for i in range(6)))]
+
+    def read(places, max_pixels, until=6):
+        for number, place in enumerate(places):
+            if number == until:
+                raise KeyboardInterrupt
+            yield indexing.IndexRow(**indexing._read_picture(place, max_pixels=max_pixels))
+
+    monkeypatch.setattr(indexing, "read_pictures", lambda *given: read(*given, until=4))
+    with pytest.raises(KeyboardInterrupt):
+        indexing.update_index(settings, sets)
+    assert len(DatasetIndex.latest(index_uri(settings))) == 4
+    monkeypatch.setattr(indexing, "read_pictures", read)
+    index, num_read = indexing.update_index(settings, sets)
+    assert (len(index), num_read) == (6, 2)
+    assert indexing.update_index(settings, sets)[1] == 0
+
+
+def test_a_file_that_samples_name_otherwise_now_is_found_under_both_names(make_settings, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(b"no picture")
+    monkeypatch.setattr(
+        indexing,
+        "read_pictures",
+        lambda places, limit: [indexing.IndexRow(**indexing._read_picture(one, max_pixels=limit)) for one in places],
+    )
+    indexing.update_index(make_settings(data={"roots": {"": str(folder)}}), [make_set("1.png")])
+    settings = make_settings(data={"roots": {"coco/": str(folder)}})
+    index, num_read = indexing.update_index(settings, [make_set("coco/1.png")])
+    assert ([row.name for row in index.rows()], num_read) == (["1.png", "coco/1.png"], 0)
