@@ -34,21 +34,21 @@ def main() -> None:
         alone = {name: ablate(f"{folder}/{name}", [name]) for name in names}
     whole = sum(seconds for seconds, _ in alone.values())
     print_table(
-        ["", "wall time", "ratio", "pictures encoded"],
+        ["", "wall time", "ratio", "images encoded"],
         [
             ["six variants over one cache", f"{together[0]:.0f} s", "1", f"{together[1]:,}"],
             [
                 "each encoding for itself",
                 f"{whole:.0f} s",
                 f"{whole / together[0]:.2f}",
-                f"{sum(pictures for _, pictures in alone.values()):,}",
+                f"{sum(images for _, images in alone.values()):,}",
             ],
         ],
     )
 
 
 def ablate(output: str, names: list[str]) -> tuple[float, int]:
-    """Seconds of the command, and pictures that it encoded."""
+    """Seconds of the command, and images that it encoded."""
     options = [word for name in names for word in ("--only", name)]
     # A table that names a variant which is left out would be refused.
     command = [
@@ -66,7 +66,7 @@ def ablate(output: str, names: list[str]) -> tuple[float, int]:
     subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     summaries = Path(output, "runs").glob("cache_features-*/summary.json")
-    return seconds, sum(json.loads(file.read_text())["counts"]["pictures_encoded"] for file in summaries)
+    return seconds, sum(json.loads(file.read_text())["counts"]["images_encoded"] for file in summaries)
 
 
 def read_options() -> argparse.Namespace:

@@ -1,12 +1,12 @@
 """Reading features from local disk, ours against raw files and other formats: `python benchmarks/cache_reading.py`.
 
-The same pictures (random numbers of the paper's shapes) lie in every format; each round reads all of them with every reader
+The same images (random numbers of the paper's shapes) lie in every format; each round reads all of them with every reader
 in turn, so that what slows the machine down slows all. A ratio is the median over the rounds of the time that raw files
 took (same order, same number of threads) over the reader's. Warm: the files are in the page cache, unless --cold.
 
-random      our get() and prefetch(), raw files, MDS and .pt files read any picture; WebDataset cannot, its users get
+random      our get() and prefetch(), raw files, MDS and .pt files read any image; WebDataset cannot, its users get
             shuffled shards and a shuffle buffer, which is what stands in this column
-sequential  the order in which the pictures were written
+sequential  the order in which the images were written
 """
 
 import argparse
@@ -32,14 +32,14 @@ from meteor.cache.row import PAYLOAD_COLUMNS
 from meteor.features import ImageFeatures
 
 NUM_THREADS = 8
-PICTURES_PER_FILE = 32
+IMAGES_PER_FILE = 32
 SIDE = 24
 GRIDS = (None, (2, 2), (2, 2), (2, 3), (2, 3))
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One way to read: all pictures of the keys, in their order; its time is compared with that of ``baseline``."""
+    """One way to read: all images of the keys, in their order; its time is compared with that of ``baseline``."""
 
     name: str
     num_threads: int
@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name, ExitStack() as peers:
         folder = Path(name)
-        written = {peer.name: peer for peer in open_peers(folder / "peers", PICTURES_PER_FILE)}
+        written = {peer.name: peer for peer in open_peers(folder / "peers", IMAGES_PER_FILE)}
         checksums = write(str(folder / "cache"), arguments, [RawFiles(folder / "raw"), *written.values()])
         cache = FeatureCache.open(find_cache(folder / "cache"))
         describe(cache, checksums)
@@ -70,14 +70,14 @@ def main() -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--width", type=int, default=1024, help="numbers for each of the 576 patches of a sub-image")
     parser.add_argument("--codec", default="float16")
     parser.add_argument("--rounds", type=int, default=5, help="counted ones; one more comes first, to warm up")
 
 
-def make_picture(i: int, width: int) -> ImageFeatures:
-    """Of five pictures one is not sliced, two have four slices and two six: five sub-images on average, 576 patches each."""
+def make_image(i: int, width: int) -> ImageFeatures:
+    """Of five images one is not sliced, two have four slices and two six: five sub-images on average, 576 patches each."""
     numbers = torch.Generator().manual_seed(i)
     grid = GRIDS[i % len(GRIDS)]
     num_sub_images = 1 + (grid[0] * grid[1] if grid else 0)
@@ -96,7 +96,7 @@ def make_picture(i: int, width: int) -> ImageFeatures:
 
 
 def write(root_uri: str, arguments: argparse.Namespace, peers: Sequence[Peer]) -> dict[str, int]:
-    """The pictures into a cache below the root and into every peer's files; checksum of the payload by image key."""
+    """The images into a cache below the root and into every peer's files; checksum of the payload by image key."""
     identity = CacheIdentity(
         encoder_digest="0" * 64,
         encoder_dtype="float16",
@@ -105,17 +105,17 @@ def write(root_uri: str, arguments: argparse.Namespace, peers: Sequence[Peer]) -
         slicing={"max_slices": 6, "resolution": 336, "patch_size": 14},
     )
     uri = create_cache(root_uri, identity, arguments.codec)
-    codec = calibrate(uri, (make_picture(i, arguments.width) for i in range(min(arguments.pictures, 16))))
+    codec = calibrate(uri, (make_image(i, arguments.width) for i in range(min(arguments.images, 16))))
     checksums = {}
-    for start in range(0, arguments.pictures, PICTURES_PER_FILE):
+    for start in range(0, arguments.images, IMAGES_PER_FILE):
         rows = []
-        for i in range(start, min(start + PICTURES_PER_FILE, arguments.pictures)):
-            picture = make_picture(i, arguments.width)
-            rows.append(encode_row(picture, codec))
+        for i in range(start, min(start + IMAGES_PER_FILE, arguments.images)):
+            image = make_image(i, arguments.width)
+            rows.append(encode_row(image, codec))
             payload = b"".join(rows[-1][name][0].as_py() for name in PAYLOAD_COLUMNS)
-            checksums[picture.image_key] = zlib.crc32(payload)
+            checksums[image.image_key] = zlib.crc32(payload)
             for peer in peers:
-                peer.write(picture, payload)
+                peer.write(image, payload)
         write_feature_file(uri, rows)
     commit(uri)
     for peer in peers:
@@ -124,7 +124,7 @@ def write(root_uri: str, arguments: argparse.Namespace, peers: Sequence[Peer]) -
 
 
 class RawFiles(Peer):
-    """A file for each picture, with its payload and nothing else."""
+    """A file for each image, with its payload and nothing else."""
 
     name, checksum = "raw files", "crc32"
 
@@ -132,8 +132,8 @@ class RawFiles(Peer):
         self._folder = folder
         folder.mkdir(parents=True)
 
-    def write(self, picture: ImageFeatures, payload: bytes) -> None:
-        (self._folder / picture.image_key).write_bytes(payload)
+    def write(self, image: ImageFeatures, payload: bytes) -> None:
+        (self._folder / image.image_key).write_bytes(payload)
 
 
 def local_readers(cache: FeatureCache, raw: Path, checksums: dict[str, int], peers: Sequence[Peer]) -> Iterator[Reader]:
@@ -163,7 +163,7 @@ def one_by_one(read: Callable[[str], Any], keys: Sequence[str]) -> None:
 
 def in_threads(num_threads: int, read: Callable[[str], Any], keys: Sequence[str]) -> None:
     with ThreadPoolExecutor(num_threads) as pool:
-        # Its answers are let go of at once: a list of all pictures would not fit into memory.
+        # Its answers are let go of at once: a list of all images would not fit into memory.
         for pending in [pool.submit(lambda key: read(key) and None, key) for key in keys]:
             pending.result()
 
@@ -192,22 +192,22 @@ def measure(
     return rounds[1:]
 
 
-def print_table(readers: Sequence[Reader], rounds: Sequence[dict[tuple[str, str], float]], num_pictures: int) -> None:
-    print("| reader | threads | checksum | random: pictures/s | of baseline | sequential: pictures/s | of baseline |")
+def print_table(readers: Sequence[Reader], rounds: Sequence[dict[tuple[str, str], float]], num_images: int) -> None:
+    print("| reader | threads | checksum | random: images/s | of baseline | sequential: images/s | of baseline |")
     print("|---|---|---|---|---|---|---|")
     for reader in readers:
         cells = [reader.name, str(reader.num_threads), reader.checksum]
         for order in ("random", "sequential"):
             ratio = statistics.median(one[reader.baseline, order] / one[reader.name, order] for one in rounds)
-            rate = num_pictures / statistics.median(one[reader.name, order] for one in rounds)
+            rate = num_images / statistics.median(one[reader.name, order] for one in rounds)
             cells += [f"{rate:.0f}", f"{ratio:.2f}" + ("" if reader.baseline != reader.name else " (baseline)")]
         print(f"| {' | '.join(cells)} |")
 
 
 def describe(cache: FeatureCache, checksums: dict[str, int]) -> None:
     print(
-        f"{len(checksums)} pictures, {cache.num_sub_images / len(cache):.1f} sub-images each, codec {cache.codec}, "
-        f"{cache.num_bytes / 1e6:.0f} MB ({cache.num_bytes / len(cache) / 1e6:.2f} MB a picture), "
+        f"{len(checksums)} images, {cache.num_sub_images / len(cache):.1f} sub-images each, codec {cache.codec}, "
+        f"{cache.num_bytes / 1e6:.0f} MB ({cache.num_bytes / len(cache) / 1e6:.2f} MB an image), "
         f"{os.cpu_count()} CPU cores\n"
     )
 

@@ -1,6 +1,6 @@
-"""The encoding pass of cache_features against a bare encoder loop over the same pictures: `python benchmarks/encoding.py`.
+"""The encoding pass of cache_features against a bare encoder loop over the same images: `python benchmarks/encoding.py`.
 
-Both use one encoder thread, and a CLIP so large that the encoder is the bottleneck. The bare loop holds the sliced pictures in
+Both use one encoder thread, and a CLIP so large that the encoder is the bottleneck. The bare loop holds the sliced images in
 memory and throws the features away; the pass reads files, decodes, slices, encodes, writes features and publishes them.
 Two ratios: the steady rate, from the first finished batch on, and everything from the call to the last commit (processes
 started, model loaded). Rounds are interleaved.
@@ -43,11 +43,11 @@ def main() -> None:
     configure_logging()
     with tempfile.TemporaryDirectory() as folder:
         settings = make_run(Path(folder), options)
-        rows = make_pictures(Path(folder) / "pictures", options.pictures)
+        rows = make_images(Path(folder) / "images", options.images)
         sliced = [slice_bytes(Path(row.uri).read_bytes(), row.image_key, pixel_settings(settings)) for row in rows]
         num_sub_images = sum(len(one.sub_images) for one in sliced)
         print(
-            f"{len(rows)} pictures, {num_sub_images} sub-images, {options.width} wide, {options.layers} blocks, 1 thread"
+            f"{len(rows)} images, {num_sub_images} sub-images, {options.width} wide, {options.layers} blocks, 1 thread"
         )
         with ray_session(settings.runtime):
             ratios = [run_round(settings, rows, sliced, number) for number in range(options.rounds)]
@@ -109,11 +109,11 @@ def make_run(folder: Path, options: argparse.Namespace) -> RunSettings:
     )
 
 
-def make_pictures(folder: Path, num_pictures: int) -> list[IndexRow]:
+def make_images(folder: Path, num_images: int) -> list[IndexRow]:
     """JPEGs with some structure: noise alone would take longer to decode than photographs."""
     folder.mkdir()
     rows = []
-    for number in range(num_pictures):
+    for number in range(num_images):
         width, height = SIZES[number % len(SIZES)]
         noise = np.random.default_rng(number).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
         file = folder / f"{number}.jpg"
@@ -126,7 +126,7 @@ def make_pictures(folder: Path, num_pictures: int) -> list[IndexRow]:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=72)
+    parser.add_argument("--images", type=int, default=72)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows-per-file", type=int, default=4)

@@ -1,13 +1,13 @@
 """Encoding speed on a GPU, without Ray: `python benchmarks/encoding_gpu.py` (`--tiny` tries the script on a CPU).
 
-CLIP ViT-L/14-336 with random weights in bfloat16, over the sub-images of a mix of picture sizes as LLaVA's data have them.
+CLIP ViT-L/14-336 with random weights in bfloat16, over the sub-images of a mix of image sizes as LLaVA's data have them.
 Printed are sub-images a second, TFLOP/s and their share of this device's own bfloat16 matrix product, memory, and the ratios
 between
 
 - packed: `FrozenClip.encode`, pixels on the device already;
 - packed from bytes: the same from uint8 in the CPU's memory, uploaded and normalised on the device;
 - grouped sdpa: transformers' tower with sdpa, all sub-images of a batch that are equally large at once;
-- usual way: transformers' tower, eager, attentions of all blocks, one picture at a time (LLaVA-UHD, VisionZip).
+- usual way: transformers' tower, eager, attentions of all blocks, one image at a time (LLaVA-UHD, VisionZip).
 """
 
 import argparse
@@ -27,8 +27,8 @@ from meteor.image.slicing import plan_slices
 from meteor.image.transform import normalise_batch
 from meteor.vision.encoder import FrozenClip
 
-# Width, height, share: COCO and GQA, then documents, book covers, web pictures and screens.
-PICTURES = [
+# Width, height, share: COCO and GQA, then documents, book covers, web images and screens.
+IMAGES = [
     (640, 480, 20), (480, 640, 8), (640, 427, 14), (427, 640, 6), (500, 375, 10), (375, 500, 4), (612, 612, 3),
     (1024, 768, 8), (768, 1024, 5), (1024, 683, 6), (325, 500, 6), (336, 336, 3), (800, 600, 4), (1920, 1080, 2), (400, 100, 1),
 ]  # fmt: skip
@@ -39,7 +39,7 @@ LAYER = -2
 
 @dataclass(frozen=True)
 class Workload:
-    """Sub-images of each picture as bytes on the CPU, and normalised on the device."""
+    """Sub-images of each image as bytes on the CPU, and normalised on the device."""
 
     on_cpu: list[list[np.ndarray]]
     on_device: list[list[torch.Tensor]]
@@ -48,8 +48,8 @@ class Workload:
     def num_sub_images(self) -> int:
         return sum(map(len, self.on_cpu))
 
-    def batches(self, num_pictures: int) -> Iterator[slice]:
-        return (slice(first, first + num_pictures) for first in range(0, len(self.on_cpu), num_pictures))
+    def batches(self, num_images: int) -> Iterator[slice]:
+        return (slice(first, first + num_images) for first in range(0, len(self.on_cpu), num_images))
 
 
 def main() -> None:
@@ -61,8 +61,8 @@ def main() -> None:
     clip = FrozenClip(
         towers["sdpa"], select_layer=LAYER, attention_layers=(LAYER,), digest="none", max_tokens=options.max_tokens
     )
-    work = make_workload(options.pictures, device, dtype)
-    few = Workload(work.on_cpu[: options.usual_pictures], work.on_device[: options.usual_pictures])
+    work = make_workload(options.images, device, dtype)
+    few = Workload(work.on_cpu[: options.usual_images], work.on_device[: options.usual_images])
     ways: dict[str, tuple[Callable[[Workload], None], Workload]] = {
         "packed": (lambda given: packed(clip, given, options.batch), work),
         "packed from bytes": (lambda given: packed_from_bytes(clip, given, options.batch), work),
@@ -71,10 +71,10 @@ def main() -> None:
     }
     peak = matmul_peak(device, dtype, 512 if options.tiny else 8192)
     name = "CPU" if options.tiny else torch.cuda.get_device_name()
-    sides = sorted({tuple(one.shape[1:]) for picture in work.on_device for one in picture})
+    sides = sorted({tuple(one.shape[1:]) for shown in work.on_device for one in shown})
     print(f"{name}, {dtype}, torch {torch.__version__}: matrix product {peak / 1e12:.1f} TFLOP/s")
     print(
-        f"{len(work.on_cpu)} pictures, {work.num_sub_images} sub-images of {len(sides)} sizes, {options.batch} pictures a batch"
+        f"{len(work.on_cpu)} images, {work.num_sub_images} sub-images of {len(sides)} sizes, {options.batch} images a batch"
     )
     report(measure(ways, options.rounds, device), work, few, config, peak)
     print(f"tokens at once: {clip.max_tokens}")
@@ -105,7 +105,7 @@ def report(
     for name, (seconds, gigabytes) in measured.items():
         given = few if name == "usual way" else work
         rates[name] = given.num_sub_images / seconds
-        flops = sum(needed_flops(one, config) for picture in given.on_device for one in picture) / seconds
+        flops = sum(needed_flops(one, config) for shown in given.on_device for one in shown) / seconds
         print(
             f"{name:<18} {rates[name]:8.1f} sub-images/s  {flops / 1e12:7.2f} TFLOP/s  {flops / peak:6.1%} of the product"
             f"  {gigabytes:6.2f} GB"
@@ -117,13 +117,13 @@ def report(
 @torch.inference_mode()
 def packed(clip: FrozenClip, work: Workload, batch: int) -> None:
     for part in work.batches(batch):
-        clip.encode([one for picture in work.on_device[part] for one in picture])
+        clip.encode([one for shown in work.on_device[part] for one in shown])
 
 
 @torch.inference_mode()
 def packed_from_bytes(clip: FrozenClip, work: Workload, batch: int) -> None:
     for part in work.batches(batch):
-        sub_images = [one for picture in work.on_cpu[part] for one in picture]
+        sub_images = [one for shown in work.on_cpu[part] for one in shown]
         clip.encode(normalise_batch(sub_images, clip.mean, clip.std, device=clip.device, dtype=clip.dtype))
 
 
@@ -131,8 +131,8 @@ def packed_from_bytes(clip: FrozenClip, work: Workload, batch: int) -> None:
 def grouped(tower: CLIPVisionModel, work: Workload, batch: int) -> None:
     for part in work.batches(batch):
         by_size: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
-        for picture in work.on_device[part]:
-            for one in picture:
+        for shown in work.on_device[part]:
+            for one in shown:
                 by_size[one.shape].append(one)
         for equal in by_size.values():
             states = tower(torch.stack(equal), interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
@@ -141,9 +141,9 @@ def grouped(tower: CLIPVisionModel, work: Workload, batch: int) -> None:
 
 @torch.inference_mode()
 def usual(tower: CLIPVisionModel, work: Workload) -> None:
-    for picture in work.on_device:
+    for shown in work.on_device:
         # The global view and the slices differ in size.
-        for equal in filter(None, (picture[:1], picture[1:])):
+        for equal in filter(None, (shown[:1], shown[1:])):
             given = {"interpolate_pos_encoding": True, "output_hidden_states": True, "output_attentions": True}
             output = tower(torch.stack(equal), **given)
             _ = output.hidden_states[LAYER][:, 1:], output.attentions[LAYER][:, :, 0, 1:].mean(1)
@@ -154,14 +154,14 @@ def make_tower(config: CLIPVisionConfig, attention: str, device: torch.device, d
     return CLIPVisionModel._from_config(config, attn_implementation=attention).eval().to(device=device, dtype=dtype)
 
 
-def make_workload(num_pictures: int, device: torch.device, dtype: torch.dtype) -> Workload:
-    chosen = random.Random(0).choices(PICTURES, weights=[share for _, _, share in PICTURES], k=num_pictures)
+def make_workload(num_images: int, device: torch.device, dtype: torch.dtype) -> Workload:
+    chosen = random.Random(0).choices(IMAGES, weights=[share for _, _, share in IMAGES], k=num_images)
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
     on_cpu = []
     for width, height, _ in chosen:
         grids = plan_slices(width, height).patch_grids
         on_cpu.append([np.ascontiguousarray(noise[: rows * 14, : columns * 14]) for rows, columns in grids])
-    on_device = [normalise_batch(picture, CLIP_MEAN, CLIP_STD, device=device, dtype=dtype) for picture in on_cpu]
+    on_device = [normalise_batch(shown, CLIP_MEAN, CLIP_STD, device=device, dtype=dtype) for shown in on_cpu]
     return Workload(on_cpu, on_device)
 
 
@@ -205,13 +205,13 @@ def synchronise(device: torch.device) -> None:
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny tower in float32 on the CPU")
-    parser.add_argument("--pictures", type=int, default=None, help="384; 6 with --tiny")
-    parser.add_argument("--usual-pictures", type=int, default=48, help="pictures that the usual way encodes")
-    parser.add_argument("--batch", type=int, default=32, help="pictures encoded together")
+    parser.add_argument("--images", type=int, default=None, help="384; 6 with --tiny")
+    parser.add_argument("--usual-images", type=int, default=48, help="images that the usual way encodes")
+    parser.add_argument("--batch", type=int, default=32, help="images encoded together")
     parser.add_argument("--max-tokens", type=int, default=None, help="tokens at once; by free memory if not given")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    options.pictures = options.pictures or (6 if options.tiny else 384)
+    options.images = options.images or (6 if options.tiny else 384)
     return options
 
 

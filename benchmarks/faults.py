@@ -1,6 +1,6 @@
 """The feature cache on Ceph's object gateway under faults: `python benchmarks/faults.py` prints what was lost.
 
-Each run has two writers with pictures in common and a reader, each through a proxy that injects faults of one kind into some
+Each run has two writers with images in common and a reader, each through a proxy that injects faults of one kind into some
 of their requests (tests/s3/proxy.py); in the last two rows the writers are also killed (SIGKILL) and started again. Needs
 the packages that `make test-s3` installs.
 """

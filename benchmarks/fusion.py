@@ -4,7 +4,7 @@ First table: the scan's backends at the size of one full sub-image pair, against
 forward steps that mamba publishes as its reference (`selective_scan_ref`: every step's decay and input written to memory
 first), by the package itself where it is installed. "Unbound" is the reference's loop made kind to autograd: sequences are
 unbound into steps first, so that a step's gradient does not go through a tensor of all steps. Memory is the most beyond inputs.
-Second: projectors in training, 7 sub-images (a picture in six slices and its global view) of 24 x 24 patches, vision width
+Second: projectors in training, 7 sub-images (an image in six slices and its global view) of 24 x 24 patches, vision width
 1024, LLM width 5120: Meteor's fusion, selection and MLP, LLaVA-UHD's resampler, TokenPacker, and the plain MLP. Memory is the
 most beyond weights and inputs, gradients included.
 """

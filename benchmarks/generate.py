@@ -1,7 +1,7 @@
 """How fast answers come: `python benchmarks/generate.py` (a small LLM on CPU); `--device cuda --shape 7b` or `13b` on a GPU.
 
 One language model of random weights behind LLaVA-Meteor's projector with K = 144, 64 and 32 tokens a sub-image, and behind
-LLaVA-UHD's resampler with 144: a picture of five sub-images (640 x 480) and a question, one prompt at a time and several
+LLaVA-UHD's resampler with 144: an image of five sub-images (640 x 480) and a question, one prompt at a time and several
 together. The prompt's pass, projector included and features at hand, and the tokens after it are timed apart, all projectors in
 turn; medians, ratios to the resampler (the paper's Table 4: 28.4 tokens/s, then 29.1, 31.3 and 32.9 with Vicuna-13B).
 """
@@ -138,7 +138,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
-    parser.add_argument("--sub-images", type=int, default=5, metavar="N", help="of each picture; default: %(default)s")
+    parser.add_argument("--sub-images", type=int, default=5, metavar="N", help="of each image; default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=33, metavar="N", help="of each answer; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     return parser.parse_args()

@@ -1,6 +1,6 @@
 """Kill a training at random moments and compare where it ends: `python benchmarks/kills.py` prints a table.
 
-Generated pictures and tiny models; a stage is trained once undisturbed and once through kills (SIGKILL) of a worker, of Ray
+Generated images and tiny models; a stage is trained once undisturbed and once through kills (SIGKILL) of a worker, of Ray
 Train's controller, of the command, of the node's raylet and of the whole cluster. At the end the fp32 masters, both moments and
 every reported loss must be the same bits.
 """

@@ -1,7 +1,7 @@
-"""Prepares the NLVR pictures for a run of all stages: `python benchmarks/nlvr.py --source DIR --out outputs/nlvr`.
+"""Prepares the NLVR images for a run of all stages: `python benchmarks/nlvr.py --source DIR --out outputs/nlvr`.
 
-DIR holds ``nlvr_llava.json`` (LLaVA's format, a statement a picture, answered true or false) and ``images/``. Every second
-picture is enlarged to 1200 x 300, so that it slices; statements of one scene stay on one side of the split.
+DIR holds ``nlvr_llava.json`` (LLaVA's format, a statement an image, answered true or false) and ``images/``. Every second
+image is enlarged to 1200 x 300, so that it slices; statements of one scene stay on one side of the split.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def main() -> None:
     images = arguments.out / "images"
     images.mkdir(parents=True, exist_ok=True)
     for i, record in enumerate(records):
-        picture = Image.open(arguments.source / "images" / record["image"])
-        (picture.resize(ENLARGED, Image.Resampling.BICUBIC) if i % 2 else picture).save(images / record["image"])
+        image = Image.open(arguments.source / "images" / record["image"])
+        (image.resize(ENLARGED, Image.Resampling.BICUBIC) if i % 2 else image).save(images / record["image"])
     # test-3776-0-0 and test-3776-0-1 are two box orders of one statement.
     scenes = sorted({scene_of(record) for record in records})
     held_out = set(scenes[:: round(1 / HELD_OUT_SHARE)])
@@ -38,7 +38,7 @@ def main() -> None:
     write(
         arguments.out / "evaluate.json", [{**record, "type": "one image"} for record in test] + two_images(test[::10])
     )
-    print(f"{len(records)} pictures, {len(train)} statements to train on, {len(test)} held out, in {arguments.out}")
+    print(f"{len(records)} images, {len(train)} statements to train on, {len(test)} held out, in {arguments.out}")
 
 
 def scene_of(record: dict[str, Any]) -> str:
@@ -60,7 +60,7 @@ def caption(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def two_images(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A statement about the first of two pictures."""
+    """A statement about the first of two images."""
     pairs = []
     for record, other in itertools.pairwise(records):
         text = f"<image>\n<image>\n{statement(record)}\nIs this statement true of the first image? Answer with true or false."

@@ -1,6 +1,6 @@
 """All projectors side by side: `python benchmarks/projectors.py` (CPU) or `--device cuda`.
 
-7 sub-images (a picture in six slices and its global view) of 24 x 24 patches, vision width 1024, LLM width 5120, settings
+7 sub-images (an image in six slices and its global view) of 24 x 24 patches, vision width 1024, LLM width 5120, settings
 as they are by default: parameters, tokens out, forward pass, forward and backward pass, the most memory of the latter beyond
 weights and inputs, gradients included. Times are medians of rounds in which all take turns, and ratios to the plain MLP's.
 """

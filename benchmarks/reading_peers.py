@@ -1,4 +1,4 @@
-"""Other formats that hold the same pictures, for `cache_reading.py`: WebDataset, Mosaic MDS, a .pt file for each picture."""
+"""Other formats that hold the same images, for `cache_reading.py`: WebDataset, Mosaic MDS, a .pt file for each image."""
 
 import importlib
 import importlib.util
@@ -22,35 +22,35 @@ INSTALL = {
 
 
 class Peer:
-    """A format: pictures are written one by one, then read."""
+    """A format: images are written one by one, then read."""
 
     name: ClassVar[str]
     checksum: ClassVar[str]
 
-    def write(self, picture: ImageFeatures, payload: bytes) -> None:
-        """Add a picture; ``payload`` is what our cache stores of it."""
+    def write(self, image: ImageFeatures, payload: bytes) -> None:
+        """Add an image; ``payload`` is what our cache stores of it."""
         raise NotImplementedError
 
     def finish(self) -> None:
         """All have been written."""
 
     def readers(self, check: Check) -> tuple[Read, Read]:
-        """Reads the pictures in random order, and in the order in which they were written."""
+        """Reads the images in random order, and in the order in which they were written."""
         raise NotImplementedError
 
 
-def open_peers(folder: Path, pictures_per_file: int) -> Iterator[Peer]:
+def open_peers(folder: Path, images_per_file: int) -> Iterator[Peer]:
     """Those whose packages are there; of others one line is printed."""
     yield PtFiles(folder / "pt")
     for package, make in (("webdataset", WebDatasetTar), ("streaming", MosaicMds)):
         if importlib.util.find_spec(package) is None:
             print(f"left out: {make.name}; {INSTALL[package]}")
         else:
-            yield make(folder / package, pictures_per_file)
+            yield make(folder / package, images_per_file)
 
 
 class PtFiles(Peer):
-    """What SimpleTuner and others do: `torch.save` for each picture. The file has no checksum that torch looks at."""
+    """What SimpleTuner and others do: `torch.save` for each image. The file has no checksum that torch looks at."""
 
     name, checksum = "a .pt file each", "none"
 
@@ -58,9 +58,9 @@ class PtFiles(Peer):
         self._folder = folder
         folder.mkdir(parents=True)
 
-    def write(self, picture: ImageFeatures, payload: bytes) -> None:
-        tensors = {"features": picture.features, "cls_attention": picture.cls_attention, "cls": picture.cls}
-        torch.save(tensors, self._folder / f"{picture.image_key}.pt")
+    def write(self, image: ImageFeatures, payload: bytes) -> None:
+        tensors = {"features": image.features, "cls_attention": image.cls_attention, "cls": image.cls}
+        torch.save(tensors, self._folder / f"{image.image_key}.pt")
 
     def readers(self, check: Check) -> tuple[Read, Read]:
         def read(keys: Sequence[str]) -> None:
@@ -71,24 +71,24 @@ class PtFiles(Peer):
 
 
 class WebDatasetTar(Peer):
-    """Tar files of 32 pictures."""
+    """Tar files of 32 images."""
 
     name, checksum = "WebDataset tar", "crc32"
 
-    def __init__(self, folder: Path, pictures_per_file: int) -> None:
+    def __init__(self, folder: Path, images_per_file: int) -> None:
         import webdataset
 
         folder.mkdir(parents=True)
-        self._webdataset, self._folder, self._pictures_per_file = webdataset, folder, pictures_per_file
+        self._webdataset, self._folder, self._images_per_file = webdataset, folder, images_per_file
         self._urls: list[str] = []
         self._num_written, self._writer = 0, None
 
-    def write(self, picture: ImageFeatures, payload: bytes) -> None:
-        if self._num_written % self._pictures_per_file == 0:
+    def write(self, image: ImageFeatures, payload: bytes) -> None:
+        if self._num_written % self._images_per_file == 0:
             self.finish()
             self._urls.append(str(self._folder / f"{len(self._urls):05d}.tar"))
             self._writer = self._webdataset.TarWriter(self._urls[-1])
-        self._writer.write({"__key__": picture.image_key, "bin": payload})
+        self._writer.write({"__key__": image.image_key, "bin": payload})
         self._num_written += 1
 
     def finish(self) -> None:
@@ -99,7 +99,7 @@ class WebDatasetTar(Peer):
         def read(keys: Sequence[str], *, shuffled: bool) -> None:
             dataset = self._webdataset.WebDataset(self._urls, shardshuffle=len(self._urls) if shuffled else False)
             if shuffled:
-                dataset = dataset.shuffle(self._pictures_per_file)
+                dataset = dataset.shuffle(self._images_per_file)
             num_read = 0
             for sample in dataset:
                 check(sample["__key__"], sample["bin"])
@@ -114,14 +114,14 @@ class MosaicMds(Peer):
 
     name, checksum = "Mosaic MDS", "crc32"
 
-    def __init__(self, folder: Path, pictures_per_file: int) -> None:
+    def __init__(self, folder: Path, images_per_file: int) -> None:
         self._streaming, self._folder = _import_streaming(), folder
         self._writer = self._streaming.MDSWriter(out=str(folder), columns={"key": "str", "payload": "bytes"})
         self._places: dict[str, int] = {}
 
-    def write(self, picture: ImageFeatures, payload: bytes) -> None:
-        self._places[picture.image_key] = len(self._places)
-        self._writer.write({"key": picture.image_key, "payload": payload})
+    def write(self, image: ImageFeatures, payload: bytes) -> None:
+        self._places[image.image_key] = len(self._places)
+        self._writer.write({"key": image.image_key, "payload": payload})
 
     def finish(self) -> None:
         self._writer.finish()

@@ -3,7 +3,7 @@
 Three ways, taken in turn in one process by one engine (plain torch, one worker), so that weights, masters and moments are the
 same memory for all:
 
-- usual: pictures decoded and sliced by loader threads, the frozen CLIP inside the step, a sample a row, padded; all logits;
+- usual: images decoded and sliced by loader threads, the frozen CLIP inside the step, a sample a row, padded; all logits;
 - cached: features from a cache on disk, otherwise the same;
 - packed: features from the cache, several samples a row without padding in between, logits of answers alone, in chunks. This
   is what the stages run by default.

@@ -1,4 +1,4 @@
-"""What benchmarks/train.py trains: pictures and samples as LLaVA's mixture has them, a cache, a model of a known shape."""
+"""What benchmarks/train.py trains: images and samples as LLaVA's mixture has them, a cache, a model of a known shape."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ from meteor.text.tokens import Separators, TokenisedSample
 from meteor.vision.encode_images import encode_sliced
 from meteor.vision.encoder import FrozenClip
 
-# Width and height of COCO's, GQA's and TextVQA's usual pictures.
+# Width and height of COCO's, GQA's and TextVQA's usual images.
 SIZES = [(640, 480), (640, 427), (500, 375), (480, 640), (1024, 768), (427, 640), (640, 480), (336, 336)]
 SEPARATORS = Separators(slice_id=29892, row_id=13)
 PIXELS = PixelSettings()
@@ -67,11 +67,11 @@ SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """Samples of a stage, their pictures as files and as a cache, and the model."""
+    """Samples of a stage, their images as files and as a cache, and the model."""
 
     table: SampleTable
     cache: FeatureCache
-    pictures: dict[str, bytes]
+    shown_images: dict[str, bytes]
     model: MeteorForConditionalGeneration
     collate: Callable[..., Batch]
 
@@ -109,14 +109,14 @@ def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: 
     """In bfloat16 on a GPU, float32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = make_model(shape, projector, device, dtype)
-    pictures = {hashlib.sha256(data).hexdigest(): data for data in map(_jpeg, range(num_samples))}
-    cache = _fill_cache(folder, make_identity(dtype), pictures, model.vision_tower)
+    shown_images = {hashlib.sha256(data).hexdigest(): data for data in map(_jpeg, range(num_samples))}
+    cache = _fill_cache(folder, make_identity(dtype), shown_images, model.vision_tower)
     settings = dict(projector)
     budget = visual_token_budget(settings.pop("name"), settings)
     return Work(
-        table=_make_table(pictures, budget),
+        table=_make_table(shown_images, budget),
         cache=cache,
-        pictures=pictures,
+        shown_images=shown_images,
         model=model,
         collate=partial(
             collate,
@@ -130,7 +130,7 @@ def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: 
 
 
 def _jpeg(number: int) -> bytes:
-    """A picture of coarse noise: its file is about as large as a photo's."""
+    """An image of coarse noise: its file is about as large as a photo's."""
     width, height = SIZES[number % len(SIZES)]
     noise = np.random.default_rng(number).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -139,12 +139,12 @@ def _jpeg(number: int) -> bytes:
 
 
 def _fill_cache(
-    folder: Path, identity: CacheIdentity, pictures: dict[str, bytes], tower: CLIPVisionModel
+    folder: Path, identity: CacheIdentity, shown_images: dict[str, bytes], tower: CLIPVisionModel
 ) -> FeatureCache:
     encoder = FrozenClip(tower, select_layer=-2, attention_layers=(-2,), digest=identity.encoder_digest)
     uri = create_cache(str(folder), identity, "float16")
     codec, rows = open_codec(uri), []
-    for key, data in pictures.items():
+    for key, data in shown_images.items():
         rows.append(encode_row(encode_sliced([slice_bytes(data, key, PIXELS)], encoder)[0], codec))
     for start in range(0, len(rows), 32):
         write_feature_file(uri, rows[start : start + 32])
@@ -152,8 +152,8 @@ def _fill_cache(
     return FeatureCache.open(uri)
 
 
-def _make_table(pictures: dict[str, bytes], budget: Callable[..., list[int]]) -> SampleTable:
-    """A sample a picture: a few turns, of which the answers are about half the text, as in LLaVA's mixture."""
+def _make_table(shown_images: dict[str, bytes], budget: Callable[..., list[int]]) -> SampleTable:
+    """A sample an image: a few turns, of which the answers are about half the text, as in LLaVA's mixture."""
     chance = random.Random(0)
 
     def tokens(sample: Sample) -> TokenisedSample:
@@ -168,8 +168,8 @@ def _make_table(pictures: dict[str, bytes], budget: Callable[..., list[int]]) ->
                 labels += turn if is_answer else [IGNORE_INDEX] * length
         return TokenisedSample(ids, labels)
 
-    images = {key: IndexedImage(key, *Image.open(io.BytesIO(data)).size, "") for key, data in pictures.items()}
-    samples = [Sample(key[:12], (key,), ()) for key in pictures]
+    images = {key: IndexedImage(key, *Image.open(io.BytesIO(data)).size, "") for key, data in shown_images.items()}
+    samples = [Sample(key[:12], (key,), ()) for key in shown_images]
     return plan_table(samples, [], images, tokenise=tokens, budget=budget, pixels=PIXELS, max_length=2048).table
 
 
@@ -195,11 +195,11 @@ class PixelBatch:
 def load_pixels(
     micro_batches: Iterable[MicroBatch], *, work: Work, num_threads: int, dtype: torch.dtype
 ) -> Generator[PixelBatch, None, None]:
-    """The usual loader: decodes, slices, resizes and normalises each sample's picture, several at a time."""
+    """The usual loader: decodes, slices, resizes and normalises each sample's image, several at a time."""
 
     def prepare(position: int) -> tuple[tuple[TokenisedSample, list[ImageFeatures]], list[torch.Tensor]]:
         [key] = work.table.image_keys(position)
-        sliced = slice_bytes(work.pictures[key], key, PIXELS)
+        sliced = slice_bytes(work.shown_images[key], key, PIXELS)
         grids = sliced.plan.patch_grids
         # Only the layout of it is used.
         stand_in = ImageFeatures(

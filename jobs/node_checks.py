@@ -22,7 +22,7 @@ from meteor.tracking import Tracker, public_uri
 from meteor.vision.checkpoint import read_vision_config
 
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "mlflow", "boto3")
-_NUM_PICTURES = 16
+_NUM_IMAGES = 16
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
@@ -48,7 +48,7 @@ def check_node(settings: RunSettings, num_nodes: int, marker: str, *, is_driver:
         settings: of the run, with absolute paths.
         num_nodes: of the cluster: to one alone its own loopback and disk are enough.
         marker: a file that the driver wrote below the run's output.
-        is_driver: on the node where stages start: samples and pictures are looked at as well.
+        is_driver: on the node where stages start: samples and images are looked at as well.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("name", lambda: _name(num_nodes)),
@@ -59,7 +59,7 @@ def check_node(settings: RunSettings, num_nodes: int, marker: str, *, is_driver:
         ("MLflow", lambda: _mlflow(settings, num_nodes)),
     ]
     if is_driver:
-        checks += [("data", lambda: _data(settings)), ("pictures", lambda: _pictures(settings))]
+        checks += [("data", lambda: _data(settings)), ("images", lambda: _images(settings))]
     return [_found(name, check) for name, check in checks]
 
 
@@ -207,7 +207,7 @@ def _data(settings: RunSettings) -> str:
     return f"{len(files)} sample files ({size}), {len(question_sets(settings))} question sets"
 
 
-def _pictures(settings: RunSettings) -> str:
+def _images(settings: RunSettings) -> str:
     uris = []
     for file in sample_files(settings):
         if file.stage is not None:
@@ -222,6 +222,6 @@ def _pictures(settings: RunSettings) -> str:
 
 
 def _first(samples: Iterable) -> list[str]:
-    """Pictures of a few samples, evenly spread."""
+    """Images of a few samples, evenly spread."""
     shown = [sample.images[0] for sample in samples if sample.images]
-    return shown[:: max(1, len(shown) // _NUM_PICTURES)][:_NUM_PICTURES]
+    return shown[:: max(1, len(shown) // _NUM_IMAGES)][:_NUM_IMAGES]

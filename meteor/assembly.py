@@ -90,7 +90,7 @@ def load_questions(settings: RunSettings, name: str) -> QuestionSet:
     arguments = {
         **wanted.model_dump(exclude={"path"}),
         "uri": wanted.path,
-        "picture_root": storage.join(settings.cache_root, "question_pictures"),
+        "embedded_root": storage.join(settings.cache_root, "question_images"),
         "long_side": settings.evaluate.long_side,
     }
     key = json.dumps([name, arguments])
@@ -112,7 +112,7 @@ def image_roots(settings: RunSettings) -> dict[str, str]:
 
 
 def pixel_settings(settings: RunSettings) -> PixelSettings:
-    """What decides about the encoder's pixels, and about the pictures it refuses."""
+    """What decides about the encoder's pixels, and about the images it refuses."""
     slicing, data = settings.slicing, settings.data
     return PixelSettings(
         max_slices=slicing.max_slices,

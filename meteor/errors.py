@@ -10,8 +10,8 @@ MeteorError
 │   ├── ConversationError    its turns or placeholders are wrong
 │   ├── TokenisationError    template and tokenizer disagree
 │   └── ImagePathError       its image path leaves the configured roots
-├── BadImageError            a picture goes to the quarantine table; carries a reason code
-├── QuarantineLimitError     too many bad pictures
+├── BadImageError            an image goes to the quarantine table; carries a reason code
+├── QuarantineLimitError     too many bad images
 ├── CacheError               the feature cache is damaged or incomplete
 │   ├── CacheMismatchError   the cache was made with other settings than the model wants
 │   └── CorruptPayloadError  a checksum does not match
@@ -65,7 +65,7 @@ class ImagePathError(DataError):
 
 
 class BadImageError(MeteorError):
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Attributes:
         reason: a short stable code for the quarantine table, for example ``"truncated"``.

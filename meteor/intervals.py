@@ -1,7 +1,7 @@
-"""95 % intervals of scores whose questions share pictures: answers about one picture are not independent.
+"""95 % intervals of scores whose questions share images: answers about one image are not independent.
 
 The variance of an estimate is that of clusters (Miller, "Adding Error Bars to Evals", arXiv 2411.00640): each question has an
-influence on the estimate, (score - mean) / n for a mean; influences of one picture are summed before they are squared.
+influence on the estimate, (score - mean) / n for a mean; influences of one image are summed before they are squared.
 """
 
 import math
@@ -14,7 +14,7 @@ def standard_error(influences: Sequence[float], clusters: Iterable[Hashable]) ->
 
     Args:
         influences: one a question; they sum to 0.
-        clusters: of each question, for example its picture.
+        clusters: of each question, for example its image.
     """
     sums: dict[Hashable, float] = defaultdict(float)
     for influence, cluster in zip(influences, clusters, strict=True):

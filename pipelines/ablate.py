@@ -32,7 +32,7 @@ from pipelines.studies.tasks import (
 from pipelines.study_plan import plan_study
 
 _LOG = logging.getLogger(__name__)
-_DESCRIPTION = """Train and score every variant of a run's `study:` over one cache. Pictures are encoded once, stages that
+_DESCRIPTION = """Train and score every variant of a run's `study:` over one cache. Images are encoded once, stages that
 variants agree on are trained once, and all of them see the same batches. One that fails stops no other; started again, what
 has finished is found and not done again."""
 
@@ -86,10 +86,10 @@ def fill_caches(variants: Sequence[Variant]) -> None:
         shared = settings.tracking.model_copy(update={"used_by": users if len(users) > 1 else ()})
         summary = cache_features.run(settings.model_copy(update={"tracking": shared}))
         _LOG.info(
-            "cache for %d runs: %s of %s pictures encoded now, %s",
+            "cache for %d runs: %s of %s images encoded now, %s",
             len(users),
-            summary.counts["pictures_encoded"] if not summary.reused else 0,
-            summary.counts["distinct_pictures"],
+            summary.counts["images_encoded"] if not summary.reused else 0,
+            summary.counts["distinct_images"],
             summary.results["cache"],
         )
 
@@ -98,7 +98,7 @@ def _convert(source: str, codec: str) -> None:
     """Make what a cache in one codec holds in another."""
     told = False
 
-    def tell(num_done: int, num_pictures: int) -> None:
+    def tell(num_done: int, num_images: int) -> None:
         nonlocal told
         if not told:
             _LOG.info("cache in %s: made from %s, without the encoder", codec, source)

@@ -1,4 +1,4 @@
-"""Stage 0: index every picture once, encode every distinct picture once, publish the features."""
+"""Stage 0: index every image once, encode every distinct image once, publish the features."""
 
 import collections
 import logging
@@ -21,7 +21,7 @@ from meteor.cache.quarantine import retryable
 from meteor.cli.cache_plan import plan_cache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
 from meteor.errors import BadImageError, QuarantineLimitError
-from meteor.evaluation.question_pictures import is_written, write_pictures
+from meteor.evaluation.question_images import is_written, write_images
 from meteor.evaluation.question_set import QuestionSet
 from meteor.image.pixels import PixelSettings
 from pipelines.inputs import SampleSet, as_samples, load_sets, names_of_images
@@ -34,27 +34,27 @@ from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _LOG = logging.getLogger(__name__)
 _CODEC_ERRORS = ("mean_relative_error", "max_relative_error", "min_cosine", "mean_top_k_agreement")
-_DESCRIPTION = """Slice the pictures of all sample sets and cache what the frozen encoder sees. The first pass indexes files
-(a later run reads only new and changed ones), the second encodes distinct pictures that the cache does not have yet."""
+_DESCRIPTION = """Slice the images of all sample sets and cache what the frozen encoder sees. The first pass indexes files
+(a later run reads only new and changed ones), the second encodes distinct images that the cache does not have yet."""
 
 
 def run(settings: RunSettings) -> Summary:
     """Index, encode, publish.
 
     Raises:
-        QuarantineLimitError: too many bad pictures, after the good ones were published.
+        QuarantineLimitError: too many bad images, after the good ones were published.
     """
     with timed() as seconds:
         sets = load_sets(settings)
         identity = identity_of(settings)
         cache_uri = create_cache(settings.cache_root, identity, settings.cache.codec)
         stage = _stage(settings, sets, identity.key)
-        _write_question_pictures(settings)
+        _write_question_images(settings)
         index, num_read = update_index(settings, sets)
         rows = _rows_of(index, sets)
         wanted, refused = _to_encode(rows, pixel_settings(settings))
         missing = _missing(settings, cache_uri, wanted)
-        _LOG.info("%d distinct pictures, %d of them to encode", len(wanted), len(missing))
+        _LOG.info("%d distinct images, %d of them to encode", len(wanted), len(missing))
         before = stage.finished()
         if before and not missing and not num_read:
             return stage.reuse(before)
@@ -78,26 +78,26 @@ def run(settings: RunSettings) -> Summary:
         return stage.finish(summary)
 
 
-def _write_question_pictures(settings: RunSettings) -> None:
-    """Pictures that come inside benchmarks' own files, or are resized, become files."""
+def _write_question_images(settings: RunSettings) -> None:
+    """Images that come inside benchmarks' own files, or are resized, become files."""
     for questions in question_sets(settings):
         if not is_written(questions):
-            _write_pictures_of(settings, questions)
+            _write_images_of(settings, questions)
 
 
-def _write_pictures_of(settings: RunSettings, questions: QuestionSet) -> None:
+def _write_images_of(settings: RunSettings, questions: QuestionSet) -> None:
     num_written, total = 0, len(as_samples(questions).image_names)
 
     def count(number: int) -> None:
         nonlocal num_written
         num_written = number
 
-    with progress(f"{questions.name}: pictures written:", total, lambda: num_written):
-        write_pictures(questions, settings.data.roots, max_pixels=settings.data.max_pixels, on_written=count)
+    with progress(f"{questions.name}: images written:", total, lambda: num_written):
+        write_images(questions, settings.data.roots, max_pixels=settings.data.max_pixels, on_written=count)
 
 
 def _missing(settings: RunSettings, cache_uri: str, wanted: Mapping[str, IndexRow]) -> dict[str, IndexRow]:
-    """Pictures to encode. Files that an interrupted run finished are adopted first, so they are not encoded again."""
+    """Images to encode. Files that an interrupted run finished are adopted first, so they are not encoded again."""
     commit(cache_uri)
     if not latest_manifest(cache_uri):
         return dict(wanted)
@@ -119,12 +119,12 @@ def _summary(
     seconds: float,
 ) -> Summary:
     counts = {
-        "pictures": len(rows),
-        "distinct_pictures": len(wanted),
-        "pictures_read": num_read,
-        "pictures_encoded": num_encoded,
+        "images": len(rows),
+        "distinct_images": len(wanted),
+        "images_read": num_read,
+        "images_encoded": num_encoded,
         "sub_images_cached": cache.num_sub_images,
-        "pictures_cached": len(cache),
+        "images_cached": len(cache),
         "payload_bytes": cache.num_bytes,
         "quarantined": len(bad),
         "shadowed_rows": cache.manifest.num_shadowed,
@@ -149,9 +149,9 @@ def _codec_error(cache: FeatureCache) -> dict[str, float]:
 
 
 def plan(settings: RunSettings) -> str:
-    """What `run` would do, from the index and from headers of pictures that it does not have."""
+    """What `run` would do, from the index and from headers of images that it does not have."""
     lines = [
-        f"  {one.name}: {len(one.samples):,} samples, {len(one.image_names):,} pictures, {len(one.problems)} unusable"
+        f"  {one.name}: {len(one.samples):,} samples, {len(one.image_names):,} images, {len(one.problems)} unusable"
         for one in load_sets(settings)
     ]
     return "\n".join(["cache_features: plan", *lines, plan_cache(settings).to_text()])
@@ -163,7 +163,7 @@ def _rows_of(index: DatasetIndex, sets: list[SampleSet]) -> list[IndexRow]:
 
 
 def _to_encode(rows: Iterable[IndexRow], pixels: PixelSettings) -> tuple[dict[str, IndexRow], list[QuarantineRow]]:
-    """Every distinct good picture by image key; and the pictures refused, unreadable or too long."""
+    """Every distinct good image by image key; and the images refused, unreadable or too long."""
     wanted: dict[str, IndexRow] = {}
     refused: list[QuarantineRow] = []
     for row in rows:
@@ -189,14 +189,14 @@ def _new_refusals(cache_uri: str, refused: Iterable[QuarantineRow]) -> list[Quar
     return [row for row in refused if row not in known]
 
 
-def _check_share_of_bad(settings: RunSettings, num_pictures: int, bad: list[QuarantineRow]) -> None:
+def _check_share_of_bad(settings: RunSettings, num_images: int, bad: list[QuarantineRow]) -> None:
     data = settings.data
-    if len(bad) >= data.min_bad_images and len(bad) > data.max_bad_share * num_pictures:
+    if len(bad) >= data.min_bad_images and len(bad) > data.max_bad_share * num_images:
         reasons = ", ".join(
             f"{count} {reason}" for reason, count in collections.Counter(row.reason for row in bad).most_common()
         )
         raise QuarantineLimitError(
-            f"{len(bad)} of {num_pictures} pictures are bad ({reasons}), for example {bad[0].name or bad[0].image_key}. "
+            f"{len(bad)} of {num_images} images are bad ({reasons}), for example {bad[0].name or bad[0].image_key}. "
             "The good ones are cached. See `meteor data check`, repair the files and run again, or raise data.max_bad_share"
         )
 

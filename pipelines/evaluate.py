@@ -26,7 +26,7 @@ from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
 
 _DESCRIPTION = """Answer the question sets of data.evaluate greedily and score them, each with its benchmark's own metric. A
-question whose picture is quarantined counts as wrong and is reported. Answers are kept as they come: started again, or with
+question whose image is quarantined counts as wrong and is reported. Answers are kept as they come: started again, or with
 more question sets, a model is not asked twice."""
 _PREDICTIONS = pa.schema(
     [
@@ -115,7 +115,7 @@ def longest_answer(settings: RunSettings, one: QuestionSet) -> int:
 
 
 def find_run(settings: RunSettings) -> StageRun:
-    """The folder that an evaluation of these settings, this model and these pictures has."""
+    """The folder that an evaluation of these settings, this model and these images has."""
     _, model_digest = find_model(settings)
     index = open_index(settings)
     content = {
@@ -164,10 +164,10 @@ def find_model(settings: RunSettings) -> tuple[str, str]:
 def find_questions(
     settings: RunSettings, sets: Sequence[QuestionSet], index: DatasetIndex, cache: FeatureCache
 ) -> list[Asked]:
-    """All questions of all sets, in the order of their files, with their pictures' keys.
+    """All questions of all sets, in the order of their files, with their images' keys.
 
     Raises:
-        CacheError: a picture has not been indexed or encoded.
+        CacheError: an image has not been indexed or encoded.
         SettingsError: records of a question set cannot be used.
     """
     names = set().union(*(as_samples(one).image_names for one in sets))
@@ -188,9 +188,9 @@ def find_questions(
 
 
 def _reason(name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings) -> str:
-    """Why a picture is quarantined; "" where it is not."""
+    """Why an image is quarantined; "" where it is not."""
     if name not in images:
-        raise CacheError(f"picture {name!r} is not in the dataset index: run cache_features with this question set")
+        raise CacheError(f"image {name!r} is not in the dataset index: run cache_features with this question set")
     if images[name].reason:
         return images[name].reason
     try:
@@ -230,7 +230,7 @@ def _lines(name: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _export(uri: str, one: QuestionSet, questions: Sequence[Question], answers: Mapping[str, str]) -> None:
-    """The file for a server or a judge. The answer to a quarantined picture's question is ""."""
+    """The file for a server or a judge. The answer to a quarantined image's question is ""."""
     benchmark, wanted = one.benchmark, one.benchmark.exported_splits
     if benchmark.export is None or (wanted and one.facts["split"] not in wanted):
         return

@@ -1,4 +1,4 @@
-"""What several stages read first: sample files, pictures' places, the encoder and the cache identity it makes."""
+"""What several stages read first: sample files, images' places, the encoder and the cache identity it makes."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,7 +106,7 @@ def names_of_images(sets: Iterable[SampleSet]) -> set[str]:
 
 
 def indexed_images(index: DatasetIndex, names: Iterable[str]) -> dict[str, IndexedImage]:
-    """What the index says about the pictures of these names; names it does not have are left out."""
+    """What the index says about the images of these names; names it does not have are left out."""
     wanted = set(names)
     return {
         row.name: IndexedImage(row.image_key, row.width, row.height, row.reason)
@@ -116,7 +116,7 @@ def indexed_images(index: DatasetIndex, names: Iterable[str]) -> dict[str, Index
 
 
 def quarantine_into(images: Mapping[str, IndexedImage], quarantined: Mapping[str, str]) -> dict[str, IndexedImage]:
-    """The same pictures, with the reasons of those that the encoder refused."""
+    """The same images, with the reasons of those that the encoder refused."""
     return {
         name: IndexedImage(
             image.image_key, image.width, image.height, image.reason or quarantined.get(image.image_key, "")

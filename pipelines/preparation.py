@@ -64,7 +64,7 @@ def stage_settings(settings: RunSettings, stage: TrainingStage) -> StageSettings
 
 
 def prepare(settings: RunSettings, stage: TrainingStage) -> Prepared:
-    """Find or make the pin and with it the run: its digest is over settings, samples, pictures, and the parent's digest.
+    """Find or make the pin and with it the run: its digest is over settings, samples, images, and the parent's digest.
 
     Raises:
         SettingsError: the stage has no samples, or stage 2 no stage 1.
@@ -80,7 +80,7 @@ def prepare(settings: RunSettings, stage: TrainingStage) -> Prepared:
 def content_of(
     settings: RunSettings, stage: TrainingStage, samples: list[SampleSet], identity: CacheIdentity, parent: str | None
 ) -> dict[str, Any]:
-    """All that decides about a stage's numbers but the pictures: two stages that agree in it and in them are one run."""
+    """All that decides about a stage's numbers but the images: two stages that agree in it and in them are one run."""
     return canonical(
         {
             "stage": stage,
@@ -104,7 +104,7 @@ def _pinned(
     identity: CacheIdentity,
     parent: dict[str, str] | None,
 ) -> Prepared:
-    """An unfinished run keeps its pin; a finished one is taken up anew where the pictures have changed since.
+    """An unfinished run keeps its pin; a finished one is taken up anew where the images have changed since.
 
     Versions that the settings name go before a pin.
     """
@@ -168,7 +168,7 @@ def plan_samples(settings: RunSettings, stage: TrainingStage, prepared: Prepared
 
     Raises:
         QuarantineLimitError: too many samples cannot be used.
-        CacheError: pictures are not in the cache.
+        CacheError: images are not in the cache.
     """
     options = stage_settings(settings, stage)
     plans = [
@@ -195,7 +195,7 @@ def plan_held_out(settings: RunSettings, stage: TrainingStage, prepared: Prepare
     known = {row.name for row in prepared.index.rows()}
     if unknown := sorted(samples.image_names - known):
         raise CacheError(
-            f"{len(unknown)} pictures of data.held_out.{stage}, for example {unknown[0]!r}, are not in the index that this run "
+            f"{len(unknown)} images of data.held_out.{stage}, for example {unknown[0]!r}, are not in the index that this run "
             "was pinned to at its first start: run cache_features before it, or leave the held-out samples away"
         )
     return _plan_set(settings, stage, prepared, samples)
@@ -247,6 +247,6 @@ def _check(
     missing = set(plan.table.all_image_keys()) - set(cache.keys()) if options.features == "cache" else set()
     if missing:
         raise CacheError(
-            f"{len(missing)} pictures of {samples.uri} are indexed and not in version {cache.version} of {cache.uri}: run "
+            f"{len(missing)} images of {samples.uri} are indexed and not in version {cache.version} of {cache.uri}: run "
             "cache_features again"
         )

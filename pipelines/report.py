@@ -66,7 +66,7 @@ def run(settings: RunSettings) -> Summary:
             _log(settings, uri, failed=any(not one.finished for run in variants for one in run.stages.values()))
         except TrackingError as error:
             _LOG.warning("%s. The report is written; run this stage again to keep it in MLflow as well", error)
-        counts = {"variants": len(shown), "runs": len(variants), "figures_of_pictures": len(panels)}
+        counts = {"variants": len(shown), "runs": len(variants), "figures_of_images": len(panels)}
         return Summary("report", counts, seconds(), {"markdown": paths.markdown, "html": paths.html})
 
 
@@ -103,8 +103,8 @@ def cache_facts(settings: RunSettings) -> dict[str, Any] | None:
     summary = storage.read_json(storage.join(found, "summary.json"))
     counts, extra = summary["counts"], summary["extra"]
     return {
-        "num_pictures": counts["pictures"],
-        "num_distinct_pictures": counts["distinct_pictures"],
+        "num_images": counts["images"],
+        "num_distinct_images": counts["distinct_images"],
         "num_sub_images_in_cache": counts["sub_images_cached"],
         "payload_bytes": counts["payload_bytes"],
         "codec": extra["codec"],
@@ -117,7 +117,7 @@ def cache_facts(settings: RunSettings) -> dict[str, Any] | None:
 
 
 def draw_panels(settings: RunSettings, variant: VariantResult) -> list[SelectionPanel]:
-    """Selection figures of some evaluated pictures, for a projector that selects; its weights alone are loaded."""
+    """Selection figures of some evaluated images, for a projector that selects; its weights alone are loaded."""
     if not variant.predictions or settings.report.num_figures == 0:
         return []
     evaluated = variant.stages["evaluate"].identity
@@ -170,7 +170,7 @@ def _scores(patches: SelectedPatches) -> SubImageScores:
 
 
 def _pick(settings: RunSettings, predictions: Sequence[dict[str, Any]], cache: FeatureCache) -> list[dict[str, Any]]:
-    """Questions about one picture each, sliced and unsliced in turn, each picture once; the same ones every time."""
+    """Questions about one image each, sliced and unsliced in turn, each image once; the same ones every time."""
     index = DatasetIndex.latest(index_uri(settings))
     rows = {row.name: row for row in index.rows()} if index else {}
     pixels, seen = pixel_settings(settings), set()

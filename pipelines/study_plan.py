@@ -57,7 +57,7 @@ def _caches(variants: Sequence[Variant]) -> list[str]:
         missing = plan.num_distinct - plan.num_cached
         state = f"{format_count(missing)} to encode" if missing else "nothing to encode"
         lines.append(
-            f"  cache              {settings.cache.codec}, {format_count(plan.num_distinct)} pictures, {state}; read by "
+            f"  cache              {settings.cache.codec}, {format_count(plan.num_distinct)} images, {state}; read by "
             f"{len(users)} runs"
         )
     return lines
@@ -103,7 +103,7 @@ def estimate_work(settings: RunSettings, stage: TrainingStage) -> Work:
     """From a few hundred samples of each file.
 
     Raises:
-        CacheError: there is no index yet, which knows how many slices a picture has.
+        CacheError: there is no index yet, which knows how many slices an image has.
     """
     options, index = stage_settings(settings, stage), open_index(settings)
     tokenizer = load_tokenizer(settings.llm.path)
@@ -136,7 +136,7 @@ def _cost(tasks: Mapping[str, Task], finished: Mapping[str, Summary]) -> list[st
     try:
         lines = [_cost_of(stage, tasks, finished, estimate_work) for stage in ("pretrain", "finetune")]
     except CacheError:
-        return ["  cost               known when the pictures are indexed"]
+        return ["  cost               known when the images are indexed"]
     return [line for line in lines if line]
 
 

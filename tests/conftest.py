@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: tiny models without training, a tokenizer of letters, batches, pictures, an S3."""
+"""Fixtures that several rooms share: tiny models without training, a tokenizer of letters, batches, images, an S3."""
 
 import functools
 import io
@@ -184,7 +184,7 @@ def finished_model(
 
 
 @pytest.fixture(scope="session")
-def make_picture() -> Callable[..., Image.Image]:
+def make_image() -> Callable[..., Image.Image]:
     """Noise of a size and mode."""
 
     def make(width: int, height: int, *, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -197,7 +197,7 @@ def make_picture() -> Callable[..., Image.Image]:
 
 @pytest.fixture(scope="session")
 def png() -> Callable[..., bytes]:
-    """A picture as the bytes of a PNG file."""
+    """An image as the bytes of a PNG file."""
 
     def encode(image: Image.Image, **options: object) -> bytes:
         buffer = io.BytesIO()

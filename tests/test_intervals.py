@@ -1,4 +1,4 @@
-"""Intervals of scores whose questions share pictures."""
+"""Intervals of scores whose questions share images."""
 
 import math
 
@@ -16,7 +16,7 @@ def test_independent_questions_have_the_textbook_error():
     assert standard_error(mean_influences(values), range(5)) == pytest.approx(math.sqrt(0.3 / 5))
 
 
-def test_a_picture_asked_four_times_tells_no_more_than_once():
+def test_a_image_asked_four_times_tells_no_more_than_once():
     once = standard_error(mean_influences([1.0, 0.0, 1.0]), "abc")
     often = standard_error(mean_influences([1.0] * 4 + [0.0] * 4 + [1.0] * 4), "aaaabbbbcccc")
     assert often == pytest.approx(once)
@@ -25,7 +25,7 @@ def test_a_picture_asked_four_times_tells_no_more_than_once():
 
 @pytest.mark.parametrize("num_clusters", [20, 40])
 def test_intervals_cover_the_truth_as_often_as_they_say(num_clusters):
-    """2,000 samples of pictures with 5 correlated answers each, right in a share of 0.9."""
+    """2,000 samples of images with 5 correlated answers each, right in a share of 0.9."""
     generator = np.random.default_rng(0)
     covered = differences = 0
     clusters = np.repeat(np.arange(num_clusters), 5).tolist()

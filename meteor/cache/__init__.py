@@ -1,6 +1,6 @@
 """The feature cache: what the frozen encoder sees in each image, computed once, kept as Parquet on disk or S3."""
 
-from meteor.cache.calibration import CALIBRATION_PICTURES, calibrate, needs_calibration, open_codec
+from meteor.cache.calibration import CALIBRATION_IMAGES, calibrate, needs_calibration, open_codec
 from meteor.cache.codec import CODEC_NAMES, DEFAULT_CODEC, Codec, get_codec
 from meteor.cache.folder import create_cache
 from meteor.cache.identity import CacheIdentity, algorithm_versions
@@ -15,7 +15,7 @@ from meteor.cache.store import FeatureCache
 from meteor.cache.writer import FileRecord, write_feature_file
 
 __all__ = [
-    "CALIBRATION_PICTURES",
+    "CALIBRATION_IMAGES",
     "CODEC_NAMES",
     "DEFAULT_CODEC",
     "FEATURE_SCHEMA",

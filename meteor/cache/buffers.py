@@ -52,7 +52,7 @@ class BufferPool:
 
 
 def _round_up(size_bytes: int) -> int:
-    """To one of eight sizes an octave, so that pictures of similar size share memory."""
+    """To one of eight sizes an octave, so that images of similar size share memory."""
     step = max(1 << max(size_bytes.bit_length() - 4, 0), 4096)
     return -(-size_bytes // step) * step
 

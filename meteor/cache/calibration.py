@@ -19,9 +19,9 @@ from meteor.cache.table import check_schema_version
 from meteor.errors import AlreadyExistsError, CacheError, NotFoundError
 from meteor.features import ImageFeatures
 
-# How many pictures a calibration looks at: those with the lowest image keys, which by sha256 is a random sample.
-CALIBRATION_PICTURES = 256
-# Added to each end of a channel's range, as a share of the range, for the pictures that are not in the sample.
+# How many images a calibration looks at: those with the lowest image keys, which by sha256 is a random sample.
+CALIBRATION_IMAGES = 256
+# Added to each end of a channel's range, as a share of the range, for the images that are not in the sample.
 MARGIN = 0.05
 _SCHEMA_VERSION = 1
 _DIGEST_DIGITS = 16
@@ -52,7 +52,7 @@ def calibrate(cache_uri: str, images: Iterable[ImageFeatures]) -> Codec:
 
     Args:
         cache_uri: a cache that `create_cache` made.
-        images: those of the `CALIBRATION_PICTURES` lowest image keys of what will be cached, in any order. Pictures with
+        images: those of the `CALIBRATION_IMAGES` lowest image keys of what will be cached, in any order. Images with
             values that float16 does not hold are left out. Nothing is read of them when there is nothing to do.
 
     Returns:
@@ -76,12 +76,12 @@ def calibration_bytes(images: Iterable[ImageFeatures]) -> bytes:
         ranges.add(image)
     if not ranges.num_sub_images:
         raise CacheError(
-            f"{INT8_CODEC} needs pictures to calibrate on, and none of {ranges.num_refused} had features that float16 "
+            f"{INT8_CODEC} needs images to calibrate on, and none of {ranges.num_refused} had features that float16 "
             "holds: check the encoder, or choose the codec bfloat16"
         )
     low_C, high_C = ranges.low.double().cpu(), ranges.high.double().cpu()
     # The range has a centre: CLIP's outlier channels lie far from zero with a small spread. With random features (1 % of
-    # the channels at 40 +- 2, the others at 0 +- 1, other pictures than calibrated on) the relative error is 0.24 %, with
+    # the channels at 40 +- 2, the others at 0 +- 1, other images than calibrated on) the relative error is 0.24 %, with
     # scales about zero 0.36 %; in units of an outlier channel's spread 1.1 % against 5.5 %.
     margin_C = MARGIN * (high_C - low_C)
     low_C, high_C = (low_C - margin_C).clamp_min(-_LARGEST), (high_C + margin_C).clamp_max(_LARGEST)
@@ -92,9 +92,9 @@ def calibration_bytes(images: Iterable[ImageFeatures]) -> bytes:
         {
             "schema_version": _SCHEMA_VERSION,
             "codec": INT8_CODEC,
-            "num_pictures": len(ranges.image_keys),
+            "num_images": len(ranges.image_keys),
             "num_sub_images": ranges.num_sub_images,
-            "pictures_digest": hashlib.sha256("\n".join(sorted(ranges.image_keys)).encode()).hexdigest(),
+            "images_digest": hashlib.sha256("\n".join(sorted(ranges.image_keys)).encode()).hexdigest(),
             "margin": MARGIN,
             "vision_width": len(scale_C),
             "scales": scale_C.tolist(),

@@ -15,7 +15,7 @@ DEFAULT_CODEC = "float16"
 INT8_CODEC = "int8"
 # -128 is not used: the grid is symmetric about the centre.
 INT8_LIMIT = 127
-# Intermediate float32 of a whole sub-image is memory that is mapped anew each time: a picture of 5 x 576 x 1024 took
+# Intermediate float32 of a whole sub-image is memory that is mapped anew each time: an image of 5 x 576 x 1024 took
 # 13 ms to decode in one go and 0.9 ms in pieces of so many patches (R).
 ROWS_AT_ONCE = 128
 
@@ -197,14 +197,14 @@ def tensor_bytes(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
 
 
 def check_finite(name: str, values: torch.Tensor) -> None:
-    """Refuse a picture whose features cannot be used. Raises BadImageError with reason ``"non_finite_features"``."""
+    """Refuse an image whose features cannot be used. Raises BadImageError with reason ``"non_finite_features"``."""
     # The extremes say it 25 times faster than a look at each value: NaN spreads to both, infinity is one of them.
     if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
         num_bad = int((~torch.isfinite(values)).sum())
         raise BadImageError(
             "non_finite_features",
             f"{num_bad} of {values.numel()} values of {name} are not finite as {values.dtype}: the encoder failed "
-            "on this picture, or its values are too large for the codec (bfloat16 and float32 have the range)",
+            "on this image, or its values are too large for the codec (bfloat16 and float32 have the range)",
         )
 
 

@@ -5,7 +5,7 @@
     calibration.json                    scales and centres of the codec int8, the same for all files
     data/<uuid>.parquet                 features, immutable, one row group for each image
     ledger/features-<uuid>.parquet      what a finished data file holds; without it the data file does not count
-    ledger/quarantine-<uuid>.parquet    pictures that could not be encoded
+    ledger/quarantine-<uuid>.parquet    images that could not be encoded
     manifests/v00000001.json            committed versions, each naming its key index and quarantine:
     keys/v00000001-<uuid>.parquet
     quarantine/v00000001-<uuid>.parquet

@@ -1,4 +1,4 @@
-"""The ledger of a cache: one record for each finished data file, one for each batch of bad pictures; the truth."""
+"""The ledger of a cache: one record for each finished data file, one for each batch of bad images; the truth."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -215,7 +215,7 @@ def _pending_tables(cache_uri: str, names: Sequence[str]) -> list[pa.Table]:
     if damaged := [content for content in contents.values() if isinstance(content, CorruptPayloadError)]:
         raise CorruptPayloadError(
             f"{len(damaged)} ledger records are damaged, such as: {damaged[0]}. That leaves them out, and the next build "
-            "encodes their pictures again"
+            "encodes their images again"
         ) from damaged[0]
     return list(contents.values())
 

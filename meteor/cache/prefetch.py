@@ -5,8 +5,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-# A limit in bytes alone would let tiny pictures, or one that is repeated for ever, make an endless queue.
-MAX_PICTURES_AHEAD = 1024
+# A limit in bytes alone would let tiny images, or one that is repeated for ever, make an endless queue.
+MAX_IMAGES_AHEAD = 1024
 
 Value = TypeVar("Value")
 
@@ -64,7 +64,7 @@ class _Window(Generic[Value]):
 
     def fill(self) -> None:
         """Begin to read as many of the following keys as the limit allows, and one at least."""
-        while self._following is not None and len(self.waiting) < MAX_PICTURES_AHEAD:
+        while self._following is not None and len(self.waiting) < MAX_IMAGES_AHEAD:
             key, size = self._following, self._size_bytes(self._following)
             if self.waiting and self._num_bytes + size > self._max_bytes:
                 return

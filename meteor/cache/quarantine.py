@@ -1,4 +1,4 @@
-"""Pictures that could not be encoded: kept with a reason, merged like finished files, gone once they are encoded."""
+"""Images that could not be encoded: kept with a reason, merged like finished files, gone once they are encoded."""
 
 import uuid
 from collections.abc import Iterable, Sequence
@@ -25,13 +25,13 @@ QUARANTINE_SCHEMA = versioned(
     CACHE_SCHEMA_VERSION,
 )
 
-# These speak of where the picture lay or of the limits in force, not of the bytes behind its key.
+# These speak of where the image lay or of the limits in force, not of the bytes behind its key.
 _RETRYABLE_REASONS = frozenset({"missing", "changed", "aspect_ratio", "too_many_pixels"})
 
 
 @dataclass(frozen=True)
 class QuarantineRow:
-    """One picture.
+    """One image.
 
     Attributes:
         image_key: sha256 of its bytes, empty if they could not be read.
@@ -51,20 +51,20 @@ class QuarantineRow:
 
     @property
     def key(self) -> str:
-        """What identifies the picture: its image key, or its name where the bytes could not be read."""
+        """What identifies the image: its image key, or its name where the bytes could not be read."""
         return self.image_key or self.name
 
 
 def retryable(row: QuarantineRow) -> bool:
-    """Whether a build that wants the picture must try again: its reason says nothing about the picture's bytes.
+    """Whether a build that wants the image must try again: its reason says nothing about the image's bytes.
 
-    A picture that is bad by its bytes would fail again; with other bytes it has another image key.
+    An image that is bad by its bytes would fail again; with other bytes it has another image key.
     """
     return row.reason in _RETRYABLE_REASONS
 
 
 def record_quarantine(cache_uri: str, rows: Iterable[QuarantineRow]) -> None:
-    """Publish bad pictures for the next commit; nothing happens when there are none."""
+    """Publish bad images for the next commit; nothing happens when there are none."""
     if listed := list(rows):
         uri = storage.join(cache_uri, LEDGER, f"quarantine-{uuid.uuid4().hex}.parquet")
         storage.write_bytes(uri, table_bytes(quarantine_table(listed)))
@@ -84,7 +84,7 @@ def quarantine_rows(table: pa.Table) -> list[QuarantineRow]:
 
 
 def merge_quarantine(held: pa.Table, pending: Sequence[pa.Table], encoded: pa.ChunkedArray) -> pa.Table:
-    """Later rows replace earlier ones of the same picture; what has been encoded meanwhile leaves. Sorted by key."""
+    """Later rows replace earlier ones of the same image; what has been encoded meanwhile leaves. Sorted by key."""
     rows = pa.concat_tables([held, *pending])
     if not rows.num_rows:
         return rows

@@ -168,11 +168,11 @@ class FeatureCache:
         )
 
     def quarantine(self) -> list[QuarantineRow]:
-        """The pictures that could not be encoded."""
+        """The images that could not be encoded."""
         return quarantine_rows(read_quarantine(self.uri, self.manifest))
 
     def quarantined(self) -> dict[str, str]:
-        """Reason by image key, or by name where a picture's bytes could not be read."""
+        """Reason by image key, or by name where an image's bytes could not be read."""
         return {row.key: row.reason for row in self.quarantine()}
 
     def codec_error(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from meteor.cache import CODEC_NAMES, FeatureCache, pins, unpin
 from meteor.cache.upkeep import (
     CacheListing,
     diff_caches,
-    export_pictures,
+    export_images,
     list_caches,
     plan_gc,
     repair,
@@ -21,8 +21,8 @@ from meteor.cache.upkeep import (
 )
 from meteor.cli.cache_audit import audit_run
 from meteor.cli.cache_plan import plan_cache
+from meteor.cli.images import IMAGE_HELP, find_images
 from meteor.cli.options import CACHE_HELP, add_json, add_run, read_run, show_progress
-from meteor.cli.pictures import PICTURE_HELP, find_pictures
 from meteor.formatting import format_bytes
 from meteor.planning.cache_cost import NUM_RUNS, USD_PER_GB
 
@@ -34,17 +34,17 @@ def add_commands(commands: Any) -> None:
     add = _adder(actions.add_subparsers(required=True, metavar="ACTION"))
     listing = add("ls", _ls, "all caches below a root")
     listing.add_argument("root", metavar="ROOT", help="cache.uri of a run, <output>/cache by default")
-    add("show", _show, "identity, version, pictures, bytes, codec error, runs that read it", "cache")
-    add("quarantine", _quarantine, "the pictures that could not be encoded, with reasons", "cache")
+    add("show", _show, "identity, version, images, bytes, codec error, runs that read it", "cache")
+    add("quarantine", _quarantine, "the images that could not be encoded, with reasons", "cache")
     verify = add(
         "verify", _verify, "read everything and compare every checksum; code 1 where something is damaged", "cache"
     )
     verify.add_argument(
         "--repair",
         action="store_true",
-        help="publish a version without the damaged pictures: the next build encodes them",
+        help="publish a version without the damaged images: the next build encodes them",
     )
-    diff = add("diff", _diff, "two caches: which field of the key differs, which pictures; code 1 if any", "cache")
+    diff = add("diff", _diff, "two caches: which field of the key differs, which images; code 1 if any", "cache")
     diff.add_argument("other", metavar="OTHER", help="the cache to compare with")
     clean = add("gc", _gc, "list, or with --delete remove, what no kept version needs", "cache")
     clean.add_argument("--delete", action="store_true", help="do it; without this nothing is changed")
@@ -56,10 +56,10 @@ def add_commands(commands: Any) -> None:
     )
     convert = add("transcode", _transcode, "make another codec's variant from a cache, without the encoder", "cache")
     convert.add_argument("--codec", required=True, choices=CODEC_NAMES)
-    export = add("export", _export, "write pictures as plain .safetensors files", "cache")
-    export.add_argument("pictures", nargs="+", metavar="PICTURE", help=PICTURE_HELP)
+    export = add("export", _export, "write images as plain .safetensors files", "cache")
+    export.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGE_HELP)
     export.add_argument("--out", required=True, metavar="FOLDER", help="folder or s3:// URI")
-    plan = add("plan", _plan, "pictures, bytes, encoder time, storage cost, and what the cache saves")
+    plan = add("plan", _plan, "images, bytes, encoder time, storage cost, and what the cache saves")
     add_run(plan)
     plan.add_argument("--rate", type=float, metavar="N", help="sub-images a second of all GPUs together")
     plan.add_argument(
@@ -70,7 +70,7 @@ def add_commands(commands: Any) -> None:
     )
     audit = add("audit", _audit, "encode a sample again and compare; code 1 where it differs")
     add_run(audit)
-    audit.add_argument("--pictures", type=int, default=32, metavar="N", help="how many (default: %(default)s)")
+    audit.add_argument("--images", type=int, default=32, metavar="N", help="how many (default: %(default)s)")
     audit.add_argument(
         "--tolerance", type=float, default=0.02, metavar="E", help="largest relative error (default: %(default)s)"
     )
@@ -120,7 +120,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 
 def _listing_text(one: CacheListing) -> str:
-    held = f"{one.num_images:,} pictures, {one.num_sub_images:,} sub-images, {format_bytes(one.payload_bytes)}"
+    held = f"{one.num_images:,} images, {one.num_sub_images:,} sub-images, {format_bytes(one.payload_bytes)}"
     state = f"version {one.version}, {held}, {one.num_quarantined} quarantined, {one.num_pins} runs"
     changed = datetime.fromtimestamp(one.modified_s).astimezone().strftime("%Y-%m-%d %H:%M")
     return f"{one.uri}\n  {state}, changed {changed}" + (f"\n  DAMAGED: {one.error}" if one.error else "")
@@ -132,7 +132,7 @@ def _show(arguments: argparse.Namespace) -> int:
         "uri": cache.uri,
         "version": cache.version,
         "codec": cache.codec,
-        "pictures": len(cache),
+        "images": len(cache),
         "sub_images": cache.num_sub_images,
         "payload_bytes": cache.num_bytes,
         "shadowed_rows": cache.manifest.num_shadowed,
@@ -160,11 +160,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         return 0
     cache = FeatureCache.open(arguments.cache)
     problems = cache.verify(on_progress=show_progress("files"))
-    text = "\n".join(
-        [*problems, "`meteor cache verify --repair` lets the next build encode the damaged pictures again"]
-    )
-    content = {"pictures": len(cache), "problems": problems}
-    _print(arguments, content, text if problems else f"{len(cache)} pictures intact")
+    text = "\n".join([*problems, "`meteor cache verify --repair` lets the next build encode the damaged images again"])
+    content = {"images": len(cache), "problems": problems}
+    _print(arguments, content, text if problems else f"{len(cache)} images intact")
     return 1 if problems else 0
 
 
@@ -188,17 +186,17 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _transcode(arguments: argparse.Namespace) -> int:
-    uri = transcode(storage.absolute(arguments.cache), arguments.codec, on_progress=show_progress("pictures"))
+    uri = transcode(storage.absolute(arguments.cache), arguments.codec, on_progress=show_progress("images"))
     cache = FeatureCache.open(uri)
-    content = {"uri": uri, "pictures": len(cache), "payload_bytes": cache.num_bytes, "codec_error": cache.codec_error()}
+    content = {"uri": uri, "images": len(cache), "payload_bytes": cache.num_bytes, "codec_error": cache.codec_error()}
     _print(arguments, content, _lines(content))
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     cache = FeatureCache.open(arguments.cache)
-    named = find_pictures(cache, arguments.pictures)
-    files = export_pictures(cache, list(named), arguments.out, names=named)
+    named = find_images(cache, arguments.images)
+    files = export_images(cache, list(named), arguments.out, names=named)
     _print(arguments, files, "\n".join(files))
     return 0
 
@@ -214,11 +212,11 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _audit(arguments: argparse.Namespace) -> int:
     audit = audit_run(
         read_run(arguments),
-        num_pictures=arguments.pictures,
+        num_images=arguments.images,
         tolerance=arguments.tolerance,
         seed=arguments.seed,
         device=arguments.device,
-        on_progress=show_progress("pictures"),
+        on_progress=show_progress("images"),
     )
     _print(arguments, audit.to_dict(), audit.to_text())
     return 1 if audit.failed else 0

@@ -1,4 +1,4 @@
-"""The audit of a run's cache: its encoder, its pictures' files, its latest version."""
+"""The audit of a run's cache: its encoder, its images' files, its latest version."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from meteor.vision.live import LiveFeatures
 def audit_run(
     settings: RunSettings,
     *,
-    num_pictures: int,
+    num_images: int,
     tolerance: float,
     seed: int,
     device: str | None,
@@ -21,7 +21,7 @@ def audit_run(
     """Audit the latest version of the run's cache with the run's encoder.
 
     Raises:
-        CacheError: there is no cache for these settings, or no index of the pictures.
+        CacheError: there is no cache for these settings, or no index of the images.
     """
     encoder = load_encoder(settings, device=device)
     cache = FeatureCache.open(cache_uri(settings, cache_identity(settings, encoder)))
@@ -29,5 +29,5 @@ def audit_run(
     uris = {row.image_key: row.uri for row in index.rows() if row.status == "ok"} if index else {}
     live = LiveFeatures(encoder, uris, pixel_settings(settings))
     return audit_cache(
-        cache, live, uris, num_pictures=num_pictures, tolerance=tolerance, seed=seed, on_progress=on_progress
+        cache, live, uris, num_images=num_images, tolerance=tolerance, seed=seed, on_progress=on_progress
     )

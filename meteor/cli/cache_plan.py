@@ -1,4 +1,4 @@
-"""The plan of a run's cache: picture sizes from the dataset index or from headers, shapes from configurations."""
+"""The plan of a run's cache: image sizes from the dataset index or from headers, shapes from configurations."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from meteor.cache import CODEC_NAMES, DatasetIndex, FeatureCache
 from meteor.cache.codec import INT8_CODEC, get_codec
 from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings
-from meteor.data.pictures import inspect_picture
+from meteor.data.inspect_image import inspect_image
 from meteor.data.samples import Sample
 from meteor.errors import BadImageError, SettingsError, TokenisationError
 from meteor.image.budget import visual_token_budget
@@ -60,7 +60,7 @@ def plan_cache(settings: RunSettings, inputs: "PlanInputs | None" = None) -> Cac
     stages, note = _stages(settings, sets, plans, shape)
     num_layers, uri = len(settings.vision.attention_layers), cache_uri(settings, cache_identity(settings, encoder))
     return CachePlan(
-        num_pictures=len(names),
+        num_images=len(names),
         num_distinct=len(distinct),
         num_unindexed=num_unindexed,
         num_unusable=len(names) - len(plans),
@@ -80,7 +80,7 @@ def plan_cache(settings: RunSettings, inputs: "PlanInputs | None" = None) -> Cac
 
 
 class PlanInputs:
-    """What plans of several runs read once, as long as nothing is written meanwhile: samples, pictures' sizes, the encoder.
+    """What plans of several runs read once, as long as nothing is written meanwhile: samples, images' sizes, the encoder.
 
     The variants of a study follow one another, and most of them show the same; the last of each is kept.
     """
@@ -104,7 +104,7 @@ class PlanInputs:
 
 @dataclass(frozen=True)
 class _Survey:
-    """A run's samples by file, the names of their pictures, and those pictures' image keys and plans (see `_indexed`)."""
+    """A run's samples by file, the names of their images, and those images' image keys and plans (see `_indexed`)."""
 
     sets: list[tuple[SampleFile, list[Sample]]]
     names: list[str]
@@ -124,7 +124,7 @@ def _survey(settings: RunSettings) -> _Survey:
 def _indexed(
     settings: RunSettings, names: Sequence[str], pixels: PixelSettings
 ) -> tuple[dict[str, str], dict[str, SlicePlan]]:
-    """Name -> image key ("" if unknown) of the pictures in the index, and the plans of those that can be used."""
+    """Name -> image key ("" if unknown) of the images in the index, and the plans of those that can be used."""
     index = DatasetIndex.latest(index_uri(settings))
     keys: dict[str, str] = {}
     plans: dict[str, SlicePlan] = {}
@@ -143,8 +143,8 @@ def _indexed(
 
 def _from_headers(names: Sequence[str], roots: Mapping[str, str], pixels: PixelSettings) -> dict[str, SlicePlan]:
     with ThreadPoolExecutor(_NUM_HEADER_READERS) as pool:
-        pictures = pool.map(lambda name: inspect_picture(name, roots, pixels, full=False), names)
-        return {picture.name: picture.plan for picture in pictures if picture.plan is not None}
+        inspected = pool.map(lambda name: inspect_image(name, roots, pixels, full=False), names)
+        return {one.name: one.plan for one in inspected if one.plan is not None}
 
 
 def _cached(uri: str) -> set[str]:
@@ -196,7 +196,7 @@ def _stages(
                 epochs=options.epochs * file.weight * options.fraction,
                 flops_per_parameter=FLOPS_PER_PARAMETER[file.stage],
                 num_llm_parameters=num_parameters,
-                num_visual_tokens=sum(sum(budget(picture)) for sample in grids for picture in sample),
+                num_visual_tokens=sum(sum(budget(one)) for sample in grids for one in sample),
                 num_text_tokens=len(usable) * sum(lengths) / max(len(lengths), 1),
             )
         )

@@ -15,7 +15,7 @@ from meteor.report import VariantResult
 from meteor.report.paired import paired_difference, question_scores
 
 _DESCRIPTION = """Compare two evaluations on the questions that both were asked. The 95 % interval is of the paired difference,
-clustered by picture: what both find hard cancels. A star marks differences whose interval leaves 0 out."""
+clustered by image: what both find hard cancels. A star marks differences whose interval leaves 0 out."""
 
 
 def add_commands(commands: Any) -> None:
@@ -34,7 +34,7 @@ class Comparison:
     """One question set of two evaluations; ``a`` and ``b`` are mean scores of the questions that both were asked.
 
     Attributes:
-        low, high: 95 % interval of b - a; None with fewer than two pictures.
+        low, high: 95 % interval of b - a; None with fewer than two images.
         num_better, num_worse: questions on which b scores higher, and lower, than a.
     """
 
@@ -45,7 +45,7 @@ class Comparison:
     low: float | None
     high: float | None
     num_questions: int
-    num_pictures: int
+    num_images: int
     num_better: int
     num_worse: int
 
@@ -54,10 +54,10 @@ class Comparison:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     def to_text(self) -> str:
-        interval = "no interval, one picture" if self.low is None else f"{_points(self.low)} to {_points(self.high)}"
+        interval = "no interval, one image" if self.low is None else f"{_points(self.low)} to {_points(self.high)}"
         return (
             f"{self.set}: {100 * self.a:.1f} -> {100 * self.b:.1f}, {_points(self.difference)} ({interval})"
-            f"{' *' if self.is_clear else ''}; {self.num_questions:,} questions about {self.num_pictures:,} pictures, "
+            f"{' *' if self.is_clear else ''}; {self.num_questions:,} questions about {self.num_images:,} images, "
             f"{self.num_better:,} better, {self.num_worse:,} worse"
         )
 
@@ -101,7 +101,7 @@ def compare(a: str, b: str) -> list[Comparison]:
                 low=low,
                 high=high,
                 num_questions=difference.num_questions,
-                num_pictures=difference.num_pictures,
+                num_images=difference.num_images,
                 num_better=sum(scores_b[key] > scores_a[key] for key in common),
                 num_worse=sum(scores_b[key] < scores_a[key] for key in common),
             )

@@ -1,4 +1,4 @@
-"""`meteor data check`: are samples and pictures of a run there, readable, and short enough?"""
+"""`meteor data check`: are samples and images of a run there, readable, and short enough?"""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from meteor.cli.options import add_json, add_run, read_run, show_progress
 from meteor.config import RunSettings
 from meteor.data.collate import ImageLayout, num_image_tokens
 from meteor.data.samples import Sample
-from meteor.evaluation.question_pictures import is_written
+from meteor.evaluation.question_images import is_written
 from meteor.image.budget import visual_token_budget
 from meteor.image.slicing import SlicePlan
 from meteor.planning.data_check import CheckedSet, check_data
@@ -19,10 +19,10 @@ from meteor.text.tokens import load_tokenizer, tokenise
 
 
 def add_commands(commands: Any) -> None:
-    actions = commands.add_parser("data", help="check a run's samples and pictures").add_subparsers(required=True)
-    check = actions.add_parser("check", help="missing, unreadable and duplicate pictures, bad records, lengths")
+    actions = commands.add_parser("data", help="check a run's samples and images").add_subparsers(required=True)
+    check = actions.add_parser("check", help="missing, unreadable and duplicate images, bad records, lengths")
     add_run(check)
-    check.add_argument("--full", action="store_true", help="decode every picture: finds truncated ones and duplicates")
+    check.add_argument("--full", action="store_true", help="decode every image: finds truncated ones and duplicates")
     add_json(check)
     check.set_defaults(command=_check)
 
@@ -45,12 +45,12 @@ def check_run(settings: RunSettings, *, full: bool = False, progress: bool = Fal
         roots=image_roots(settings),
         pixels=pixel_settings(settings),
         full=full,
-        on_progress=show_progress("pictures") if progress else None,
+        on_progress=show_progress("images") if progress else None,
     )
 
 
 def _is_readable(settings: RunSettings, file: SampleFile) -> bool:
-    """Pictures that come inside a benchmark's files are there once cache_features has begun."""
+    """Images that come inside a benchmark's files are there once cache_features has begun."""
     return file.stage is not None or is_written(load_questions(settings, file.name))
 
 

@@ -1,4 +1,4 @@
-"""`meteor generate` and `meteor chat`: ask a finished model about pictures."""
+"""`meteor generate` and `meteor chat`: ask a finished model about images."""
 
 import argparse
 import sys
@@ -11,15 +11,15 @@ from meteor import storage
 from meteor.cli.options import choose_dtype
 from meteor.errors import MeteorError, SettingsError
 from meteor.evaluation.answer import Answerer
-from meteor.evaluation.dialogue import Dialogue, Reply, ShownPicture
+from meteor.evaluation.dialogue import Dialogue, Reply, ShownImage
 from meteor.evaluation.selection import select_patches
 from meteor.formatting import format_duration
 from meteor.report import SelectionPanel, SubImageScores
-from meteor.report.pictures import kept_figure
+from meteor.report.selection_figures import kept_figure
 from meteor.train.build import DTYPES
 
-_COMMANDS = """/image FILE        show a picture with the next question
-/selection FILE    write a figure of what was kept of the last picture (.png)
+_COMMANDS = """/image FILE        show an image with the next question
+/selection FILE    write a figure of what was kept of the last image (.png)
 /new               begin a new dialogue
 /help              this text
 /quit              leave; so does the end of the input (Ctrl-D). Ctrl-C stops an answer"""
@@ -27,29 +27,29 @@ _COMMANDS = """/image FILE        show a picture with the next question
 
 def add_commands(commands: Any) -> None:
     generate = commands.add_parser(
-        "generate", help="answer one question about pictures", description="Answer one question, greedily."
+        "generate", help="answer one question about images", description="Answer one question, greedily."
     )
     _add_model(generate)
     generate.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture, local or s3://; may be given again"
+        "--image", action="append", default=[], metavar="FILE", help="an image, local or s3://; may be given again"
     )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     generate.add_argument(
         "--show-selection",
         metavar="FILE",
-        help="write a figure of the patches that were kept (.png); the first picture's",
+        help="write a figure of the patches that were kept (.png); the first image's",
     )
     generate.add_argument("--stats", action="store_true", help="how many tokens, how fast, on standard error")
     generate.set_defaults(command=_generate)
     chat = commands.add_parser(
         "chat",
-        help="talk with a model about pictures",
+        help="talk with a model about images",
         description="Talk with a model; what is asked later may refer to what was said and shown before.",
         epilog=_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(chat)
-    chat.add_argument("--image", action="append", default=[], metavar="FILE", help="pictures of the first question")
+    chat.add_argument("--image", action="append", default=[], metavar="FILE", help="images of the first question")
     chat.add_argument("--stats", action="store_true", help="how many tokens, how fast, after each answer")
     chat.set_defaults(command=_chat)
 
@@ -72,13 +72,13 @@ def _open(arguments: argparse.Namespace) -> Dialogue:
 
 def _generate(arguments: argparse.Namespace) -> int:
     if arguments.show_selection and not arguments.image:
-        raise SettingsError("--show-selection draws on a picture: give one with --image")
+        raise SettingsError("--show-selection draws on an image: give one with --image")
     dialogue = _open(arguments)
     for uri in arguments.image:
         dialogue.show(uri)
     _answer(dialogue, arguments.prompt, arguments)
     if arguments.show_selection:
-        write_selection(dialogue, dialogue.pictures[0], arguments.show_selection)
+        write_selection(dialogue, dialogue.images[0], arguments.show_selection)
         print(f"kept patches: {arguments.show_selection}", file=sys.stderr)
     return 0
 
@@ -103,9 +103,9 @@ def _chat(arguments: argparse.Namespace) -> int:
             elif command == "/image":
                 _shown(dialogue.show(argument.strip()))
             elif command == "/selection":
-                if not dialogue.pictures:
-                    raise SettingsError("no picture has been shown: /image FILE first")
-                write_selection(dialogue, dialogue.pictures[-1], argument.strip())
+                if not dialogue.images:
+                    raise SettingsError("no image has been shown: /image FILE first")
+                write_selection(dialogue, dialogue.images[-1], argument.strip())
             elif line.startswith("/"):
                 print(_COMMANDS, file=sys.stderr)
             elif line:
@@ -116,10 +116,10 @@ def _chat(arguments: argparse.Namespace) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _shown(picture: ShownPicture) -> None:
-    count = len(picture.features.patch_grids)
-    size = f"{picture.image.width} x {picture.image.height}"
-    print(f"{picture.uri}: {size} pixels, {count} sub-image{'s' if count > 1 else ''}", file=sys.stderr)
+def _shown(shown: ShownImage) -> None:
+    count = len(shown.features.patch_grids)
+    size = f"{shown.image.width} x {shown.image.height}"
+    print(f"{shown.uri}: {size} pixels, {count} sub-image{'s' if count > 1 else ''}", file=sys.stderr)
 
 
 def _answer(dialogue: Dialogue, text: str, arguments: argparse.Namespace) -> None:
@@ -137,8 +137,8 @@ def _stats(reply: Reply) -> str:
     return f"prompt of {reply.num_prompt_tokens:,} tokens, {first}; {reply.num_tokens:,} tokens{rate}"
 
 
-def write_selection(dialogue: Dialogue, picture: ShownPicture, file: str) -> None:
-    """Draw the patches that the projector keeps of a picture.
+def write_selection(dialogue: Dialogue, shown: ShownImage, file: str) -> None:
+    """Draw the patches that the projector keeps of an image.
 
     Raises:
         SettingsError: the projector chooses no patches, or the file is no .png.
@@ -146,7 +146,7 @@ def write_selection(dialogue: Dialogue, picture: ShownPicture, file: str) -> Non
     if not file.endswith(".png"):
         raise SettingsError(f"the figure's file {file!r} must end in .png")
     model = dialogue.answerer.model
-    found = select_patches(model.projector, picture.features, select_layer=model.config.select_layer)
+    found = select_patches(model.projector, shown.features, select_layer=model.config.select_layer)
     scores: Sequence[SubImageScores] = [
         SubImageScores(one.combined, one.kept, one.visual, one.native) for one in found if one.combined is not None
     ]
@@ -154,6 +154,6 @@ def write_selection(dialogue: Dialogue, picture: ShownPicture, file: str) -> Non
         raise SettingsError(
             f"the projector {model.config.projector['name']!r} makes its tokens of all patches: it keeps none in particular"
         )
-    plan = dialogue.answerer.processor.pixels.plan(picture.image.width, picture.image.height)
-    panel = SelectionPanel(picture.uri, "", "", "", picture.image, plan, tuple(scores))
+    plan = dialogue.answerer.processor.pixels.plan(shown.image.width, shown.image.height)
+    panel = SelectionPanel(shown.uri, "", "", "", shown.image, plan, tuple(scores))
     storage.write_bytes(file, kept_figure(panel, "kept").png)

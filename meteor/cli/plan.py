@@ -133,7 +133,7 @@ def _cache_key(settings: RunSettings) -> str:
 
 
 def _distinct_caches(plans: dict[str, CachePlan]) -> list[CachePlan]:
-    """One of all codecs that share an encoder and pictures: the others are converted."""
+    """One of all codecs that share an encoder and images: the others are converted."""
     return list({plan.cache_uri.rpartition("/")[0]: plan for plan in plans.values()}.values())
 
 

@@ -6,16 +6,16 @@ from dataclasses import asdict
 from typing import Any
 
 from meteor.cache import FeatureCache
+from meteor.cli.images import IMAGE_HELP, find_images
 from meteor.cli.options import CACHE_HELP, add_json, choose_dtype, show_progress
-from meteor.cli.pictures import PICTURE_HELP, find_pictures
 from meteor.evaluation.project import project_cache
 from meteor.evaluation.project_folder import RECORD
 from meteor.model.trained_projector import load_trained_projector
 from meteor.train.build import DTYPES
 
-_DESCRIPTION = """Run a trained projector over cached pictures, without a language model. Writes one .safetensors file a
-picture: visual tokens, the patches they stand for, the scores by which those were chosen. Started again, it leaves
-alone what is done. Code 1 where a picture that was named is quarantined."""
+_DESCRIPTION = """Run a trained projector over cached images, without a language model. Writes one .safetensors file an
+image: visual tokens, the patches they stand for, the scores by which those were chosen. Started again, it leaves
+alone what is done. Code 1 where an image that was named is quarantined."""
 _EPILOG = f"""A file's tensors (sub-images one after the other, the global view first, then the slices row by row):
   tokens         (all kept, LLM width)  in --dtype
   num_tokens     (sub-images,)          kept of each
@@ -23,7 +23,7 @@ _EPILOG = f"""A file's tensors (sub-images one after the other, the global view 
   indices        (all kept,)            row * columns + column of the patch within its sub-image
   visual_scores  (all patches,)         the class token's attention, as shares
   native_scores  (all patches,)         the instruction token's, as shares
-The last three only where the projector has them. Its metadata name picture, cache and projector. To divide it:
+The last three only where the projector has them. Its metadata name image, cache and projector. To divide it:
   tensors = safetensors.torch.load_file(path)
   tokens = tensors["tokens"].split(tensors["num_tokens"].tolist())
 {RECORD} in DIR says which projector, cache and type its files are of; another's are not added."""
@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
         help="projector.safetensors of pretrain, or the model directory of finetune; local or s3://",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder or s3:// URI")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"{PICTURE_HELP} (default: all of the cache)")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"{IMAGE_HELP} (default: all of the cache)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="sub-images at a time (default: %(default)s)"
@@ -61,7 +61,7 @@ def add_commands(commands: Any) -> None:
 def _project(arguments: argparse.Namespace) -> int:
     dtype = choose_dtype(arguments.device, arguments.dtype)
     cache = FeatureCache.open(arguments.cache)
-    named = find_pictures(cache, arguments.pictures) if arguments.pictures else {}
+    named = find_images(cache, arguments.images) if arguments.images else {}
     done = project_cache(
         cache,
         load_trained_projector(arguments.checkpoint, device=arguments.device, dtype=dtype),
@@ -70,7 +70,7 @@ def _project(arguments: argparse.Namespace) -> int:
         names=named,
         batch_size=arguments.batch_size,
         overwrite=arguments.overwrite,
-        on_progress=show_progress("pictures"),
+        on_progress=show_progress("images"),
     )
     print(json.dumps(asdict(done), indent=2) if arguments.json else done.to_text())
     return 1 if named and done.quarantined else 0

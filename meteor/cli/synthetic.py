@@ -1,4 +1,4 @@
-"""`meteor synthetic`: generated pictures with questions, and tiny models that see them."""
+"""`meteor synthetic`: generated images with questions, and tiny models that see them."""
 
 import argparse
 from pathlib import Path
@@ -10,20 +10,20 @@ from meteor.synthetic.models import make_tiny_models
 
 
 def add_commands(commands: Any) -> None:
-    actions = commands.add_parser("synthetic", help="generate pictures, questions and tiny models").add_subparsers(
+    actions = commands.add_parser("synthetic", help="generate images, questions and tiny models").add_subparsers(
         required=True
     )
-    data = actions.add_parser("data", help="pictures and LLaVA JSON: captions, questions, held-out questions")
+    data = actions.add_parser("data", help="images and LLaVA JSON: captions, questions, held-out questions")
     data.add_argument("folder", type=Path)
-    data.add_argument("--scenes", type=int, default=240, help="training pictures (default: %(default)s)")
-    data.add_argument("--held-out", type=int, default=60, help="pictures to evaluate on (default: %(default)s)")
+    data.add_argument("--scenes", type=int, default=240, help="training images (default: %(default)s)")
+    data.add_argument("--held-out", type=int, default=60, help="images to evaluate on (default: %(default)s)")
     data.add_argument("--seed", type=int, default=0)
     data.set_defaults(command=_data)
     benchmarks = actions.add_parser(
         "benchmarks", help="a few questions in the file formats of the twelve benchmarks and of NLVR, a folder each"
     )
     benchmarks.add_argument("folder", type=Path)
-    benchmarks.add_argument("--scenes", type=int, default=8, help="pictures of each (default: %(default)s)")
+    benchmarks.add_argument("--scenes", type=int, default=8, help="images of each (default: %(default)s)")
     benchmarks.add_argument("--seed", type=int, default=0)
     benchmarks.set_defaults(command=_benchmarks)
     models = actions.add_parser("models", help="a tiny CLIP trained on generated scenes, a tiny Llama, a tokenizer")
@@ -37,7 +37,7 @@ def _data(arguments: argparse.Namespace) -> int:
     dataset = write_dataset(
         arguments.folder, num_scenes=arguments.scenes, num_held_out=arguments.held_out, seed=arguments.seed
     )
-    print(f"pictures and questions: {dataset.folder}")
+    print(f"images and questions: {dataset.folder}")
     return 0
 
 

@@ -61,7 +61,7 @@ class QuestionSetSettings(_Settings):
 
 
 class DataSettings(_Settings):
-    """Where samples and pictures are, and which pictures are refused."""
+    """Where samples and images are, and which images are refused."""
 
     roots: dict[str, str] = operational({"": "."}, "image folders: prefix of an image name -> folder or s3:// URI")
     pretrain: str | dict[str, Weight] | None = operational(
@@ -75,9 +75,9 @@ class DataSettings(_Settings):
     evaluate: dict[str, QuestionSetSettings] = operational(
         {}, "name -> questions to answer and score: {gqa: {format: gqa, path: /data/gqa}}, or the path of a LLaVA file"
     )
-    max_aspect_ratio: float = setting(24.0, "a picture longer than this, either way, is quarantined", ge=1)
-    max_pixels: int = setting(178_956_970, "a picture with more pixels is quarantined (a decompression bomb)", gt=0)
-    max_bad_share: Fraction = operational(0.01, "the job fails, after publishing, above this share of bad pictures ...")
+    max_aspect_ratio: float = setting(24.0, "an image longer than this, either way, is quarantined", ge=1)
+    max_pixels: int = setting(178_956_970, "an image with more pixels is quarantined (a decompression bomb)", gt=0)
+    max_bad_share: Fraction = operational(0.01, "the job fails, after publishing, above this share of bad images ...")
     min_bad_images: int = operational(10, "... if at least so many are bad", ge=0)
 
     @field_validator("evaluate", mode="before")
@@ -96,7 +96,7 @@ class DataSettings(_Settings):
 class SlicingSettings(_Settings):
     """LLaVA-UHD's slicing rule."""
 
-    max_slices: int = setting(6, "most slices of a picture, the global view not counted", ge=1)
+    max_slices: int = setting(6, "most slices of an image, the global view not counted", ge=1)
     resolution: int = setting(336, "side in pixels of the square whose area a sub-image has", ge=14)
     patch_size: int = setting(14, "side of a patch in pixels; the encoder's", ge=1)
 
@@ -121,16 +121,16 @@ class CacheSettings(_Settings):
     index_version: int | None = operational(None, "the same of the dataset index", ge=1)
     rows_per_file: int = operational(
         32,
-        "pictures encoded together and written as one Parquet file (several, of up to 128 MB, if they are large)",
+        "images encoded together and written as one Parquet file (several, of up to 128 MB, if they are large)",
         ge=1,
     )
     commit_every_s: float = operational(300, "seconds between publications while the cache is filled", gt=0)
-    prefetch_threads: int = operational(8, "pictures that a training worker reads at the same time", ge=1)
-    prefetch_mb: int = operational(512, "memory of a training worker for pictures read ahead of their batch", ge=1)
+    prefetch_threads: int = operational(8, "images that a training worker reads at the same time", ge=1)
+    prefetch_mb: int = operational(512, "memory of a training worker for images read ahead of their batch", ge=1)
     disk_tier: str | None = operational(
         None, "folder on each node's own disk that keeps what was read from a cache on S3; a local cache needs none"
     )
-    disk_tier_gb: float = operational(100, "what the disk tier may take; least recently used pictures go first", gt=0)
+    disk_tier_gb: float = operational(100, "what the disk tier may take; least recently used images go first", gt=0)
 
 
 class ProjectorSettings(_Settings):
@@ -213,7 +213,7 @@ class TextSamplerSettings(_Settings):
     layer: int | None = setting(
         None, "the layer whose attention decides, from 0; half of the layers if not given", ge=0
     )
-    keep: float = setting(0.75, "share of each picture's visual tokens that later layers see", gt=0, le=1)
+    keep: float = setting(0.75, "share of each image's visual tokens that later layers see", gt=0, le=1)
 
 
 class FinetuneSettings(StageSettings):
@@ -245,7 +245,7 @@ class EvaluateSettings(_Settings):
     )
     long_side: int | None = setting(
         None,
-        "LLaVA-UHD's released evaluation resizes pictures to a long side of 1024 first; as they are if not given",
+        "LLaVA-UHD's released evaluation resizes images to a long side of 1024 first; as they are if not given",
         ge=14,
     )
     template: Literal["vicuna_v1", "chat"] = setting("vicuna_v1", "how the question becomes a prompt")
@@ -258,7 +258,7 @@ class EvaluateSettings(_Settings):
 class ReportSettings(_Settings):
     """What the report shows."""
 
-    num_figures: int = operational(4, "pictures whose selection is drawn", ge=0)
+    num_figures: int = operational(4, "images whose selection is drawn", ge=0)
     compare: tuple[str, ...] = operational((), "other run files whose results stand beside this run's")
 
 

@@ -1,1 +1,1 @@
-"""Samples, their pictures' places, the order of training, and batches."""
+"""Samples, their images' places, the order of training, and batches."""

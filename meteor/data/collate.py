@@ -19,7 +19,7 @@ VisualTokenBudget = Callable[[PatchGrids], list[int]]
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What the prompt needs to know of a picture: slice grid (columns, rows) and patch grids, global view first."""
+    """What the prompt needs to know of an image: slice grid (columns, rows) and patch grids, global view first."""
 
     grid: tuple[int, int] | None
     patch_grids: tuple[tuple[int, int], ...]
@@ -38,7 +38,7 @@ class Batch:
             tokens of its own sample and nothing else.
         labels: (B, L) long, `IGNORE_INDEX` outside answers.
         turns: (B, L) long, see `TokenisedSample`; numbered in each sample.
-        pictures: (B, L) long, the same.
+        image_numbers: (B, L) long, the same.
         features: (S, P, C) in the cache's type, zero at padding; at least one sub-image, so that every batch, text-only
             ones too, runs the projector on every rank.
         cls_attention: (S, P) float32.
@@ -51,7 +51,7 @@ class Batch:
     attention_mask: torch.Tensor
     labels: torch.Tensor
     turns: torch.Tensor
-    pictures: torch.Tensor
+    image_numbers: torch.Tensor
     features: torch.Tensor
     cls_attention: torch.Tensor
     grids: torch.Tensor
@@ -94,7 +94,7 @@ def expand_images(
         if token != IMAGE_TOKEN_ID:
             _extend(longer, [token], label, turn, 0)
             continue
-        picture, layout = next(images)
+        number, layout = next(images)
         slots = budget(layout.patch_grids)
         visual = [IMAGE_TOKEN_ID] * slots[0]
         for i, n in enumerate(slots[1:]):
@@ -102,7 +102,7 @@ def expand_images(
                 assert layout.grid is not None
                 last_of_row = (i + 1) % layout.grid[0] == 0
                 visual += [IMAGE_TOKEN_ID] * n + [separators.row_id if last_of_row else separators.slice_id]
-        _extend(longer, visual, IGNORE_INDEX, turn, picture)
+        _extend(longer, visual, IGNORE_INDEX, turn, number)
         num_slots += slots
     return longer, num_slots
 
@@ -111,23 +111,23 @@ def _turns_of(sample: TokenisedSample) -> list[int]:
     return sample.turns or [0] * len(sample.input_ids)
 
 
-def _extend(sample: TokenisedSample, tokens: Sequence[int], label: int, turn: int, picture: int) -> None:
-    """Append tokens; of a picture's only the slots, not the separators, are its own."""
+def _extend(sample: TokenisedSample, tokens: Sequence[int], label: int, turn: int, number: int) -> None:
+    """Append tokens; of an image's only the slots, not the separators, are its own."""
     sample.input_ids.extend(tokens)
     sample.labels.extend([label] * len(tokens))
-    is_own = [not picture or token == IMAGE_TOKEN_ID for token in tokens]
+    is_own = [not number or token == IMAGE_TOKEN_ID for token in tokens]
     sample.turns.extend(turn if own else 0 for own in is_own)
-    sample.pictures.extend(picture if own else 0 for own in is_own)
+    sample.image_numbers.extend(number if own else 0 for own in is_own)
 
 
 def num_image_tokens(layout: ImageLayout, budget: VisualTokenBudget) -> int:
-    """Length of a picture in the sequence: slots and separators."""
+    """Length of an image in the sequence: slots and separators."""
     slots = budget(layout.patch_grids)
     return sum(slots) + sum(1 for n in slots[1:] if n)
 
 
 def cut_text(sample: TokenisedSample, max_text_tokens: int) -> TokenisedSample:
-    """Drop text after ``max_text_tokens``; pictures are never cut, not even those after the limit."""
+    """Drop text after ``max_text_tokens``; images are never cut, not even those after the limit."""
     kept, num_text = TokenisedSample([], [], []), 0
     for token, label, turn in zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True):
         num_text += token != IMAGE_TOKEN_ID
@@ -206,7 +206,7 @@ def _sub_images(
 
 
 def empty_sub_image(vision_width: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-    """A sub-image of one blank patch without a slot: what a batch without pictures gives the projector."""
+    """A sub-image of one blank patch without a slot: what a batch without images gives the projector."""
     return torch.zeros(1, vision_width), torch.ones(1), (1, 1)
 
 
@@ -226,12 +226,12 @@ def pad_sub_images(
 def pad_tokens(
     rows: Sequence[Sequence[TokenisedSample]], pad_id: int, side: Literal["left", "right"]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, numbers of samples in their rows, labels, turns and pictures of expanded samples, each (B, L) long."""
+    """Token ids, numbers of samples in their rows, labels, turns and images of expanded samples, each (B, L) long."""
     lengths = [sum(len(sample.input_ids) for sample in row) for row in rows]
     input_ids = torch.full((len(rows), max(lengths)), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
-    turns, pictures = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    turns, image_numbers = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
         end = 0 if side == "right" else max(lengths) - lengths[i]
         for number, sample in enumerate(row, start=1):
@@ -240,5 +240,5 @@ def pad_tokens(
             attention_mask[i, span] = number
             labels[i, span] = torch.tensor(sample.labels)
             turns[i, span] = torch.tensor(sample.turns)
-            pictures[i, span] = torch.tensor(sample.pictures)
-    return input_ids, attention_mask, labels, turns, pictures
+            image_numbers[i, span] = torch.tensor(sample.image_numbers)
+    return input_ids, attention_mask, labels, turns, image_numbers

@@ -1,4 +1,4 @@
-"""Where a picture is: its name in the annotation file, joined to the configured roots and kept inside them."""
+"""Where an image is: its name in the annotation file, joined to the configured roots and kept inside them."""
 
 import os
 import posixpath
@@ -10,7 +10,7 @@ from meteor.errors import ImagePathError
 
 
 def resolve_image(name: str, roots: Mapping[str, str]) -> str:
-    """The URI of a picture. Whether it exists is not looked at.
+    """The URI of an image. Whether it exists is not looked at.
 
     Args:
         name: as a sample gives it: relative to a root, or an absolute path or s3:// URI inside one.
@@ -82,5 +82,5 @@ def _as_folder(prefix: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _real_folder(folder: str) -> str:
-    # Remembered: hundreds of thousands of pictures share a few folders, and every component costs a system call.
+    # Remembered: hundreds of thousands of images share a few folders, and every component costs a system call.
     return os.path.realpath(folder)

@@ -17,7 +17,7 @@ class Sample:
 
     Attributes:
         id: unique in its file.
-        images: names of the pictures, relative to the configured roots or absolute, in the order of the placeholders.
+        images: names of the images, relative to the configured roots or absolute, in the order of the placeholders.
         turns: the dialogue.
         type: what scores are grouped by; "" if the record says nothing.
         system: system prompt in place of the template's own, or None.

@@ -1,4 +1,4 @@
-"""Where the pictures of LLaVA's published data come from, by their names, and what is known to go wrong with them."""
+"""Where the images of LLaVA's published data come from, by their names, and what is known to go wrong with them."""
 
 import posixpath
 import re
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of pictures that annotation files of the field name.
+    """A folder of images that annotation files of the field name.
 
     Attributes:
         name: what reports call it: the folder, as the names spell it.
-        pattern: matches the picture names that belong to it.
-        origin: where the pictures are to be had.
+        pattern: matches the image names that belong to it.
+        origin: where the images are to be had.
         trap: what is known to be missing or odd in it; "" if nothing.
     """
 
@@ -27,8 +27,8 @@ OCR_VQA = Source(
     r"(^|/)ocr_vqa/images/",
     "OCR-VQA's download script (loadDataset.py, https://ocr-vqa.github.io)",
     # https://github.com/haotian-liu/LLaVA/issues/1618
-    "355 of the pictures that LLaVA's 665K mixture names can no longer be downloaded by the script, and it keeps the "
-    ".gif ending of some pictures that the annotations name .jpg",
+    "355 of the images that LLaVA's 665K mixture names can no longer be downloaded by the script, and it keeps the "
+    ".gif ending of some images that the annotations name .jpg",
 )
 
 SOURCES = (
@@ -72,7 +72,7 @@ _COMPILED = tuple((re.compile(source.pattern), source) for source in SOURCES)
 
 
 def find_source(image_name: str) -> Source:
-    """The published source a picture belongs to by its name, or one named after its first folder."""
+    """The published source an image belongs to by its name, or one named after its first folder."""
     for pattern, source in _COMPILED:
         if pattern.search(image_name):
             return source
@@ -84,6 +84,6 @@ def find_source(image_name: str) -> Source:
 
 
 def other_spelling(image_name: str) -> str | None:
-    """The name under which a missing picture may lie instead: OCR-VQA's .gif for .jpg."""
+    """The name under which a missing image may lie instead: OCR-VQA's .gif for .jpg."""
     stem, ending = posixpath.splitext(image_name)
     return f"{stem}.gif" if ending == ".jpg" and find_source(image_name) is OCR_VQA else None

@@ -1,6 +1,6 @@
 """The sample table: everything a training worker needs of the data set, planned once on the driver, stored with the run.
 
-To train, workers read this table and the feature cache; they open no annotation file, and with cached features no picture.
+To train, workers read this table and the feature cache; they open no annotation file, and with cached features no image.
 """
 
 import json
@@ -41,12 +41,12 @@ _PARTS = b"parts"
 
 @dataclass(frozen=True)
 class IndexedImage:
-    """What the dataset index says about one picture."""
+    """What the dataset index says about one image."""
 
     image_key: str
     width: int
     height: int
-    reason: str  # "" where the picture is good
+    reason: str  # "" where the image is good
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def plan_table(
     max_length: int,
     sub_images: str = "all",
 ) -> TablePlan:
-    """Tokenise every sample, lay out its pictures, cut its text to ``max_length``.
+    """Tokenise every sample, lay out its images, cut its text to ``max_length``.
 
     Args:
         samples: in the order of the annotation file.
@@ -168,7 +168,7 @@ def plan_table(
         sub_images: ``global`` counts the global view alone.
 
     Raises:
-        DataError: a picture is not in the index.
+        DataError: an image is not in the index.
     """
     excluded = [Exclusion(problem.sample_id, problem.reason, problem.message) for problem in problems]
     rows: list[dict[str, Any]] = []
@@ -194,7 +194,7 @@ def plan_table(
             tokens = cut_text(tokens, max_length - image_length)
             if all(label == IGNORE_INDEX for label in tokens.labels):
                 message = (
-                    f"its pictures take {image_length} of {max_length} tokens and its question the rest: no room for an "
+                    f"its images take {image_length} of {max_length} tokens and its question the rest: no room for an "
                     "answer; raise max_length or keep fewer visual tokens"
                 )
                 excluded.append(Exclusion(sample.id, "too_long", message))
@@ -230,8 +230,8 @@ def _row(
 def _layout(sample: Sample, name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings) -> ImageLayout:
     image = images.get(name)
     if image is None:
-        raise DataError(f"sample {sample.id!r}: picture {name!r} is not in the dataset index; run cache_features first")
+        raise DataError(f"sample {sample.id!r}: image {name!r} is not in the dataset index; run cache_features first")
     if image.reason:
-        raise BadImageError(image.reason, f"picture {name!r} is quarantined: {image.reason}")
+        raise BadImageError(image.reason, f"image {name!r} is quarantined: {image.reason}")
     plan = pixels.plan(image.width, image.height)
     return ImageLayout(plan.grid, plan.patch_grids)

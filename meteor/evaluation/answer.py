@@ -1,4 +1,4 @@
-"""Greedy answers to questions about pictures, batched, from cached or live features."""
+"""Greedy answers to questions about images, batched, from cached or live features."""
 
 import tempfile
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""One person, one model: questions about pictures shown in between, answers as they come."""
+"""One person, one model: questions about images shown in between, answers as they come."""
 
 import hashlib
 import time
@@ -16,15 +16,15 @@ from meteor.errors import ConversationError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.efficiency import TokenTimes
 from meteor.evaluation.questions import Question
-from meteor.evaluation.shown import ShownPictures
+from meteor.evaluation.shown import ShownImages
 from meteor.features import ImageFeatures
 from meteor.image.decode import decode_image
 from meteor.text.conversation import Turn
 
 
 @dataclass(frozen=True, eq=False)
-class ShownPicture:
-    """A picture of the dialogue: where it is, as a viewer shows it, and what the frozen encoder makes of it."""
+class ShownImage:
+    """An image of the dialogue: where it is, as a viewer shows it, and what the frozen encoder makes of it."""
 
     uri: str
     image: Image.Image
@@ -48,7 +48,7 @@ class Reply:
 
 
 class Dialogue:
-    """Turns so far, with their pictures; a picture is encoded once.
+    """Turns so far, with their images; an image is encoded once.
 
     Args:
         answerer: a finished model with its vision tower.
@@ -56,23 +56,23 @@ class Dialogue:
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
-        self._shown = ShownPictures(answerer.model, answerer.processor)
+        self._shown = ShownImages(answerer.model, answerer.processor)
         self.turns: list[Turn] = []
-        self.pictures: list[ShownPicture] = []
+        self.images: list[ShownImage] = []
         self._num_asked = 0
 
-    def show(self, uri: str) -> ShownPicture:
-        """Read and encode a picture; it belongs to the next question.
+    def show(self, uri: str) -> ShownImage:
+        """Read and encode an image; it belongs to the next question.
 
         Raises:
             NotFoundError: no such file.
-            BadImageError: it is no picture, or one that the model cannot be shown.
+            BadImageError: it is no image, or one that the model cannot be shown.
         """
         data = storage.read_bytes(uri)
         image = decode_image(data, max_pixels=self.answerer.processor.pixels.max_pixels)
-        picture = ShownPicture(uri, image, self._shown.add(hashlib.sha256(data).hexdigest(), image))
-        self.pictures.append(picture)
-        return picture
+        shown = ShownImage(uri, image, self._shown.add(hashlib.sha256(data).hexdigest(), image))
+        self.images.append(shown)
+        return shown
 
     def ask(self, text: str, *, max_new_tokens: int, on_text: Callable[[str], None] = lambda piece: None) -> Reply:
         """Greedy answer to the next question, about all that was said and shown.
@@ -87,16 +87,16 @@ class Dialogue:
         """
         if not text.strip():
             raise ConversationError("the question is empty: say something")
-        turns = [*self.turns, Turn("human", text.strip(), len(self.pictures) - self._num_asked)]
-        keys = tuple(picture.features.image_key for picture in self.pictures)
-        sample = Sample("dialogue", tuple(picture.uri for picture in self.pictures), tuple(turns))
+        turns = [*self.turns, Turn("human", text.strip(), len(self.images) - self._num_asked)]
+        keys = tuple(shown.features.image_key for shown in self.images)
+        sample = Sample("dialogue", tuple(shown.uri for shown in self.images), tuple(turns))
         started = time.perf_counter()
         batch = self.answerer.batch([Question("dialogue", sample, image_keys=keys)], self._shown)
         streamer = _Streamer(self.answerer.processor.tokenizer, on_text)
         tokens = self.answerer.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         [answer] = self.answerer.processor.batch_decode(tokens)
         self.turns = [*turns, Turn("gpt", answer)]
-        self._num_asked = len(self.pictures)
+        self._num_asked = len(self.images)
         first_s, last_s, count = streamer.times.seconds[0], streamer.times.seconds[-1], len(streamer.times.seconds)
         rate = (count - 1) / (last_s - first_s) if count > 1 else None
         return Reply(answer, batch.input_ids.shape[1], count, first_s - started, rate)

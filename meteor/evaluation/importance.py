@@ -1,4 +1,4 @@
-"""How much a question's words look at each kept patch of a picture, layer by layer (FocusLLaVA's analysis, arXiv 2411.14228).
+"""How much a question's words look at each kept patch of an image, layer by layer (FocusLLaVA's analysis, arXiv 2411.14228).
 
 Letters: L sequence, K kept tokens of the global view.
 """
@@ -19,7 +19,7 @@ from meteor.model.text_sampler import Marks, importance
 
 @dataclass(frozen=True, eq=False)
 class ImportanceMaps:
-    """Of the global view of a question's first picture.
+    """Of the global view of a question's first image.
 
     Attributes:
         grid: (Hu, Wu).
@@ -37,7 +37,7 @@ def importance_maps(answerer: Answerer, question: Question, source: FeatureSourc
     """Ask a question of which no layer drops anything, and record every layer.
 
     Returns:
-        None where tokens stand for no single patch, or nothing is asked after the picture.
+        None where tokens stand for no single patch, or nothing is asked after the image.
     """
     model, batch = answerer.model, answerer.batch([question], source)
     inputs = batch.as_inputs()
@@ -45,10 +45,10 @@ def importance_maps(answerer: Answerer, question: Question, source: FeatureSourc
     output = model.projector(*features.values(), None)
     if output.indices is None:
         return None
-    marks = Marks.of(batch.attention_mask, batch.turns, batch.pictures)
+    marks = Marks.of(batch.attention_mask, batch.turns, batch.image_numbers)
     with _everything_kept(model.text_sampler), _recorded(model.language_model, marks) as found:
         model(**{**inputs, "labels": None})
-    slots = (batch.pictures[0] == 1).nonzero().squeeze(-1)[: int(batch.num_slots[0])]
+    slots = (batch.image_numbers[0] == 1).nonzero().squeeze(-1)[: int(batch.num_slots[0])]
     scores = torch.stack([score_BL[0, slots] for score_BL in found]).float().cpu().numpy()
     if np.isnan(scores).any():
         return None

@@ -19,7 +19,7 @@ from meteor.data.samples import Sample
 from meteor.errors import SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
-from meteor.evaluation.shown import ShownPictures
+from meteor.evaluation.shown import ShownImages
 from meteor.text.conversation import Turn
 
 _MAX_NEW_TOKENS = 128
@@ -63,7 +63,7 @@ class LlavaMeteor(lmms):
         )
         bar = tqdm(total=len(requests), desc="llava_meteor", disable=self._rank != 0)
         for batch in _batches(order, self._batch_size, lambda i: _longest(requests[i])):
-            shown = ShownPictures(self._answerer.model, self._answerer.processor)
+            shown = ShownImages(self._answerer.model, self._answerer.processor)
             asked = [self._question(i, requests[i], shown) for i in batch]
             texts = self._answerer.answer(asked, shown, max_new_tokens=_longest(requests[batch[0]]))
             for i, text in zip(batch, texts, strict=True):
@@ -78,7 +78,7 @@ class LlavaMeteor(lmms):
         """Sum of the log-probabilities of each continuation's tokens, end token included; and whether greedy gives them."""
         results = []
         for i, request in enumerate(tqdm(requests, desc="llava_meteor", disable=self._rank != 0)):
-            shown = ShownPictures(self._answerer.model, self._answerer.processor)
+            shown = ShownImages(self._answerer.model, self._answerer.processor)
             question = self._question(i, request, shown)
             target = request.args[1]
             continuation = target if isinstance(target, str) else target(self._document(request))
@@ -102,13 +102,13 @@ class LlavaMeteor(lmms):
         *_, doc_id, task, split = request.args
         return self.task_dict[task][split][doc_id]
 
-    def _question(self, number: int, request: Any, shown: ShownPictures) -> Question:
-        """Pictures first, as in training; placeholders that the task wrote into its text are taken out."""
+    def _question(self, number: int, request: Any, shown: ShownImages) -> Question:
+        """Images first, as in training; placeholders that the task wrote into its text are taken out."""
         context, doc_to_visual = request.args[0], request.args[2]
         visuals = (doc_to_visual(self._document(request)) or []) if doc_to_visual is not None else []
         images = [visual for one in visuals for visual in (one if isinstance(one, list | tuple) else [one])]
         if not all(isinstance(image, Image.Image) for image in images):
-            raise SettingsError("llava_meteor sees pictures alone: leave tasks with videos or sound out")
+            raise SettingsError("llava_meteor sees images alone: leave tasks with videos or sound out")
         keys = tuple(f"{number}/{i}" for i in range(len(images)))
         for key, image in zip(keys, images, strict=True):
             shown.add(key, image)

@@ -1,4 +1,4 @@
-"""The compressor alone: a cache's pictures as visual tokens, scores and kept patches in files, without a language model."""
+"""The compressor alone: a cache's images as visual tokens, scores and kept patches in files, without a language model."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from itertools import islice
 from meteor import storage
 from meteor.cache import FeatureCache
 from meteor.errors import CacheError, SettingsError
-from meteor.evaluation.project_folder import FileWriter, claim_folder, describe_source, file_uris, picture_bytes
+from meteor.evaluation.project_folder import FileWriter, claim_folder, describe_source, file_uris, image_bytes
 from meteor.evaluation.projected import project_images
 from meteor.formatting import format_bytes, format_count, format_duration
 from meteor.model.trained_projector import TrainedProjector
@@ -24,16 +24,16 @@ class Projection:
 
     Attributes:
         folder: where the files are.
-        num_pictures: pictures that were asked for, quarantined ones included.
+        num_images: images that were asked for, quarantined ones included.
         num_before: those whose files were there already.
         num_written: those written now; the other counts are of these.
         num_sub_images, num_tokens, num_bytes: of what was written now.
-        quarantined: reason by image key (or name) of pictures asked for that no features could be made of.
+        quarantined: reason by image key (or name) of images asked for that no features could be made of.
         seconds: that it took.
     """
 
     folder: str
-    num_pictures: int
+    num_images: int
     num_before: int
     num_written: int
     num_sub_images: int
@@ -44,13 +44,13 @@ class Projection:
 
     def to_text(self) -> str:
         """For people, a line each."""
-        counts = f"{_num(self.num_written, 'picture')}, {_num(self.num_sub_images, 'sub-image')}, "
+        counts = f"{_num(self.num_written, 'image')}, {_num(self.num_sub_images, 'sub-image')}, "
         counts += f"{_num(self.num_tokens, 'token')}, {format_bytes(self.num_bytes)}"
         lines = [f"projected    {counts} in {format_duration(self.seconds)}"]
         if self.num_before:
-            lines.append(f"done before  {_num(self.num_before, 'picture')}")
+            lines.append(f"done before  {_num(self.num_before, 'image')}")
         if self.quarantined:
-            lines.append(f"quarantined  {_num(len(self.quarantined), 'picture')}, not in the cache: {self._reasons()}")
+            lines.append(f"quarantined  {_num(len(self.quarantined), 'image')}, not in the cache: {self._reasons()}")
         return "\n".join([*lines, f"folder       {self.folder}"])
 
     def _reasons(self) -> str:
@@ -70,7 +70,7 @@ def project_cache(
     num_threads: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Projection:
-    """Write one file (`picture_bytes` says what is in it) for each picture, except those that are there already.
+    """Write one file (`image_bytes` says what is in it) for each image, except those that are there already.
 
     A run that was cut off is started again with the same arguments. ``project.json``, written first, says what a folder
     holds, so that tokens of different projectors, caches or types never mix in one.
@@ -80,15 +80,15 @@ def project_cache(
         projector: on its device and in its type.
         folder_uri: local or s3://.
         keys: image keys; all of the cache when None.
-        names: name of a picture's file below the folder, without ".safetensors", by image key; the key where none is given.
+        names: name of an image's file below the folder, without ".safetensors", by image key; the key where none is given.
         batch_size: sub-images that go through the projector together.
         overwrite: start over: what the folder holds of an earlier run is deleted.
-        num_threads: pictures read, and files written, at the same time.
-        on_progress: gets the number of pictures done and of all that were to be done.
+        num_threads: images read, and files written, at the same time.
+        on_progress: gets the number of images done and of all that were to be done.
 
     Raises:
         CacheMismatchError: the projector was trained on another cache.
-        CacheError: the cache is empty, a key is neither in it nor quarantined, or two pictures would have one name.
+        CacheError: the cache is empty, a key is neither in it nor quarantined, or two images would have one name.
         SettingsError: the folder holds other things, or the batch size is below 1.
         DataError: tokens are not finite.
     """
@@ -105,15 +105,15 @@ def project_cache(
         closing(cache.prefetch(missing, num_threads=num_threads, attention_layers=[projector.select_layer])) as images,
         FileWriter(num_threads) as writer,
     ):
-        pictures = project_images(projector, images, batch_size=batch_size)
-        for num_done, picture in enumerate(pictures, start=1):
-            num_sub_images, num_tokens = num_sub_images + len(picture.sub_images), num_tokens + picture.num_tokens
-            writer.write(files[picture.image_key], partial(picture_bytes, picture, cache, projector))
+        results = project_images(projector, images, batch_size=batch_size)
+        for num_done, result in enumerate(results, start=1):
+            num_sub_images, num_tokens = num_sub_images + len(result.sub_images), num_tokens + result.num_tokens
+            writer.write(files[result.image_key], partial(image_bytes, result, cache, projector))
             if on_progress:
                 on_progress(num_done, len(missing))
     return Projection(
         folder=storage.absolute(folder_uri),
-        num_pictures=len(wanted) + len(quarantined),
+        num_images=len(wanted) + len(quarantined),
         num_before=len(wanted) - len(missing),
         num_written=len(missing),
         num_sub_images=num_sub_images,
@@ -132,11 +132,11 @@ def _divide(cache: FeatureCache, asked: Sequence[str] | None) -> tuple[list[str]
     absent = [key for key in keys if key not in cache]
     if unknown := [key for key in absent if key not in reasons]:
         raise CacheError(
-            f"{len(unknown)} of {len(keys)} pictures are not in version {cache.version} of {cache.uri}: "
+            f"{len(unknown)} of {len(keys)} images are not in version {cache.version} of {cache.uri}: "
             f"{', '.join(unknown[:_NUM_SHOWN])}; run cache_features over the data set"
         )
     if asked is None and not held:
-        raise CacheError(f"{cache.uri} holds no pictures; run cache_features")
+        raise CacheError(f"{cache.uri} holds no images; run cache_features")
     return held, {key: reasons[key] for key in absent}
 
 

@@ -1,4 +1,4 @@
-"""A folder of projected pictures: what it may hold, which are done, and what is in a file."""
+"""A folder of projected images: what it may hold, which are done, and what is in a file."""
 
 import json
 import posixpath
@@ -46,43 +46,41 @@ def file_uris(folder_uri: str, keys: Sequence[str], names: Mapping[str, str]) ->
     """Image key -> its file, named by ``names`` or by the key.
 
     Raises:
-        CacheError: a name leaves the folder, or two pictures would have one name.
+        CacheError: a name leaves the folder, or two images would have one name.
     """
     folder_uri = storage.absolute(folder_uri)
     relative = {key: posixpath.normpath(names.get(key, key).replace("://", "/").lstrip("/")) for key in keys}
     if outside := [name for name in relative.values() if name.split("/")[0] == ".."]:
-        raise CacheError(
-            f"the names {outside[:_NUM_SHOWN]} lead out of the folder; ask for these pictures by image key"
-        )
+        raise CacheError(f"the names {outside[:_NUM_SHOWN]} lead out of the folder; ask for these images by image key")
     if len(set(relative.values())) < len(relative):
         taken = list(relative.values())
         repeated = sorted({name for name in taken if taken.count(name) > 1})
-        raise CacheError(f"several pictures would be written to {', '.join(repeated[:_NUM_SHOWN])}; ask by image key")
+        raise CacheError(f"several images would be written to {', '.join(repeated[:_NUM_SHOWN])}; ask by image key")
     return {key: storage.join(folder_uri, f"{name}{_SUFFIX}") for key, name in relative.items()}
 
 
 def claim_folder(folder_uri: str, record: Mapping[str, Any], files: Iterable[str], *, overwrite: bool) -> set[str]:
-    """Make sure that the folder holds, and will hold, nothing but pictures of this record.
+    """Make sure that the folder holds, and will hold, nothing but images of this record.
 
     Args:
         folder_uri: local or s3://; need not exist.
         record: `describe_source`.
         files: URIs that are going to be written.
-        overwrite: delete the pictures of an earlier run first. Only files of a folder with a record, and ``files``, are
+        overwrite: delete the images of an earlier run first. Only files of a folder with a record, and ``files``, are
             deleted.
 
     Returns:
         URIs of all files that are there, complete.
 
     Raises:
-        SettingsError: the folder holds pictures of something else, or files of these names that nobody vouches for.
+        SettingsError: the folder holds images of something else, or files of these names that nobody vouches for.
     """
     folder_uri, files = storage.absolute(folder_uri), set(files)
     record_uri = storage.join(folder_uri, RECORD)
     there = {info.uri for info in storage.list_objects(folder_uri)}
     if overwrite:
         ours = {uri for uri in there if uri.endswith(_SUFFIX)} if record_uri in there else files & there
-        # The record last: a crash in between leaves fewer pictures of the old one.
+        # The record last: a crash in between leaves fewer images of the old one.
         with ThreadPoolExecutor(_NUM_DELETERS) as pool:
             list(pool.map(storage.delete, ours))
         storage.write_json(record_uri, record)
@@ -106,13 +104,13 @@ def _check_record(folder_uri: str, found: Any, record: Mapping[str, Any]) -> Non
         f"{name} {held.get(name)!r}, not {record[name]!r}" for name in _DECIDING if held.get(name) != record[name]
     ]:
         raise SettingsError(
-            f"{folder_uri} holds pictures of another projector, cache or type: {'; '.join(differing)}. Name another folder, "
+            f"{folder_uri} holds images of another projector, cache or type: {'; '.join(differing)}. Name another folder, "
             "or start over with overwrite (--overwrite)"
         )
 
 
-def picture_bytes(picture: ProjectedImage, cache: FeatureCache, projector: TrainedProjector) -> bytes:
-    """A picture's ``.safetensors`` file, complete in itself.
+def image_bytes(image: ProjectedImage, cache: FeatureCache, projector: TrainedProjector) -> bytes:
+    """An image's ``.safetensors`` file, complete in itself.
 
     Letters: S sub-images, the global view first, then the slices row by row; P patches and K kept tokens of a sub-image;
     D LLM width.
@@ -123,7 +121,7 @@ def picture_bytes(picture: ProjectedImage, cache: FeatureCache, projector: Train
     single patches; ``visual_scores`` and ``native_scores`` (sum of P,) float32, where the projector computes them.
 
     Its metadata, all strings: ``image_key``, ``width``, ``height``, ``grid`` ("columns,rows" of slices, empty when the
-    picture is not sliced), ``cache_key``, ``codec``, ``version``, ``projector_digest``, ``projector`` (settings, JSON),
+    image is not sliced), ``cache_key``, ``codec``, ``version``, ``projector_digest``, ``projector`` (settings, JSON),
     ``select_layer``. To divide it again::
 
         tensors = safetensors.torch.load_file(path)
@@ -133,11 +131,11 @@ def picture_bytes(picture: ProjectedImage, cache: FeatureCache, projector: Train
         indices = tensors["indices"].split(num_tokens)
         visual_scores = tensors["visual_scores"].split(num_patches)
     """
-    parts = picture.sub_images
+    parts = image.sub_images
     tensors = {
         "tokens": torch.cat([part.tokens for part in parts]),
         "num_tokens": torch.tensor([len(part.tokens) for part in parts], dtype=torch.int32),
-        "patch_grids": torch.tensor(picture.patch_grids, dtype=torch.int32),
+        "patch_grids": torch.tensor(image.patch_grids, dtype=torch.int32),
     }
     for name in ("indices", "visual_scores", "native_scores"):
         values = [value for part in parts if (value := getattr(part, name)) is not None]
@@ -146,10 +144,10 @@ def picture_bytes(picture: ProjectedImage, cache: FeatureCache, projector: Train
     if "indices" in tensors:
         tensors["indices"] = tensors["indices"].int()
     metadata = {
-        "image_key": picture.image_key,
-        "width": str(picture.width),
-        "height": str(picture.height),
-        "grid": ",".join(map(str, picture.grid or ())),
+        "image_key": image.image_key,
+        "width": str(image.width),
+        "height": str(image.height),
+        "grid": ",".join(map(str, image.grid or ())),
         "cache_key": cache.identity.key,
         "codec": cache.codec,
         "version": str(cache.version),

@@ -1,4 +1,4 @@
-"""What a projector makes of pictures by itself: their sub-images batched, the results divided again.
+"""What a projector makes of images by itself: their sub-images batched, the results divided again.
 
 Letters: S sub-images of a batch, P patches of one, K tokens kept of one, D LLM width, C vision width, A attention layers.
 """
@@ -36,7 +36,7 @@ class ProjectedSubImage:
 
 @dataclass(eq=False)
 class ProjectedImage:
-    """A picture's sub-images, the global view first, as far as they are done."""
+    """An image's sub-images, the global view first, as far as they are done."""
 
     image_key: str
     width: int
@@ -53,7 +53,7 @@ class ProjectedImage:
 def project_images(
     projector: TrainedProjector, images: Iterable[ImageFeatures], *, batch_size: int = 32
 ) -> Iterator[ProjectedImage]:
-    """Run the projector over pictures, in order; a batch holds sub-images of several.
+    """Run the projector over images, in order; a batch holds sub-images of several.
 
     Args:
         projector: on its device.
@@ -66,24 +66,24 @@ def project_images(
     parts = _sub_images(images, projector.select_layer)
     while batch := list(islice(parts, batch_size)):
         projected = _project([part for _, part in batch], projector)
-        for (picture, _), sub_image in zip(batch, projected, strict=True):
+        for (result, _), sub_image in zip(batch, projected, strict=True):
             if not sub_image.tokens.isfinite().all():
                 raise DataError(
-                    f"image {picture.image_key}: its tokens are not finite in {sub_image.tokens.dtype}; take bfloat16 or "
+                    f"image {result.image_key}: its tokens are not finite in {sub_image.tokens.dtype}; take bfloat16 or "
                     "float32, and if that does not help, this projector's training went wrong"
                 )
-            picture.sub_images.append(sub_image)
-            if len(picture.sub_images) == len(picture.patch_grids):
-                yield picture
+            result.sub_images.append(sub_image)
+            if len(result.sub_images) == len(result.patch_grids):
+                yield result
 
 
 def _sub_images(images: Iterable[ImageFeatures], layer: int) -> Iterator[tuple[ProjectedImage, _Part]]:
-    """Each sub-image as `pad_sub_images` takes it, with the picture that its result belongs to."""
+    """Each sub-image as `pad_sub_images` takes it, with the image that its result belongs to."""
     for image in images:
         row = image.attention_layers.index(layer)
-        picture = ProjectedImage(image.image_key, image.width, image.height, image.grid, image.patch_grids)
+        result = ProjectedImage(image.image_key, image.width, image.height, image.grid, image.patch_grids)
         for features_PC, attention_AP, grid in zip(image.features, image.cls_attention, image.patch_grids, strict=True):
-            yield picture, (features_PC, attention_AP[row], grid)
+            yield result, (features_PC, attention_AP[row], grid)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""A run's question sets: which files, which benchmark, where their pictures are."""
+"""A run's question sets: which files, which benchmark, where their images are."""
 
 import hashlib
 import json
@@ -25,15 +25,15 @@ class QuestionSet:
         uri: folder or file.
         benchmark: how it is read and scored.
         metric: with the set's own options.
-        questions: in the order of the file; pictures in the set's own folder are named ``@<name>/...``.
+        questions: in the order of the file; images in the set's own folder are named ``@<name>/...``.
         problems: records that cannot be used.
         digest: of what is asked and of the right answers, wherever the files are.
         facts: what scores depend on besides the model: split, OCR, and the like.
-        image_root: what ``@<name>/`` stands for; None where all its pictures are under the run's own roots.
+        image_root: what ``@<name>/`` stands for; None where all its images are under the run's own roots.
         sources: files that were read -> etag.
-        pictures: gives pictures that must be written to ``image_root`` first; None where they are files already.
-        resized: name in ``image_root`` -> URI-less name of the picture that is resized to it; empty without ``long_side``.
-        long_side: pixels; None for pictures as they are.
+        embedded: gives images that must be written to ``image_root`` first; None where they are files already.
+        resized: name in ``image_root`` -> URI-less name of the image that is resized to it; empty without ``long_side``.
+        long_side: pixels; None for images as they are.
     """
 
     name: str
@@ -47,13 +47,13 @@ class QuestionSet:
     facts: dict[str, Any]
     image_root: str | None
     sources: dict[str, str]
-    pictures: Callable[[], Iterator[tuple[str, bytes]]] | None
+    embedded: Callable[[], Iterator[tuple[str, bytes]]] | None
     resized: dict[str, str]
     long_side: int | None
 
     @property
     def prefix(self) -> str:
-        """Of the names of pictures in its own folder."""
+        """Of the names of images in its own folder."""
         return f"@{self.name}/"
 
     @property
@@ -61,9 +61,9 @@ class QuestionSet:
         return Folder(self.uri, self.benchmark.title, self.benchmark.origin)
 
     @property
-    def has_own_pictures(self) -> bool:
-        """Whether they must be written before they can be read; see `meteor.evaluation.question_pictures`."""
-        return self.pictures is not None or bool(self.resized)
+    def has_own_images(self) -> bool:
+        """Whether they must be written before they can be read; see `meteor.evaluation.question_images`."""
+        return self.embedded is not None or bool(self.resized)
 
 
 def load_question_set(
@@ -71,7 +71,7 @@ def load_question_set(
     *,
     format: str,
     uri: str,
-    picture_root: str,
+    embedded_root: str,
     split: str | None = None,
     ocr: bool = False,
     compat: bool = True,
@@ -84,12 +84,12 @@ def load_question_set(
         name: of the set in its run.
         format: key of `BENCHMARKS`.
         uri: folder with the files as published, or one LLaVA JSON / JSONL.
-        picture_root: pictures that come inside other files, or are resized, are written below it.
+        embedded_root: images that come inside other files, or are resized, are written below it.
         split: the benchmark's own default where None.
         ocr: OCR tokens in the prompt.
         compat: see `meteor.evaluation.scoring.relaxed_accuracy`.
         verdicts: the judge's file.
-        long_side: every picture is resized to it first.
+        long_side: every image is resized to it first.
 
     Raises:
         NotFoundError: a file is missing; with where it is to be had.
@@ -115,8 +115,8 @@ def load_question_set(
         raise
     digest = _digest(loaded.questions)
     image_root = None if folder.is_file else uri
-    if loaded.pictures is not None or long_side:
-        image_root = storage.join(picture_root, "-".join(filter(None, [format, digest[:12], str(long_side or "")])))
+    if loaded.embedded is not None or long_side:
+        image_root = storage.join(embedded_root, "-".join(filter(None, [format, digest[:12], str(long_side or "")])))
     resized: dict[str, str] = {}
     questions = loaded.questions
     if image_root is not None:
@@ -139,7 +139,7 @@ def load_question_set(
         | ({"note": benchmark.note} if benchmark.note else {}),
         image_root=image_root,
         sources={one: storage.stat(one).etag for one in [*folder.used, *filter(None, [verdicts])]},
-        pictures=loaded.pictures,
+        embedded=loaded.embedded,
         resized=resized,
         long_side=long_side,
     )

@@ -18,7 +18,7 @@ class Question:
         references: right answers; the ten annotators' where there are ten; empty where the owner keeps them.
         choices: texts of the options A, B, ...; empty for free answers.
         group: what prompts share that are scored together (the rotations of one question); its own id elsewhere.
-        image_keys: of its pictures, in order; empty before the index is known.
+        image_keys: of its images, in order; empty before the index is known.
     """
 
     id: str
@@ -48,13 +48,13 @@ class LoadedQuestions:
 
     Attributes:
         questions: in the order of the file.
-        pictures: gives (name, bytes of the file) of pictures that come inside the benchmark's own files; None where they
+        embedded: gives (name, bytes of the file) of images that come inside the benchmark's own files; None where they
             are files already.
         problems: records that cannot be used.
     """
 
     questions: list[Question]
-    pictures: Callable[[], Iterator[tuple[str, bytes]]] | None = None
+    embedded: Callable[[], Iterator[tuple[str, bytes]]] | None = None
     problems: tuple[SampleProblem, ...] = ()
 
 
@@ -68,7 +68,7 @@ def ask(
     choices: Sequence[str] = (),
     group: str = "",
 ) -> Question:
-    """A question in one turn, its pictures before its text."""
+    """A question in one turn, its images before its text."""
     sample = Sample(id, tuple(images), (Turn("human", text.strip(), len(images)),), type)
     return Question(id, sample, tuple(references), tuple(choices), group)
 

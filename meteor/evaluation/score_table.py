@@ -20,7 +20,7 @@ def score_rows(
 
     Args:
         name: of the question set.
-        asked: (question, prediction, reason): ``reason`` says why its picture is quarantined, "" where it is not; such a
+        asked: (question, prediction, reason): ``reason`` says why its image is quarantined, "" where it is not; such a
             question counts as wrong, also with the right answer.
         metric: of the benchmark.
 
@@ -78,7 +78,7 @@ def score_table(
         metric: of the benchmark.
 
     Returns:
-        ``metric`` and ``metric_version``; ``score`` and its ``interval`` [low, high] (95 %, clustered by picture; None with
+        ``metric`` and ``metric_version``; ``score`` and its ``interval`` [low, high] (95 %, clustered by image; None with
         fewer than two), both None where answers cannot be scored here; ``num_questions``, ``num_quarantined``;
         ``majority_score`` (what always giving the most frequent answer would score); the metric's further numbers under
         ``extra``; and ``by_type``: the same for each type, by name.

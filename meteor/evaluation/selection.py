@@ -1,4 +1,4 @@
-"""What a model's projector keeps of a picture, and the scores by which it chose (the paper's Figure 4)."""
+"""What a model's projector keeps of an image, and the scores by which it chose (the paper's Figure 4)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class SelectedPatches:
 
 @torch.inference_mode()
 def select_patches(projector: Projector, image: ImageFeatures, *, select_layer: int) -> list[SelectedPatches]:
-    """Run the projector over a picture's sub-images.
+    """Run the projector over an image's sub-images.
 
     Args:
         projector: in evaluation mode.

@@ -1,4 +1,4 @@
-"""Pictures that are shown now, each encoded once: features in memory, for a dialogue or a batch of questions."""
+"""Images that are shown now, each encoded once: features in memory, for a dialogue or a batch of questions."""
 
 from collections.abc import Generator, Iterable
 
@@ -13,7 +13,7 @@ from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.vision.encode_images import encode_sliced
 
 
-class ShownPictures:
+class ShownImages:
     """A feature source (`meteor.vision.live.FeatureSource`) of what a finished model is shown.
 
     Args:
@@ -26,7 +26,7 @@ class ShownPictures:
         self._features: dict[str, ImageFeatures] = {}
 
     def add(self, key: str, image: Image.Image) -> ImageFeatures:
-        """Slice and encode a picture; one of the same key is taken as it is.
+        """Slice and encode an image; one of the same key is taken as it is.
 
         Raises:
             BadImageError: it is too long, or the encoder's output is not finite.

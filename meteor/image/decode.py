@@ -81,7 +81,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """An open picture of any mode as a viewer shows it: upright, transparency on white, deep greyscale scaled.
+    """An open image of any mode as a viewer shows it: upright, transparency on white, deep greyscale scaled.
 
     Returns:
         A new image of mode RGB.
@@ -89,7 +89,7 @@ def as_shown(image: Image.Image) -> Image.Image:
     transpose = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
     rgb = _to_rgb(image)
     upright = rgb if transpose is None else rgb.transpose(transpose)
-    # The EXIF block would make the next reader turn the picture a second time.
+    # The EXIF block would make the next reader turn the image a second time.
     upright.info.clear()
     return upright
 

@@ -12,7 +12,7 @@ from meteor.image.transform import slice_image
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """What decides which pixels the encoder gets, and which pictures it refuses."""
+    """What decides which pixels the encoder gets, and which images it refuses."""
 
     max_slices: int = 6
     resolution: int = 336
@@ -21,7 +21,7 @@ class PixelSettings:
     max_pixels: int = 178_956_970
 
     def plan(self, width: int, height: int) -> SlicePlan:
-        """The slices of a picture of this size; `BadImageError` where its aspect ratio is refused."""
+        """The slices of an image of this size; `BadImageError` where its aspect ratio is refused."""
         check_aspect_ratio(width, height, self.max_aspect_ratio)
         return plan_slices(
             width, height, max_slices=self.max_slices, resolution=self.resolution, patch_size=self.patch_size
@@ -30,7 +30,7 @@ class PixelSettings:
 
 @dataclass(frozen=True)
 class SlicedImage:
-    """A decoded picture, ready for the encoder: sub-images as uint8 (h, w, 3), the global view first."""
+    """A decoded image, ready for the encoder: sub-images as uint8 (h, w, 3), the global view first."""
 
     image_key: str
     width: int
@@ -46,7 +46,7 @@ class SlicedImage:
     def from_bytes(
         cls, image_key: str, width: int, height: int, pixels: bytes | memoryview, settings: "PixelSettings"
     ) -> "SlicedImage":
-        """The inverse: the plan follows from the picture's size, and the sub-images share the memory of ``pixels``."""
+        """The inverse: the plan follows from the image's size, and the sub-images share the memory of ``pixels``."""
         plan, side = settings.plan(width, height), settings.patch_size
         shapes = [(rows * side, columns * side, 3) for rows, columns in plan.patch_grids]
         ends = np.cumsum([math.prod(shape) for shape in shapes])
@@ -59,7 +59,7 @@ def slice_bytes(data: bytes, image_key: str, settings: PixelSettings) -> SlicedI
     """From a file's bytes to sub-images (spec: slicing rule, steps 1 to 7).
 
     Raises:
-        BadImageError: not a picture, truncated, too large, or too long.
+        BadImageError: not an image, truncated, too large, or too long.
     """
     image = decode_image(data, max_pixels=settings.max_pixels)
     plan = settings.plan(image.width, image.height)

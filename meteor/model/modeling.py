@@ -43,7 +43,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
     """LLaVA-Meteor: a language model that reads projected vision features.
 
     Training feeds it cached features and leaves the vision tower out (``vision_tower=False``); a finished model holds the
-    tower whose digest its cache names, so that it sees pictures by itself.
+    tower whose digest its cache names, so that it sees images by itself.
     """
 
     config_class = MeteorConfig
@@ -151,7 +151,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         pixel_values: Sequence[torch.Tensor] | None = None,
         labels: torch.Tensor | None = None,
         turns: torch.Tensor | None = None,
-        pictures: torch.Tensor | None = None,
+        image_numbers: torch.Tensor | None = None,
         native_weight: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         aux_loss_coefficient: float = 0.0,
@@ -161,7 +161,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
 
         Args:
             labels: (B, L), `IGNORE_INDEX` outside answers. Logits are computed for answers alone, a chunk at a time.
-            turns, pictures: (B, L), see `meteor.text.tokens.TokenisedSample`; a text-guided sampler needs them.
+            turns, image_numbers: (B, L), see `meteor.text.tokens.TokenisedSample`; a text-guided sampler needs them.
             num_items_in_batch: what the summed cross-entropy is divided by: the answer tokens of the *global* batch;
                 those of this batch when None.
             aux_loss_coefficient: weight of the projector's own loss.
@@ -175,7 +175,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             input_ids, attention_mask, num_slots, features, cls_attention, grids, native_weight=native_weight
         )
         layout = Layout.of(attention_mask.long(), attended_BL)
-        marks = self._marks(layout.sample_BL, turns, pictures)
+        marks = self._marks(layout.sample_BL, turns, image_numbers)
         if labels is None:
             return self._logits(embeds_BLD, layout, marks, **kwargs)
         loss = self._answer_loss(embeds_BLD, layout, marks, labels, num_items_in_batch, **kwargs)
@@ -185,16 +185,16 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         return MeteorOutput(loss=loss, selection_sums=_sum_selection(projected, grids, num_slots))
 
     def _marks(
-        self, sample_BL: torch.Tensor, turns: torch.Tensor | None, pictures: torch.Tensor | None
+        self, sample_BL: torch.Tensor, turns: torch.Tensor | None, image_numbers: torch.Tensor | None
     ) -> Marks | None:
         """What the text-guided sampler needs to know; None without one."""
         if self.text_sampler is None:
             return None
-        if turns is None or pictures is None:
+        if turns is None or image_numbers is None:
             raise DataError(
-                "this model has a text-guided sampler: give turns and pictures, as the processor makes them"
+                "this model has a text-guided sampler: give turns and image_numbers, as the processor makes them"
             )
-        return Marks.of(sample_BL, turns, pictures)
+        return Marks.of(sample_BL, turns, image_numbers)
 
     def _inputs(
         self, embeds_BLD: torch.Tensor, layout: Layout, marks: Marks | None
@@ -256,7 +256,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         grids: torch.Tensor | None = None,
         pixel_values: Sequence[torch.Tensor] | None = None,
         turns: torch.Tensor | None = None,
-        pictures: torch.Tensor | None = None,
+        image_numbers: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Answer prompts, padded on the left; everything else is an argument of Hugging Face's ``generate``.
@@ -276,7 +276,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             return self.language_model.generate(**inputs, **kwargs)
         if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
             raise SettingsError("a model with a text-guided sampler gives one answer a prompt: leave num_beams at 1")
-        self.text_sampler.begin(self._marks(attended_BL.long(), turns, pictures))
+        self.text_sampler.begin(self._marks(attended_BL.long(), turns, image_numbers))
         try:
             return self.language_model.generate(**inputs, **kwargs)
         finally:
@@ -284,7 +284,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
 
 
 def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:
-    """See `MeteorOutput`; the stand-in of a batch without pictures has no slots and is not counted."""
+    """See `MeteorOutput`; the stand-in of a batch without images has no slots and is not counted."""
     visual_SP, native_SP = projected.visual_scores, projected.native_scores
     if visual_SP is None or native_SP is None:
         return None

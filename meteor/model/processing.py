@@ -1,4 +1,4 @@
-"""From questions and pictures to the model's inputs, and from its tokens back to text."""
+"""From questions and images to the model's inputs, and from its tokens back to text."""
 
 import json
 from collections.abc import Sequence
@@ -62,11 +62,11 @@ class MeteorProcessor:
         """Inputs of `MeteorForConditionalGeneration.generate` for one question or several.
 
         Args:
-            text: the question, or several; an ``<image>`` for each picture may be left out, pictures come first anyway.
-            images: the pictures of the question; a list of lists for several questions.
+            text: the question, or several; an ``<image>`` for each image may be left out, images come first anyway.
+            images: the images of the question; a list of lists for several questions.
 
         Returns:
-            input_ids, attention_mask, turns and pictures (B, L), padded on the left;
+            input_ids, attention_mask, turns and image_numbers (B, L), padded on the left;
             num_slots (S,); pixel_values, S tensors (3, h, w).
         """
         texts = [text] if isinstance(text, str) else list(text)
@@ -92,12 +92,12 @@ class MeteorProcessor:
                 normalise(one, self.mean, self.std) for one, count in zip(sub_images, slots, strict=True) if count
             ]
             num_slots += filter(None, slots)
-        input_ids, attention_mask, _, turns, pictures = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
+        input_ids, attention_mask, _, turns, image_numbers = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "turns": turns,
-            "pictures": pictures,
+            "image_numbers": image_numbers,
             "num_slots": torch.tensor(num_slots or [0]),
             "pixel_values": pixel_values,
         }
@@ -110,7 +110,7 @@ class MeteorProcessor:
         given = question.count(IMAGE_PLACEHOLDER)
         if given not in (0, num_images):
             raise ConversationError(
-                f"the question has {given} {IMAGE_PLACEHOLDER} for {num_images} pictures: {question!r}"
+                f"the question has {given} {IMAGE_PLACEHOLDER} for {num_images} images: {question!r}"
             )
         placeholders = "" if given else f"{IMAGE_PLACEHOLDER}\n" * num_images
         turns = [{"from": "human", "value": placeholders + question}]

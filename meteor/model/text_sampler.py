@@ -22,26 +22,26 @@ class Marks:
 
     Attributes:
         sample: of each token; 0 at padding and at unused visual slots.
-        turn: at pictures and at the words of their turn after them; else 0.
-        picture: at visual tokens; else 0.
+        turn: at images and at the words of their turn after them; else 0.
+        image: at visual tokens; else 0.
     """
 
     sample: torch.Tensor
     turn: torch.Tensor
-    picture: torch.Tensor
+    image: torch.Tensor
 
     @classmethod
-    def of(cls, sample_BL: torch.Tensor, turns_BL: torch.Tensor, pictures_BL: torch.Tensor) -> "Marks":
-        """From numbers that count anew in each row (samples) and in each sample (turns, pictures)."""
+    def of(cls, sample_BL: torch.Tensor, turns_BL: torch.Tensor, images_BL: torch.Tensor) -> "Marks":
+        """From numbers that count anew in each row (samples) and in each sample (turns, images)."""
         row_B1 = torch.arange(len(sample_BL), device=sample_BL.device).unsqueeze(1)
         sample = torch.where(sample_BL > 0, row_B1 * (sample_BL.max() + 1) + sample_BL, 0)
-        turn, picture = (
-            torch.where((sample > 0) & (one > 0), sample * (one.max() + 1) + one, 0) for one in (turns_BL, pictures_BL)
+        turn, image = (
+            torch.where((sample > 0) & (one > 0), sample * (one.max() + 1) + one, 0) for one in (turns_BL, images_BL)
         )
-        return cls(sample, turn, picture)
+        return cls(sample, turn, image)
 
     def map(self, change: Any) -> "Marks":
-        return Marks(change(self.sample), change(self.turn), change(self.picture))
+        return Marks(change(self.sample), change(self.turn), change(self.image))
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class _Plan:
 class TextSampler:
     """Hooks on a language model (arXiv 2411.14228, "text-guided sampler"; where its text is silent, ours: see `importance`).
 
-    At layer ``layer`` each picture keeps its ceil(keep x n) most important of n visual tokens; later layers see those and
-    all text, at their original positions. So later layers are shorter, in training, in a prompt's pass and in the cache. A
-    picture whose turn says nothing after it keeps everything.
+    At layer ``layer`` each image keeps its ceil(keep x n) most important of n visual tokens; later layers see those and
+    all text, at their original positions. So later layers are shorter, in training, in a prompt's pass and in the cache. An
+    image whose turn says nothing after it keeps everything.
 
     Args:
         language_model: causal LM of transformers; its layers get hooks.
         layer: index from 0 of the layer whose attention decides, and the last to see all; not the model's last.
-        keep: share of a picture's tokens.
+        keep: share of an image's tokens.
 
     Raises:
         SettingsError: the layer is not there, or the model is built of other parts.
@@ -177,10 +177,10 @@ class TextSampler:
 def importance(
     layer: Any, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], marks: Marks
 ) -> torch.Tensor:
-    """How much the words of its own turn after a picture look at each visual token in a layer.
+    """How much the words of its own turn after an image look at each visual token in a layer.
 
-    The attention of that layer's heads (softmax over all that a word sees), averaged over heads and words. Words before a
-    picture cannot attend to it, and later turns do not count: what is dropped does not depend on them. Only the words' rows
+    The attention of that layer's heads (softmax over all that a word sees), averaged over heads and words. Words before an
+    image cannot attend to it, and later turns do not count: what is dropped does not depend on them. Only the words' rows
     of the attention are computed.
 
     Args:
@@ -194,27 +194,27 @@ def importance(
     """
     attention = layer.self_attn
     num_rows, length = hidden.shape[:2]
-    sample_M, turn_M, picture_M = marks.sample.flatten(), marks.turn.flatten(), marks.picture.flatten()
-    word_T = ((turn_M > 0) & (picture_M == 0) & (sample_M > 0)).nonzero().squeeze(-1)
+    sample_M, turn_M, image_M = marks.sample.flatten(), marks.turn.flatten(), marks.image.flatten()
+    word_T = ((turn_M > 0) & (image_M == 0) & (sample_M > 0)).nonzero().squeeze(-1)
     # Under ZeRO-3 every rank must use these weights, those without a question too.
     normed_MD = layer.input_layernorm(hidden).flatten(0, 1)
     cos_Md, sin_Md = (one.expand(num_rows, -1, -1).flatten(0, 1) for one in position_embeddings)
     asked_T = word_T if len(word_T) else word_T.new_zeros(1)
     query_THd = _rotated(attention, attention.q_proj, "q_norm", normed_MD[asked_T], cos_Md[asked_T], sin_Md[asked_T])
     key_MHd = _rotated(attention, attention.k_proj, "k_norm", normed_MD, cos_Md, sin_Md)
-    score_M = torch.where(picture_M > 0, torch.nan, 0.0).to(hidden.device)
+    score_M = torch.where(image_M > 0, torch.nan, 0.0).to(hidden.device)
     for turn in turn_M[word_T].unique().tolist():
         words_t = turn_M[word_T] == turn
         place_t = word_T[words_t]
         context_c = (sample_M == sample_M[place_t[0]]).nonzero().squeeze(-1)
         share_c = _attention(query_THd[words_t], key_MHd[context_c], place_t[:, None] >= context_c).mean(dim=(0, 1))
-        of_turn_c = (turn_M[context_c] == turn) & (picture_M[context_c] > 0)
+        of_turn_c = (turn_M[context_c] == turn) & (image_M[context_c] > 0)
         score_M[context_c[of_turn_c]] = share_c[of_turn_c]
     return score_M.view(num_rows, length)
 
 
 def choose_kept(score_BL: torch.Tensor, marks: Marks, keep: float) -> torch.Tensor:
-    """The ceil(keep x n) of each picture's n tokens with the highest scores, ties to the earlier; and all other tokens.
+    """The ceil(keep x n) of each image's n tokens with the highest scores, ties to the earlier; and all other tokens.
 
     Args:
         score_BL: (B, L), NaN where there is nothing to choose by.
@@ -224,13 +224,13 @@ def choose_kept(score_BL: torch.Tensor, marks: Marks, keep: float) -> torch.Tens
     Returns:
         (B, L) bool; False at padding and unused slots too.
     """
-    score_M, picture_M = score_BL.flatten(), marks.picture.flatten()
+    score_M, image_M = score_BL.flatten(), marks.image.flatten()
     kept_M = (marks.sample > 0).flatten()
-    token_N = ((picture_M > 0) & ~score_M.isnan() & kept_M).nonzero().squeeze(-1)
-    # By picture, and within it by score.
+    token_N = ((image_M > 0) & ~score_M.isnan() & kept_M).nonzero().squeeze(-1)
+    # By image, and within it by score.
     token_N = token_N[score_M[token_N].sort(descending=True, stable=True).indices]
-    token_N = token_N[picture_M[token_N].sort(stable=True).indices]
-    _, count_p = torch.unique_consecutive(picture_M[token_N], return_counts=True)
+    token_N = token_N[image_M[token_N].sort(stable=True).indices]
+    _, count_p = torch.unique_consecutive(image_M[token_N], return_counts=True)
     first_N = (count_p.cumsum(0) - count_p).repeat_interleave(count_p)
     # One rounding only, so that 0.75 of 4 is 3 whatever the float says.
     most_N = (count_p.double() * keep - 1e-9).ceil().long().repeat_interleave(count_p)

@@ -1,4 +1,4 @@
-"""What a cache will hold, take and save, by arithmetic from picture sizes and the shapes of encoder and LLM.
+"""What a cache will hold, take and save, by arithmetic from image sizes and the shapes of encoder and LLM.
 
 Letters: T tokens of a sub-image (patches and the class token), C vision width.
 """
@@ -44,7 +44,7 @@ class StagePlan:
     Attributes:
         name: of the stage, or of one of its files.
         num_samples: samples of an epoch.
-        num_sub_images: sub-images that their pictures have, a picture counted as often as samples show it.
+        num_sub_images: sub-images that their images have, an image counted as often as samples show it.
         epochs: passes over the samples.
         encoder_flops: of encoding them in the step, over all epochs.
         llm_flops: of the language model's steps, over all epochs.
@@ -69,12 +69,12 @@ class CachePlan:
     """Sizes and costs of a run's cache.
 
     Attributes:
-        num_pictures: names in the samples.
-        num_distinct: pictures to hold; known by content where indexed, by name elsewhere.
-        num_unindexed: pictures of which only the header was looked at.
+        num_images: names in the samples.
+        num_distinct: images to hold; known by content where indexed, by name elsewhere.
+        num_unindexed: images of which only the header was looked at.
         num_unusable: missing or refused.
-        num_cached: distinct pictures that the cache holds already.
-        num_sub_images, num_patches: of the distinct pictures.
+        num_cached: distinct images that the cache holds already.
+        num_sub_images, num_patches: of the distinct images.
         encoder_flops: of encoding each of them once.
         codec: the run's.
         cache_uri: where the run's cache is or will be.
@@ -83,7 +83,7 @@ class CachePlan:
         note: what is missing in this plan.
     """
 
-    num_pictures: int
+    num_images: int
     num_distinct: int
     num_unindexed: int
     num_unusable: int
@@ -117,14 +117,14 @@ class CachePlan:
             usd_per_gb: price of storage for a month, decimal gigabytes.
             num_runs: training runs over the same cache, each of all stages.
         """
-        pictures = f"{self.num_pictures:,} named, {self.num_distinct:,} distinct"
+        images = f"{self.num_images:,} named, {self.num_distinct:,} distinct"
         if self.num_unindexed:
-            pictures += f" ({self.num_unindexed:,} not indexed yet: distinct by name only)"
+            images += f" ({self.num_unindexed:,} not indexed yet: distinct by name only)"
         rows = [
-            ("pictures", pictures),
+            ("images", images),
             ("unusable", f"{self.num_unusable:,}"),
             ("cached already", f"{self.num_cached:,}"),
-            ("sub-images", f"{self.num_sub_images:,} ({_ratio(self.num_sub_images, self.num_distinct):.2f} a picture)"),
+            ("sub-images", f"{self.num_sub_images:,} ({_ratio(self.num_sub_images, self.num_distinct):.2f} an image)"),
         ]
         for codec, size in self.size_bytes.items():
             mark = ", this run's codec" if codec == self.codec else ""
@@ -151,7 +151,7 @@ class CachePlan:
         return num_runs * sum(stage.encoder_flops + stage.llm_flops for stage in self.stages)
 
     def _avoided(self, num_runs: int) -> float:
-        """Encoding in every step of every run, less encoding once; negative where one run shows few of the pictures."""
+        """Encoding in every step of every run, less encoding once; negative where one run shows few of the images."""
         return num_runs * sum(stage.encoder_flops for stage in self.stages) - self.encoder_flops
 
 
@@ -170,14 +170,14 @@ def plan_stage(
 
     Args:
         name: of the stage, or of one of its files.
-        patch_grids: sample -> picture -> (Hu, Wu) of each sub-image that the stage uses.
+        patch_grids: sample -> image -> (Hu, Wu) of each sub-image that the stage uses.
         encoder: its shape.
         epochs: passes.
         flops_per_parameter: of the language model, a token (`FLOPS_PER_PARAMETER`).
         num_llm_parameters: those that multiply (all but the token embeddings).
         num_visual_tokens, num_text_tokens: of all samples, once.
     """
-    grids = [grid for sample in patch_grids for picture in sample for grid in picture]
+    grids = [grid for sample in patch_grids for image in sample for grid in image]
     encoder_flops = epochs * sum(encoder.flops(rows * columns) for rows, columns in grids)
     num_tokens = num_visual_tokens + num_text_tokens
     llm_flops = epochs * flops_per_parameter * num_llm_parameters * num_tokens

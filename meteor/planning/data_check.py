@@ -1,4 +1,4 @@
-"""Checks annotation files and their pictures before hours are spent on them (`meteor data check`)."""
+"""Checks annotation files and their images before hours are spent on them (`meteor data check`)."""
 
 import warnings
 from collections import Counter, defaultdict
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from meteor.data.pictures import Picture, inspect_picture
+from meteor.data.inspect_image import InspectedImage, inspect_image
 from meteor.data.samples import Sample, SampleProblem
 from meteor.data.sources import find_source
 from meteor.errors import TokenisationError
@@ -14,8 +14,8 @@ from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 from meteor.planning.data_report import DataReport, SetReport, SourceReport
 
-# Pictures handed to the threads at a time: a future for each of 400,000 would take half a gigabyte.
-_PICTURES_AT_A_TIME = 4096
+# Images handed to the threads at a time: a future for each of 400,000 would take half a gigabyte.
+_IMAGES_AT_A_TIME = 4096
 
 TokenCounter = Callable[[Sample, Sequence[SlicePlan]], int]
 
@@ -27,7 +27,7 @@ class CheckedSet:
     Attributes:
         samples, problems: what ``load_samples`` gave for it.
         max_length: tokens of a sample above which its text is cut.
-        count_tokens: (sample, the slices of its pictures in order) -> tokens, those of its pictures included.
+        count_tokens: (sample, the slices of its images in order) -> tokens, those of its images included.
     """
 
     samples: Sequence[Sample]
@@ -45,61 +45,61 @@ def check_data(
     num_threads: int = 32,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
-    """Look at every sample and, once each, at every picture.
+    """Look at every sample and, once each, at every image.
 
     Args:
         sets: name -> samples and the limits of their stage.
         roots: prefix of an image name -> folder or s3:// URI.
-        pixels: slicing, and which pictures are refused.
-        full: read and decode whole pictures, which finds truncated ones and duplicates; by default headers alone.
-        num_threads: pictures read at the same time.
-        on_progress: called with (pictures done, pictures in all).
+        pixels: slicing, and which images are refused.
+        full: read and decode whole images, which finds truncated ones and duplicates; by default headers alone.
+        num_threads: images read at the same time.
+        on_progress: called with (images done, images in all).
 
     Returns:
-        The report; nothing that is wrong with samples or pictures raises.
+        The report; nothing that is wrong with samples or images raises.
     """
     names = list(dict.fromkeys(name for one in sets.values() for sample in one.samples for name in sample.images))
-    pictures: dict[str, Picture] = {}
+    inspected: dict[str, InspectedImage] = {}
     with warnings.catch_warnings():
-        # Pillow warns of what it repairs or skips, for each picture; what counts comes out as a reason.
+        # Pillow warns of what it repairs or skips, for each image; what counts comes out as a reason.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        for picture in _inspect(names, roots, pixels, full, num_threads):
-            pictures[picture.name] = picture
+        for one in _inspect(names, roots, pixels, full, num_threads):
+            inspected[one.name] = one
             if on_progress is not None:
-                on_progress(len(pictures), len(names))
-    reports = tuple(_check_set(name, one, pictures) for name, one in sets.items())
-    return DataReport(reports, _duplicates(pictures.values()) if full else None)
+                on_progress(len(inspected), len(names))
+    reports = tuple(_check_set(name, one, inspected) for name, one in sets.items())
+    return DataReport(reports, _duplicates(inspected.values()) if full else None)
 
 
 def _inspect(
     names: Sequence[str], roots: Mapping[str, str], pixels: PixelSettings, full: bool, num_threads: int
-) -> Iterator[Picture]:
+) -> Iterator[InspectedImage]:
     with ThreadPoolExecutor(num_threads) as pool:
-        for start in range(0, len(names), _PICTURES_AT_A_TIME):
-            some = names[start : start + _PICTURES_AT_A_TIME]
-            yield from pool.map(lambda name: inspect_picture(name, roots, pixels, full=full), some)
+        for start in range(0, len(names), _IMAGES_AT_A_TIME):
+            some = names[start : start + _IMAGES_AT_A_TIME]
+            yield from pool.map(lambda name: inspect_image(name, roots, pixels, full=full), some)
 
 
-def _check_set(name: str, checked: CheckedSet, pictures: Mapping[str, Picture]) -> SetReport:
+def _check_set(name: str, checked: CheckedSet, inspected: Mapping[str, InspectedImage]) -> SetReport:
     samples, problems, max_length = checked.samples, checked.problems, checked.max_length
     token_counts: dict[str, int] = {}
     found = list(problems)
-    num_without_pictures = 0
+    num_without_images = 0
     for sample in samples:
-        plans = [plan for image in sample.images if (plan := pictures[image].plan) is not None]
+        plans = [plan for image in sample.images if (plan := inspected[image].plan) is not None]
         if len(plans) < len(sample.images):
-            num_without_pictures += 1
+            num_without_images += 1
             continue
         try:
             token_counts[sample.id] = checked.count_tokens(sample, plans)
         except TokenisationError as error:
             found.append(SampleProblem(sample.id, "tokenisation", str(error)))
-    own = [pictures[image] for image in dict.fromkeys(image for sample in samples for image in sample.images)]
+    own = [inspected[image] for image in dict.fromkeys(image for sample in samples for image in sample.images)]
     return SetReport(
         name=name,
         num_samples=len(samples) + len(problems),
         num_text_only=sum(not sample.images for sample in samples),
-        num_without_pictures=num_without_pictures,
+        num_without_images=num_without_images,
         problems=tuple(found),
         sources=_by_source(own),
         max_length=max_length,
@@ -109,15 +109,15 @@ def _check_set(name: str, checked: CheckedSet, pictures: Mapping[str, Picture]) 
     )
 
 
-def _by_source(pictures: Sequence[Picture]) -> tuple[SourceReport, ...]:
-    groups: dict[str, list[Picture]] = defaultdict(list)
-    for picture in pictures:
-        groups[find_source(picture.name).name].append(picture)
+def _by_source(inspected: Sequence[InspectedImage]) -> tuple[SourceReport, ...]:
+    groups: dict[str, list[InspectedImage]] = defaultdict(list)
+    for one in inspected:
+        groups[find_source(one.name).name].append(one)
     return tuple(
         SourceReport(
             source=find_source(group[0].name),
-            num_pictures=len(group),
-            bad=tuple(picture for picture in group if picture.reason),
+            num_images=len(group),
+            bad=tuple(one for one in group if one.reason),
         )
         for _, group in sorted(groups.items())
     )
@@ -128,9 +128,9 @@ def _bucket(num_tokens: int) -> int:
     return 1 << max(num_tokens - 1, 0).bit_length()
 
 
-def _duplicates(pictures: Iterable[Picture]) -> tuple[tuple[str, ...], ...]:
+def _duplicates(inspected: Iterable[InspectedImage]) -> tuple[tuple[str, ...], ...]:
     groups: dict[str, list[str]] = defaultdict(list)
-    for picture in pictures:
-        if picture.sha256:
-            groups[picture.sha256].append(picture.name)
+    for one in inspected:
+        if one.sha256:
+            groups[one.sha256].append(one.name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meteor.data.pictures import Picture
+from meteor.data.inspect_image import InspectedImage
 from meteor.data.samples import SampleProblem
 from meteor.data.sources import Source
 
@@ -15,26 +15,26 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class SourceReport:
-    """The distinct pictures of one source that a set names, and those of them that cannot be used."""
+    """The distinct images of one source that a set names, and those of them that cannot be used."""
 
     source: Source
-    num_pictures: int
-    bad: tuple[Picture, ...]
+    num_images: int
+    bad: tuple[InspectedImage, ...]
 
     @property
     def reasons(self) -> dict[str, int]:
-        return dict(Counter(picture.reason for picture in self.bad))
+        return dict(Counter(image.reason for image in self.bad))
 
     @property
     def advice(self) -> str:
-        """From where missing pictures are to be had, and what is known to be odd; "" if none is missing."""
-        missing = [picture for picture in self.bad if picture.reason == "missing"]
+        """From where missing images are to be had, and what is known to be odd; "" if none is missing."""
+        missing = [image for image in self.bad if image.reason == "missing"]
         if not missing:
             return ""
-        advice = [f"{len(missing)} of {self.num_pictures} pictures of {self.source.name} are missing."]
+        advice = [f"{len(missing)} of {self.num_images} images of {self.source.name} are missing."]
         advice += [f"Get them from {self.source.origin}."] if self.source.origin else []
         advice += [f"Known: {self.source.trap}."] if self.source.trap else []
-        elsewhere = [picture for picture in missing if picture.found_as]
+        elsewhere = [image for image in missing if image.found_as]
         if elsewhere:
             advice.append(
                 f"{len(elsewhere)} of them are there under another ending ({elsewhere[0].found_as} for "
@@ -50,20 +50,20 @@ class SetReport:
     Attributes:
         name: of the set.
         num_samples: records of the file, usable or not.
-        num_text_only: samples without pictures.
-        num_without_pictures: samples of which a picture cannot be used.
+        num_text_only: samples without images.
+        num_without_images: samples of which an image cannot be used.
         problems: records that cannot be used for what they say themselves.
-        sources: pictures by source.
+        sources: images by source.
         max_length: tokens above which the text of a sample is cut.
         over_long: ids of samples that are cut.
-        sub_images: number of sub-images of a picture -> number of distinct pictures.
+        sub_images: number of sub-images of an image -> number of distinct images.
         tokens: power of two -> number of samples with at most so many tokens, and more than half.
     """
 
     name: str
     num_samples: int
     num_text_only: int
-    num_without_pictures: int
+    num_without_images: int
     problems: tuple[SampleProblem, ...]
     sources: tuple[SourceReport, ...]
     max_length: int
@@ -73,7 +73,7 @@ class SetReport:
 
     @property
     def num_usable(self) -> int:
-        return self.num_samples - self.num_without_pictures - len(self.problems)
+        return self.num_samples - self.num_without_images - len(self.problems)
 
     @property
     def ok(self) -> bool:
@@ -86,16 +86,15 @@ class SetReport:
             "num_samples": self.num_samples,
             "num_usable": self.num_usable,
             "num_text_only": self.num_text_only,
-            "num_without_pictures": self.num_without_pictures,
+            "num_without_images": self.num_without_images,
             "problems": [vars(problem) for problem in self.problems],
             "sources": [
                 {
                     "source": source.source.name,
-                    "num_pictures": source.num_pictures,
+                    "num_images": source.num_images,
                     "bad": source.reasons,
-                    "bad_pictures": [
-                        {"name": picture.name, "reason": picture.reason, "message": picture.message}
-                        for picture in source.bad
+                    "bad_images": [
+                        {"name": image.name, "reason": image.reason, "message": image.message} for image in source.bad
                     ],
                     "advice": source.advice,
                 }
@@ -109,12 +108,12 @@ class SetReport:
 
     def to_text(self) -> str:
         lines = [
-            f"{self.name}: {self.num_samples:,} samples ({self.num_text_only:,} without pictures), "
+            f"{self.name}: {self.num_samples:,} samples ({self.num_text_only:,} without images), "
             f"{self.num_usable:,} can be used",
             *self._problem_lines(),
-            *_picture_table(self.sources),
+            *_image_table(self.sources),
             *(f"  {source.advice}" for source in self.sources if source.advice),
-            *_histogram("sub-images a picture", self.sub_images, "{}"),
+            *_histogram("sub-images an image", self.sub_images, "{}"),
             *_histogram("tokens a sample, up to", self.tokens, "{:,}"),
         ]
         if self.over_long:
@@ -132,8 +131,8 @@ class SetReport:
         for reason, found in by_reason.items():
             ids = _examples(problem.sample_id for problem in found)
             lines.append(f"  {reason}: {len(found):,} samples: {ids} ({found[0].message})")
-        if self.num_without_pictures:
-            lines.append(f"  {self.num_without_pictures:,} samples lack a picture that can be used")
+        if self.num_without_images:
+            lines.append(f"  {self.num_without_images:,} samples lack an image that can be used")
         return lines
 
 
@@ -151,14 +150,14 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
-        """False if a sample or a picture cannot be used, or a set is empty.
+        """False if a sample or an image cannot be used, or a set is empty.
 
         Over-long samples (they are cut) and duplicates (they are encoded once) are only told.
         """
         return all(one.ok for one in self.sets)
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``: every sample and picture that cannot be used is named."""
+        """For ``--json``: every sample and image that cannot be used is named."""
         duplicates = None if self.duplicates is None else [list(names) for names in self.duplicates]
         return {"ok": self.ok, "sets": [one.to_dict() for one in self.sets], "duplicates": duplicates}
 
@@ -175,13 +174,13 @@ class DataReport:
         return "\n\n".join(blocks)
 
 
-def _picture_table(sources: Sequence[SourceReport]) -> list[str]:
+def _image_table(sources: Sequence[SourceReport]) -> list[str]:
     if not sources:
         return []
     reasons = sorted({reason for source in sources for reason in source.reasons})
-    rows = [["pictures of", "distinct", *reasons]]
+    rows = [["images of", "distinct", *reasons]]
     rows += [
-        [source.source.name, f"{source.num_pictures:,}", *(f"{source.reasons.get(reason, 0):,}" for reason in reasons)]
+        [source.source.name, f"{source.num_images:,}", *(f"{source.reasons.get(reason, 0):,}" for reason in reasons)]
         for source in sources
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -191,8 +190,8 @@ def _picture_table(sources: Sequence[SourceReport]) -> list[str]:
     ]
     for source in sources:
         for reason in source.reasons:
-            found = [picture for picture in source.bad if picture.reason == reason]
-            lines.append(f"  {reason}: {_examples(picture.name for picture in found)} ({found[0].message})")
+            found = [image for image in source.bad if image.reason == reason]
+            lines.append(f"  {reason}: {_examples(image.name for image in found)} ({found[0].message})")
     return lines
 
 

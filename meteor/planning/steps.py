@@ -28,7 +28,7 @@ def plan_text(settings: RunSettings, stage: TrainingStage) -> str:
         "an epoch": _epoch(prepared, table),
         "held out": f"{len(held_out.table):,}, {len(held_out.excluded)} excluded" if held_out else "",
         "cut to max_length": f"{plan.num_cut:,}",
-        "sub-images": f"{totals['sub_images']:,} of {totals['distinct_images']:,} distinct pictures",
+        "sub-images": f"{totals['sub_images']:,} of {totals['distinct_images']:,} distinct images",
         "tokens": f"{totals['visual_tokens']:,} visual, {totals['text_tokens']:,} text",
         "steps": f"{num_steps(options, table):,} of {options.global_batch_size} samples, {options.epochs} epochs",
         "a step": _a_step(prepared, table, options, settings.runtime.num_workers),

@@ -79,7 +79,7 @@ class StudyCost:
 
     @property
     def avoided_gpu_hours(self) -> float | None:
-        """Of encoding; negative where one run shows few of the pictures, None where the encoder's rate is not known."""
+        """Of encoding; negative where one run shows few of the images, None where the encoder's rate is not known."""
         return self.avoided_sub_images / self.encoder_rate.per_s / _SECONDS_AN_HOUR if self.encoder_rate else None
 
     def to_dict(self, *, usd_per_gb: float, usd_per_gpu_hour: float | None) -> dict[str, Any]:

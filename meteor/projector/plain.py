@@ -1,4 +1,4 @@
-"""Plain controls: a smaller picture at equal tokens, by pooling, by the global view alone, or by folding patches into channels.
+"""Plain controls: a smaller image at equal tokens, by pooling, by the global view alone, or by folding patches into channels.
 
 Letters: B sub-images, P patches, K tokens, N patches of a block, C vision width, D LLM width.
 """

@@ -35,7 +35,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """A finished figure.
 
     Attributes:
@@ -82,12 +82,12 @@ def plain_axes(axes: Axes, *, grid: str | None) -> None:
         axes.grid(axis="y", color=FAINT_INK, linewidth=0.8)
 
 
-def to_picture(figure: Figure, *, name: str, alt: str, caption: str, dpi: int = 170) -> Picture:
+def to_drawing(figure: Figure, *, name: str, alt: str, caption: str, dpi: int = 170) -> Drawing:
     """Render; ``dpi`` beyond the page's own keeps print and dense screens sharp."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     width, height = figure.get_size_inches()
-    return Picture(
+    return Drawing(
         name=name,
         png=buffer.getvalue(),
         width=round(width * CSS_PIXELS_PER_INCH),

@@ -8,11 +8,10 @@ from typing import Any
 from PIL import Image
 
 from meteor.report import paper
-from meteor.report.canvas import MANY_VARIANTS, Look, Picture, variant_looks
+from meteor.report.canvas import MANY_VARIANTS, Drawing, Look, variant_looks
 from meteor.report.csv_files import csv_files
 from meteor.report.data import ImportancePanel, SelectionPanel, StudyTable, VariantResult
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
-from meteor.report.pictures import heat_figure, kept_figure
 from meteor.report.predictions import PredictionRow, choose_predictions
 from meteor.report.provenance import (
     Provenance,
@@ -23,6 +22,7 @@ from meteor.report.provenance import (
     settings_blocks,
 )
 from meteor.report.seeds import merge_seeds
+from meteor.report.selection_figures import heat_figure, kept_figure
 from meteor.report.study import cost_table, results_table
 from meteor.report.study_figures import importance_figure, kept_by_variants_figure, pareto_figure
 from meteor.report.tables import (
@@ -45,31 +45,31 @@ _THUMBNAIL_PIXELS = 192
 class StageSection:
     stage: str
     table: Table
-    loss: Picture | None
+    loss: Drawing | None
 
 
 @dataclass(frozen=True)
 class ScoreSection:
-    """``facts``: what scores depend on; ``num_quarantined``: questions that count as wrong for lack of their picture."""
+    """``facts``: what scores depend on; ``num_quarantined``: questions that count as wrong for lack of their image."""
 
     question_set: str
     facts: str
     table: Table
-    figure: Picture | None
+    figure: Drawing | None
     num_quarantined: int
 
 
 @dataclass(frozen=True)
 class SelectionSection:
     panel: SelectionPanel
-    kept: Picture
-    heat: Picture
+    kept: Drawing
+    heat: Drawing
 
 
 @dataclass(frozen=True)
 class AnswerRow:
     row: PredictionRow
-    thumbnail: Picture | None
+    thumbnail: Drawing | None
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class StudySection:
     """What a study shows besides a report of single runs."""
 
     tables: tuple[TableSection, ...]
-    pareto: Picture | None
+    pareto: Drawing | None
     costs: Table
     hardware: str
-    kept: tuple[Picture, ...]
+    kept: tuple[Drawing, ...]
     csv_files: Mapping[str, str]
 
 
@@ -105,7 +105,7 @@ class ReportContent:
     differences: Table | None
     cache: Table | None
     stages: tuple[StageSection, ...]
-    throughput: Picture | None
+    throughput: Drawing | None
     scores: tuple[ScoreSection, ...]
     selections: tuple[SelectionSection, ...]
     answers: tuple[AnswerRow, ...]
@@ -114,18 +114,18 @@ class ReportContent:
     provenance: Provenance
     settings: tuple[SettingsBlock, ...]
     study: StudySection | None
-    importance: tuple[Picture, ...]
+    importance: tuple[Drawing, ...]
 
-    def pictures(self) -> Iterator[Picture]:
+    def drawings(self) -> Iterator[Drawing]:
         """Every figure once."""
         found = [section.loss for section in self.stages] + [self.throughput]
         found += [section.figure for section in self.scores if section.figure is not None]
-        found += [picture for section in self.selections for picture in (section.kept, section.heat)]
+        found += [drawing for section in self.selections for drawing in (section.kept, section.heat)]
         found += self.importance
         if self.study is not None:
             found += [self.study.pareto, *self.study.kept]
         found += list({answer.row.image: answer.thumbnail for answer in self.answers}.values())
-        return (picture for picture in found if picture is not None)
+        return (drawing for drawing in found if drawing is not None)
 
 
 def build_content(
@@ -180,9 +180,9 @@ def _study_section(
     looks: Mapping[str, Look],
 ) -> StudySection:
     hardware = {run.efficiency["hardware"]: None for run in runs if run.efficiency}
-    pictures: dict[str, list[SelectionPanel]] = {}
+    drawings: dict[str, list[SelectionPanel]] = {}
     for panel in panels:
-        pictures.setdefault(panel.title, []).append(panel)
+        drawings.setdefault(panel.title, []).append(panel)
     return StudySection(
         tables=tuple(_table_section(spec, runs) for spec in tables),
         pareto=pareto_figure(runs, looks),
@@ -190,7 +190,7 @@ def _study_section(
         hardware="; ".join(hardware),
         kept=tuple(
             kept_by_variants_figure(mine[:MANY_VARIANTS], f"kept_{index:02d}")
-            for index, mine in enumerate(pictures.values(), start=1)
+            for index, mine in enumerate(drawings.values(), start=1)
         ),
         csv_files=csv_files(runs, tables),
     )
@@ -202,7 +202,7 @@ def _table_section(spec: StudyTable, runs: Sequence[VariantResult]) -> TableSect
     return TableSection(spec.title, spec.control, results_table(spec, mine), beside)
 
 
-def _loss_figure(stage: str, runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Picture:
+def _loss_figure(stage: str, runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Drawing:
     found = curves(runs, stage)
     return loss_figure(stage, found, {label: looks[label.split(", ")[0]] for label in found})
 
@@ -239,10 +239,10 @@ def _answer_rows(variants: Sequence[VariantResult], thumbnails: Mapping[str, Ima
     return tuple(AnswerRow(row, drawn.get(row.image)) for row in rows)
 
 
-def _thumbnail(image: Image.Image, name: str) -> Picture:
+def _thumbnail(image: Image.Image, name: str) -> Drawing:
     small = image.convert("RGB")
     small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="PNG", optimize=True)
     width, height = max(small.width // 2, 1), max(small.height // 2, 1)
-    return Picture(name, buffer.getvalue(), width, height, alt="the question's picture", caption="")
+    return Drawing(name, buffer.getvalue(), width, height, alt="the question's image", caption="")

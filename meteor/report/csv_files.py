@@ -62,7 +62,7 @@ def _difference_rows(runs: Sequence[VariantResult], tables: Sequence[StudyTable]
                         "low": low,
                         "high": high,
                         "num_questions": found.num_questions,
-                        "num_pictures": found.num_pictures,
+                        "num_images": found.num_images,
                         **{f"seed_{seed}": value for seed, value in found.by_seed.items() if seed is not None},
                     }
 

@@ -75,7 +75,7 @@ class SubImageScores:
 
 @dataclass(frozen=True, eq=False)
 class SelectionPanel:
-    """One picture, one question, and which of the picture's patches a variant kept.
+    """One image, one question, and which of the image's patches a variant kept.
 
     Attributes:
         image: RGB.
@@ -106,10 +106,10 @@ class SelectionPanel:
 
 @dataclass(frozen=True, eq=False)
 class ImportancePanel:
-    """How much a question's words look at each patch of a picture's global view, layer by layer.
+    """How much a question's words look at each patch of an image's global view, layer by layer.
 
     Attributes:
-        title: the picture's name.
+        title: the image's name.
         image: RGB.
         grid: (Hu, Wu) of the global view.
         patches: (K,) those with a token.

@@ -15,11 +15,11 @@ from meteor.report.canvas import (
     MANY_VARIANTS,
     TEXT_POINTS,
     WIDTH_INCHES,
+    Drawing,
     Look,
-    Picture,
     new_figure,
     plain_axes,
-    to_picture,
+    to_drawing,
 )
 from meteor.report.data import VariantResult
 from meteor.report.measures import column, final_loss, median_rate, smooth
@@ -30,7 +30,7 @@ from meteor.runs.reading import StageRun
 _RATES = (("num_samples", "samples/s"), ("num_visual_tokens", "visual tokens/s"))
 
 
-def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRun]], looks: Mapping[str, Look]) -> Picture:
+def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRun]], looks: Mapping[str, Look]) -> Drawing:
     """Loss of one stage over steps, all variants overlaid, and the learning rate below.
 
     Args:
@@ -53,7 +53,7 @@ def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRun]], looks: Mappi
     _add_legend(figure, list(runs), looks, lines=True)
     ends = {name: final_loss(seeds[0]) for name, seeds in runs.items()}
     described = ", ".join(f"{name} {format_number(loss)}" for name, loss in ends.items() if loss is not None)
-    return to_picture(
+    return to_drawing(
         figure,
         name=f"loss_{stage}",
         alt=f"Loss of stage {stage} over steps. At the last step: {described}.",
@@ -62,7 +62,7 @@ def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRun]], looks: Mappi
     )
 
 
-def throughput_figure(runs: Mapping[str, Mapping[str, StageRun]], looks: Mapping[str, Look]) -> Picture:
+def throughput_figure(runs: Mapping[str, Mapping[str, StageRun]], looks: Mapping[str, Look]) -> Drawing:
     """Bars of samples/s and visual tokens/s; ``runs`` is stage -> variant -> run. One row of panels a stage."""
     num_bars = max(len(stage_runs) for stage_runs in runs.values())
     figure = new_figure(WIDTH_INCHES, len(runs) * (1.0 + 0.3 * num_bars))
@@ -75,7 +75,7 @@ def throughput_figure(runs: Mapping[str, Mapping[str, StageRun]], looks: Mapping
             axes.set_title(f"{stage}: {label}", fontsize=TEXT_POINTS, loc="left", color=INK, parse_math=False)
             values = ", ".join(f"{name} {format_number(rate)}" for name, rate in rates.items() if rate is not None)
             described.append(f"{stage}, {label}: {values or 'not recorded'}.")
-    return to_picture(
+    return to_drawing(
         figure,
         name="throughput",
         alt="Throughput by variant. " + " ".join(described),
@@ -83,7 +83,7 @@ def throughput_figure(runs: Mapping[str, Mapping[str, StageRun]], looks: Mapping
     )
 
 
-def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Mapping[str, Look]) -> Picture:
+def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Mapping[str, Look]) -> Drawing:
     """Scores of all questions and of each type, one bar a variant, with 95 % intervals and the majority answer.
 
     Args:
@@ -114,11 +114,11 @@ def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Map
         f"{variant} {'not scored here' if table['score'] is None else format_share(table['score'])}"
         for variant, table in scores.items()
     )
-    return to_picture(
+    return to_drawing(
         figure,
         name=name,
         alt=f"{metric} by type of question. All questions: {values}.",
-        caption="Whiskers: 95 % intervals, clustered by picture. Dashed: what always giving the most frequent answer would "
+        caption="Whiskers: 95 % intervals, clustered by image. Dashed: what always giving the most frequent answer would "
         "score.",
     )
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from meteor import storage
 from meteor.errors import DataError
-from meteor.report.canvas import Picture
+from meteor.report.canvas import Drawing
 from meteor.report.content import ReportContent, build_content
 from meteor.report.data import ImportancePanel, SelectionPanel, StudyTable, VariantResult
 from meteor.report.tables import GAPS, Table
@@ -50,13 +50,13 @@ def write_report(
         uri: folder, local or S3.
         title: heading of both pages.
         variants: compared side by side, in this order; at least one.
-        panels: pictures whose selection is drawn.
+        panels: images whose selection is drawn.
         cache: facts about the feature cache, shown in this order: ``num_...`` as counts, ``..._bytes`` with units,
             ``quarantine_reasons`` as {reason: count}, everything else as it is. None if there is none.
         notes: sentences shown under the title.
-        thumbnails: image name -> picture, for the answers of `meteor.report.predictions.choose_predictions`.
+        thumbnails: image name -> image, for the answers of `meteor.report.predictions.choose_predictions`.
         tables: of a study.
-        importance: pictures of which a text-guided sampler's scores are drawn.
+        importance: images of which a text-guided sampler's scores are drawn.
 
     Raises:
         DataError: no variants, or two of one name.
@@ -66,8 +66,8 @@ def write_report(
     if not names or len(set(names)) < len(names):
         raise DataError(f"a report compares variants by name, got {names}; give at least one, each name once")
     content = build_content(title, variants, panels, cache, notes, thumbnails or {}, tables, importance)
-    for picture in content.pictures():
-        storage.write_bytes(storage.join(uri, "figures", f"{picture.name}.png"), picture.png)
+    for drawing in content.drawings():
+        storage.write_bytes(storage.join(uri, "figures", f"{drawing.name}.png"), drawing.png)
     for name, text in (content.study.csv_files if content.study else {}).items():
         storage.write_bytes(storage.join(uri, name), text.encode())
     paths = ReportPaths(markdown=storage.join(uri, "report.md"), html=storage.join(uri, "report.html"))
@@ -90,8 +90,8 @@ def _markdown_table(table: Table) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
 
 
-def _data_uri(picture: Picture) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.png).decode("ascii")
+def _data_uri(drawing: Drawing) -> str:
+    return "data:image/png;base64," + base64.b64encode(drawing.png).decode("ascii")
 
 
 def _render(template: str, content: ReportContent) -> bytes:

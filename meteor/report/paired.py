@@ -1,6 +1,6 @@
-"""Differences between two variants question by question: what the same questions and pictures have in common cancels.
+"""Differences between two variants question by question: what the same questions and images have in common cancels.
 
-Questions about one picture are not independent: intervals are clustered by picture.
+Questions about one image are not independent: intervals are clustered by image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,16 @@ class Difference:
 
     Attributes:
         mean: of questions, each the mean of its seeds; 1 is all right against all wrong.
-        interval: 95 %, clustered by picture; None where there are fewer than two pictures.
+        interval: 95 %, clustered by image; None where there are fewer than two images.
         by_seed: seed -> the same of one seed alone, of seeds that both have.
-        num_questions, num_pictures: that both were asked.
+        num_questions, num_images: that both were asked.
     """
 
     mean: float
     interval: tuple[float, float] | None
     by_seed: Mapping[int | None, float]
     num_questions: int
-    num_pictures: int
+    num_images: int
 
     @property
     def is_clear(self) -> bool:
@@ -43,7 +43,7 @@ def paired_difference(
 ) -> Difference | None:
     """Compare the seeds of a variant with those of its control; seeds of the same number are compared with each other.
 
-    The interval is that of `meteor.intervals`, with pictures as clusters. It tells whether other questions would give the
+    The interval is that of `meteor.intervals`, with images as clusters. It tells whether other questions would give the
     same sign; what another seed would give is seen in ``by_seed``. Answers without a score of their own, as all but the first
     rotation of a circular benchmark, are left out.
 
@@ -64,18 +64,18 @@ def paired_difference(
     if not common:
         return None
     differences = {question: mean(mine[s][question] - theirs[s][question] for s in seeds) for question in common}
-    pictures = _pictures([*runs, *control])
-    clusters = {pictures[question] for question in differences}
+    drawings = _images([*runs, *control])
+    clusters = {drawings[question] for question in differences}
     centre = mean(differences.values())
     error = standard_error(
-        mean_influences(list(differences.values())), (pictures[question] for question in differences)
+        mean_influences(list(differences.values())), (drawings[question] for question in differences)
     )
     return Difference(
         mean=centre,
         interval=None if error is None else student_interval(centre, error, len(clusters)),
         by_seed={s: mean(mine[s][question] - theirs[s][question] for question in common) for s in seeds},
         num_questions=len(common),
-        num_pictures=len(clusters),
+        num_images=len(clusters),
     )
 
 
@@ -99,8 +99,8 @@ def _mean_of(seeds: Mapping[int | None, Mapping[Question, float]]) -> dict[Quest
     return {question: mean(table[question] for table in tables) for question in common}
 
 
-def _pictures(runs: Sequence[VariantResult]) -> dict[Question, str]:
-    """Question -> its picture; one without a picture is a cluster of its own."""
+def _images(runs: Sequence[VariantResult]) -> dict[Question, str]:
+    """Question -> its image; one without an image is a cluster of its own."""
     return {_question(row): row.get("image") or str(_question(row)) for run in runs for row in run.predictions or []}
 
 

@@ -25,7 +25,7 @@ REMARKS = (
     "Shaded rows marked (paper) are the paper's, as printed: LLaVA-UHD and LLaVA-Meteor with Vicuna-13B, 595K / 665K samples, "
     "eight H800; peers as they were published.",
     "Tokens are counted otherwise: about 256, 114 and 56 an image for K = 144, 64 and 32 would mean 1.78 sub-images "
-    "an image, while the slicing rule cuts a 640 × 480 picture into five (720 tokens at K = 144). Ours is measured.",
+    "an image, while the slicing rule cuts a 640 × 480 image into five (720 tokens at K = 144). Ours is measured.",
     "Where a row does not say otherwise: both experts, local-to-single scan, and K = 144.",
     "Some of the paper's averages are not the mean of their row; they stand as printed.",
 )

@@ -12,7 +12,7 @@ class PredictionRow:
     """One question with every variant's answer.
 
     Attributes:
-        image: name of its picture, "" if none.
+        image: name of its image, "" if none.
         answers: variant -> (prediction, score 0 ... 1); a variant that was not asked is absent.
     """
 
@@ -26,8 +26,8 @@ class PredictionRow:
 def choose_predictions(variants: Sequence[VariantResult], num_rows: int = 9) -> list[PredictionRow]:
     """Pick rows evenly from those all variants, some, and none got right; the same rows every time.
 
-    Questions about a quarantined picture were not answered and are left out.
-    Call it before `write_report` to learn which pictures are worth loading as thumbnails.
+    Questions about a quarantined image were not answered and are left out.
+    Call it before `write_report` to learn which images are worth loading as thumbnails.
     """
     rows = _join_by_question(variants)
     groups: list[list[PredictionRow]] = [[], [], []]

@@ -15,7 +15,7 @@ _STAGES = STAGES[1:]  # all but the feature cache, which variants share
 _LABELS = {"digest": "run digest", "uri": "folder"}
 _PROJECTOR_NOTES = {
     "focus": "FocusLLaVA-style, as the paper gives neither region sizes, nor scales, nor the form of the gate.",
-    "llava_mini": "LLaVA-Mini's compressor alone, without the layers that fuse pictures into the text before it.",
+    "llava_mini": "LLaVA-Mini's compressor alone, without the layers that fuse images into the text before it.",
     "meteor_37m": "has as many parameters as the paper's Table 4 gives; that does not make it the authors' layout.",
     "prumerge_plus": "neighbours are found by features, as keys of CLIP's attention are not cached.",
     "tokenpacker": "the single-layer variant: the original takes keys and values from four blocks of CLIP.",

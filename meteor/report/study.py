@@ -109,7 +109,7 @@ def _score(runs: Sequence[VariantResult], question_set: str) -> str:
 def _difference_cells(difference: Difference | None) -> list[str]:
     if difference is None:
         return [NOT_RUN, "", ""]
-    interval = "one picture" if difference.interval is None else " to ".join(map(_points, difference.interval))
+    interval = "one image" if difference.interval is None else " to ".join(map(_points, difference.interval))
     by_seed = "" if len(difference.by_seed) < 2 else ", ".join(map(_points, difference.by_seed.values()))
     return [_points(difference.mean) + (" *" if difference.is_clear else ""), interval, by_seed]
 

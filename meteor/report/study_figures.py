@@ -1,4 +1,4 @@
-"""Figures of a study: scores against visual tokens, and what several variants keep of one picture."""
+"""Figures of a study: scores against visual tokens, and what several variants keep of one image."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -6,17 +6,17 @@ from statistics import mean
 import numpy as np
 from matplotlib.axes import Axes
 
-from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Look, Picture, new_figure, plain_axes, to_picture
+from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Drawing, Look, new_figure, plain_axes, to_drawing
 from meteor.report.data import ImportancePanel, SelectionPanel, SubImageScores, VariantResult
-from meteor.report.pictures import bare_axes, dim, kept_mask, picture_pixels
 from meteor.report.seeds import by_variant
+from meteor.report.selection_figures import bare_axes, dim, image_pixels, kept_mask
 from meteor.report.tables import question_sets, shares_right
 
 _FIELDS = (("visual_scores", "visual"), ("native_scores", "native"), ("combined_scores", "combined"))
 _LABEL_POINTS = TEXT_POINTS - 1
 
 
-def pareto_figure(runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Picture | None:
+def pareto_figure(runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Drawing | None:
     """Score against visual tokens an image, one panel a question set; None where no variant has both.
 
     A line joins the variants that none with as few tokens beats.
@@ -31,7 +31,7 @@ def pareto_figure(runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> P
         axes.set_title(name, fontsize=TEXT_POINTS, loc="left", color=INK, parse_math=False)
     best = {name: [variant for variant, *_ in frontier(found)] for name, found in points.items()}
     described = "; ".join(f"{name}: {', '.join(variants)}" for name, variants in best.items())
-    return to_picture(
+    return to_drawing(
         figure,
         name="pareto",
         alt=f"Score against visual tokens an image. Not beaten by any with as few tokens: {described}.",
@@ -124,14 +124,14 @@ def _write_names(axes: Axes, points: Sequence[Point]) -> None:
             )
 
 
-def kept_by_variants_figure(panels: Sequence[SelectionPanel], name: str) -> Picture:
-    """One picture's global view, a row a variant: the picture, each expert's and the combined scores, what was kept.
+def kept_by_variants_figure(panels: Sequence[SelectionPanel], name: str) -> Drawing:
+    """One image's global view, a row a variant: the image, each expert's and the combined scores, what was kept.
 
     Args:
-        panels: of one picture, one a variant.
+        panels: of one image, one a variant.
         name: file stem.
     """
-    pixels = picture_pixels(panels[0].image)
+    pixels = image_pixels(panels[0].image)
     aspect = panels[0].image.width / panels[0].image.height
     width = WIDTH_INCHES / (len(_FIELDS) + 2)
     figure = new_figure(WIDTH_INCHES, len(panels) * (min(width / aspect, 3.0) + 0.12) + 0.4)
@@ -144,7 +144,7 @@ def kept_by_variants_figure(panels: Sequence[SelectionPanel], name: str) -> Pict
         for axes, (field, _), title in zip(axes_row[1:-1], _FIELDS, titles[1:-1], strict=True):
             _show_scores(axes, scores, field, patch_grid, title)
         _show(axes_row[-1], dim(pixels, kept_mask(scores, patch_grid)), titles[-1])
-    return to_picture(
+    return to_drawing(
         figure,
         name=name,
         alt=f"{panels[0].title}: scores and kept patches of {', '.join(panel.variant for panel in panels)}.",
@@ -154,8 +154,8 @@ def kept_by_variants_figure(panels: Sequence[SelectionPanel], name: str) -> Pict
     )
 
 
-def importance_figure(panel: ImportancePanel, name: str) -> Picture:
-    """The picture, and some layers' maps beside it: the first, the deciding, the last, and others in between."""
+def importance_figure(panel: ImportancePanel, name: str) -> Drawing:
+    """The image, and some layers' maps beside it: the first, the deciding, the last, and others in between."""
     layers = some_layers(len(panel.scores), panel.layer)
     columns = min(len(layers) + 1, 5)
     rows = -(-(len(layers) + 1) // columns)
@@ -163,7 +163,7 @@ def importance_figure(panel: ImportancePanel, name: str) -> Picture:
     width = WIDTH_INCHES / columns
     figure = new_figure(WIDTH_INCHES, rows * (min(width / aspect, 3.0) + 0.4))
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    _show(all_axes[0], picture_pixels(panel.image), "image")
+    _show(all_axes[0], image_pixels(panel.image), "image")
     for axes, layer in zip(all_axes[1:], layers, strict=False):
         shares = np.full(panel.grid[0] * panel.grid[1], np.nan)
         shares[panel.patches] = panel.scores[layer] / max(panel.scores[layer].max(), 1e-12)
@@ -171,10 +171,10 @@ def importance_figure(panel: ImportancePanel, name: str) -> Picture:
         bare_axes(axes, f"layer {layer}" + (", decides" if layer == panel.layer else ""))
     for axes in all_axes[len(layers) + 1 :]:
         axes.set_visible(False)
-    return to_picture(
+    return to_drawing(
         figure,
         name=name,
-        alt=f"{panel.variant}, {panel.title}: attention of the words of “{panel.question}” to the picture, by layer.",
+        alt=f"{panel.variant}, {panel.title}: attention of the words of “{panel.question}” to the image, by layer.",
         caption=f"{panel.variant}: how much the words of “{panel.question}” look at each patch of the global view, by layer of "
         "the language model (from 0), each map up to its own highest. White: patches without a token.",
         dpi=130,

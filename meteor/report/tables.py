@@ -213,7 +213,7 @@ def score_facts(table: Mapping[str, Any]) -> str:
         f"split {table['split']}" if table.get("split") else "",
         f"{metric_title(table['metric'])}, version {table['metric_version']}",
         "OCR tokens in the prompt" if table.get("ocr") else "",
-        f"pictures resized to {table['long_side']} pixels" if table.get("long_side") else "",
+        f"images resized to {table['long_side']} pixels" if table.get("long_side") else "",
         table.get("note", ""),
     ]
     return "; ".join(filter(None, facts)) + "."
@@ -260,8 +260,8 @@ def _setting_rows(key: str, values: dict[str, dict[str, dict[str, Any]]]) -> Ite
 
 
 _CACHE_LABELS = {
-    "num_pictures": "pictures named by the samples",
-    "num_distinct": "distinct pictures encoded",
+    "num_images": "images named by the samples",
+    "num_distinct": "distinct images encoded",
     "size_bytes": "size",
 }
 

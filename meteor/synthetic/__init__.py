@@ -1,1 +1,1 @@
-"""Pictures, questions and tiny models made from a seed, so that demo and tests need no download."""
+"""Images, questions and tiny models made from a seed, so that demo and tests need no download."""

@@ -1,4 +1,4 @@
-"""Does a vision tower look at the things in a picture? The class token's attention inside their boxes, against chance.
+"""Does a vision tower look at the things in an image? The class token's attention inside their boxes, against chance.
 
 Letters: P patches of a sub-image.
 """
@@ -41,13 +41,13 @@ class BoxAttention:
 
 def attention_in_scenes(encoder: FrozenClip, scenes: Sequence[Scene], *, resolution: int) -> BoxAttention:
     """Draw, slice and encode the scenes as a cache would, and measure where the encoder looks."""
-    pictures: list[npt.NDArray[np.uint8]] = []
+    images: list[npt.NDArray[np.uint8]] = []
     boxes: list[list[Box]] = []
     for scene in scenes:
         plan = plan_slices(scene.width, scene.height, resolution=resolution, patch_size=encoder.patch_size)
-        pictures += slice_image(draw(scene), plan)
+        images += slice_image(draw(scene), plan)
         boxes += sub_image_boxes(plan, scene.width, scene.height, [thing.box for thing in scene.objects])
-    return attention_in_boxes(encoder, pictures, boxes)
+    return attention_in_boxes(encoder, images, boxes)
 
 
 def attention_in_boxes(
@@ -77,8 +77,8 @@ def sub_image_boxes(plan: SlicePlan, width: int, height: int, boxes: Sequence[Bo
     """The boxes as each sub-image shows them: scaled, cut off at its edges, left out where nothing remains.
 
     Args:
-        plan: of a picture of ``width`` x ``height`` pixels.
-        boxes: in the picture's pixels.
+        plan: of an image of ``width`` x ``height`` pixels.
+        boxes: in the image's pixels.
 
     Returns:
         For each sub-image, global view first, boxes in its pixels, rounded outwards.

@@ -32,7 +32,7 @@ def write_benchmarks(folder: str | Path, *, num_scenes: int = 8, seed: int = 0) 
 
     Args:
         folder: appears whole or not at all; found again if it was written with the same arguments.
-        num_scenes: pictures of each benchmark.
+        num_scenes: images of each benchmark.
         seed: of everything.
 
     Raises:
@@ -57,7 +57,7 @@ def _questions(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[tu
             yield i, question
 
 
-def _picture(scene: Scene, kind: str = "PNG") -> bytes:
+def _image(scene: Scene, kind: str = "PNG") -> bytes:
     sink = io.BytesIO()
     draw(scene).save(sink, kind)
     return sink.getvalue()
@@ -69,9 +69,9 @@ def _write(path: Path, content: Any) -> None:
     path.write_bytes(data)
 
 
-def _write_pictures(folder: Path, scenes: Sequence[Scene], name: Callable[[int], str], kind: str = "JPEG") -> None:
+def _write_images(folder: Path, scenes: Sequence[Scene], name: Callable[[int], str], kind: str = "JPEG") -> None:
     for i, scene in enumerate(scenes):
-        _write(folder / name(i), _picture(scene, kind))
+        _write(folder / name(i), _image(scene, kind))
 
 
 def _annotators(answer: str, rng: np.random.Generator) -> list[str]:
@@ -90,7 +90,7 @@ def _options(question: Question, rng: np.random.Generator) -> list[str]:
 
 
 def _textvqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    _write_pictures(folder / "train_images", scenes, lambda i: f"{i:016x}.jpg")
+    _write_images(folder / "train_images", scenes, lambda i: f"{i:016x}.jpg")
     records = [
         {
             "question_id": 34602 + number,
@@ -112,7 +112,7 @@ def _textvqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) ->
 def _vqav2(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
     asked = list(_questions(scenes, rng))
     for year, split in (("val2014", "val2014"), ("test2015", "test-dev2015"), ("test2015", "test2015")):
-        _write_pictures(folder / year, scenes, f"COCO_{year}_{{:012d}}.jpg".format)
+        _write_images(folder / year, scenes, f"COCO_{year}_{{:012d}}.jpg".format)
         # test-dev is a part of test.
         some = asked[: len(asked) // 2] if split == "test-dev2015" else asked
         records = [
@@ -139,7 +139,7 @@ def _vqav2(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> N
 
 def _vizwiz(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
     for split in ("val", "test"):
-        _write_pictures(folder / split, scenes, f"VizWiz_{split}_{{:08d}}.jpg".format)
+        _write_images(folder / split, scenes, f"VizWiz_{split}_{{:08d}}.jpg".format)
         records = []
         for i, scene in enumerate(scenes):
             question = ask(scene, rng)[0]
@@ -153,7 +153,7 @@ def _vizwiz(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> 
 
 
 def _gqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    _write_pictures(folder / "images", scenes, lambda i: f"n{i}.jpg")
+    _write_images(folder / "images", scenes, lambda i: f"n{i}.jpg")
     records = {
         f"2012{number:04d}": {
             "question": question.text,
@@ -169,7 +169,7 @@ def _gqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> Non
 
 
 def _docvqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    _write_pictures(folder / "spdocvqa_images", scenes, lambda i: f"doc{i}_1.png", "PNG")
+    _write_images(folder / "spdocvqa_images", scenes, lambda i: f"doc{i}_1.png", "PNG")
     records = [
         {
             "questionId": 49153 + number,
@@ -186,7 +186,7 @@ def _docvqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> 
 
 
 def _infovqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    _write_pictures(folder / "infographicsvqa_images", scenes, lambda i: f"{37000 + i}.jpeg")
+    _write_images(folder / "infographicsvqa_images", scenes, lambda i: f"{37000 + i}.jpeg")
     records = [
         {
             "questionId": 98313 + number,
@@ -202,7 +202,7 @@ def _infovqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) ->
 
 
 def _chartqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    _write_pictures(folder / "test" / "png", scenes, lambda i: f"{i}.png", "PNG")
+    _write_images(folder / "test" / "png", scenes, lambda i: f"{i}.png", "PNG")
     for half, types in (("human", ("count",)), ("augmented", ("colour", "shape", "position"))):
         records = [
             {"imgname": f"{i}.png", "query": question.text, "label": question.answer}
@@ -213,7 +213,7 @@ def _chartqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) ->
 
 
 def _mmbench(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    """As published: rotations of a question are rows of their own, and later rows name the row that has the picture."""
+    """As published: rotations of a question are rows of their own, and later rows name the row that has the image."""
     rows, first_of_scene = [], dict[int, int]()
     for number, (i, question) in enumerate(_questions(scenes, rng)):
         options = _options(question, rng)
@@ -221,22 +221,22 @@ def _mmbench(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) ->
         # A question without rotations in the file, now and then.
         for turn in range(len(options) if number % 3 else 1):
             index = number + turn * _ROTATION
-            picture = str(first_of_scene[i]) if i in first_of_scene else base64.b64encode(_picture(scenes[i])).decode()
+            encoded = str(first_of_scene[i]) if i in first_of_scene else base64.b64encode(_image(scenes[i])).decode()
             first_of_scene.setdefault(i, index)
             turned = [*options[turn:], *options[:turn], *[""] * (4 - len(options))]
             letter = _LETTERS[(right - turn) % len(options)]
-            rows.append([str(index), question.text, "", *turned, letter, question.type, picture])
+            rows.append([str(index), question.text, "", *turned, letter, question.type, encoded])
     header = ["index", "question", "hint", *_LETTERS, "answer", "category", "image"]
     text = "\n".join("\t".join(row) for row in [header, *rows])
     _write(folder / "mmbench_dev_20230712.tsv", f"{text}\n".encode())
 
 
 def _mmvet(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    _write_pictures(folder / "images", scenes, lambda i: f"v1_{i}.png", "PNG")
+    _write_images(folder / "images", scenes, lambda i: f"v1_{i}.png", "PNG")
     records = {
         f"v1_{i}": {
             "imagename": f"v1_{i}.png",
-            "question": "What is in the picture?",
+            "question": "What is in the image?",
             "answer": scene.caption,
             "capability": ["rec", "spat"],
         }
@@ -246,7 +246,7 @@ def _mmvet(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> N
 
 
 def _mmmu(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    """Two subjects; questions of one and of two pictures, with options and without."""
+    """Two subjects; questions of one and of two images, with options and without."""
     for subject in ("Art", "Math"):
         rows = []
         for number, (i, question) in enumerate(_questions(scenes, rng)):
@@ -262,18 +262,18 @@ def _mmmu(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> No
             }
             for k in range(1, 8):
                 shown = scenes[(i + k - 1) % len(scenes)] if k <= 1 + several else None
-                row[f"image_{k}"] = None if shown is None else {"bytes": _picture(shown), "path": f"{number}_{k}.png"}
+                row[f"image_{k}"] = None if shown is None else {"bytes": _image(shown), "path": f"{number}_{k}.png"}
             rows.append(row)
         sink = pa.BufferOutputStream()
-        picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        encoded = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         texts = ("id", "question", "options", "answer", "question_type", "subfield")
-        schema = pa.schema([(name, pa.string()) for name in texts] + [(f"image_{k}", picture) for k in range(1, 8)])
+        schema = pa.schema([(name, pa.string()) for name in texts] + [(f"image_{k}", encoded) for k in range(1, 8)])
         pq.write_table(pa.Table.from_pylist(rows, schema), sink)
         _write(folder / subject / "validation-00000-of-00001.parquet", sink.getvalue().to_pybytes())
 
 
 def _pope(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    _write_pictures(folder / "val2014", scenes, lambda i: f"COCO_val2014_{i:012d}.jpg")
+    _write_images(folder / "val2014", scenes, lambda i: f"COCO_val2014_{i:012d}.jpg")
     for category in ("random", "popular", "adversarial"):
         records: list[dict[str, Any]] = []
         for i, scene in enumerate(scenes):
@@ -289,7 +289,7 @@ def _pope(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> No
 
 
 def _seed(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    _write_pictures(folder / "SEED-Bench-image", scenes, lambda i: f"{1454426 + i}_{i}")
+    _write_images(folder / "SEED-Bench-image", scenes, lambda i: f"{1454426 + i}_{i}")
     records: list[dict[str, Any]] = []
     types: dict[str, int] = {}
     for i, question in _questions(scenes, rng):
@@ -309,16 +309,16 @@ def _seed(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> No
 
 
 def _nlvr(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    """Each statement twice, of the picture and of its mirror image."""
+    """Each statement twice, of the image and of its mirror image."""
     records = []
     for i, scene in enumerate(scenes):
         shape = SHAPES[int(rng.integers(len(SHAPES)))]
         answer = "true" if any(thing.shape == shape for thing in scene.shapes) else "false"
-        picture = draw(scene)
+        encoded = draw(scene)
         for order in range(2):
             name = f"test-{i}-0-{order}.png"
             sink = io.BytesIO()
-            (picture if order == 0 else picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).save(sink, "PNG")
+            (encoded if order == 0 else encoded.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).save(sink, "PNG")
             _write(folder / "images" / name, sink.getvalue())
             text = f"<image>\nThere is a {shape}.\nIs this statement true of the image? Answer with true or false."
             turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]

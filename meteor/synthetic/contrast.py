@@ -1,4 +1,4 @@
-"""The overfit set: one question for every picture, answers that only the picture can tell, half of the pictures sliced."""
+"""The overfit set: one question for every image, answers that only the image can tell, half of the images sliced."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _SCALE = (0.5, 0.8)
 
 @dataclass(frozen=True)
 class ContrastSet:
-    """Paths of a contrast set; samples name pictures relative to ``images``."""
+    """Paths of a contrast set; samples name images relative to ``images``."""
 
     folder: Path
 
@@ -41,15 +41,15 @@ class ContrastSet:
 
     @property
     def scenes(self) -> Path:
-        """One JSON object a line for every picture, as in a data set."""
+        """One JSON object a line for every image, as in a data set."""
         return self.folder / "scenes.jsonl"
 
 
 def make_contrast_set(folder: str | Path, num_samples: int = 64, seed: int = 0, *, num_answers: int = 4) -> ContrastSet:
     """Write the set, or find it written with the same arguments before.
 
-    A model that ignores the picture gets ``1 / num_answers`` right at best: question, number of pictures and turns are
-    the same in every sample, and each answer comes equally often with whole and with sliced pictures.
+    A model that ignores the image gets ``1 / num_answers`` right at best: question, number of images and turns are
+    the same in every sample, and each answer comes equally often with whole and with sliced images.
 
     Raises:
         SettingsError: the samples cannot be divided evenly.

@@ -1,4 +1,4 @@
-"""Writes scenes as a data set in LLaVA's format: pictures, captions, instruction samples, held-out questions."""
+"""Writes scenes as a data set in LLaVA's format: images, captions, instruction samples, held-out questions."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from meteor.constants import IMAGE_PLACEHOLDER
 from meteor.errors import SettingsError
 from meteor.synthetic.drawing import draw
 from meteor.synthetic.publish import publish_folder
-from meteor.synthetic.questions import PairDealer, Question, ask, ask_in_turns, ask_without_picture
+from meteor.synthetic.questions import PairDealer, Question, ask, ask_in_turns, ask_without_image
 from meteor.synthetic.scenes import Scene, SceneDealer
 from meteor.synthetic.streams import random_stream
 
@@ -28,7 +28,7 @@ _JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """Paths of a generated data set; samples name pictures relative to ``images``."""
+    """Paths of a generated data set; samples name images relative to ``images``."""
 
     folder: Path
 
@@ -43,7 +43,7 @@ class SyntheticDataset:
 
     @property
     def finetune(self) -> Path:
-        """Questions about one picture (one or several turns), two pictures and none, of the training scenes."""
+        """Questions about one image (one or several turns), two images and none, of the training scenes."""
         return self.folder / "finetune.json"
 
     @property
@@ -53,7 +53,7 @@ class SyntheticDataset:
 
     @property
     def scenes(self) -> Path:
-        """One JSON object a line for every picture: name, split, size, caption, objects with their boxes."""
+        """One JSON object a line for every image: name, split, size, caption, objects with their boxes."""
         return self.folder / "scenes.jsonl"
 
 
@@ -69,7 +69,7 @@ def write_dataset(
         seed: of everything.
 
     Raises:
-        SettingsError: fewer than eight scenes in a split (too few for questions about two pictures).
+        SettingsError: fewer than eight scenes in a split (too few for questions about two images).
         AlreadyExistsError: the folder holds something else.
     """
     if min(num_scenes, num_held_out) < MIN_SCENES:
@@ -110,7 +110,7 @@ def _fill(dataset: SyntheticDataset, num_scenes: int, num_held_out: int, seed: i
 
 
 def _names(split: str, count: int) -> list[str]:
-    # Every second picture is a JPEG; odd and even scenes do not differ otherwise.
+    # Every second image is a JPEG; odd and even scenes do not differ otherwise.
     return [f"{split}/{index:06d}.{'jpg' if index % 2 else 'png'}" for index in range(count)]
 
 
@@ -124,7 +124,7 @@ def write_images(folder: Path, scenes: dict[str, Scene]) -> None:
 
 
 def write_scenes(path: Path, splits: dict[str, dict[str, Scene]]) -> None:
-    """One line of JSON for each scene, with its picture's name and split."""
+    """One line of JSON for each scene, with its image's name and split."""
     lines = [
         json.dumps({"name": name, "split": split, **scene.to_dict()})
         for split, scenes in splits.items()
@@ -134,7 +134,7 @@ def write_scenes(path: Path, splits: dict[str, dict[str, Scene]]) -> None:
 
 
 def make_sample(sample_id: str, images: list[str], questions: list[Question], type_: str = "") -> dict[str, Any]:
-    """One sample in LLaVA's format; a placeholder for each picture stands before the first question."""
+    """One sample in LLaVA's format; a placeholder for each image stands before the first question."""
     placeholders = f"{IMAGE_PLACEHOLDER}\n" * len(images)
     turns = [
         turn
@@ -188,6 +188,6 @@ def _other_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[d
         for index, (first, second, question) in enumerate(pairs)
     ]
     for index in range(num_text_only):
-        question = ask_without_picture(rng)
+        question = ask_without_image(rng)
         samples.append(make_sample(f"text-only-{index}", [], [question], question.type))
     return samples

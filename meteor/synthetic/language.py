@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from meteor.synthetic.questions import PairDealer, ask, ask_without_picture
+from meteor.synthetic.questions import PairDealer, ask, ask_without_image
 from meteor.synthetic.scenes import SceneDealer
 from meteor.synthetic.streams import random_stream
 from meteor.text.conversation import Conversation, Turn
@@ -29,7 +29,7 @@ def train_language(
     num_steps: int,
     report: Callable[[str], None],
 ) -> float | None:
-    """Next-token training on captions and dialogues without their pictures; questions and answers, not which is right.
+    """Next-token training on captions and dialogues without their images; questions and answers, not which is right.
 
     Returns:
         Mean loss of the last ten steps in nats a token; None without a step.
@@ -58,12 +58,12 @@ def train_language(
 
 
 def language_samples(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TokenisedSample]:
-    """Dialogues and captions of fresh scenes, tokenised as the stages do, with the pictures left out."""
+    """Dialogues and captions of fresh scenes, tokenised as the stages do, with the images left out."""
     rng = random_stream(seed, "language")
     scenes = list(islice(SceneDealer(rng), _NUM_SCENES))
     questions = [question for scene in scenes for question in ask(scene, rng)]
     questions += [question for _, _, question in islice(PairDealer(scenes, rng), _NUM_SCENES // 2)]
-    questions += [ask_without_picture(rng) for _ in range(_NUM_SCENES // 2)]
+    questions += [ask_without_image(rng) for _ in range(_NUM_SCENES // 2)]
     dialogues = [
         tokenise(Conversation((Turn("human", one.text), Turn("gpt", one.answer))), tokenizer, "vicuna_v1")
         for one in questions

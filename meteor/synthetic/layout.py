@@ -1,4 +1,4 @@
-"""Boxes for the things of a scene: inside the picture, each within its named part, none touching another."""
+"""Boxes for the things of a scene: inside the image, each within its named part, none touching another."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,7 @@ _FONT_TO_SHAPE = 0.9
 _NUM_LAYOUTS = 150
 _NUM_TRIES_PER_THING = 30
 _SHRINK = 0.985
-# Space kept free around a thing, as share of the shorter side of a picture's part.
+# Space kept free around a thing, as share of the shorter side of an image's part.
 _GAP_SHARE = 0.06
 
 
@@ -67,14 +67,14 @@ def place_all(
     Layouts that do not work out are thrown away; from one to the next the things shrink a little.
 
     Raises:
-        SettingsError: the picture is too small for that many things.
+        SettingsError: the image is too small for that many things.
     """
     for attempt in range(_NUM_LAYOUTS):
         low, high = (bound * _SHRINK**attempt for bound in scale)
         layout = _try_layout(rng, width, height, wanted, (low, high))
         if layout is not None:
             return layout
-    raise SettingsError(f"{len(wanted)} things do not fit into {width} x {height} pixels; use a larger picture.")
+    raise SettingsError(f"{len(wanted)} things do not fit into {width} x {height} pixels; use a larger image.")
 
 
 def _try_layout(

@@ -32,7 +32,7 @@ _LLM_WIDTH = 128
 _LLM_FEED_FORWARD_WIDTH = 384
 _NUM_LLM_LAYERS = 4
 _NUM_LLM_HEADS = 4
-# The default, 0.02, suits widths of thousands: at 128 an overfit set of 64 pictures took twice as many steps with it.
+# The default, 0.02, suits widths of thousands: at 128 an overfit set of 64 images took twice as many steps with it.
 _LLM_INITIAL_STD = 0.05
 
 
@@ -70,7 +70,7 @@ def make_tiny_models(
 
     Args:
         folder: appears whole or not at all.
-        seed: of weights, pictures and order.
+        seed: of weights, images and order.
         train_steps: of CLIP, about 0.1 s each, and at most `MAX_LANGUAGE_STEPS` of them of Llama; a few are
             enough where only shapes and formats matter, with 0 the weights stay random.
         num_threads: of torch while this runs. Results are the same bit for bit for the same number. Two save a quarter

@@ -1,4 +1,4 @@
-"""What can be asked about a scene, about two scenes, and about none; every answer needs the picture, if there is one."""
+"""What can be asked about a scene, about two scenes, and about none; every answer needs the image, if there is one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ class PairDealer:
         return int(one), int(other)
 
 
-def ask_without_picture(rng: np.random.Generator) -> Question:
+def ask_without_image(rng: np.random.Generator) -> Question:
     """Copying a word or adding two numbers up to 9; the sum is drawn before its parts."""
     if rng.integers(2):
         word = WORDS[rng.integers(len(WORDS))]

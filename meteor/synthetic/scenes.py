@@ -30,7 +30,7 @@ class SceneObject:
         shape: a name of ``SHAPES``, or ``"text"``.
         colour: a name of ``COLOURS``.
         box: x0, y0, x1, y1 in pixels, x1 and y1 excluded.
-        place: the part of the picture that holds the whole box, or ``""`` for text.
+        place: the part of the image that holds the whole box, or ``""`` for text.
         word: what a text says, else ``""``.
         font_px: the size it is drawn in, else 0.
     """
@@ -54,7 +54,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content. ``drawing.draw`` renders it, ``questions.ask`` asks about it.
+    """An image's content. ``drawing.draw`` renders it, ``questions.ask`` asks about it.
 
     Attributes:
         width, height: pixels.
@@ -100,7 +100,7 @@ class SceneDealer:
     Args:
         rng: scenes are a function of its state, and of the other arguments.
         size_mix: groups of (width, height) in pixels; groups are dealt evenly, a size is drawn from its group.
-        scale: smallest and largest extent of a shape, as share of the shorter side of a picture's part.
+        scale: smallest and largest extent of a shape, as share of the shorter side of an image's part.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import Any
 
 import sentencepiece
 
-from meteor.synthetic.questions import PairDealer, ask, ask_without_picture
+from meteor.synthetic.questions import PairDealer, ask, ask_without_image
 from meteor.synthetic.scenes import SceneDealer
 from meteor.synthetic.streams import random_stream
 from meteor.text.template import VICUNA_SYSTEM
@@ -28,7 +28,7 @@ def tokenizer_text(seed: int) -> list[str]:
     lines += [scene.caption for scene in scenes]
     questions = [question for scene in scenes for question in ask(scene, rng)]
     questions += [question for _, _, question in islice(PairDealer(scenes, rng), _NUM_SCENES)]
-    questions += [ask_without_picture(rng) for _ in range(_NUM_SCENES)]
+    questions += [ask_without_image(rng) for _ in range(_NUM_SCENES)]
     return lines + [f"USER: {question.text} ASSISTANT: {question.answer}" for question in questions]
 
 

@@ -12,7 +12,7 @@ from meteor.synthetic.streams import random_stream
 from meteor.synthetic.vocabulary import TEXT, place_bounds, places_of
 
 PATCH_SIZE = 14
-# (rows, columns): what slicing at 112 x 112 pixels gives for the pictures of a data set, more or less.
+# (rows, columns): what slicing at 112 x 112 pixels gives for the images of a data set, more or less.
 PATCH_GRIDS = ((8, 8), (6, 10), (10, 6), (4, 12), (12, 4), (7, 9))
 # A crop is cut from a scene this many times larger than itself, so that things appear enlarged and cut off as in slices.
 _ZOOMS = (1.3, 1.6, 2.0)
@@ -22,7 +22,7 @@ _VISIBLE_SHARE = {"shape": 0.5, "text": 0.9}
 
 @dataclass(frozen=True)
 class Views:
-    """Pictures of one patch grid.
+    """Images of one patch grid.
 
     Attributes:
         pixels: (N, 14 * rows, 14 * columns, 3) uint8.

@@ -1,4 +1,4 @@
-"""The closed world of the generated scenes: shapes, colours, words, places, picture sizes."""
+"""The closed world of the generated scenes: shapes, colours, words, places, image sizes."""
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
@@ -29,12 +29,12 @@ SIZE_MIX = (ORDINARY_SIZES,) * 5 + (SMALL_SIZES, WIDE_SIZES, WIDE_SIZES, TALL_SI
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 SIDES = ("left", "right")
 ENDS = ("top", "bottom")
-# From this ratio on a picture counts as wide (or tall), and only the half along its length is asked for.
+# From this ratio on an image counts as wide (or tall), and only the half along its length is asked for.
 STRIP_RATIO = 2.0
 
 
 def places_of(width: int, height: int) -> tuple[str, ...]:
-    """Names of the parts a picture of this size is divided into: four corners, or two halves of a long strip."""
+    """Names of the parts an image of this size is divided into: four corners, or two halves of a long strip."""
     if width >= STRIP_RATIO * height:
         return SIDES
     if height >= STRIP_RATIO * width:
@@ -43,7 +43,7 @@ def places_of(width: int, height: int) -> tuple[str, ...]:
 
 
 def place_bounds(place: str, width: int, height: int) -> tuple[float, float, float, float]:
-    """The part of the picture that ``place`` names, as (x0, y0, x1, y1) in pixels."""
+    """The part of the image that ``place`` names, as (x0, y0, x1, y1) in pixels."""
     x0 = width / 2 if "right" in place else 0
     x1 = width / 2 if "left" in place else width
     y0 = height / 2 if "bottom" in place else 0

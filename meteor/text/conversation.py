@@ -19,7 +19,7 @@ class Turn:
     Attributes:
         role: ``"human"`` or ``"gpt"``.
         text: the words, without image placeholders.
-        num_images: pictures shown in this turn, all of them before the text.
+        num_images: images shown in this turn, all of them before the text.
     """
 
     role: Role
@@ -54,7 +54,7 @@ def find_problem(
 
     Args:
         record_conversations: LLaVA's list of ``{"from": ..., "value": ...}``.
-        num_images: pictures the record names.
+        num_images: images the record names.
         for_generation: the last turn may be the human's (a question without its answer).
     """
     if not isinstance(record_conversations, list) or not record_conversations:
@@ -74,13 +74,13 @@ def parse_conversation(
 ) -> Conversation:
     """Read LLaVA's ``conversations`` list (spec section 6).
 
-    ``<image>`` is taken out and the pictures move to the front of their turn. As in LLaVA, the text of a turn with a
-    picture is stripped; other text stays as it is. Nothing is repaired: a picture without a placeholder is an error.
+    ``<image>`` is taken out and the images move to the front of their turn. As in LLaVA, the text of a turn with an
+    image is stripped; other text stays as it is. Nothing is repaired: an image without a placeholder is an error.
 
     Args:
         record_conversations: LLaVA's list of ``{"from": ..., "value": ...}``; ``user`` and ``assistant`` are read as
             ``human`` and ``gpt``, a first turn from ``system`` as the system prompt.
-        num_images: pictures the sample names.
+        num_images: images the sample names.
         sample_id: for the error.
         for_generation: the last turn may be the human's.
 

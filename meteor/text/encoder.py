@@ -30,7 +30,7 @@ class TextEncoder:
 
         Args:
             text: what looks like a special token in it is encoded as ordinary characters.
-            after_special: the text follows a special token instead of opening a prompt or following a picture.
+            after_special: the text follows a special token instead of opening a prompt or following an image.
         """
         encoding = (self._following if after_special else self._opening).encode(text, add_special_tokens=False)
         return encoding.ids, _without_gaps(encoding.offsets)

@@ -10,9 +10,9 @@ class Text:
     """Text that is tokenised in one go.
 
     Attributes:
-        text: never contains a picture or a special token; what looks like one is text.
+        text: never contains an image or a special token; what looks like one is text.
         answers: character spans [start, end) of ``text`` that are labels.
-        questions: picture turn -> the span of what it says after its pictures.
+        questions: image turn -> the span of what it says after its images.
     """
 
     text: str
@@ -22,7 +22,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """The place of one picture; ``turn`` counts the turns that have pictures, from 1."""
+    """The place of one image; ``turn`` counts the turns that have images, from 1."""
 
     turn: int = field(default=0, compare=False)
 
@@ -59,7 +59,7 @@ class SegmentWriter:
         self._text += text
 
     def question(self, num_images: int, text: str) -> None:
-        """What a human says: pictures in a row, each followed by a newline, the last one only if text follows (LLaVA strips
+        """What a human says: images in a row, each followed by a newline, the last one only if text follows (LLaVA strips
         the turn); then the text."""
         self._turn += num_images > 0
         for number in range(num_images):

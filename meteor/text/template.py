@@ -1,4 +1,4 @@
-"""Prompt templates: a conversation becomes segments of text, pictures and end tokens, with the answers marked."""
+"""Prompt templates: a conversation becomes segments of text, images and end tokens, with the answers marked."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +25,7 @@ def render(
 ) -> list[Segment]:
     """Lay a conversation out as segments.
 
-    - ``plain`` (stage 1): pictures, caption, end token; the human's words are dropped, as LLaVA drops them. LLaVA ends
+    - ``plain`` (stage 1): images, caption, end token; the human's words are dropped, as LLaVA drops them. LLaVA ends
       a caption with a newline; here it ends with the tokenizer's end token (spec section 6), so that a model asked
       right after stage 1 knows when to stop.
     - ``vicuna_v1`` (stage 2): ``SYSTEM USER: <image>\\nQUESTION ASSISTANT: ANSWER</s>USER: ...``. The space before an
@@ -59,8 +59,8 @@ def _render_plain(conversation: Conversation, for_generation: bool) -> list[Segm
     roles = [turn.role for turn in conversation.turns]
     if roles != (["human"] if for_generation else ["human", "gpt"]) or conversation.num_images == 0:
         raise TokenisationError(
-            f"The template 'plain' takes one human turn with a picture and one caption, and got turns {roles} with "
-            f"{conversation.num_images} pictures: use 'vicuna_v1' for dialogues and text-only samples."
+            f"The template 'plain' takes one human turn with an image and one caption, and got turns {roles} with "
+            f"{conversation.num_images} images: use 'vicuna_v1' for dialogues and text-only samples."
         )
     writer = SegmentWriter()
     for _ in range(conversation.num_images):

@@ -24,23 +24,23 @@ class TokenisedSample:
     """A sample ready for a batch.
 
     Attributes:
-        input_ids: token ids, with one ``IMAGE_TOKEN_ID`` in the place of each picture.
+        input_ids: token ids, with one ``IMAGE_TOKEN_ID`` in the place of each image.
         labels: of the same length; the token's id in answers and their end tokens, else ``IGNORE_INDEX``.
-        turns: of the same length; at pictures, and at the words that their turn says after them, the turn's number among those
-            that have pictures, from 1; else 0. Empty where nobody needs it.
-        pictures: of the same length; at visual slots the number of their picture in the sample, from 1; else 0. Empty before
+        turns: of the same length; at images, and at the words that their turn says after them, the turn's number among those
+            that have images, from 1; else 0. Empty where nobody needs it.
+        image_numbers: of the same length; at visual slots the number of their image in the sample, from 1; else 0. Empty before
             slots are there.
     """
 
     input_ids: list[int]
     labels: list[int]
     turns: list[int] = field(default_factory=list, compare=False)
-    pictures: list[int] = field(default_factory=list, compare=False)
+    image_numbers: list[int] = field(default_factory=list, compare=False)
 
 
 @dataclass(frozen=True)
 class Separators:
-    """Token ids put after the slices of a picture: ``slice_id`` inside a row, ``row_id`` after its last slice."""
+    """Token ids put after the slices of an image: ``slice_id`` inside a row, ``row_id`` after its last slice."""
 
     slice_id: int
     row_id: int
@@ -94,7 +94,7 @@ def tokenise(
 ) -> TokenisedSample:
     """Turn a conversation into ids and labels.
 
-    Text between pictures and end tokens is tokenised as one chunk, as LLaVA does, so a picture is followed by what the
+    Text between images and end tokens is tokenised as one chunk, as LLaVA does, so an image is followed by what the
     tokenizer puts before a text (``▁`` in Vicuna's). The beginning token comes once, where the tokenizer has one and
     the template is not ``chat``, which writes its own. A token that overlaps an answer is a label.
 
@@ -175,7 +175,7 @@ def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _turns(spans: list[Span], questions: dict[int, Span]) -> list[int]:
-    """Of each token the picture turn whose words it overlaps; 0 for none."""
+    """Of each token the image turn whose words it overlaps; 0 for none."""
     if not questions:
         return [0] * len(spans)
     return [

@@ -1,4 +1,4 @@
-"""Batches of the coming steps: their pictures are read ahead in one stream, then each micro batch is collated."""
+"""Batches of the coming steps: their images are read ahead in one stream, then each micro batch is collated."""
 
 import itertools
 from collections.abc import Callable, Generator, Iterable
@@ -22,15 +22,15 @@ def load_batches(
     num_threads: int,
     max_bytes: int,
 ) -> Generator[Batch, None, None]:
-    """One batch for each micro batch, in order; pictures of later ones are read in the meantime.
+    """One batch for each micro batch, in order; images of later ones are read in the meantime.
 
     Args:
         micro_batches: rows of table positions; may be endless, an empty one gives a batch of no samples.
         table: tokens and image keys by position.
-        source: of the pictures. Of a cache whole pictures are read, even where a stage trains on global views alone: the
+        source: of the images. Of a cache whole images are read, even where a stage trains on global views alone: the
             checksum is one over all sub-images.
-        collate: rows of samples with their pictures -> a batch.
-        num_threads, max_bytes: how far pictures are read ahead (`FeatureCache.prefetch`).
+        collate: rows of samples with their images -> a batch.
+        num_threads, max_bytes: how far images are read ahead (`FeatureCache.prefetch`).
     """
     micro_batches, coming = itertools.tee(micro_batches)
     keys = (key for rows in coming for row in rows for i in row for key in table.image_keys(i))

@@ -13,7 +13,7 @@ from meteor.vision.encoder import FrozenClip, SubImageFeatures
 
 
 def encode_sliced(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[ImageFeatures]:
-    """Encode several pictures together, whatever their patch grids; the result is on the CPU.
+    """Encode several images together, whatever their patch grids; the result is on the CPU.
 
     Raises:
         BadImageError: the encoder's output is not finite for one of them; see `encode_each`.
@@ -28,7 +28,7 @@ def encode_sliced(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[Im
 
 
 def load_pixels(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[torch.Tensor]:
-    """All sub-images of the pictures in order, normalised on the encoder's device; see `normalise_batch`."""
+    """All sub-images of the images in order, normalised on the encoder's device; see `normalise_batch`."""
     sub_images = [sub_image for image in images for sub_image in image.sub_images]
     return normalise_batch(sub_images, encoder.mean, encoder.std, device=encoder.device, dtype=encoder.dtype)
 
@@ -36,7 +36,7 @@ def load_pixels(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[torc
 def encode_each(
     images: Sequence[SlicedImage], encoder: FrozenClip, pixels: Sequence[torch.Tensor] | None = None
 ) -> list[ImageFeatures | BadImageError]:
-    """Encode several pictures together; a picture whose features are not finite becomes its error, among good neighbours.
+    """Encode several images together; an image whose features are not finite becomes its error, among good neighbours.
 
     The features stay on the encoder's device. ``pixels`` is what `load_pixels` gives, for who wants to call it earlier.
     """

@@ -12,11 +12,11 @@ from meteor.vision.encoder import FrozenClip
 
 
 class LiveFeatures:
-    """Encodes a picture whenever it is asked for: the control in benchmarks, and the way without space for a cache.
+    """Encodes an image whenever it is asked for: the control in benchmarks, and the way without space for a cache.
 
     Args:
         encoder: the frozen tower.
-        uris: image key -> where the picture's file is.
+        uris: image key -> where the image's file is.
         settings: slicing and limits.
     """
 
@@ -27,7 +27,7 @@ class LiveFeatures:
         """Read, slice, encode.
 
         Raises:
-            DataError: the picture is gone or has changed since it was indexed.
+            DataError: the image is gone or has changed since it was indexed.
         """
         uri = self.uris[image_key]
         try:

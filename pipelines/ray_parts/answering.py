@@ -38,7 +38,7 @@ class Asked:
 
     Attributes:
         set: its name.
-        reason: why one of its pictures is quarantined; "" where it can be asked.
+        reason: why one of its images is quarantined; "" where it can be asked.
         longest: tokens of the longest answer.
     """
 

@@ -20,7 +20,7 @@ _WRITE_EVERY_S = 30.0
 
 
 def prompt_digest(question: Question, max_new_tokens: int) -> str:
-    """Of the turns before the answer, the pictures' content, and the longest answer."""
+    """Of the turns before the answer, the images' content, and the longest answer."""
     turns = question.sample.turns
     asked = turns if turns[-1].role == "human" else turns[:-1]
     content = [[turn.role, turn.text, turn.num_images] for turn in asked]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 
 from meteor.assembly import pixel_settings
-from meteor.cache import CALIBRATION_PICTURES, IndexRow, calibrate, needs_calibration
+from meteor.cache import CALIBRATION_IMAGES, IndexRow, calibrate, needs_calibration
 from meteor.config import RunSettings
 from meteor.errors import BadImageError
 from meteor.features import ImageFeatures
@@ -26,14 +26,14 @@ def calibrate_cache(settings: RunSettings, cache_uri: str, wanted: Mapping[str, 
     Args:
         settings: of the run.
         cache_uri: a cache that exists.
-        wanted: all pictures of the run by image key.
+        wanted: all images of the run by image key.
     """
     if not wanted or not needs_calibration(cache_uri):
         return
-    places = [(key, wanted[key].uri) for key in sorted(wanted)[:CALIBRATION_PICTURES]]
-    _LOG.info("calibrating %s on %d pictures", settings.cache.codec, len(places))
+    places = [(key, wanted[key].uri) for key in sorted(wanted)[:CALIBRATION_IMAGES]]
+    _LOG.info("calibrating %s on %d images", settings.cache.codec, len(places))
     runtime = settings.runtime
-    # The features stay in the worker: a sample of 256 pictures has more than a gigabyte of them.
+    # The features stay in the worker: a sample of 256 images has more than a gigabyte of them.
     task = ray.remote(_calibrate).options(
         num_cpus=runtime.cpus_per_encoder,
         num_gpus=runtime.gpus_per_encoder or None,
@@ -49,7 +49,7 @@ def _calibrate(settings: RunSettings, cache_uri: str, places: list[tuple[str, st
 def encode_places(
     device: DeviceEncoder, places: list[tuple[str, str]], pixels: PixelSettings
 ) -> Iterator[ImageFeatures]:
-    """The features of the pictures that can be encoded, from (image key, URI); the others are left out."""
+    """The features of the images that can be encoded, from (image key, URI); the others are left out."""
 
     def load(place: tuple[str, str]) -> SlicedImage | None:
         image_key, uri = place

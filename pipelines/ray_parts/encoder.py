@@ -1,4 +1,4 @@
-"""The two operators of the encoding pass: tasks that read and slice pictures, actors that encode them and write the files."""
+"""The two operators of the encoding pass: tasks that read and slice images, actors that encode them and write the files."""
 
 import hashlib
 import threading
@@ -39,19 +39,19 @@ _SLICED_SCHEMA = pa.schema(
 OUTCOME_SCHEMA = pa.schema(
     [
         ("image_key", pa.string()),
-        # Empty when the picture is in the cache.
+        # Empty when the image is in the cache.
         ("reason", pa.string()),
         ("message", pa.string()),
         ("num_sub_images", pa.int32()),
         ("payload_bytes", pa.int64()),
-        # The picture's share of what its batch took on the device.
+        # The image's share of what its batch took on the device.
         ("device_s", pa.float64()),
     ]
 )
 
 
 def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
-    """Read and slice pictures; one that cannot be becomes a row with a reason.
+    """Read and slice images; one that cannot be becomes a row with a reason.
 
     Args:
         batch: columns ``image_key`` and ``uri``.
@@ -59,7 +59,7 @@ def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
     """
     keys, uris = batch["image_key"].to_pylist(), batch["uri"].to_pylist()
     rows = []
-    # Object stores answer late: the next pictures are on their way while one is decoded.
+    # Object stores answer late: the next images are on their way while one is decoded.
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         reads = [pool.submit(read_unchanged, uri, key) for uri, key in zip(uris, keys, strict=True)]
         for key, read in zip(keys, reads, strict=True):
@@ -81,7 +81,7 @@ def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
 
 
 def read_unchanged(uri: str, image_key: str) -> bytes:
-    """The picture's bytes. Raises BadImageError when they are gone or others than were indexed."""
+    """The image's bytes. Raises BadImageError when they are gone or others than were indexed."""
     try:
         data = storage.read_bytes(uri)
     except NotFoundError as error:
@@ -127,7 +127,7 @@ class DeviceEncoder:
 
 
 class Encoder:
-    """Actor: encodes batches of sliced pictures and writes them, so that features never travel between processes.
+    """Actor: encodes batches of sliced images and writes them, so that features never travel between processes.
 
     Several calls run at once: one on the device, the others in the codec or writing. A batch's rows are returned when its
     files and their ledger records are written.
@@ -168,7 +168,7 @@ class Encoder:
 
 
 def unpack_sliced(batch: pa.Table, pixels: PixelSettings) -> Iterator[SlicedImage]:
-    """The good pictures of what `slice_batch` gave; sub-images share the batch's memory."""
+    """The good images of what `slice_batch` gave; sub-images share the batch's memory."""
     columns = [batch[name].to_pylist() for name in ("image_key", "width", "height", "reason")]
     for i, (image_key, width, height, reason) in enumerate(zip(*columns, strict=True)):
         if not reason:

@@ -27,12 +27,12 @@ _MAX_TASK_RETRIES = 15
 def encode_missing(
     settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow], live: LiveMetrics
 ) -> EncodingMeter:
-    """Encode pictures into the cache and commit them, now and then and at the end, also when the pass fails.
+    """Encode images into the cache and commit them, now and then and at the end, also when the pass fails.
 
     Args:
         settings: of the run.
         cache_uri: a cache that exists.
-        missing: the pictures by image key.
+        missing: the images by image key.
         live: counts what is done while it is done.
 
     Returns:
@@ -42,7 +42,7 @@ def encode_missing(
     bad: list[QuarantineRow] = []
     committed_at = time.monotonic()
     try:
-        with progress("pictures encoded:", len(missing), lambda: meter.num_pictures, detail=meter.detail):
+        with progress("images encoded:", len(missing), lambda: meter.num_images, detail=meter.detail):
             for outcomes in _stream(settings, cache_uri, missing):
                 meter.add(outcomes)
                 live.encoded(outcomes)
@@ -56,7 +56,7 @@ def encode_missing(
 
 
 def _stream(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow]) -> Iterator[list[dict[str, Any]]]:
-    """What became of the pictures, batch by batch (`OUTCOME_SCHEMA`)."""
+    """What became of the images, batch by batch (`OUTCOME_SCHEMA`)."""
     items = [{"image_key": key, "uri": missing[key].uri} for key in sorted(missing)]
     # A block becomes a batch of the encoder and then a feature file; Ray cuts it where its pixels pass 128 MB.
     num_blocks = -(-len(items) // settings.cache.rows_per_file)
@@ -69,7 +69,7 @@ def _stream(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRo
 
 
 def encoded(settings: RunSettings, cache_uri: str, sliced: Dataset) -> Dataset:
-    """What becomes of sliced pictures in the encoder actors."""
+    """What becomes of sliced images in the encoder actors."""
     runtime = settings.runtime
     with warnings.catch_warnings():
         # Ray Data has no other way to limit the retries, and announces that it will not have this one for ever.

@@ -1,4 +1,4 @@
-"""First pass of cache_features: every picture file is read, hashed and decoded once, and the dataset index published."""
+"""First pass of cache_features: every image file is read, hashed and decoded once, and the dataset index published."""
 
 import hashlib
 import logging
@@ -29,7 +29,7 @@ _NUM_STAT_THREADS = 32
 
 
 def update_index(settings: RunSettings, sets: list[SampleSet]) -> tuple[DatasetIndex, int]:
-    """Publish the index of all pictures; only new and changed files are read, and what was read is published now and then.
+    """Publish the index of all images; only new and changed files are read, and what was read is published now and then.
 
     Returns:
         The index, and how many files were read.
@@ -48,9 +48,9 @@ def update_index(settings: RunSettings, sets: list[SampleSet]) -> tuple[DatasetI
             rows.append(replace(unchanged, name=name))
         else:
             to_read[uri].append(name)
-    _LOG.info("%d pictures, %d of them new or changed since the last index", len(places), len(to_read))
+    _LOG.info("%d images, %d of them new or changed since the last index", len(places), len(to_read))
     published_at = time.monotonic()
-    for row in read_pictures(
+    for row in read_images(
         [{"name": names[0], "uri": uri} for uri, names in to_read.items()], settings.data.max_pixels
     ):
         rows += [replace(row, name=name) for name in to_read[row.uri]]
@@ -77,7 +77,7 @@ def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
     num_done = 0
     with (
         ThreadPoolExecutor(_NUM_STAT_THREADS) as pool,
-        progress("pictures looked up:", len(wanted) + len(single), lambda: num_done),
+        progress("images looked up:", len(wanted) + len(single), lambda: num_done),
     ):
         for infos in pool.map(storage.list_objects, sorted(listed)):
             new = {info.uri: info for info in infos if info.uri in wanted}
@@ -97,15 +97,15 @@ def _is_below(folder: str, listed: set[str]) -> bool:
     return bool(folder)
 
 
-def read_pictures(places: list[dict[str, str]], max_pixels: int) -> Iterator[IndexRow]:
-    """Read, hash and decode pictures on all CPUs of the cluster."""
+def read_images(places: list[dict[str, str]], max_pixels: int) -> Iterator[IndexRow]:
+    """Read, hash and decode images on all CPUs of the cluster."""
     if not places:
         return
     dataset = ray.data.from_items(places, override_num_blocks=num_blocks(len(places), 16)).map(
-        _read_picture, fn_kwargs={"max_pixels": max_pixels}
+        _read_image, fn_kwargs={"max_pixels": max_pixels}
     )
     num_done = 0
-    with progress("pictures indexed:", len(places), lambda: num_done):
+    with progress("images indexed:", len(places), lambda: num_done):
         for row in dataset.iter_rows():
             num_done += 1
             yield IndexRow(**row)
@@ -126,7 +126,7 @@ def _reason(uri: str) -> str:
     return "missing" if _is_place(uri) else "outside_roots"
 
 
-def _read_picture(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
+def _read_image(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
     info = storage.stat(row["uri"])
     data = storage.read_bytes(row["uri"])
     fields = {"name": row["name"], "uri": row["uri"], "size_bytes": info.size_bytes, "etag": info.etag}

@@ -12,11 +12,11 @@ from ray.util.metrics import Counter, Gauge
 _TAGS = ("variant", "stage", "run")
 # Name -> what it counts. Ray puts "ray_" before a name and "_total" behind a counter's.
 COUNTERS = {
-    "meteor_pictures_encoded": "pictures that the encoder has done, bad ones included",
+    "meteor_images_encoded": "images that the encoder has done, bad ones included",
     "meteor_sub_images_encoded": "sub-images encoded",
     "meteor_feature_bytes": "bytes of features written",
     "meteor_encoder_seconds": "seconds that encoding kept the devices busy, over all encoders",
-    "meteor_pictures_quarantined": "pictures refused, by `reason`",
+    "meteor_images_quarantined": "images refused, by `reason`",
     "meteor_questions_answered": "questions answered",
     "meteor_samples": "samples trained on",
     "meteor_visual_tokens": "visual tokens trained on",
@@ -60,16 +60,16 @@ class LiveMetrics:
 
     def encoded(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
         """Count a batch (`pipelines.ray_parts.encoder.OUTCOME_SCHEMA`)."""
-        self._add("meteor_pictures_encoded", len(outcomes))
+        self._add("meteor_images_encoded", len(outcomes))
         self._add("meteor_sub_images_encoded", sum(row["num_sub_images"] for row in outcomes))
         self._add("meteor_feature_bytes", sum(row["payload_bytes"] for row in outcomes))
         self._add("meteor_encoder_seconds", sum(row["device_s"] for row in outcomes))
         self.quarantined([row["reason"] for row in outcomes if row["reason"]])
 
     def quarantined(self, reasons: Sequence[str]) -> None:
-        """Count refused pictures."""
+        """Count refused images."""
         for reason in reasons:
-            self._add("meteor_pictures_quarantined", 1, reason=reason)
+            self._add("meteor_images_quarantined", 1, reason=reason)
 
     def answered(self, num_questions: int) -> None:
         """Count answers."""

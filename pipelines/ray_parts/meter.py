@@ -12,7 +12,7 @@ _MIN_STEADY_S = 5.0
 @dataclass(frozen=True)
 class _Counts:
     at_s: float
-    num_pictures: int = 0
+    num_images: int = 0
     num_sub_images: int = 0
     payload_bytes: int = 0
     device_s: float = 0.0
@@ -34,9 +34,9 @@ class EncodingMeter:
         self.num_bad = 0
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         """Done, bad ones included."""
-        return self._now.num_pictures
+        return self._now.num_images
 
     def add(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
         """The rows of one batch (`pipelines.ray_parts.encoder.OUTCOME_SCHEMA`)."""
@@ -44,7 +44,7 @@ class EncodingMeter:
         self.num_bad += sum(bool(row["reason"]) for row in outcomes)
         self._now = _Counts(
             at_s=self._clock(),
-            num_pictures=now.num_pictures + len(outcomes),
+            num_images=now.num_images + len(outcomes),
             num_sub_images=now.num_sub_images + sum(row["num_sub_images"] for row in outcomes),
             payload_bytes=now.payload_bytes + sum(row["payload_bytes"] for row in outcomes),
             device_s=now.device_s + sum(row["device_s"] for row in outcomes),
@@ -56,7 +56,7 @@ class EncodingMeter:
         since = self._steady_since()
         seconds = self._now.at_s - since.at_s
         rates = {
-            "pictures_per_s": (self._now.num_pictures - since.num_pictures) / seconds,
+            "images_per_s": (self._now.num_images - since.num_images) / seconds,
             "sub_images_per_s": (self._now.num_sub_images - since.num_sub_images) / seconds,
             "megabytes_per_s": (self._now.payload_bytes - since.payload_bytes) / seconds / 1e6,
             # A batch's time counts when the batch is written, so that few batches can seem to take more than all of it.
@@ -76,7 +76,7 @@ class EncodingMeter:
         counts = self.counts()
         bad = f", {self.num_bad} bad" if self.num_bad else ""
         return (
-            f"; now {counts['pictures_per_s']:.1f} pictures/s, {counts['sub_images_per_s']:.1f} sub-images/s, "
+            f"; now {counts['images_per_s']:.1f} images/s, {counts['sub_images_per_s']:.1f} sub-images/s, "
             f"encoders {counts['encoder_busy_share']:.0%} busy, {counts['bytes_written'] / 1e6:,.0f} MB written, "
             f"{counts['megabytes_per_s']:.1f} MB/s{bad}"
         )

@@ -94,7 +94,7 @@ def progress(
     """Log ``count()`` of ``total`` with rate and time left every few seconds while the block runs.
 
     Args:
-        what: what stands before the count, for example "pictures encoded:".
+        what: what stands before the count, for example "images encoded:".
         total: when it is done.
         count: how many are done, also before this start; called from a thread.
         detail: more text for the line, for example the loss.

@@ -89,7 +89,7 @@ def _task(run: RunSettings, function: Callable[..., Any]) -> Any:
 
 
 def _spread(run: RunSettings, num_questions: int) -> list[Question]:
-    """Questions with pictures, evenly from all that are asked."""
+    """Questions with images, evenly from all that are asked."""
     index, cache = evaluate.open_index(run), evaluate.open_cache(run)
     sets = evaluate.load_question_sets(run)
     found = evaluate.find_questions(run, sets, index, cache)

@@ -189,7 +189,7 @@ def _num_projector_parameters(stages: Mapping[str, StageRun]) -> int | None:
 
 
 def _tokens_per_image(stages: Mapping[str, StageRun], efficiency: Mapping[str, Any] | None) -> float | None:
-    """Mean visual tokens of a picture in stage 2, separators left out; of adaptive projectors the share that was used."""
+    """Mean visual tokens of an image in stage 2, separators left out; of adaptive projectors the share that was used."""
     summary = stages["finetune"].summary if "finetune" in stages else None
     totals = summary["extra"]["totals"] if summary else None
     if not totals or not totals["images"]:
@@ -210,7 +210,7 @@ def unequal_samples(variants: Sequence[VariantResult]) -> list[str]:
             least, most = (pick(counts, key=lambda name: counts[name]) for pick in (min, max))
             sentences.append(
                 f"Not all variants were trained on the same samples in {stage}: {least} on {counts[least]:,}, {most} on "
-                f"{counts[most]:,}. Samples whose pictures take more tokens than {stage}.max_length has are left out."
+                f"{counts[most]:,}. Samples whose images take more tokens than {stage}.max_length has are left out."
             )
     return sentences
 

@@ -122,10 +122,10 @@ def read_pins(settings: RunSettings) -> Pins | None:
 
 
 def hold_pins(settings: RunSettings, variants: Sequence[Variant]) -> Pins:
-    """The study's pins, made at its first start; taken anew where they lack a picture of a variant that has come since.
+    """The study's pins, made at its first start; taken anew where they lack an image of a variant that has come since.
 
-    Taken anew, a picture that has changed makes other runs of the variants that show it: numbers are never compared that
-    come from different pictures.
+    Taken anew, an image that has changed makes other runs of the variants that show it: numbers are never compared that
+    come from different images.
 
     Raises:
         CacheError: cache_features has not run for all of them.
@@ -134,7 +134,7 @@ def hold_pins(settings: RunSettings, variants: Sequence[Variant]) -> Pins:
     pins = read_pins(settings)
     if pins is None or not _holds_all(settings, pins, uris):
         if pins is not None:
-            _LOG.info("%s: pictures or caches are new; its runs are planned on the newest versions", settings.name)
+            _LOG.info("%s: images or caches are new; its runs are planned on the newest versions", settings.name)
         newest = {uri: cache_version(one, uri) for uri, one in uris.items()}
         pins = Pins(open_index(settings).version, newest)
         storage.write_json(study_uri(settings, "pins.json"), vars(pins))

@@ -1,4 +1,4 @@
-"""Calibration: the same for the same pictures, published once, and no row of another one is ever served."""
+"""Calibration: the same for the same images, published once, and no row of another one is ever served."""
 
 import json
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def test_the_same_images_in_any_order_give_the_same_bytes(images) -> None:
     assert calibration_bytes([*reversed(images), images[2]]) == content
     assert calibration_bytes(images[:-1]) != content
     fields = json.loads(content)
-    assert (fields["num_pictures"], fields["num_sub_images"], fields["vision_width"]) == (5, 12, 6)
+    assert (fields["num_images"], fields["num_sub_images"], fields["vision_width"]) == (5, 12, 6)
 
 
 def test_scales_cover_the_sample_and_a_margin(images) -> None:
@@ -131,7 +131,7 @@ def test_an_uncalibrated_cache_says_so(cache_uri, make_image) -> None:
         write_feature_file(cache_uri, [encode_row(make_image("a"), get_codec("float16"))])
 
 
-def test_pictures_that_are_not_finite_are_left_out(cache_uri, images, make_image) -> None:
+def test_images_that_are_not_finite_are_left_out(cache_uri, images, make_image) -> None:
     broken, large = make_image("broken", shape=1), make_image("large")
     broken.features[1][2, 3] = float("nan")
     large.features[0][0, 0] = 1e5

@@ -76,7 +76,7 @@ def test_an_image_without_attention_is_a_row_too(make_image) -> None:
 
 @pytest.mark.parametrize("field", ["features", "cls_attention", "cls"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_send_the_picture_to_quarantine(make_image, field: str, value: float) -> None:
+def test_values_that_are_not_finite_send_the_image_to_quarantine(make_image, field: str, value: float) -> None:
     image = make_image("a", shape=1)
     bad = getattr(image, field)[0] if field != "cls" else image.cls
     bad.view(-1)[1] = value

@@ -112,7 +112,7 @@ def key_of(name: str) -> str:
 
 
 @functools.cache
-def picture(name: str, layers: tuple[int, ...] = NARROW) -> ImageFeatures:
+def image(name: str, layers: tuple[int, ...] = NARROW) -> ImageFeatures:
     numbers = torch.Generator().manual_seed(len(name) + ord(name[0]))
     return ImageFeatures(
         image_key=key_of(name),
@@ -129,7 +129,7 @@ def picture(name: str, layers: tuple[int, ...] = NARROW) -> ImageFeatures:
 
 @functools.cache
 def encoded(name: str, layers: tuple[int, ...]) -> object:
-    return encode_row(picture(name, layers), get_codec("float16"))
+    return encode_row(image(name, layers), get_codec("float16"))
 
 
 def make_cache() -> str:
@@ -166,7 +166,7 @@ def check_reading(cache_uri: str, damaged: Collection[tuple[str, int]], version:
     for key, row in served(cache_uri, cache.version).items():
         if (row["file"], row["row_group"]) not in damaged:
             layers = tuple(row["attention_layers"])
-            expected = picture(names[key], layers).features[0].half()
+            expected = image(names[key], layers).features[0].half()
             assert torch.equal(cache.get(key, attention_layers=layers).features[0], expected)
 
 
@@ -211,7 +211,7 @@ def run_session(store: MemoryStore) -> tuple[str, tuple[str, int]]:
 
 
 def resume(cache_uri: str) -> list[str]:
-    """The job, started again from its beginning. Gives the pictures that it encoded."""
+    """The job, started again from its beginning. Gives the images that it encoded."""
     make_cache()
     commit(cache_uri)
     missing = dict(WANTED)
@@ -231,7 +231,7 @@ def resume(cache_uri: str) -> list[str]:
 
 
 def recorded(cache_uri: str, damaged: tuple[str, int]) -> set[str]:
-    """The pictures that finished files hold as they are wanted."""
+    """The images that finished files hold as they are wanted."""
     records = [read_record(cache_uri, name) for name in ledger_names(cache_uri) if name.startswith("features-")]
     rows = [row for record in records for row in record.to_pylist() if (row["file"], row["row_group"]) != damaged]
     return {
@@ -284,7 +284,7 @@ OPERATIONS: dict[str, Callable[[str], object]] = {"commit": commit, "repair": re
 
 
 class TwoWriters(RuleBasedStateMachine):
-    """Writers, readers and the clean-up in any order, against a dict from picture to attention layers."""
+    """Writers, readers and the clean-up in any order, against a dict from image to attention layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ class TwoWriters(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("abcdef"), reason=st.sampled_from(["missing", "truncated"]))
     def quarantine(self, name: str, reason: str) -> None:
-        # Of two pending reasons for one picture the order is chance.
+        # Of two pending reasons for one image the order is chance.
         if name not in self.pending_bad:
             record_quarantine(self.cache_uri, [QuarantineRow(key_of(name), name, reason, "")])
             self.pending_bad[name] = reason

@@ -309,7 +309,7 @@ def same(got, image) -> bool:
     return got.image_key == image.image_key and all(torch.equal(part, whole.half()) for part, whole in pairs)
 
 
-def test_a_cache_reads_each_picture_once_from_its_origin(tiered, asked) -> None:
+def test_a_cache_reads_each_image_once_from_its_origin(tiered, asked) -> None:
     cache, images = tiered
     for _ in range(3):
         assert all(same(cache.get(image.image_key), image) for image in images)

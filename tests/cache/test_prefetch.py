@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from meteor.cache.prefetch import MAX_PICTURES_AHEAD, read_ahead
+from meteor.cache.prefetch import MAX_IMAGES_AHEAD, read_ahead
 
 TIMEOUT_S = 20
 
@@ -123,7 +123,7 @@ def test_one_key_for_ever_does_not_fill_the_memory():
     values = prefetch(Source(), (f"{next(pulled) * 0}" for _ in itertools.count()), size_bytes=lambda key: 0)
     assert [next(values) for _ in range(3)] == ["value of 0"] * 3
     values.close()
-    assert next(pulled) <= 3 + MAX_PICTURES_AHEAD + 1
+    assert next(pulled) <= 3 + MAX_IMAGES_AHEAD + 1
 
 
 def test_an_error_comes_at_its_place_and_ends_it():

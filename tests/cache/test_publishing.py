@@ -178,7 +178,7 @@ def test_a_writer_that_always_loses_gives_up_with_an_error(cache_uri, make_image
         commit(cache_uri)
 
 
-def test_quarantined_pictures_are_merged_and_leave_once_encoded(cache_uri, make_image) -> None:
+def test_quarantined_images_are_merged_and_leave_once_encoded(cache_uri, make_image) -> None:
     key = make_image("late").image_key
     record_quarantine(cache_uri, [])
     assert commit(cache_uri) == 0
@@ -319,7 +319,7 @@ def test_a_damaged_record_stops_a_commit_and_says_what_to_do(disk_uri, make_imag
         commit(disk_uri)
 
 
-def test_a_manifest_counts_sub_images_and_quarantined_pictures(disk_uri, make_image) -> None:
+def test_a_manifest_counts_sub_images_and_quarantined_images(disk_uri, make_image) -> None:
     write(disk_uri, make_image("a", shape=0), make_image("b", shape=1), make_image("c", shape=2))
     record_quarantine(disk_uri, [QuarantineRow("", f"{i}.png", "empty", "") for i in range(2)])
     commit(disk_uri)

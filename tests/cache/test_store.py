@@ -157,7 +157,7 @@ def test_prefetch_keeps_to_its_memory_by_the_sizes_in_the_index(make_cache, make
     assert len(asked) < len(images)
 
 
-def test_prefetch_complains_about_a_missing_picture_when_it_is_its_turn(make_cache, make_image) -> None:
+def test_prefetch_complains_about_a_missing_image_when_it_is_its_turn(make_cache, make_image) -> None:
     images = [make_image(str(i)) for i in range(3)]
     cache = FeatureCache.open(make_cache(images))
     values = cache.prefetch([images[0].image_key, images[1].image_key, "0" * 64, images[2].image_key])

@@ -62,7 +62,7 @@ def cache(make_cache):
 
 
 def damage(cache):
-    """Change one byte of the first picture's features."""
+    """Change one byte of the first image's features."""
     (file,) = (Path(cache) / "data").iterdir()
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 1
@@ -75,7 +75,7 @@ def test_show_tells_what_it_holds(call, cache):
     content = json.loads(shown)
     assert code == 0
     assert (content["uri"], content["version"], content["codec"]) == (cache, 1, "float16")
-    assert (content["pictures"], content["sub_images"], content["quarantined"]) == (2, 4, 1)
+    assert (content["images"], content["sub_images"], content["quarantined"]) == (2, 4, 1)
     assert content["key"] == Path(cache).parent.name
     assert content["identity"]["encoder_digest"] == "e" * 64
     # Half-precision features of 16 channels, one attention row and the class tokens in single precision.
@@ -83,7 +83,7 @@ def test_show_tells_what_it_holds(call, cache):
     assert content["payload_bytes"] == num_patches * 16 * 2 + num_patches * 4 + 4 * 16 * 4
     assert 0 < content["codec_error"]["max_relative_error"] < 2**-10
     plain = call("cache", "show", cache)[1]
-    assert dict(line.split(maxsplit=1) for line in plain.splitlines())["pictures"] == "2"
+    assert dict(line.split(maxsplit=1) for line in plain.splitlines())["images"] == "2"
 
 
 def test_show_lists_the_runs_that_read_it(call, cache):
@@ -92,7 +92,7 @@ def test_show_lists_the_runs_that_read_it(call, cache):
     assert (run["run_digest"], run["manifest_version"], run["stage"]) == ("run1", 1, "pretrain")
 
 
-def test_quarantine_lists_pictures_with_reason_file_and_bytes(call, cache):
+def test_quarantine_lists_images_with_reason_file_and_bytes(call, cache):
     code, shown, _ = call("cache", "quarantine", cache)
     assert (code, shown.split(maxsplit=2)) == (0, ["truncated", "odd.jpg", "the file ends early\n"])
     (row,) = json.loads(call("cache", "quarantine", cache, "--json")[1])
@@ -106,19 +106,19 @@ def test_quarantine_lists_pictures_with_reason_file_and_bytes(call, cache):
     }
 
 
-def test_verify_gives_code_1_where_a_byte_changed_and_repair_lets_go_of_that_picture(call, cache):
-    assert call("cache", "verify", cache) == (0, "2 pictures intact\n", "")
+def test_verify_gives_code_1_where_a_byte_changed_and_repair_lets_go_of_that_image(call, cache):
+    assert call("cache", "verify", cache) == (0, "2 images intact\n", "")
     file = damage(cache)
     code, shown, _ = call("cache", "verify", cache, "--json")
     assert code == 1
     report = json.loads(shown)
-    assert report["pictures"] == 2
+    assert report["images"] == 2
     assert report["problems"]
     assert all(file.name in problem for problem in report["problems"])
     assert "--repair" in call("cache", "verify", cache)[1]
     repaired = json.loads(call("cache", "verify", cache, "--repair", "--json")[1])
     assert (repaired["version"], len(repaired["dropped"])) == (2, 1)
-    assert call("cache", "verify", cache)[:2] == (0, "1 pictures intact\n")
+    assert call("cache", "verify", cache)[:2] == (0, "1 images intact\n")
 
 
 def test_repair_makes_a_damaged_key_index_again(call, cache):
@@ -128,7 +128,7 @@ def test_repair_makes_a_damaged_key_index_again(call, cache):
     assert code == 2
     assert "--repair" in errors
     assert call("cache", "verify", cache, "--repair")[0] == 0
-    assert call("cache", "verify", cache)[:2] == (0, "2 pictures intact\n")
+    assert call("cache", "verify", cache)[:2] == (0, "2 images intact\n")
 
 
 def test_ls_lists_every_cache_below_a_root(call, make_cache, root):
@@ -138,10 +138,10 @@ def test_ls_lists_every_cache_below_a_root(call, make_cache, root):
     assert {one["uri"] for one in listed} == uris
     assert {(one["num_images"], one["num_sub_images"], one["num_quarantined"]) for one in listed} == {(2, 4, 1)}
     text = call("cache", "ls", root)[1]
-    assert text.count("version 1, 2 pictures, 4 sub-images") == 3
+    assert text.count("version 1, 2 images, 4 sub-images") == 3
 
 
-def test_diff_names_the_field_of_the_key_and_the_pictures(call, make_cache, make_features):
+def test_diff_names_the_field_of_the_key_and_the_images(call, make_cache, make_features):
     one, other = make_cache(), make_cache(select_layer=-1)
     assert call("cache", "diff", one, one)[0] == 0
     code, shown, _ = call("cache", "diff", one, other)
@@ -185,7 +185,7 @@ def test_transcode_makes_another_codec_beside(call, cache):
     assert code == 0
     content = json.loads(shown)
     assert content["uri"] == str(Path(cache).parent / "int8")
-    assert content["pictures"] == 2
+    assert content["images"] == 2
     assert content["payload_bytes"] < FeatureCache.open(cache).num_bytes
     assert 0 < content["codec_error"]["max_relative_error"] < 0.05
 
@@ -208,12 +208,12 @@ def test_export_takes_names_of_the_dataset_index(call, cache, root, tmp_path):
 
 
 @pytest.fixture
-def run(write_run, make_picture, png, clip_folder, llm_folder, tokenizer_folder, tmp_path):
-    """A run file of three samples over two pictures, one of them missing a file."""
-    folder = tmp_path / "pictures"
+def run(write_run, make_image, png, clip_folder, llm_folder, tokenizer_folder, tmp_path):
+    """A run file of three samples over two images, one of them missing a file."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, size in [("0.png", (60, 60)), ("1.png", (200, 90))]:
-        (folder / name).write_bytes(png(make_picture(*size)))
+        (folder / name).write_bytes(png(make_image(*size)))
     llm = tmp_path / "llm"
     shutil.copytree(llm_folder, llm)
     for file in Path(tokenizer_folder).iterdir():
@@ -263,15 +263,15 @@ def fill(run):
     return uri
 
 
-def test_plan_counts_pictures_from_headers_before_anything_is_cached(call, run):
+def test_plan_counts_images_from_headers_before_anything_is_cached(call, run):
     code, shown, _ = call("cache", "plan", "--run", run, "--rate", "10", "--json")
     assert code == 0
     plan = json.loads(shown)
-    assert (plan["num_pictures"], plan["num_distinct"], plan["num_unusable"], plan["num_cached"]) == (3, 2, 1, 0)
+    assert (plan["num_images"], plan["num_distinct"], plan["num_unusable"], plan["num_cached"]) == (3, 2, 1, 0)
     assert plan["num_unindexed"] == 3
     assert plan["encoder_seconds"] == plan["num_sub_images"] / 10
     (stage,) = plan["stages"]
-    # The sliced picture is shown twice.
+    # The sliced image is shown twice.
     assert stage["num_samples"] == 3
     assert stage["num_sub_images"] > plan["num_sub_images"]
     assert 0 < stage["encoder_share"] < 1
@@ -291,7 +291,7 @@ def test_audit_passes_what_was_encoded_and_fails_what_was_not(call, run):
     uri = fill(run)
     code, shown, _ = call("cache", "audit", "--run", run)
     assert code == 0
-    assert "audit of 2 pictures: passed" in shown
+    assert "audit of 2 images: passed" in shown
     cache = FeatureCache.open(uri)
     # Another encoder's numbers under the same key, as a wrong build would leave them.
     images = [cache.get(key) for key in cache.keys()]  # noqa: SIM118

@@ -95,15 +95,15 @@ def test_explain_names_every_setting_with_default_and_meaning(call):
 
 
 @pytest.fixture
-def make_data(write_run, make_picture, png, tokenizer_folder, tmp_path):
-    """A run over three pictures, its captions of different lengths."""
+def make_data(write_run, make_image, png, tokenizer_folder, tmp_path):
+    """A run over three images, its captions of different lengths."""
 
     def make(*, captions=("a cat", "a dog is it", "none"), drop=(), **settings):
         (tmp_path / "images").mkdir()
         for i, size in enumerate([(56, 56), (112, 56), (56, 56)]):
             if i not in drop:
                 # The third is the first again.
-                (tmp_path / f"images/{i}.png").write_bytes(png(make_picture(*size, seed=i % 2)))
+                (tmp_path / f"images/{i}.png").write_bytes(png(make_image(*size, seed=i % 2)))
         records = [
             {
                 "id": f"s{i}",
@@ -131,18 +131,18 @@ def test_good_data_give_code_0(call, make_data):
     assert "can be used as they are" in shown
 
 
-def test_a_missing_picture_gives_code_1_and_is_named(call, make_data):
+def test_a_missing_image_gives_code_1_and_is_named(call, make_data):
     code, shown, _ = call("data", "check", "--run", make_data(drop=[1]), "--json")
     assert code == 1
     report = json.loads(shown)
     assert not report["ok"]
     (one,) = report["sets"]
     assert (one["name"], one["num_samples"], one["num_usable"]) == ("pretrain", 3, 2)
-    (bad,) = [picture for source in one["sources"] for picture in source["bad_pictures"]]
+    (bad,) = [image for source in one["sources"] for image in source["bad_images"]]
     assert (bad["name"], bad["reason"]) == ("1.png", "missing")
 
 
-def test_a_cut_picture_and_copies_are_found_by_the_full_check_alone(call, make_data, tmp_path):
+def test_a_cut_image_and_copies_are_found_by_the_full_check_alone(call, make_data, tmp_path):
     run = make_data()
     file = tmp_path / "images/1.png"
     file.write_bytes(file.read_bytes()[:-500])

@@ -37,14 +37,14 @@ def test_differences_are_of_the_same_questions(write, capsys):
     assert (plain["a"], plain["b"]) == (pytest.approx(1 / 6), pytest.approx(5 / 6))
     assert plain["difference"] == pytest.approx(4 / 6)
     assert plain["low"] < 4 / 6 < plain["high"]
-    assert (plain["num_questions"], plain["num_pictures"], plain["num_better"], plain["num_worse"]) == (6, 3, 5, 1)
-    # Two rotations are one question, about one picture.
+    assert (plain["num_questions"], plain["num_images"], plain["num_better"], plain["num_worse"]) == (6, 3, 5, 1)
+    # Two rotations are one question, about one image.
     assert (turned["num_questions"], turned["difference"], turned["low"]) == (1, 1.0, None)
     assert main(["compare", a, f"{b}/predictions.parquet"]) == 0
     printed = capsys.readouterr().out
     assert "plain: 16.7 -> 83.3, +66.7 (" in printed
-    assert "6 questions about 3 pictures, 5 better, 1 worse" in printed
-    assert "turned: 0.0 -> 100.0, +100.0 (no interval, one picture)" in printed
+    assert "6 questions about 3 images, 5 better, 1 worse" in printed
+    assert "turned: 0.0 -> 100.0, +100.0 (no interval, one image)" in printed
 
 
 def test_a_place_without_an_evaluation_is_named(write, tmp_path, capsys):

@@ -7,8 +7,8 @@ from PIL import Image
 
 
 @pytest.fixture
-def picture(make_picture, png, tmp_path):
-    (tmp_path / "a.png").write_bytes(png(make_picture(112, 56)))
+def shown(make_image, png, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(make_image(112, 56)))
     return str(tmp_path / "a.png")
 
 
@@ -21,9 +21,9 @@ def chat(call, finished_model, monkeypatch):
     return chat
 
 
-def test_generate_answers_and_draws_what_was_kept(call, finished_model, picture, tmp_path):
+def test_generate_answers_and_draws_what_was_kept(call, finished_model, shown, tmp_path):
     figure = tmp_path / "kept.png"
-    options = ["--image", picture, "--prompt", "what?", "--max-new-tokens", 5]
+    options = ["--image", shown, "--prompt", "what?", "--max-new-tokens", 5]
     code, out, err = call("generate", "--model", finished_model, *options, "--show-selection", figure, "--stats")
     assert code == 0
     assert len(out.split("\n")) == 2
@@ -49,16 +49,16 @@ def test_what_is_wrong_is_said(call, finished_model, options, message):
     assert message in err
 
 
-def test_a_figure_must_be_png(call, finished_model, picture, tmp_path):
-    options = ["--image", picture, "--prompt", "x", "--max-new-tokens", 1, "--show-selection", tmp_path / "a.jpg"]
+def test_a_figure_must_be_png(call, finished_model, shown, tmp_path):
+    options = ["--image", shown, "--prompt", "x", "--max-new-tokens", 1, "--show-selection", tmp_path / "a.jpg"]
     code, _, err = call("generate", "--model", finished_model, *options)
     assert (code, "must end in .png" in err) == (2, True)
 
 
-def test_a_dialogue_with_commands_goes_on_after_mistakes(chat, picture, tmp_path):
+def test_a_dialogue_with_commands_goes_on_after_mistakes(chat, shown, tmp_path):
     code, out, err = chat(
         "hello?",
-        f"/image {picture}",
+        f"/image {shown}",
         "what is it?",
         f"/selection {tmp_path / 'kept.png'}",
         "/image nowhere.png",
@@ -72,13 +72,13 @@ def test_a_dialogue_with_commands_goes_on_after_mistakes(chat, picture, tmp_path
     answers = out.splitlines()
     assert len(answers) == 3
     assert answers[0] == answers[2]  # a new dialogue knows nothing of the first
-    assert f"{picture}: 112 x 56 pixels, 3 sub-images" in err
+    assert f"{shown}: 112 x 56 pixels, 3 sub-images" in err
     assert "NotFoundError: nowhere.png" in err
     assert "/selection FILE" in err
     assert (tmp_path / "kept.png").exists()
 
 
-def test_a_selection_without_a_picture_is_refused_and_the_end_of_the_input_leaves(chat):
+def test_a_selection_without_a_image_is_refused_and_the_end_of_the_input_leaves(chat):
     code, out, err = chat("/selection a.png")
     assert (code, out) == (0, "")
-    assert "no picture has been shown" in err
+    assert "no image has been shown" in err

@@ -21,12 +21,12 @@ STUDY = {
 
 
 @pytest.fixture
-def settings(make_picture, png, clip_folder, llm_folder, tokenizer_folder, tmp_path):
-    """A run of four samples over two pictures, with both stages."""
-    folder = tmp_path / "pictures"
+def settings(make_image, png, clip_folder, llm_folder, tokenizer_folder, tmp_path):
+    """A run of four samples over two images, with both stages."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, size in [("0.png", (60, 60)), ("1.png", (200, 90))]:
-        (folder / name).write_bytes(png(make_picture(*size)))
+        (folder / name).write_bytes(png(make_image(*size)))
     llm = shutil.copytree(llm_folder, tmp_path / "llm")
     for file in Path(tokenizer_folder).iterdir():
         shutil.copy(file, llm)
@@ -63,7 +63,7 @@ def test_a_run_is_counted_and_timed(call, write_run, settings):
     assert work["pretrain"]["gpu_hours"] == pytest.approx(work["pretrain"]["amount"] / (0.5 * 312e12) / 3600)
     # The same samples, with another template; a trained weight costs 6 FLOPs a token, a frozen one 4.
     assert work["finetune"]["amount"] > 1.5 * work["pretrain"]["amount"]
-    # Every picture is shown twice in either stage.
+    # Every image is shown twice in either stage.
     assert cost["avoided_sub_images"] == 2 * 2 * num_sub_images - num_sub_images
     assert cost["usd"] == cost["gpu_hours"] * 10
     text = call("plan", "--run", file)[1]

@@ -64,14 +64,14 @@ def project(call, cache, file, tmp_path):
     return run
 
 
-def test_every_picture_gets_its_tokens_and_a_second_run_finds_them(project, model, cache, tmp_path):
+def test_every_image_gets_its_tokens_and_a_second_run_finds_them(project, model, cache, tmp_path):
     code, shown, errors = project()
     assert (code, errors) == (0, "")
     lines = shown.splitlines()
     size_bytes = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert lines[0].startswith(f"projected    3 pictures, 5 sub-images, 15 tokens, {size_bytes / 1000:.3g} kB in ")
+    assert lines[0].startswith(f"projected    3 images, 5 sub-images, 15 tokens, {size_bytes / 1000:.3g} kB in ")
     assert lines[1:] == [
-        f"quarantined  1 picture, not in the cache: {BAD} (truncated)",
+        f"quarantined  1 image, not in the cache: {BAD} (truncated)",
         f"folder       {tmp_path / 'out'}",
     ]
     for key in KEYS:
@@ -86,8 +86,8 @@ def test_every_picture_gets_its_tokens_and_a_second_run_finds_them(project, mode
             torch.testing.assert_close(part, truth.tokens[0], rtol=1e-5, atol=1e-6)
     code, shown, _ = project()
     assert code == 0
-    assert shown.startswith("projected    0 pictures, 0 sub-images, 0 tokens, 0 B in ")
-    assert "done before  3 pictures\n" in shown
+    assert shown.startswith("projected    0 images, 0 sub-images, 0 tokens, 0 B in ")
+    assert "done before  3 images\n" in shown
 
 
 def test_json_has_the_same_counts(project, tmp_path):
@@ -96,7 +96,7 @@ def test_json_has_the_same_counts(project, tmp_path):
     assert content.pop("num_bytes") == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert content == {
         "folder": str(tmp_path / "out"),
-        "num_pictures": 4,
+        "num_images": 4,
         "num_before": 0,
         "num_written": 3,
         "num_sub_images": 5,
@@ -116,7 +116,7 @@ def test_a_model_directory_gives_the_same_tokens_and_goes_on_in_the_same_folder(
     assert json.loads(project("--json", checkpoint=tmp_path / "model")[1])["num_before"] == 3
 
 
-def test_named_pictures_lie_under_their_names(project, tmp_path):
+def test_named_images_lie_under_their_names(project, tmp_path):
     code, _, errors = project("x/b.jpg", "/in/x/a.jpg", "dddddd")
     assert (code, errors) == (0, "")
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.safetensors")}
@@ -124,11 +124,11 @@ def test_named_pictures_lie_under_their_names(project, tmp_path):
     assert json.loads(project("x/b.jpg", "--json")[1])["num_before"] == 1
 
 
-def test_a_named_picture_that_is_quarantined_gives_code_1_and_its_reason(project):
+def test_a_named_image_that_is_quarantined_gives_code_1_and_its_reason(project):
     code, shown, _ = project("x/b.jpg", "x/odd.jpg")
     assert code == 1
-    assert "projected    1 picture, 3 sub-images" in shown
-    assert f"quarantined  1 picture, not in the cache: {BAD} (truncated)" in shown
+    assert "projected    1 image, 3 sub-images" in shown
+    assert f"quarantined  1 image, not in the cache: {BAD} (truncated)" in shown
 
 
 def test_types_are_stored_as_asked_and_do_not_mix(project, tmp_path):
@@ -136,7 +136,7 @@ def test_types_are_stored_as_asked_and_do_not_mix(project, tmp_path):
     assert load_file(tmp_path / "out" / f"{KEYS[0]}.safetensors")["tokens"].dtype == torch.bfloat16
     code, shown, errors = project()
     assert (code, shown) == (2, "")
-    assert "holds pictures of another projector, cache or type: dtype 'bfloat16', not 'float32'" in errors
+    assert "holds images of another projector, cache or type: dtype 'bfloat16', not 'float32'" in errors
     assert "--overwrite" in errors
     assert json.loads(project("--overwrite", "--json")[1])["num_written"] == 3
     assert load_file(tmp_path / "out" / f"{KEYS[0]}.safetensors")["tokens"].dtype == torch.float32
@@ -172,7 +172,7 @@ def test_what_is_wrong_is_said_and_nothing_is_written(project, model, tmp_path):
     (tmp_path / "text").write_text("no tensors at all, but text that goes on for a while")
     for (code, shown, errors), words in [
         (uncommitted, "has no committed version yet; run cache_features"),
-        (project(cache=empty), "holds no pictures; run cache_features"),
+        (project(cache=empty), "holds no images; run cache_features"),
         (project(cache=tmp_path / "nowhere"), "nowhere"),
         (project(checkpoint=tmp_path / "text"), "text is no safetensors file"),
         (project(checkpoint=tmp_path / "nowhere"), "there is no projector at"),
@@ -217,7 +217,7 @@ def test_help_says_what_a_file_holds(call, capsys):
     assert [word for word in words if word not in shown] == []
 
 
-def test_one_picture_under_two_names_is_told(project, caplog, tmp_path):
+def test_one_image_under_two_names_is_told(project, caplog, tmp_path):
     assert project("x/a.jpg", "x/copy.jpg")[0] == 0
-    assert "x/copy.jpg is the same picture as x/a.jpg: there is one file for both" in caplog.text
+    assert "x/copy.jpg is the same image as x/a.jpg: there is one file for both" in caplog.text
     assert [path.name for path in (tmp_path / "out/x").iterdir()] == ["a.jpg.safetensors"]

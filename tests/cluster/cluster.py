@@ -19,7 +19,7 @@ from services import TrackingServer, postgres
 
 BUCKET = "meteor"
 _TIMEOUT_S = 180.0
-# What a node of the cluster leaves to Ray's object store: pictures of the tests are small.
+# What a node of the cluster leaves to Ray's object store: images of the tests are small.
 _OBJECT_STORE = "--object-store-memory=300000000"
 
 

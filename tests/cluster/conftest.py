@@ -1,4 +1,4 @@
-"""The cluster, with the demo's data in its object store: pictures and models whose weights are random."""
+"""The cluster, with the demo's data in its object store: images and models whose weights are random."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
     folder = tmp_path_factory.mktemp("small")
     write_dataset(folder / "data", num_scenes=160, num_held_out=24)
     make_tiny_models(folder / "models", train_steps=0, num_threads=1, report=lambda line: None)
-    add_broken_picture(folder / "data")
+    add_broken_image(folder / "data")
     logs = tmp_path_factory.mktemp("logs")
     print(f"\nlogs of the cluster: {logs}")
     with cluster(logs) as found, pytest.MonkeyPatch.context() as patch:
@@ -45,9 +45,9 @@ def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
         yield found
 
 
-def add_broken_picture(data: Path) -> None:
+def add_broken_image(data: Path) -> None:
     """One that nobody can read, in a sample of stage 1."""
-    (data / "images/broken.png").write_bytes(b"no picture")
+    (data / "images/broken.png").write_bytes(b"no image")
     samples = json.loads((data / "pretrain.json").read_text())
     samples.append({**samples[0], "id": "broken", "image": "broken.png"})
     (data / "pretrain.json").write_text(json.dumps(samples))

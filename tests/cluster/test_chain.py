@@ -24,7 +24,7 @@ SETTINGS = (
     "finetune.zero_stage=0 finetune.epochs=2 finetune.global_batch_size=16 finetune.micro_batch_size=8 "
     "finetune.checkpoint_every_steps=10"
 )
-NUM_PICTURES = 184
+NUM_IMAGES = 184
 # Made by conftest.py.
 BROKEN = "broken.png"
 STAGES = ("cache_features", "pretrain", "finetune", "evaluate", "report")
@@ -82,11 +82,11 @@ def run_chain(one: Cluster) -> None:
 
         wait_for(what, either, timeout_s=400)
 
-    come("encoded pictures", lambda: len(files("/ledger/")) >= 10)
+    come("encoded images", lambda: len(files("/ledger/")) >= 10)
     one.kill_worker("one")
     num_files = len(files("/ledger/"))
-    assert num_files < NUM_PICTURES / 2, "all was encoded before the node was killed"
-    say(f"node one killed when {num_files} of {NUM_PICTURES // 2} feature files were written")
+    assert num_files < NUM_IMAGES / 2, "all was encoded before the node was killed"
+    say(f"node one killed when {num_files} of {NUM_IMAGES // 2} feature files were written")
     one.add_worker("three")
 
     come("pretrain", lambda: steps_done("pretrain") >= 5)
@@ -120,10 +120,10 @@ def check_results() -> None:
     """Complete, once."""
     [manifest_folder] = {uri.partition("/ledger/")[0] for uri in files("/ledger/")}
     cache = FeatureCache.open(manifest_folder)
-    assert len(cache) == NUM_PICTURES
+    assert len(cache) == NUM_IMAGES
     assert [row.name for row in cache.quarantine()] == [BROKEN]
     assert cache.verify() == []
-    assert len(set(cache.keys())) == NUM_PICTURES
+    assert len(set(cache.keys())) == NUM_IMAGES
     for stage in ("pretrain", "finetune"):
         steps = [row["step"] for row in read_stage_run(stage_folder(stage)).metrics]
         assert steps == list(range(1, num_steps(stage) + 1)), f"{stage}: {steps}"

@@ -13,7 +13,7 @@ from meteor.features import ImageFeatures
 
 
 class Fresh:
-    """Gives pictures from memory where the audit would encode."""
+    """Gives images from memory where the audit would encode."""
 
     def __init__(self, images: Mapping[str, ImageFeatures]) -> None:
         self.images = images
@@ -47,7 +47,7 @@ def cache(images: dict[str, ImageFeatures], tmp_path) -> FeatureCache:
 
 def audit(cache: FeatureCache, images: Mapping[str, ImageFeatures], **options):
     uris = dict.fromkeys(cache.keys(), "file")
-    return audit_cache(cache, Fresh(images), uris, **{"num_pictures": 10, "tolerance": 0.02, **options})
+    return audit_cache(cache, Fresh(images), uris, **{"num_images": 10, "tolerance": 0.02, **options})
 
 
 def test_the_same_numbers_pass_with_no_error_at_all(cache, images) -> None:
@@ -55,11 +55,11 @@ def test_the_same_numbers_pass_with_no_error_at_all(cache, images) -> None:
     assert result.failed == []
     assert result.to_dict()["worst"]["relative_error"] == 0.0
     assert result.to_dict()["worst"]["min_cosine"] == pytest.approx(1.0)
-    assert [one.image_key for one in result.pictures] == cache.keys()
+    assert [one.image_key for one in result.images] == cache.keys()
     assert "passed" in result.to_text()
 
 
-def test_a_picture_that_differs_is_named_with_its_error(cache, images) -> None:
+def test_a_image_that_differs_is_named_with_its_error(cache, images) -> None:
     key = "b" * 64
     changed = replace(images[key], features=[part * 1.1 for part in images[key].features])
     result = audit(cache, {**images, key: changed})
@@ -77,7 +77,7 @@ def test_features_that_are_not_numbers_fail(cache, images) -> None:
     assert [one.image_key for one in audit(cache, {**images, key: broken}).failed] == [key]
 
 
-def test_a_picture_that_is_gone_is_a_failure_with_its_reason(cache, images) -> None:
+def test_a_image_that_is_gone_is_a_failure_with_its_reason(cache, images) -> None:
     gone = {key: image for key, image in images.items() if key != "c" * 64}
     (failed,) = audit(cache, gone).failed
     assert "gone" in failed.problem
@@ -85,17 +85,17 @@ def test_a_picture_that_is_gone_is_a_failure_with_its_reason(cache, images) -> N
 
 def test_the_sample_is_the_same_each_time_and_changes_with_the_seed(cache, images) -> None:
     def chosen(seed: int) -> list[str]:
-        return [one.image_key for one in audit(cache, images, num_pictures=2, seed=seed).pictures]
+        return [one.image_key for one in audit(cache, images, num_images=2, seed=seed).images]
 
     assert chosen(0) == chosen(0)
     assert len({tuple(chosen(seed)) for seed in range(8)}) > 1
 
 
-def test_pictures_without_a_known_file_are_left_out(cache, images) -> None:
-    one = audit_cache(cache, Fresh(images), {"a" * 64: "file"}, num_pictures=9, tolerance=0.1)
-    assert [picture.image_key for picture in one.pictures] == ["a" * 64]
-    with pytest.raises(CacheError, match="none of the 4 pictures"):
-        audit_cache(cache, Fresh(images), {}, num_pictures=9, tolerance=0.1)
+def test_images_without_a_known_file_are_left_out(cache, images) -> None:
+    one = audit_cache(cache, Fresh(images), {"a" * 64: "file"}, num_images=9, tolerance=0.1)
+    assert [shown.image_key for shown in one.images] == ["a" * 64]
+    with pytest.raises(CacheError, match="none of the 4 images"):
+        audit_cache(cache, Fresh(images), {}, num_images=9, tolerance=0.1)
 
 
 def test_rank_correlation_by_hand() -> None:

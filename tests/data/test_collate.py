@@ -58,12 +58,12 @@ def test_there_are_as_many_separators_as_slices_and_a_newline_ends_each_row(colu
     assert longer.input_ids.index(separators[0]) == 8
 
 
-def test_slots_carry_their_pictures_number_and_their_turns_and_separators_neither():
+def test_slots_carry_their_images_number_and_their_turns_and_separators_neither():
     sample = TokenisedSample([1, V, NEWLINE, V, 7, 8, 9], [X] * 5 + [8, 9], [0, 1, 0, 1, 1, 0, 0])
     longer, _ = expand_images(sample, [make_layout(2, 1), make_layout()], at_most(1), SEPARATORS)
     assert longer.input_ids == [1, V, V, COMMA, V, NEWLINE, NEWLINE, V, 7, 8, 9]
     assert longer.turns == [0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0]
-    assert longer.pictures == [0, 1, 1, 0, 1, 0, 0, 2, 0, 0, 0]
+    assert longer.image_numbers == [0, 1, 1, 0, 1, 0, 0, 2, 0, 0, 0]
     assert cut_text(sample, 2).turns == [0, 1, 0, 1]
 
 
@@ -78,13 +78,13 @@ def test_sub_images_without_tokens_are_not_in_the_batch(make_features):
     assert zeros.grids.tolist() == [[2, 3]]
 
 
-def test_an_unsliced_picture_has_no_separator():
+def test_an_unsliced_image_has_no_separator():
     longer, num_slots = expand_images(make_sample(1, V, 9, answer=1), [make_layout()], at_most(144), SEPARATORS)
     assert longer.input_ids == [1, *[V] * 6, 9]
     assert num_slots == [6]
 
 
-def test_pictures_of_one_sample_take_their_places_in_order():
+def test_images_of_one_sample_take_their_places_in_order():
     sample = make_sample(1, V, NEWLINE, V, 7, V, 9, answer=1)
     layouts = [make_layout(), make_layout(2, 1), make_layout()]
     longer, num_slots = expand_images(sample, layouts, at_most(2), SEPARATORS)
@@ -102,14 +102,14 @@ def test_a_slice_without_tokens_has_no_separator_either():
 
 
 @pytest.mark.parametrize("num_layouts", [0, 1, 3])
-def test_placeholders_and_pictures_must_be_equally_many(num_layouts):
+def test_placeholders_and_images_must_be_equally_many(num_layouts):
     with pytest.raises(AssertionError, match="one placeholder an image"):
         expand_images(make_sample(V, V, 9), [make_layout()] * num_layouts, at_most(2), SEPARATORS)
 
 
 @pytest.mark.parametrize("k", [1, 4, 144])
 @pytest.mark.parametrize("grid", [(), (2, 1), (2, 3)])
-def test_the_length_of_a_picture_is_known_without_expanding_it(grid, k):
+def test_the_length_of_a_image_is_known_without_expanding_it(grid, k):
     layout = make_layout(*grid)
     longer, _ = expand_images(make_sample(V, 9, answer=1), [layout], at_most(k), SEPARATORS)
     assert num_image_tokens(layout, at_most(k)) == len(longer.input_ids) - 1
@@ -126,7 +126,7 @@ def test_the_length_of_a_picture_is_known_without_expanding_it(grid, k):
         (-3, [V, V], [X, X]),
     ],
 )
-def test_cutting_text_drops_its_end_and_never_a_picture(limit, ids, labels):
+def test_cutting_text_drops_its_end_and_never_a_image(limit, ids, labels):
     assert cut_text(make_sample(1, V, 5, 6, V, 7, 8), limit) == TokenisedSample(ids, labels)
 
 
@@ -177,7 +177,7 @@ def test_the_global_view_alone_drops_slices_and_separators(make_features):
     assert torch.equal(batch.features[0], image.features[0])
 
 
-def test_a_batch_without_pictures_gets_a_blank_sub_image_without_slots():
+def test_a_batch_without_images_gets_a_blank_sub_image_without_slots():
     batch = collated([(make_sample(1, 8, 9), [])])
     assert batch.num_slots.tolist() == [0]
     assert batch.features.shape == (1, 1, 16)

@@ -27,7 +27,7 @@ def make_sample(sample_id, *images, question=4, answer=3):
 
 
 def tokenise(sample):
-    """<s>, the pictures, 10 for each letter of the question, 20 for each of the answer, </s>."""
+    """<s>, the images, 10 for each letter of the question, 20 for each of the answer, </s>."""
     question, answer = (turn.text for turn in sample.turns)
     if not answer:
         raise TokenisationError(f"{sample.id} has no answer")
@@ -76,7 +76,7 @@ def test_totals_count_separators_as_text():
 def test_totals_are_those_of_the_batches_trained_on(make_features, sub_images):
     images = {"a": IndexedImage("k", 112, 56, ""), "b": IndexedImage("l", 56, 56, "")}
     table = make_plan([make_sample("a", "a", "b"), make_sample("b", "b")], images=images, sub_images=sub_images).table
-    # The fixture's pictures have as many sub-images as the plan's, and more patches than k each.
+    # The fixture's images have as many sub-images as the plan's, and more patches than k each.
     features = {"k": make_features("k", sliced=True), "l": make_features("l")}
     batches = [
         collate(
@@ -116,8 +116,8 @@ def test_every_sample_that_cannot_be_used_is_listed_with_its_reason():
     assert plan.reasons() == {"turn_order": 1, "truncated": 1, "aspect_ratio": 1, "tokenisation": 1}
 
 
-def test_text_is_cut_to_the_room_that_pictures_leave():
-    # The wide picture takes 3 x 4 slots and 2 separators: of 9 text tokens 7 fit into 21, two of them of the answer.
+def test_text_is_cut_to_the_room_that_images_leave():
+    # The wide image takes 3 x 4 slots and 2 separators: of 9 text tokens 7 fit into 21, two of them of the answer.
     plan = make_plan([make_sample("a", "wide"), make_sample("b")], max_length=21)
     assert plan.table.tokens(0) == TokenisedSample([1, V, *[10] * 4, 20, 20], [*[X] * 6, 20, 20])
     assert (plan.num_cut, plan.excluded) == (1, ())
@@ -172,6 +172,6 @@ def test_a_table_may_be_empty(tmp_path):
     assert (len(read), read.all_image_keys(), read.totals()["text_tokens"]) == (0, [], 0)
 
 
-def test_a_picture_that_was_never_indexed_is_an_error():
-    with pytest.raises(DataError, match=r"sample 'a': picture 'new' is not in the dataset index"):
+def test_a_image_that_was_never_indexed_is_an_error():
+    with pytest.raises(DataError, match=r"sample 'a': image 'new' is not in the dataset index"):
         make_plan([make_sample("a", "new")])

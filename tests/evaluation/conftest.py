@@ -25,7 +25,7 @@ KEYS = [letter * 64 for letter in "abdef"]
 
 @pytest.fixture
 def make_cache(make_features, make_model, tmp_path) -> Callable[..., FeatureCache]:
-    """Five pictures of one or three sub-images, and one that is quarantined."""
+    """Five images of one or three sub-images, and one that is quarantined."""
 
     def make(codec: str = "float16", keys=KEYS, **changes: object) -> FeatureCache:
         identity = CacheIdentity.from_dict({**make_model().config.cache_identity, **changes})

@@ -23,14 +23,14 @@ def answerer(finished_model):
 
 
 @pytest.fixture
-def pictures(make_picture, png, tmp_path):
-    """Key -> (file, picture) of a sliced, a square and a tall picture."""
+def all_images(make_image, png, tmp_path):
+    """Key -> (file, image) of a sliced, a square and a tall image."""
     found = {}
     for i, size in enumerate([(112, 56), (56, 56), (60, 150)]):
-        picture = make_picture(*size, seed=i)
-        data = png(picture)
+        one_image = make_image(*size, seed=i)
+        data = png(one_image)
         (tmp_path / f"{i}.png").write_bytes(data)
-        found[hashlib.sha256(data).hexdigest()] = (str(tmp_path / f"{i}.png"), picture)
+        found[hashlib.sha256(data).hexdigest()] = (str(tmp_path / f"{i}.png"), one_image)
     return found
 
 
@@ -39,20 +39,20 @@ def make_question(name, words, keys=(), answer="a cat"):
     return Question(name, Sample(name, tuple(keys), turns), (answer,), image_keys=tuple(keys))
 
 
-def test_answers_of_a_batch_are_those_of_each_question_with_its_picture_alone(answerer, pictures):
-    wide, square, tall = pictures
+def test_answers_of_a_batch_are_those_of_each_question_with_its_image_alone(answerer, all_images):
+    wide, square, tall = all_images
     asked = [
         ("what is it?", [wide]),
         ("why?", []),
         ("which of the two is red, and which one is not?", [square, tall]),
     ]
     questions = [make_question(str(i), words, keys) for i, (words, keys) in enumerate(asked)]
-    live = LiveFeatures(answerer.model.frozen_clip(), {key: file for key, (file, _) in pictures.items()}, PIXELS)
+    live = LiveFeatures(answerer.model.frozen_clip(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
     answers = answerer.answer(questions, live, max_new_tokens=6)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 2, "pad_token_id": 2}
     expected = []
     for words, keys in asked:
-        inputs = answerer.processor(words, [pictures[key][1] for key in keys])
+        inputs = answerer.processor(words, [all_images[key][1] for key in keys])
         expected += answerer.processor.batch_decode(answerer.model.generate(**inputs, **options))
     assert answers == expected
     assert len(set(answers)) == 3
@@ -61,13 +61,13 @@ def test_answers_of_a_batch_are_those_of_each_question_with_its_picture_alone(an
     assert answerer.answer([other], live, max_new_tokens=6) == answers[:1]
 
 
-def test_every_token_of_a_batch_is_that_of_the_question_alone(answerer, pictures):
-    """Mixed numbers of pictures and sub-images, texts of many lengths, answers of 24 tokens that all go on to the end."""
-    wide, square, tall = pictures
+def test_every_token_of_a_batch_is_that_of_the_question_alone(answerer, all_images):
+    """Mixed numbers of images and sub-images, texts of many lengths, answers of 24 tokens that all go on to the end."""
+    wide, square, tall = all_images
     shown = [[wide], [], [square, tall], [tall], [wide, wide, square], [square], [tall, wide]]
     words = ["what?", "why is it so?", "is it red or blue, and where?", "how many?", "which?", "a b c d e f g h", "x"]
     questions = [make_question(str(i), text, keys) for i, (text, keys) in enumerate(zip(words, shown, strict=True))]
-    live = LiveFeatures(answerer.model.frozen_clip(), {key: file for key, (file, _) in pictures.items()}, PIXELS)
+    live = LiveFeatures(answerer.model.frozen_clip(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
     length = {"max_new_tokens": 24, "min_new_tokens": 24}
     batch = answerer.batch(questions, live)
     assert (batch.attention_mask == 0).any()

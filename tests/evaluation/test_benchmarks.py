@@ -13,7 +13,7 @@ from meteor.config.settings import QuestionSetSettings
 from meteor.errors import DataError, NotFoundError, SettingsError
 from meteor.evaluation.benchmarks import BENCHMARKS
 from meteor.evaluation.benchmarks.others import read_verdicts
-from meteor.evaluation.question_pictures import is_written, write_pictures
+from meteor.evaluation.question_images import is_written, write_images
 from meteor.evaluation.question_set import load_question_set
 from meteor.evaluation.score_table import score_rows, score_table
 from meteor.synthetic.benchmarks import write_benchmarks
@@ -32,7 +32,7 @@ def folders(tmp_path_factory) -> Path:
 def load(folders, tmp_path):
     def load(format, path=None, **options):
         uri = str(path or folders / format)
-        return load_question_set("set", format=format, uri=uri, picture_root=str(tmp_path / "pictures"), **options)
+        return load_question_set("set", format=format, uri=uri, embedded_root=str(tmp_path / "images"), **options)
 
     return load
 
@@ -45,12 +45,12 @@ def test_settings_know_every_benchmark():
 def test_every_format_is_read_asked_and_scored(load, format):
     questions = load(format)
     assert len({question.id for question in questions.questions}) == len(questions.questions) > 7
-    pictures = {name for question in questions.questions for name in question.sample.images}
-    if questions.has_own_pictures:
+    shown_images = {name for question in questions.questions for name in question.sample.images}
+    if questions.has_own_images:
         assert not is_written(questions)
-        write_pictures(questions, {}, max_pixels=10**8, on_written=lambda number: None)
+        write_images(questions, {}, max_pixels=10**8, on_written=lambda number: None)
         assert is_written(questions)
-    for name in pictures:
+    for name in shown_images:
         with Image.open(Path(questions.image_root) / name.removeprefix("@set/")) as image:
             image.load()
     # Right answers, in the words of the references, score 1.
@@ -87,7 +87,7 @@ def test_a_missing_file_is_named_with_where_it_is_to_be_had(load, tmp_path):
         load("gqa", tmp_path)
 
 
-def test_single_pictures_may_be_missing_and_an_empty_file_is_named(load, tmp_path):
+def test_single_images_may_be_missing_and_an_empty_file_is_named(load, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/b.jpg").write_bytes(b"x")
     file = tmp_path / "testdev_balanced_questions.json"
@@ -147,10 +147,10 @@ def write_mmbench(folder, *rows):
 
 
 def test_mmbench_makes_rotations_that_the_file_lacks_and_keeps_those_it_has(load, tmp_path):
-    picture = "A" * 100
+    shown = "A" * 100
     write_mmbench(
         tmp_path,
-        [1, "alone?", "a hint", "None", "nan", "3", "", "B", "x", picture],
+        [1, "alone?", "a hint", "None", "nan", "3", "", "B", "x", shown],
         [2, "both?", "", "u", "v", "", "", "A", "x", "1"],
         [1000002, "both?", "", "v", "u", "", "", "B", "x", "1"],
     )
@@ -161,12 +161,12 @@ def test_mmbench_makes_rotations_that_the_file_lacks_and_keeps_those_it_has(load
     assert [q.id for q in one] == ["1", "1000001", "2000001"]
     assert one[0].text == "a hint\nalone?\nA. None\nB. nan\nC. 3" + LETTER
     assert [(q.choices, q.references) for q in other] == [(("u", "v"), ("A",)), (("v", "u"), ("B",))]
-    # Row 2 names row 1 for its picture.
-    pictures = dict(load("mmbench", tmp_path).pictures())
-    assert pictures["pictures/1.jpg"] == pictures["pictures/2.jpg"] != b""
+    # Row 2 names row 1 for its image.
+    shown_images = dict(load("mmbench", tmp_path).embedded())
+    assert shown_images["images/1.jpg"] == shown_images["images/2.jpg"] != b""
 
 
-def test_mmmu_has_several_pictures_a_question_and_open_questions(load):
+def test_mmmu_has_several_images_a_question_and_open_questions(load):
     questions = load("mmmu").questions
     several = next(one for one in questions if len(one.sample.images) == 2)
     assert "<image 2>" in several.text
@@ -233,9 +233,9 @@ def test_a_benchmark_on_s3_is_read_as_one_on_disk(load, folders, s3_root, tmp_pa
 
 
 @pytest.mark.parametrize("format", ["gqa", "mmbench"])
-def test_pictures_are_resized_to_a_long_side_where_that_is_asked(load, format):
+def test_images_are_resized_to_a_long_side_where_that_is_asked(load, format):
     questions = load(format, long_side=64)
-    write_pictures(questions, {}, max_pixels=10**8, on_written=lambda number: None)
+    write_images(questions, {}, max_pixels=10**8, on_written=lambda number: None)
     for question in questions.questions:
         [name] = question.sample.images
         with Image.open(Path(questions.image_root) / name.removeprefix("@set/")) as image:
@@ -244,8 +244,8 @@ def test_pictures_are_resized_to_a_long_side_where_that_is_asked(load, format):
     assert load(format).image_root != questions.image_root
 
 
-def test_pictures_that_cannot_be_resized_are_left_for_the_index_to_judge(load, tmp_path):
-    (tmp_path / "a.png").write_bytes(b"no picture")
+def test_images_that_cannot_be_resized_are_left_for_the_index_to_judge(load, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
     sink = io.BytesIO()
     Image.new("RGB", (10, 20)).save(sink, "PNG")
     (tmp_path / "b.png").write_bytes(sink.getvalue())
@@ -253,18 +253,18 @@ def test_pictures_that_cannot_be_resized_are_left_for_the_index_to_judge(load, t
     names = ["a.png", "b.png", "missing.png"]
     file.write_text("\n".join(json.dumps({"question_id": n, "image": n, "text": "what?"}) for n in names))
     questions = load("llava", file, long_side=40)
-    write_pictures(questions, {"": str(tmp_path)}, max_pixels=10**8, on_written=lambda number: None)
+    write_images(questions, {"": str(tmp_path)}, max_pixels=10**8, on_written=lambda number: None)
     root = Path(questions.image_root)
-    assert (root / "a.png.png").read_bytes() == b"no picture"
+    assert (root / "a.png.png").read_bytes() == b"no image"
     with Image.open(root / "b.png.png") as image:
         assert image.size == (20, 40)
     assert not (root / "missing.png.png").exists()
 
 
-def test_written_pictures_are_written_again_when_their_file_has_changed(load, tmp_path):
+def test_written_images_are_written_again_when_their_file_has_changed(load, tmp_path):
     write_mmbench(tmp_path, [1, "what?", "", "u", "v", "", "", "A", "x", "A" * 100])
     first = load("mmbench", tmp_path)
-    write_pictures(first, {}, max_pixels=10**8, on_written=lambda number: None)
+    write_images(first, {}, max_pixels=10**8, on_written=lambda number: None)
     assert is_written(load("mmbench", tmp_path))
     write_mmbench(tmp_path, [1, "what?", "", "u", "v", "", "", "A", "x", "B" * 104])
     second = load("mmbench", tmp_path)

@@ -14,24 +14,24 @@ def answerer(finished_model):
 
 
 @pytest.fixture
-def files(make_picture, png, tmp_path):
+def files(make_image, png, tmp_path):
     paths = []
     for i, size in enumerate([(112, 56), (56, 56)]):
-        (tmp_path / f"{i}.png").write_bytes(png(make_picture(*size, seed=i)))
+        (tmp_path / f"{i}.png").write_bytes(png(make_image(*size, seed=i)))
         paths.append(str(tmp_path / f"{i}.png"))
     return paths
 
 
 def test_what_is_streamed_is_the_answer(answerer, files):
     dialogue, pieces = Dialogue(answerer), []
-    picture = dialogue.show(files[0])
-    assert picture.image.size == (112, 56)
+    shown = dialogue.show(files[0])
+    assert shown.image.size == (112, 56)
     reply = dialogue.ask("what is it?", max_new_tokens=12, on_text=pieces.append)
     assert "".join(pieces).strip() == reply.text != ""
     assert len(pieces) > 1
     assert 1 < reply.num_tokens <= 12
     assert reply.tokens_per_s > 0
-    expected = answerer.processor("what is it?", [picture.image])
+    expected = answerer.processor("what is it?", [shown.image])
     tokens = answerer.model.generate(**expected, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=2)
     assert answerer.processor.batch_decode(tokens) == [reply.text]
 
@@ -52,18 +52,18 @@ def test_later_questions_know_what_was_said_and_shown(answerer, files):
     assert Dialogue(answerer).ask("and this?", max_new_tokens=4).num_prompt_tokens < first.num_prompt_tokens
 
 
-def test_a_picture_shown_twice_is_encoded_once(answerer, files):
+def test_a_image_shown_twice_is_encoded_once(answerer, files):
     dialogue = Dialogue(answerer)
     assert dialogue.show(files[0]).features is dialogue.show(files[0]).features
 
 
 def test_what_cannot_be_shown_or_asked_is_said_and_changes_nothing(answerer, tmp_path):
     dialogue = Dialogue(answerer)
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(BadImageError):
         dialogue.show(str(tmp_path / "bad.png"))
     with pytest.raises(NotFoundError):
         dialogue.show(str(tmp_path / "none.png"))
     with pytest.raises(ConversationError, match="empty"):
         dialogue.ask("  ", max_new_tokens=2)
-    assert (dialogue.turns, dialogue.pictures) == ([], [])
+    assert (dialogue.turns, dialogue.images) == ([], [])

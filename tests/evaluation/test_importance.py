@@ -42,15 +42,17 @@ def test_maps_are_the_mean_attention_of_the_questions_words(make_answerer, make_
     found = importance_maps(answerer, question, cache)
 
     model, batch = answerer.model, answerer.batch([question], cache)
-    inputs = {name: value for name, value in batch.as_inputs().items() if name not in ("labels", "turns", "pictures")}
+    inputs = {
+        name: value for name, value in batch.as_inputs().items() if name not in ("labels", "turns", "image_numbers")
+    }
     with torch.no_grad():
         embeds, _, output = model.embed(**inputs)
         if model.text_sampler is not None:
             model.text_sampler.begin(None)
         model.language_model.set_attn_implementation("eager")
         weights = model.language_model(inputs_embeds=embeds, output_attentions=True).attentions
-    words = ((batch.turns[0] == 1) & (batch.pictures[0] == 0)).nonzero().squeeze(-1)
-    slots = (batch.pictures[0] == 1).nonzero().squeeze(-1)[: int(batch.num_slots[0])]
+    words = ((batch.turns[0] == 1) & (batch.image_numbers[0] == 0)).nonzero().squeeze(-1)
+    slots = (batch.image_numbers[0] == 1).nonzero().squeeze(-1)[: int(batch.num_slots[0])]
     assert len(words) >= len("what is it?") - 2
     expected = torch.stack([one[0].mean(dim=0)[words][:, slots].mean(dim=0) for one in weights])
     np.testing.assert_allclose(found.scores, expected.numpy(), rtol=1e-4, atol=1e-6)
@@ -71,7 +73,7 @@ def test_slots_that_an_adaptive_projector_leaves_unused_are_not_counted(make_ans
     measured = measure_answers(
         answerer, [make_question(key) for key in cache.keys()[:2]], cache, new_tokens=2, rounds=1
     )
-    # 8 slots of an unsliced picture, 6 of each of the other's three sub-images; of each at least the two even ones.
+    # 8 slots of an unsliced image, 6 of each of the other's three sub-images; of each at least the two even ones.
     assert 2 * 4 / 2 <= measured.num_visual_tokens < (8 + 18) / 2
     assert measured.used_share == measured.num_visual_tokens * 2 / (8 + 18)
 

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def model(finished_model, make_picture):
+def model(finished_model, make_image):
     model = LlavaMeteor(pretrained=finished_model, batch_size=2, device="cpu")
-    pictures = [make_picture(112, 56, seed=0), make_picture(56, 56, seed=1)]
-    documents = [{"images": pictures[:1]}, {"images": []}, {"images": pictures}, {"images": ["a_video.mp4"]}]
+    shown_images = [make_image(112, 56, seed=0), make_image(56, 56, seed=1)]
+    documents = [{"images": shown_images[:1]}, {"images": []}, {"images": shown_images}, {"images": ["a_video.mp4"]}]
     model.task_dict = {"task": {"test": documents}}
     return model
 
@@ -68,7 +68,7 @@ def test_a_continuations_likelihood_is_that_of_one_token_after_the_other(model):
             log_probability = model._answerer.model(**inputs).logits[0, -1].float().log_softmax(-1)
         expected += float(log_probability[token])
         all_greedy &= int(log_probability.argmax()) == token
-        for name, value in (("input_ids", token), ("attention_mask", 1), ("turns", 0), ("pictures", 0)):
+        for name, value in (("input_ids", token), ("attention_mask", 1), ("turns", 0), ("images", 0)):
             inputs[name] = torch.cat([inputs[name], torch.tensor([[value]])], dim=1)
     found, greedy = ask("abc")
     assert found == pytest.approx(expected, rel=1e-4)

@@ -46,13 +46,13 @@ def count_sub_images(trained):
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])
-def test_each_picture_has_a_file_of_what_its_sub_images_give_alone(make_cache, trained, tmp_path, place, request):
+def test_each_image_has_a_file_of_what_its_sub_images_give_alone(make_cache, trained, tmp_path, place, request):
     folder = str(tmp_path / "out") if place == "disk" else request.getfixturevalue("s3_root") + "/out"
     cache, (model, projector) = make_cache(), trained()
     done = project_cache(cache, projector, folder, batch_size=4)
     files = [info.uri for info in storage.list_objects(folder)]
     assert files == [*(storage.join(folder, f"{key}.safetensors") for key in KEYS), f"{folder}/project.json"]
-    assert (done.num_pictures, done.num_before, done.num_written) == (6, 0, 5)
+    assert (done.num_images, done.num_before, done.num_written) == (6, 0, 5)
     assert (done.num_sub_images, done.num_tokens) == (9, 27)
     assert done.num_bytes == sum(info.size_bytes for info in storage.list_objects(folder)[:-1])
     assert done.quarantined == {"c" * 64: "truncated"}
@@ -124,7 +124,7 @@ def test_a_run_that_fails_in_the_middle_goes_on_where_it_was(make_cache, count_s
     assert len(kept) == 2
     sizes.clear()
     done = project_cache(cache, projector, str(folder), batch_size=1)
-    assert (done.num_pictures, done.num_before, done.num_written) == (6, 2, 3)
+    assert (done.num_images, done.num_before, done.num_written) == (6, 2, 3)
     missing = [key for key in KEYS if str(folder / f"{key}.safetensors") not in written]
     assert sum(sizes) == done.num_sub_images == sum(cache.get(key).num_sub_images for key in missing)
     assert len(list(folder.glob("*.safetensors"))) == 5
@@ -143,14 +143,14 @@ def test_only_the_files_that_are_gone_are_made_again(make_cache, count_sub_image
     sizes.clear()
     done = project_cache(cache, projector, str(folder))
     assert (done.num_before, done.num_written, sizes) == (4, 1, [3])
-    assert "done before  4 pictures" in done.to_text()
+    assert "done before  4 images" in done.to_text()
     again = load_file(folder / f"{'b' * 64}.safetensors")
     (tmp_path / "before").write_bytes(before)
     for name, value in load_file(tmp_path / "before").items():
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_pictures_that_the_cache_got_later_are_added(make_cache, trained, tmp_path):
+def test_images_that_the_cache_got_later_are_added(make_cache, trained, tmp_path):
     _, projector = trained()
     project_cache(make_cache(keys=["a" * 64]), projector, str(tmp_path / "out"))
     done = project_cache(make_cache(keys=["b" * 64]), projector, str(tmp_path / "out"))
@@ -168,7 +168,7 @@ def test_another_projector_cache_or_type_is_refused_unless_it_starts_over(make_c
         (cache, trained(dtype=torch.bfloat16)[1], "dtype 'float32', not 'bfloat16'"),
         (make_cache("float32"), projector, "codec 'float16', not 'float32'"),
     ]:
-        with pytest.raises(SettingsError, match=f"holds pictures of another projector, cache or type: {field}"):
+        with pytest.raises(SettingsError, match=f"holds images of another projector, cache or type: {field}"):
             project_cache(one, other, folder)
     assert storage.read_json(f"{folder}/project.json") == record
     (tmp_path / "out/notes.txt").write_text("mine")
@@ -222,7 +222,7 @@ def test_a_cache_that_the_projector_was_not_trained_on_is_refused_before_anythin
     assert not (tmp_path / "out").exists()
 
 
-def test_named_pictures_are_written_by_their_names(make_cache, trained, tmp_path):
+def test_named_images_are_written_by_their_names(make_cache, trained, tmp_path):
     cache, (_, projector), folder = make_cache(), trained(), tmp_path / "out"
     names = {"b" * 64: "s3://bucket/x/./b.jpg", "a" * 64: "/in/a.jpg"}
     for num_before in (0, 3):
@@ -234,9 +234,9 @@ def test_named_pictures_are_written_by_their_names(make_cache, trained, tmp_path
 
 def test_what_cannot_be_written_stops_before_anything_is(make_cache, trained, tmp_path):
     cache, (_, projector), folder = make_cache(), trained(), str(tmp_path / "out")
-    with pytest.raises(CacheError, match=f"1 of 2 pictures are not in version 1.*{'0' * 64}"):
+    with pytest.raises(CacheError, match=f"1 of 2 images are not in version 1.*{'0' * 64}"):
         project_cache(cache, projector, folder, keys=["a" * 64, "0" * 64])
-    with pytest.raises(CacheError, match=r"several pictures would be written to same;"):
+    with pytest.raises(CacheError, match=r"several images would be written to same;"):
         project_cache(
             cache, projector, folder, keys=["a" * 64, "b" * 64], names=dict.fromkeys(["a" * 64, "b" * 64], "same")
         )
@@ -247,10 +247,10 @@ def test_what_cannot_be_written_stops_before_anything_is(make_cache, trained, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_quarantined_pictures_that_are_asked_for_are_told_not_lost(make_cache, trained, tmp_path):
+def test_quarantined_images_that_are_asked_for_are_told_not_lost(make_cache, trained, tmp_path):
     done = project_cache(make_cache(), trained()[1], str(tmp_path / "out"), keys=["a" * 64, "c" * 64])
-    assert (done.num_pictures, done.num_written, done.quarantined) == (2, 1, {"c" * 64: "truncated"})
-    assert f"quarantined  1 picture, not in the cache: {'c' * 64} (truncated)" in done.to_text()
+    assert (done.num_images, done.num_written, done.quarantined) == (2, 1, {"c" * 64: "truncated"})
+    assert f"quarantined  1 image, not in the cache: {'c' * 64} (truncated)" in done.to_text()
 
 
 def test_progress_counts_what_was_to_be_done(make_cache, trained, tmp_path):

@@ -1,4 +1,4 @@
-"""Pictures projected in batches are what each of their sub-images gives alone."""
+"""Images projected in batches are what each of their sub-images gives alone."""
 
 import pytest
 import torch
@@ -16,16 +16,16 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings["name"])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_a_batch_of_several_pictures_gives_what_each_sub_image_gives_alone(make_cache, trained, settings, batch_size):
+def test_a_batch_of_several_images_gives_what_each_sub_image_gives_alone(make_cache, trained, settings, batch_size):
     model, projector = trained(settings)
     cache = make_cache()
     images = [cache.get(key) for key in cache.keys()]  # noqa: SIM118
-    pictures = list(project_images(projector, images, batch_size=batch_size))
-    assert [picture.image_key for picture in pictures] == cache.keys()
-    for picture, image in zip(pictures, images, strict=True):
-        assert (picture.grid, picture.patch_grids) == (image.grid, image.patch_grids)
-        assert len(picture.sub_images) == image.num_sub_images
-        for i, part in enumerate(picture.sub_images):
+    shown_images = list(project_images(projector, images, batch_size=batch_size))
+    assert [shown.image_key for shown in shown_images] == cache.keys()
+    for shown, image in zip(shown_images, images, strict=True):
+        assert (shown.grid, shown.patch_grids) == (image.grid, image.patch_grids)
+        assert len(shown.sub_images) == image.num_sub_images
+        for i, part in enumerate(shown.sub_images):
             grid = torch.tensor(image.patch_grids[i : i + 1])
             with torch.no_grad():
                 truth = model.projector(image.features[i][None], image.cls_attention[i][:1], grid)
@@ -37,7 +37,7 @@ def test_a_batch_of_several_pictures_gives_what_each_sub_image_gives_alone(make_
                     torch.testing.assert_close(values, wanted[0], rtol=1e-5, atol=1e-6)
 
 
-def test_pictures_are_pulled_as_they_are_needed(make_features, trained):
+def test_images_are_pulled_as_they_are_needed(make_features, trained):
     pulled = []
 
     def endless():
@@ -45,12 +45,12 @@ def test_pictures_are_pulled_as_they_are_needed(make_features, trained):
             pulled.append(len(pulled))
             yield make_features("a" * 64)
 
-    pictures = project_images(trained()[1], endless(), batch_size=2)
-    next(pictures)
+    shown_images = project_images(trained()[1], endless(), batch_size=2)
+    next(shown_images)
     assert len(pulled) == 2
 
 
-def test_tokens_that_are_not_finite_are_refused_naming_the_picture(make_features, trained):
+def test_tokens_that_are_not_finite_are_refused_naming_the_image(make_features, trained):
     _, projector = trained({"name": "mlp"}, dtype=torch.float16)
     projector.module.mlp[2].weight.fill_(60000)
     projector.module.mlp[0].bias.fill_(100)

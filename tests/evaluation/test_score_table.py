@@ -37,7 +37,7 @@ def test_all_questions_and_each_type_are_counted():
     assert list(table["by_type"]) == ["colour", "count", "untyped"]
     count = table["by_type"]["count"]
     assert (count["score"], count["num_questions"], count["majority_score"]) == (1 / 3, 3, pytest.approx(2 / 3))
-    # The right answer about a quarantined picture is wrong.
+    # The right answer about a quarantined image is wrong.
     assert table["by_type"]["untyped"]["score"] == 0.0
     assert table["by_type"]["untyped"]["num_quarantined"] == 1
     assert json.loads(json.dumps(table)) == table
@@ -48,7 +48,7 @@ def test_an_empty_set_is_an_error():
         score_table([], [])
 
 
-def test_questions_about_one_picture_widen_the_interval():
+def test_questions_about_one_image_widen_the_interval():
     right = [1, 1, 0, 0, 1, 1, 0, 0]
     apart = [(make_question(i), "yes" if one else "no", "") for i, one in enumerate(right)]
     together = [(make_question(i, image=f"{i // 2}.png"), "yes" if one else "no", "") for i, one in enumerate(right)]
@@ -56,7 +56,7 @@ def test_questions_about_one_picture_widen_the_interval():
     assert width[1] > 1.2 * width[0]
 
 
-def test_what_one_picture_alone_was_asked_has_no_interval():
+def test_what_one_image_alone_was_asked_has_no_interval():
     _, table = make_table([(make_question(i, image="a.png"), "yes", "") for i in range(3)])
     assert (table["score"], table["interval"]) == (1.0, None)
 
@@ -134,7 +134,7 @@ def test_statements_are_consistent_only_where_both_box_orders_are_right():
     asked.append((make_question("test-9-0-0", "true"), "true", ""))
     _, table = make_table(asked, TRUE_FALSE)
     assert table["score"] == 4 / 7
-    # The statement with one picture says nothing about consistency.
+    # The statement with one image says nothing about consistency.
     assert table["extra"] == {"consistency": pytest.approx(1 / 3), "num_statements": 3}
 
 
@@ -146,7 +146,7 @@ def test_without_verdicts_or_answers_there_is_no_score():
     ):
         assert (table["score"], table["interval"], table["majority_score"]) == (None, None, None)
         assert table["num_questions"] == 1
-    # Nor does a picture that cannot be used make one: 0 of the one question that is not waiting.
+    # Nor does an image that cannot be used make one: 0 of the one question that is not waiting.
     asked_too = [*asked, (make_question("v1_1", "a dog"), "", "truncated")]
     assert make_table(asked_too, judged(None))[1]["score"] is None
     assert make_table(asked_too, judged({"v1_0": 0.4, "v1_1": 0.4}))[1]["score"] == 0.2

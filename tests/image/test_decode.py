@@ -17,7 +17,7 @@ MAX_PIXELS = 1_000_000
 ORIENTATION_TAG = 0x0112
 
 
-def make_picture(width: int = 48, height: int = 32) -> Image.Image:
+def make_image(width: int = 48, height: int = 32) -> Image.Image:
     """Smooth (JPEG keeps it), and different under every rotation and reflection."""
     y, x = np.mgrid[0:height, 0:width]
     red, green = 255 * x / (width - 1), 255 * y / (height - 1)
@@ -58,9 +58,9 @@ def reason_of(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP", "JPEG2000"])
 def test_every_lossless_format_gives_the_pixels_back(file_format: str) -> None:
-    picture = make_picture().quantize(64).convert("RGB")
+    one_image = make_image().quantize(64).convert("RGB")
     options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
-    np.testing.assert_array_equal(decode(make_file(picture, file_format, **options)), np.asarray(picture))
+    np.testing.assert_array_equal(decode(make_file(one_image, file_format, **options)), np.asarray(one_image))
 
 
 # What a viewer does for each EXIF orientation, in NumPy's words.
@@ -82,24 +82,24 @@ def test_the_exif_orientation_is_applied_once(file_format: str, orientation: int
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = orientation
     options = {"lossless": True} if file_format == "WEBP" else {}
-    data = make_file(make_picture(), file_format, exif=exif, **options)
-    stored = np.asarray(Image.open(io.BytesIO(make_file(make_picture(), file_format, **options))).convert("RGB"))
+    data = make_file(make_image(), file_format, exif=exif, **options)
+    stored = np.asarray(Image.open(io.BytesIO(make_file(make_image(), file_format, **options))).convert("RGB"))
     np.testing.assert_array_equal(decode(data), UPRIGHT[orientation](stored))
 
 
 def test_the_decoded_image_carries_no_orientation_for_the_next_reader() -> None:
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = 6
-    image = decode_image(make_file(make_picture(), "JPEG", exif=exif), max_pixels=MAX_PIXELS)
+    image = decode_image(make_file(make_image(), "JPEG", exif=exif), max_pixels=MAX_PIXELS)
     assert image.size == (32, 48)
     assert ORIENTATION_TAG not in image.getexif()
 
 
 @pytest.mark.parametrize("exif", [b"garbage!", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\x12"])
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
-def test_a_damaged_exif_block_does_not_spoil_the_picture(file_format: str, exif: bytes) -> None:
+def test_a_damaged_exif_block_does_not_spoil_the_image(file_format: str, exif: bytes) -> None:
     prefix = b"Exif\0\0" if file_format == "JPEG" else b""
-    data, plain = make_file(make_picture(), file_format, exif=prefix + exif), make_file(make_picture(), file_format)
+    data, plain = make_file(make_image(), file_format, exif=prefix + exif), make_file(make_image(), file_format)
     assert exif in data
     np.testing.assert_array_equal(decode(data), decode(plain))
 
@@ -109,7 +109,7 @@ def test_an_odd_exif_tag_beside_the_orientation_does_not_hide_it() -> None:
     entries = [(0x0100, 2, 4, 0x41414141), (ORIENTATION_TAG, 3, 1, 6)]
     ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
     exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + ifd
-    data = make_file(make_picture(), "JPEG", exif=exif)
+    data = make_file(make_image(), "JPEG", exif=exif)
     with pytest.raises(struct.error):
         ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert decode(data).shape == (48, 32, 3)
@@ -128,24 +128,24 @@ def test_a_cmyk_tiff_keeps_its_colours() -> None:
 
 
 def test_a_palette_is_resolved() -> None:
-    picture = make_picture().quantize(20)
-    np.testing.assert_array_equal(decode(make_file(picture, "PNG")), np.asarray(picture.convert("RGB")))
+    one_image = make_image().quantize(20)
+    np.testing.assert_array_equal(decode(make_file(one_image, "PNG")), np.asarray(one_image.convert("RGB")))
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "GIF"])
 def test_the_transparent_colour_of_a_palette_is_shown_white(file_format: str) -> None:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.putdata([0, 1])
-    data = make_file(picture, file_format, transparency=0)
+    one_image = Image.new("P", (2, 1))
+    one_image.putpalette([10, 20, 30, 200, 100, 50])
+    one_image.putdata([0, 1])
+    data = make_file(one_image, file_format, transparency=0)
     np.testing.assert_array_equal(decode(data), [[[255, 255, 255], [200, 100, 50]]])
 
 
 def test_a_palette_with_alpha_per_colour_is_laid_over_white() -> None:
-    picture = Image.new("P", (3, 1))
-    picture.putpalette([0, 0, 0, 200, 100, 50, 9, 9, 9])
-    picture.putdata([0, 1, 2])
-    data = make_file(picture, "PNG", transparency=bytes([51, 255, 0]))
+    one_image = Image.new("P", (3, 1))
+    one_image.putpalette([0, 0, 0, 200, 100, 50, 9, 9, 9])
+    one_image.putdata([0, 1, 2])
+    data = make_file(one_image, "PNG", transparency=bytes([51, 255, 0]))
     np.testing.assert_array_equal(decode(data), [[[204, 204, 204], [200, 100, 50], [255, 255, 255]]])
 
 
@@ -165,15 +165,15 @@ def test_grey_with_alpha_is_laid_over_white() -> None:
 
 @pytest.mark.parametrize(("mode", "key", "shown"), [("L", 7, (100,) * 3), ("RGB", (7, 8, 9), (7, 100, 9))])
 def test_a_colour_key_is_shown_white(mode: str, key: object, shown: tuple[int, int, int]) -> None:
-    picture = Image.new(mode, (2, 1), key)
-    picture.putpixel((1, 0), 100 if mode == "L" else (7, 100, 9))
-    np.testing.assert_array_equal(decode(make_file(picture, "PNG", transparency=key)), [[(255, 255, 255), shown]])
+    one_image = Image.new(mode, (2, 1), key)
+    one_image.putpixel((1, 0), 100 if mode == "L" else (7, 100, 9))
+    np.testing.assert_array_equal(decode(make_file(one_image, "PNG", transparency=key)), [[(255, 255, 255), shown]])
 
 
 def test_one_bit_is_black_and_white() -> None:
-    picture = Image.new("1", (2, 1))
-    picture.putpixel((1, 0), 1)
-    np.testing.assert_array_equal(decode(make_file(picture, "PNG")), [[[0, 0, 0], [255, 255, 255]]])
+    one_image = Image.new("1", (2, 1))
+    one_image.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(decode(make_file(one_image, "PNG")), [[[0, 0, 0], [255, 255, 255]]])
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM", "JPEG2000"])
@@ -185,14 +185,14 @@ def test_a_16_bit_gradient_is_scaled_and_not_clipped(file_format: str) -> None:
     assert len(np.unique(grey)) == 256
 
 
-def test_a_dark_16_bit_picture_stays_dark() -> None:
+def test_a_dark_16_bit_image_stays_dark() -> None:
     values = np.linspace(0, 1000, 50).astype(np.uint16)[None]
     assert decode(make_file(Image.fromarray(values), "PNG")).max() == 4
 
 
-def test_the_transparent_value_of_a_16_bit_picture_is_shown_white() -> None:
-    picture = Image.fromarray(np.array([[1000, 1001, 25700]], dtype=np.uint16))
-    data = make_file(picture, "PNG", transparency=1000)
+def test_the_transparent_value_of_a_16_bit_image_is_shown_white() -> None:
+    one_image = Image.fromarray(np.array([[1000, 1001, 25700]], dtype=np.uint16))
+    data = make_file(one_image, "PNG", transparency=1000)
     np.testing.assert_array_equal(decode(data)[0, :, 0], [255, 4, 100])
 
 
@@ -233,7 +233,7 @@ def test_an_empty_file_is_empty() -> None:
     "data",
     [
         b"<html><body>404 Not Found</body></html>",
-        b"a text file, no picture\n",
+        b"a text file, no image\n",
         b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
         b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
         b"RIFF\x24\0\0\0WAVEfmt ",
@@ -294,7 +294,7 @@ def test_damaged_pixels_are_unreadable() -> None:
 
 
 def test_an_image_with_too_many_pixels_is_refused_and_one_at_the_limit_is_not() -> None:
-    data = make_file(make_picture(48, 32), "PNG")
+    data = make_file(make_image(48, 32), "PNG")
     assert reason_of(data, max_pixels=48 * 32 - 1) == "too_many_pixels"
     assert decode_image(data, max_pixels=48 * 32).size == (48, 32)
 
@@ -312,7 +312,7 @@ def test_pillows_own_limit_is_the_same_reason(size: tuple[int, int]) -> None:
 
 def test_a_warning_of_pillow_does_not_leak_and_the_filters_stay_as_they_were() -> None:
     # An acTL chunk of no frames: Pillow warns of an invalid APNG and shows the default image.
-    plain = make_file(make_picture(), "PNG")
+    plain = make_file(make_image(), "PNG")
     chunk = b"acTL" + bytes(8)
     data = plain[:33] + struct.pack(">I", 8) + chunk + struct.pack(">I", zlib.crc32(chunk)) + plain[33:]
     with pytest.warns(UserWarning, match="Invalid APNG"):
@@ -320,7 +320,7 @@ def test_a_warning_of_pillow_does_not_leak_and_the_filters_stay_as_they_were() -
     filters = list(warnings.filters)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        np.testing.assert_array_equal(decode(data), np.asarray(make_picture()))
+        np.testing.assert_array_equal(decode(data), np.asarray(make_image()))
     assert caught == []
     assert warnings.filters == filters
 
@@ -347,7 +347,7 @@ def test_decoding_leaves_pillows_settings_alone() -> None:
 
 def test_the_error_tells_the_value_and_travels_between_processes() -> None:
     with pytest.raises(BadImageError, match="48x32, 1536 pixels, and the limit is 10") as caught:
-        decode_image(make_file(make_picture(), "PNG"), max_pixels=10)
+        decode_image(make_file(make_image(), "PNG"), max_pixels=10)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.reason, str(copy)) == (caught.value.reason, str(caught.value))
 

@@ -18,18 +18,18 @@ TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": 
 
 
 @pytest.fixture
-def settings(make_picture, png, clip_folder, llm_folder, tokenizer_folder, tmp_path):
+def settings(make_image, png, clip_folder, llm_folder, tokenizer_folder, tmp_path):
     """A run of which everything is there."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (pictures / "0.png").write_bytes(png(make_picture(20, 20)))
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "0.png").write_bytes(png(make_image(20, 20)))
     llm = shutil.copytree(llm_folder, tmp_path / "llm")
     for file in Path(tokenizer_folder).iterdir():
         shutil.copy(file, llm)
     (tmp_path / "samples.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": TURNS}]))
     return {
         "output": str(tmp_path / "out"),
-        "data": {"roots": {"": str(pictures)}, "finetune": str(tmp_path / "samples.json")},
+        "data": {"roots": {"": str(images)}, "finetune": str(tmp_path / "samples.json")},
         "vision": {"path": clip_folder},
         "llm": {"path": str(llm)},
         "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
@@ -47,7 +47,7 @@ def look(settings, *, num_nodes=1, is_driver=True, marker=True):
 def test_a_run_of_which_all_is_there_is_ready_and_nothing_is_left_behind(settings):
     found = look(settings)
     assert [one for one in found.values() if not one.ok] == []
-    assert list(found) == ["name", "storage", "encoder", "language model", "disk", "MLflow", "data", "pictures"]
+    assert list(found) == ["name", "storage", "encoder", "language model", "disk", "MLflow", "data", "images"]
     assert [info.uri.rpartition("/")[2] for info in storage.list_objects(settings["output"])] == ["marker"]
 
 
@@ -68,14 +68,14 @@ def test_a_store_that_takes_a_second_conditional_put_is_refused(settings, monkey
     assert "If-None-Match" in found.text
 
 
-def test_models_and_pictures_that_are_missing_are_named(settings):
+def test_models_and_images_that_are_missing_are_named(settings):
     (Path(settings["data"]["roots"][""]) / "0.png").unlink()
     for weights in Path(settings["llm"]["path"]).glob("*.safetensors"):
         weights.unlink()
     found = look({**settings, "vision": {"path": "s3://nowhere"}}, is_driver=True)
     assert not found["encoder"].ok
     assert found["language model"].text.endswith("has a tokenizer, and no weights (.safetensors or .bin)")
-    assert "1 of 1 looked for are missing" in found["pictures"].text
+    assert "1 of 1 looked for are missing" in found["images"].text
 
 
 def test_several_nodes_need_a_server_and_names_that_lead_to_them(settings, monkeypatch):

@@ -1,4 +1,4 @@
-"""It learns, and it looks: the same question has different answers for different pictures, and only the picture tells.
+"""It learns, and it looks: the same question has different answers for different images, and only the image tells.
 
 Real parts from file to answer: decode, slice, encode, cache, table, order, projector, splice, labels, loss, engine, checkpoint,
 export, load, generate. Only Ray is left out (tests/pipelines has it).
@@ -40,7 +40,7 @@ NUM_ANSWERS = 4
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_it_learns_what_only_the_picture_tells_and_fails_when_pictures_are_swapped(tmp_path):
+def test_it_learns_what_only_the_image_tells_and_fails_when_images_are_swapped(tmp_path):
     torch.set_num_threads(2)
     models = make_tiny_models(tmp_path / "models", train_steps=120)
     contrast = make_contrast_set(tmp_path / "contrast", num_samples=64, num_answers=NUM_ANSWERS)
@@ -64,10 +64,10 @@ def test_it_learns_what_only_the_picture_tells_and_fails_when_pictures_are_swapp
     seen = score(answerer, questions, cache)
     swapped = score(answerer, questions, SwappedFeatures(cache))
     assert seen >= 0.95
-    assert swapped <= 1 / NUM_ANSWERS + 0.2, "with the pictures exchanged only chance is left (three standard errors)"
+    assert swapped <= 1 / NUM_ANSWERS + 0.2, "with the images exchanged only chance is left (three standard errors)"
 
 
-def fill_cache(folder: Path, pictures: Path, samples, encoder) -> tuple[dict[str, IndexedImage], FeatureCache]:
+def fill_cache(folder: Path, shown_images: Path, samples, encoder) -> tuple[dict[str, IndexedImage], FeatureCache]:
     identity = CacheIdentity(
         encoder_digest=encoder.weights_digest,
         encoder_dtype="float32",
@@ -78,7 +78,7 @@ def fill_cache(folder: Path, pictures: Path, samples, encoder) -> tuple[dict[str
     uri = create_cache(str(folder / "cache"), identity, "float16")
     images, rows = {}, []
     for name in sorted({name for sample in samples for name in sample.images}):
-        data = (pictures / name).read_bytes()
+        data = (shown_images / name).read_bytes()
         sliced = slice_bytes(data, hashlib.sha256(data).hexdigest(), PIXELS)
         images[name] = IndexedImage(sliced.image_key, sliced.width, sliced.height, "")
         rows.append(encode_row(encode_sliced([sliced], encoder)[0], get_codec("float16")))
@@ -174,7 +174,7 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
 
 
 class SwappedFeatures:
-    """Gives another picture's features under each key."""
+    """Gives another image's features under each key."""
 
     def __init__(self, cache: FeatureCache) -> None:
         keys = cache.keys()

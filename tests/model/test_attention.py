@@ -20,7 +20,7 @@ ROWS = [[0, 2, 1], [3], [4, 1]]
 @pytest.fixture
 def make_samples(make_features):
     def make(changed=None):
-        """Five samples; ``changed`` has other words and another picture."""
+        """Five samples; ``changed`` has other words and another image."""
         samples = []
         for i in range(5):
             word = 40 if i == changed else 10 + i

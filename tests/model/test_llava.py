@@ -53,12 +53,12 @@ def test_padded_and_packed_losses_are_llavas(llava, make_batch, rows, attention)
     clip = FrozenClip(ours.vision_tower, select_layer=-2, attention_layers=(-2,), digest="0" * 64)
     samples, expected = [], 0.0
     with torch.no_grad():
-        for (ids, num_question), picture in zip(SAMPLES, pixels, strict=True):
-            [seen] = clip.encode([picture])
+        for (ids, num_question), shown in zip(SAMPLES, pixels, strict=True):
+            [seen] = clip.encode([shown])
             image = ImageFeatures(
                 "k", 56, 56, None, (seen.grid,), (-2,), [seen.features], [seen.cls_attention], seen.cls[None]
             )
             samples.append((TokenisedSample(ids, [X] * num_question + ids[num_question:]), [image]))
-            expected += float(by_llava(theirs, ids, num_question, picture))
+            expected += float(by_llava(theirs, ids, num_question, shown))
         batch = make_batch(samples, {"name": "mlp"}, rows=rows)
         assert float(ours(**batch.as_inputs(), num_items_in_batch=1).loss) == pytest.approx(expected, rel=1e-5)

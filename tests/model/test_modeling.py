@@ -24,7 +24,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.fixture
 def make_samples(make_features):
     def make():
-        """A sliced picture, no picture, two pictures; of different lengths."""
+        """A sliced image, no image, two images; of different lengths."""
         return [
             (TokenisedSample([1, V, 10, 11, 12, 2], [X, X, X, 11, 12, 2]), [make_features("a", sliced=True, seed=1)]),
             (TokenisedSample([1, 20, 21, 22, 23, 24, 2], [X, X, X, X, X, 24, 2]), []),
@@ -88,7 +88,7 @@ def test_visual_tokens_land_in_their_slots_in_order(make_model, make_batch, make
     model, samples = make_model(projector).eval(), make_samples()
     batch = make_batch(samples, projector, padding_side=side)
     inputs = batch.as_inputs()
-    for name in ("labels", "turns", "pictures"):
+    for name in ("labels", "turns", "image_numbers"):
         del inputs[name]
     with torch.no_grad():
         embeddings, mask, _ = model.embed(**inputs)
@@ -104,7 +104,7 @@ def test_the_native_weight_reaches_the_selection(make_model, make_batch, make_sa
     model, samples = make_model({"name": "meteor", "k": 2}).eval(), make_samples()
     batch = make_batch(samples[:1], {"name": "meteor", "k": 2})
     inputs = batch.as_inputs()
-    for name in ("labels", "turns", "pictures"):
+    for name in ("labels", "turns", "image_numbers"):
         del inputs[name]
     with torch.no_grad():
         for weight in (torch.tensor(0.0), torch.tensor(50.0)):
@@ -159,7 +159,7 @@ def test_a_pass_with_labels_sums_up_the_selection_of_the_real_sub_images(make_mo
     assert (output.selection_sums[0], output.selection_sums[-1]) == (7, 7 * 4)
 
 
-def test_the_stand_in_for_pictures_is_not_counted(make_model, make_batch, make_samples):
+def test_the_stand_in_for_images_is_not_counted(make_model, make_batch, make_samples):
     batch = make_batch(make_samples()[1:2])
     assert batch.features.shape[0] == 1
     assert not make_model()(**batch.as_inputs()).selection_sums.any()
@@ -208,7 +208,7 @@ def test_unused_slots_are_neither_attended_nor_counted_as_positions(make_model, 
     model.projector = FakeProjector([1, 2, 0])
     batch = make_batch(samples, {"name": "meteor", "k": 3}, padding_side=side)
     inputs = batch.as_inputs()
-    for name in ("labels", "turns", "pictures"):
+    for name in ("labels", "turns", "image_numbers"):
         del inputs[name]
     embedding = model.get_input_embeddings().weight
     tokens = model.projector.tokens
@@ -227,7 +227,7 @@ def test_unused_slots_are_neither_attended_nor_counted_as_positions(make_model, 
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_batch_without_pictures_is_the_language_model_alone(make_model, make_batch, stage):
+def test_a_batch_without_images_is_the_language_model_alone(make_model, make_batch, stage):
     model = make_model().eval()
     freeze_for(model, stage)
     ids, labels = [1, 20, 21, 22, 2], [X, X, X, 22, 2]
@@ -295,12 +295,12 @@ def test_the_type_asked_for_wins_over_the_language_models_own(make_model, tmp_pa
 
 
 @pytest.fixture
-def picture_inputs(make_batch, make_picture, png):
-    """The same two pictures for the features path and for the pixels path."""
+def image_inputs(make_batch, make_image, png):
+    """The same two images for the features path and for the pixels path."""
 
     def make(model):
         clip = model.frozen_clip()
-        files = [png(make_picture(*size, seed=i)) for i, size in enumerate([(112, 56), (56, 70)])]
+        files = [png(make_image(*size, seed=i)) for i, size in enumerate([(112, 56), (56, 70)])]
         sliced = [slice_bytes(data, "key", PixelSettings(resolution=56)) for data in files]
         samples = [
             (TokenisedSample([1, V, 10 + i, 2], [X, X, 10 + i, 2]), [features])
@@ -314,10 +314,10 @@ def picture_inputs(make_batch, make_picture, png):
     return make
 
 
-def test_pixels_give_what_their_features_give(make_model, picture_inputs, tmp_path):
+def test_pixels_give_what_their_features_give(make_model, image_inputs, tmp_path):
     make_model(vision_tower=True).save_pretrained(tmp_path)
     model = MeteorForConditionalGeneration.from_pretrained(tmp_path)
-    by_features, by_pixels = picture_inputs(model)
+    by_features, by_pixels = image_inputs(model)
     with torch.no_grad():
         seen, cached = (model(**inputs) for inputs in (by_pixels, by_features))
     torch.testing.assert_close(seen.logits, cached.logits, **TOLERANCE)

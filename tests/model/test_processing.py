@@ -31,7 +31,7 @@ def make_processor(tokenizer_folder):
 
 
 def as_opened(image, **options):
-    """The file's bytes, and the picture as ``PIL.Image.open`` gives it."""
+    """The file's bytes, and the image as ``PIL.Image.open`` gives it."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", **options)
     return buffer.getvalue(), Image.open(io.BytesIO(buffer.getvalue()))
@@ -58,13 +58,13 @@ def training_inputs(processor, model, questions):
     return batch, pixels
 
 
-def test_questions_become_what_training_makes_of_their_files(make_processor, make_model, make_picture):
+def test_questions_become_what_training_makes_of_their_files(make_processor, make_model, make_image):
     model, processor = make_model(vision_tower=True).eval(), make_processor()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # lies on its side: 56 x 112 as stored, 112 x 56 as shown
-    wide, wide_opened = as_opened(make_picture(56, 112), exif=exif)
-    glass, glass_opened = as_opened(make_picture(56, 56, mode="RGBA", seed=1))
-    grey, grey_opened = as_opened(make_picture(56, 150, seed=2).convert("L"))
+    wide, wide_opened = as_opened(make_image(56, 112), exif=exif)
+    glass, glass_opened = as_opened(make_image(56, 56, mode="RGBA", seed=1))
+    grey, grey_opened = as_opened(make_image(56, 150, seed=2).convert("L"))
     batch, pixels = training_inputs(processor, model, [("what is it?", [wide]), ("hm", []), ("which?", [glass, grey])])
     inputs = processor(["what is it?", "hm", "which?"], [[wide_opened], [], [glass_opened, grey_opened]])
     assert torch.equal(inputs["input_ids"], batch.input_ids)
@@ -73,14 +73,14 @@ def test_questions_become_what_training_makes_of_their_files(make_processor, mak
     assert len(inputs["pixel_values"]) == len(pixels) == 3 + 1 + 4
     for one, other in zip(inputs["pixel_values"], pixels, strict=True):
         assert torch.equal(one, other)
-    # And so the answers are the same, whether the pictures come as pixels or as features.
+    # And so the answers are the same, whether the images come as pixels or as features.
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(**inputs, **options), model.generate(**batch.as_inputs(), **options))
 
 
-def test_the_prompt_of_a_sliced_picture_is_as_written_by_hand(make_processor, make_picture):
+def test_the_prompt_of_a_sliced_image_is_as_written_by_hand(make_processor, make_image):
     processor = make_processor()
-    ids = processor("ok?", [make_picture(112, 56)])["input_ids"][0].tolist()
+    ids = processor("ok?", [make_image(112, 56)])["input_ids"][0].tolist()
     start = ids.index(V)
     end = len(ids) - ids[::-1].index(V)
     assert ids[start:end] == [*[V] * 4, *[V] * 4, 3, *[V] * 4]
@@ -89,27 +89,27 @@ def test_the_prompt_of_a_sliced_picture_is_as_written_by_hand(make_processor, ma
 
 
 @pytest.mark.parametrize("text", ["<image>\nwhat?", "what?<image>", "what?\n<image>"])
-def test_a_placeholder_may_stand_anywhere_or_be_left_out(make_processor, make_picture, text):
-    processor, picture = make_processor(), make_picture(56, 56)
-    assert torch.equal(processor(text, [picture])["input_ids"], processor("what?", [picture])["input_ids"])
+def test_a_placeholder_may_stand_anywhere_or_be_left_out(make_processor, make_image, text):
+    processor, shown = make_processor(), make_image(56, 56)
+    assert torch.equal(processor(text, [shown])["input_ids"], processor("what?", [shown])["input_ids"])
 
 
 @pytest.mark.parametrize(("text", "num_images"), [("<image>\nwhat?", 2), ("<image><image>what?", 1), ("<image>?", 0)])
-def test_placeholders_must_be_as_many_as_pictures(make_processor, make_picture, text, num_images):
-    with pytest.raises(ConversationError, match=f"for {num_images} pictures"):
-        make_processor()(text, [make_picture(56, 56)] * num_images)
+def test_placeholders_must_be_as_many_as_images(make_processor, make_image, text, num_images):
+    with pytest.raises(ConversationError, match=f"for {num_images} images"):
+        make_processor()(text, [make_image(56, 56)] * num_images)
 
 
-def test_a_question_without_pictures_runs_through_the_model(make_processor, make_model):
+def test_a_question_without_images_runs_through_the_model(make_processor, make_model):
     inputs = make_processor()("what?")
     assert (inputs["num_slots"].tolist(), inputs["pixel_values"]) == ([0], [])
     assert V not in inputs["input_ids"]
     assert make_model(vision_tower=True).generate(**inputs, max_new_tokens=2, do_sample=False).shape == (1, 2)
 
 
-def test_a_picture_of_a_refused_shape_is_refused(make_processor, make_picture):
+def test_a_image_of_a_refused_shape_is_refused(make_processor, make_image):
     with pytest.raises(BadImageError, match="aspect ratio"):
-        make_processor()("what?", [make_picture(90, 10)])
+        make_processor()("what?", [make_image(90, 10)])
 
 
 def test_answers_are_decoded_without_special_tokens_and_outer_spaces(make_processor):
@@ -118,14 +118,14 @@ def test_answers_are_decoded_without_special_tokens_and_outer_spaces(make_proces
     assert processor.batch_decode(torch.tensor([[*ids, 2, 2]])) == ["a cat"]
 
 
-def test_a_saved_processor_does_the_same_when_loaded(make_processor, make_picture, tmp_path):
+def test_a_saved_processor_does_the_same_when_loaded(make_processor, make_image, tmp_path):
     saved = make_processor(projector={"name": "meteor", "k": 3}, template="plain", separators=Separators(40, 41))
     saved.save_pretrained(tmp_path)
     MeteorConfig(cache_identity=None).save_pretrained(tmp_path)
     for loaded in (MeteorProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
         assert isinstance(loaded, MeteorProcessor)
         assert (loaded.pixels, loaded.template, loaded.separators) == (PIXELS, "plain", Separators(40, 41))
-        one, other = (processor("what?", [make_picture(112, 56)]) for processor in (saved, loaded))
+        one, other = (processor("what?", [make_image(112, 56)]) for processor in (saved, loaded))
         assert torch.equal(one["input_ids"], other["input_ids"])
         assert 40 in one["input_ids"]
         for pixels, others in zip(one["pixel_values"], other["pixel_values"], strict=True):
@@ -138,10 +138,10 @@ def test_a_directory_without_a_processor_is_refused(tmp_path):
         MeteorProcessor.from_pretrained(str(tmp_path))
 
 
-def test_a_model_of_global_views_gets_global_views_alone(make_processor, make_picture):
-    picture = make_picture(200, 100)
-    whole = make_processor(sub_images="global")("What?", [picture])
-    sliced = make_processor()("What?", [picture])
+def test_a_model_of_global_views_gets_global_views_alone(make_processor, make_image):
+    shown = make_image(200, 100)
+    whole = make_processor(sub_images="global")("What?", [shown])
+    sliced = make_processor()("What?", [shown])
     assert len(whole["pixel_values"]) == 1 < len(sliced["pixel_values"])
     assert torch.equal(whole["pixel_values"][0], sliced["pixel_values"][0])
     assert int((whole["input_ids"] == IMAGE_TOKEN_ID).sum()) == int(whole["num_slots"].sum())

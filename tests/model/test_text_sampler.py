@@ -27,7 +27,7 @@ def make_sample(ids, turns, num_answer_tokens):
 
 @pytest.fixture
 def samples(make_features):
-    """A sliced picture; no picture; two turns with a picture each; two pictures in a turn; a turn that says nothing."""
+    """A sliced image; no image; two turns with an image each; two images in a turn; a turn that says nothing."""
     return [
         (make_sample([1, V, 10, 11, 5, 12, 2], [0, 1, 1, 1, 0, 0, 0], 2), [make_features("a", sliced=True, seed=1)]),
         (make_sample([1, 20, 21, 22, 2], [0] * 5, 2), []),
@@ -65,7 +65,7 @@ def slow_logits(plain, batch):
     )
     assert attended.all()
     decoder, length = plain.language_model.base_model, embeds.shape[1]
-    turns, pictures = batch.turns[0].tolist(), batch.pictures[0].tolist()
+    turns, shown_images = batch.turns[0].tolist(), batch.image_numbers[0].tolist()
     places, hidden, maps = list(range(length)), embeds, []
     for number, layer in enumerate(decoder.layers):
         position = torch.tensor([places])
@@ -79,9 +79,9 @@ def slow_logits(plain, batch):
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=position)
         if number == LAYER:
             dropped = set()
-            for picture in sorted(set(pictures) - {0}):
-                tokens = [i for i in range(length) if pictures[i] == picture]
-                words = [i for i in range(length) if turns[i] == turns[tokens[0]] and not pictures[i]]
+            for shown in sorted(set(shown_images) - {0}):
+                tokens = [i for i in range(length) if shown_images[i] == shown]
+                words = [i for i in range(length) if turns[i] == turns[tokens[0]] and not shown_images[i]]
                 if words:
                     score = {i: maps[-1][words, i].mean().item() for i in tokens}
                     ranked = sorted(tokens, key=lambda i, score=score: (-score[i], i))
@@ -113,7 +113,7 @@ def test_packed_rows_give_what_a_slow_pass_over_each_sample_gives(
             expected, places = slow_logits(plain, make_batch([samples[number]]))
             torch.testing.assert_close(got[row, span[places]], expected, **TOLERANCE)
             num_dropped += len(span) - len(places)
-    # 4 of each sub-image are kept, of every picture with words half: 6 of 12, twice, and 2 of 4; sample 4's keeps all.
+    # 4 of each sub-image are kept, of every image with words half: 6 of 12, twice, and 2 of 4; sample 4's keeps all.
     assert num_dropped == (6) + (2 + 6) + (6 + 2)
 
 
@@ -156,13 +156,13 @@ def test_what_a_later_turn_says_changes_nothing_that_an_earlier_one_sees(make_pa
     changed = batch.input_ids.clone()
     changed[batch.input_ids == 33] = 60
     after = sampled(**{**inputs, "input_ids": changed}).logits
-    first_turn = int((batch.pictures[0] == 2).nonzero()[0])
+    first_turn = int((batch.image_numbers[0] == 2).nonzero()[0])
     assert torch.equal(before[0, :first_turn], after[0, :first_turn])
     assert torch.equal(kept[0, :first_turn], sampled.text_sampler.kept[0, :first_turn])
 
 
 def prompts(samples):
-    """Questions of different lengths, their pictures sliced and not."""
+    """Questions of different lengths, their images sliced and not."""
     chosen = []
     for sample, images in (samples[0], samples[3], samples[1]):
         count = len(sample.input_ids) - 2
@@ -216,27 +216,27 @@ def test_keeping_everything_changes_nothing(make_model, make_batch, samples):
     torch.testing.assert_close(sampled(**inputs).loss, plain(**inputs).loss, **TOLERANCE)
 
 
-def test_the_highest_of_each_picture_are_kept_and_ties_go_to_the_earlier():
+def test_the_highest_of_each_image_are_kept_and_ties_go_to_the_earlier():
     sample = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 2]])
-    picture = torch.tensor([[0, 7, 7, 7, 9, 9, 9, 9, 0]])
+    shown = torch.tensor([[0, 7, 7, 7, 9, 9, 9, 9, 0]])
     score = torch.tensor([[0, 0.1, 0.3, 0.3, torch.nan, torch.nan, torch.nan, torch.nan, 0]])
-    marks = Marks(sample, torch.zeros_like(sample), picture)
+    marks = Marks(sample, torch.zeros_like(sample), shown)
     assert choose_kept(score, marks, 0.34).tolist() == [[True, False, True, True, True, True, True, False, True]]
     assert choose_kept(score, marks, 0.3).tolist() == [[True, False, True, False, True, True, True, False, True]]
 
 
 def test_numbers_differ_between_samples_of_a_batch():
     sample = torch.tensor([[1, 1, 2], [1, 1, 0]])
-    turns, pictures = torch.tensor([[1, 2, 1], [1, 1, 1]]), torch.tensor([[1, 0, 1], [2, 2, 2]])
-    marks = Marks.of(sample, turns, pictures)
-    for one in (marks.sample, marks.turn, marks.picture):
+    turns, shown_images = torch.tensor([[1, 2, 1], [1, 1, 1]]), torch.tensor([[1, 0, 1], [2, 2, 2]])
+    marks = Marks.of(sample, turns, shown_images)
+    for one in (marks.sample, marks.turn, marks.image):
         assert one[1, 2] == 0
     assert len(set(marks.sample.flatten().tolist())) == 4
     assert (
         len({marks.turn[0, 0].item(), marks.turn[0, 1].item(), marks.turn[0, 2].item(), marks.turn[1, 0].item()}) == 4
     )
     assert marks.turn[1, 0] == marks.turn[1, 1]
-    assert len({marks.picture[0, 0].item(), marks.picture[0, 2].item(), marks.picture[1, 0].item(), 0}) == 4
+    assert len({marks.image[0, 0].item(), marks.image[0, 2].item(), marks.image[1, 0].item(), 0}) == 4
 
 
 def test_it_is_saved_with_the_model(make_pair, tmp_path, make_batch, samples):
@@ -275,7 +275,7 @@ def test_what_it_cannot_do_is_said(make_pair, make_batch, samples):
     inputs = make_batch([prompts(samples)[0]], padding_side="left").as_inputs()
     with pytest.raises(SettingsError, match="num_beams"):
         sampled.generate(**inputs, num_beams=2)
-    with pytest.raises(DataError, match="turns and pictures"):
+    with pytest.raises(DataError, match="turns and image_numbers"):
         sampled(**{**inputs, "turns": None})
     with pytest.raises(SettingsError, match="exclude each other"):
         compile_layers(sampled, zero_stage=0)

@@ -1,4 +1,4 @@
-"""One Ray session for all pipeline tests, and a small run on disk: generated pictures, models with random weights."""
+"""One Ray session for all pipeline tests, and a small run on disk: generated images, models with random weights."""
 
 import hashlib
 import sys

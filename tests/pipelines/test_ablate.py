@@ -74,9 +74,9 @@ def test_every_cache_is_named_once_and_the_codec_that_others_are_made_from_comes
 def test_the_plan_tells_what_is_shared_and_what_is_done(make_study):
     settings, variants = make_study(variants=VARIANTS)
     text = plan_study(settings, variants, plan_tasks(variants))
-    assert "20 pictures, 20 to encode; read by 3 runs" in text
+    assert "20 images, 20 to encode; read by 3 runs" in text
     assert "2 to do once, 1 of them shared by several variants; 0 finished" in text
-    assert "known when the pictures are indexed" in text
+    assert "known when the images are indexed" in text
     cache_features.run(variants[0].settings)
     text = plan_study(settings, variants, plan_tasks(variants))
     assert "nothing to encode" in text
@@ -126,7 +126,7 @@ def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, make_
     )
     cache_features.run(few)
     first = hold_pins(settings, [type(variants[0])("a", None, {}, few)])
-    cache_features.run(run)  # other pictures come
+    cache_features.run(run)  # other images come
     assert hold_pins(settings, [type(variants[0])("a", None, {}, few)]) == first
     assert first.of(few).cache.index_version == first.index_version
     newer = hold_pins(settings, variants)  # a variant that needs them
@@ -159,7 +159,7 @@ def test_a_study_runs_once_is_reported_and_found_again(make_study, caplog, capsy
     assert first.counts["stages failed"] == 0
     # Stage 1: plain with quick and sampled, pooled, int8. Stages 2 and 3: each its own.
     assert first.counts["stages"] == 3 + 5 + 5
-    encoded = [record.getMessage() for record in caplog.records if "pictures encoded now" in record.getMessage()]
+    encoded = [record.getMessage() for record in caplog.records if "images encoded now" in record.getMessage()]
     assert ["20 of 20" in line for line in encoded] == [True, False]
     assert "without the encoder" in caplog.text
 

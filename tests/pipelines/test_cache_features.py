@@ -21,32 +21,32 @@ def write_samples(path, names):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three good pictures, one of them under two names, and four bad ones."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Three good images, one of them under two names, and four bad ones."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, size in enumerate([(60, 60), (200, 90), (90, 200)]):
         Image.new("RGB", size, (50 * i, 100, 200)).save(folder / f"{i}.png")
     shutil.copy(folder / "0.png", folder / "again.png")
     (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     (folder / "cut.png").write_bytes((folder / "1.png").read_bytes()[:60])
     Image.new("RGB", (2000, 10)).save(folder / "long.png")
     return folder
 
 
-def make_run(make_settings, tmp_path, pictures, names, **data):
+def make_run(make_settings, tmp_path, images, names, **data):
     samples = tmp_path / "samples.json"
     write_samples(samples, names)
     return make_settings(
-        data={"roots": {"": str(pictures)}, "pretrain": str(samples), "finetune": None, "evaluate": {}, **data}
+        data={"roots": {"": str(images)}, "pretrain": str(samples), "finetune": None, "evaluate": {}, **data}
     )
 
 
-def test_each_distinct_picture_is_encoded_once_and_a_second_run_reads_nothing(make_settings, tmp_path, pictures):
-    settings = make_run(make_settings, tmp_path, pictures, ["0.png", "1.png", "again.png"])
+def test_each_distinct_image_is_encoded_once_and_a_second_run_reads_nothing(make_settings, tmp_path, images):
+    settings = make_run(make_settings, tmp_path, images, ["0.png", "1.png", "again.png"])
     first = cache_features.run(settings)
-    assert (first.counts["pictures"], first.counts["distinct_pictures"], first.counts["pictures_encoded"]) == (3, 2, 2)
+    assert (first.counts["images"], first.counts["distinct_images"], first.counts["images_encoded"]) == (3, 2, 2)
     cache = FeatureCache.open(first.results["cache"])
     assert len(cache) == 2
     assert cache.verify() == []
@@ -55,15 +55,15 @@ def test_each_distinct_picture_is_encoded_once_and_a_second_run_reads_nothing(ma
     assert second.counts == first.counts
 
 
-def test_a_larger_data_set_encodes_only_what_is_new(make_settings, tmp_path, pictures):
-    cache_features.run(make_run(make_settings, tmp_path, pictures, ["0.png", "1.png"]))
-    more = cache_features.run(make_run(make_settings, tmp_path, pictures, ["0.png", "1.png", "2.png", "again.png"]))
-    assert (more.counts["pictures_read"], more.counts["pictures_encoded"], more.counts["pictures_cached"]) == (2, 1, 3)
+def test_a_larger_data_set_encodes_only_what_is_new(make_settings, tmp_path, images):
+    cache_features.run(make_run(make_settings, tmp_path, images, ["0.png", "1.png"]))
+    more = cache_features.run(make_run(make_settings, tmp_path, images, ["0.png", "1.png", "2.png", "again.png"]))
+    assert (more.counts["images_read"], more.counts["images_encoded"], more.counts["images_cached"]) == (2, 1, 3)
 
 
-def test_bad_pictures_are_quarantined_with_their_reasons_and_good_ones_published(make_settings, tmp_path, pictures):
+def test_bad_images_are_quarantined_with_their_reasons_and_good_ones_published(make_settings, tmp_path, images):
     names = ["0.png", "1.png", "empty.jpg", "text.jpg", "cut.png", "long.png", "absent.png", "../escape.png"]
-    settings = make_run(make_settings, tmp_path, pictures, names)
+    settings = make_run(make_settings, tmp_path, images, names)
     summary = cache_features.run(settings)
     expected = {"empty", "not_an_image", "truncated", "aspect_ratio", "missing", "outside_roots"}
     assert summary.extra["reasons"] == dict.fromkeys(expected, 1)
@@ -74,31 +74,31 @@ def test_bad_pictures_are_quarantined_with_their_reasons_and_good_ones_published
     assert FeatureCache.open(summary.results["cache"]).version == cache.version
 
 
-def test_too_many_bad_pictures_fail_the_job_after_the_good_ones_are_published(make_settings, tmp_path, pictures):
+def test_too_many_bad_images_fail_the_job_after_the_good_ones_are_published(make_settings, tmp_path, images):
     names = ["0.png", "empty.jpg", "text.jpg"]
-    settings = make_run(make_settings, tmp_path, pictures, names, min_bad_images=2)
+    settings = make_run(make_settings, tmp_path, images, names, min_bad_images=2)
     with pytest.raises(
-        QuarantineLimitError, match=r"2 of 3 pictures are bad \(1 empty, 1 not_an_image\)|1 not_an_image, 1 empty"
+        QuarantineLimitError, match=r"2 of 3 images are bad \(1 empty, 1 not_an_image\)|1 not_an_image, 1 empty"
     ):
         cache_features.run(settings)
     (identity,) = (tmp_path / "out/cache").glob("*/float16")
     assert len(FeatureCache.open(str(identity))) == 1
 
 
-def test_a_repaired_picture_is_encoded_by_the_next_run(make_settings, tmp_path, pictures):
-    settings = make_run(make_settings, tmp_path, pictures, ["0.png", "cut.png"])
+def test_a_repaired_image_is_encoded_by_the_next_run(make_settings, tmp_path, images):
+    settings = make_run(make_settings, tmp_path, images, ["0.png", "cut.png"])
     assert cache_features.run(settings).counts["quarantined"] == 1
-    shutil.copy(pictures / "2.png", pictures / "cut.png")
+    shutil.copy(images / "2.png", images / "cut.png")
     repaired = cache_features.run(settings)
     assert (
         repaired.counts["quarantined"],
-        repaired.counts["pictures_encoded"],
-        repaired.counts["pictures_cached"],
+        repaired.counts["images_encoded"],
+        repaired.counts["images_cached"],
     ) == (0, 1, 2)
 
 
-def test_an_error_inside_an_actor_is_told_in_one_line(make_settings, tmp_path, pictures, capsys):
-    settings = make_run(make_settings, tmp_path, pictures, ["0.png"])
+def test_an_error_inside_an_actor_is_told_in_one_line(make_settings, tmp_path, images, capsys):
+    settings = make_run(make_settings, tmp_path, images, ["0.png"])
     identity = cache_identity(settings, load_encoder(settings))
     uri = create_cache(settings.cache_root, identity, settings.cache.codec)
     (Path(uri) / "data").write_text("a file where a folder should be")

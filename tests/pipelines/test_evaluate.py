@@ -1,4 +1,4 @@
-"""Evaluation on Ray: every benchmark's format by one command, answers that are kept, pictures that cannot be used."""
+"""Evaluation on Ray: every benchmark's format by one command, answers that are kept, images that cannot be used."""
 
 import json
 from dataclasses import replace
@@ -150,12 +150,12 @@ def test_a_prompt_is_what_its_answer_depends_on():
     assert len({prompt_digest(question, 17), *(prompt_digest(one, 16) for one in [question, *others])}) == 4
 
 
-def test_a_question_about_a_picture_that_cannot_be_used_is_wrong_and_reported(make_evaluation, benchmarks, tmp_path):
+def test_a_question_about_a_image_that_cannot_be_used_is_wrong_and_reported(make_evaluation, benchmarks, tmp_path):
     folder = tmp_path / "nlvr"
     (folder / "images").mkdir(parents=True)
     for path in (benchmarks / "nlvr").rglob("*.*"):
         (folder / path.relative_to(benchmarks / "nlvr")).write_bytes(path.read_bytes())
-    (folder / "images/test-1-0-0.png").write_bytes(b"no picture")
+    (folder / "images/test-1-0-0.png").write_bytes(b"no image")
     settings = make_evaluation({"nlvr": {"format": "nlvr", "path": str(folder)}}, limit=None)
     cache_features.run(settings)
     summary = evaluate.run(settings)

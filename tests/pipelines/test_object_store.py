@@ -1,4 +1,4 @@
-"""Pictures, samples and the cache on a real S3 server: cached from there, trained from there through the disk tier."""
+"""Images, samples and the cache on a real S3 server: cached from there, trained from there through the disk tier."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from meteor.cache import FeatureCache
 
 @pytest.mark.s3
 @pytest.mark.timeout(600)
-def test_pictures_are_cached_and_trained_from_an_object_store(make_settings, small, tmp_path, ceph_root):
+def test_images_are_cached_and_trained_from_an_object_store(make_settings, small, tmp_path, ceph_root):
     for file in (small / "data").rglob("*"):
         if file.is_file():
             storage.upload_file(str(file), storage.join(ceph_root, "data", str(file.relative_to(small / "data"))))

@@ -40,7 +40,7 @@ def from_the_hub(monkeypatch):
 
 
 def densest(settings):
-    """Pictures and nothing else."""
+    """Images and nothing else."""
     return Needs(sub_images=1 / settings.projector.settings.get("k", 576), answer_tokens=1.0)
 
 

@@ -98,7 +98,7 @@ def test_held_out_samples_change_no_run_and_are_counted_where_they_are_trained_o
     assert "3 of 3 held-out samples are trained on too" in caplog.text
 
 
-def test_held_out_pictures_that_a_pinned_run_does_not_know_are_refused_with_the_reason(make_settings, small, tmp_path):
+def test_held_out_images_that_a_pinned_run_does_not_know_are_refused_with_the_reason(make_settings, small, tmp_path):
     settings = make_settings(data={"finetune": None, "evaluate": {}})
     cache_features.run(settings)
     prepared = prepare(settings, "pretrain")
@@ -107,7 +107,7 @@ def test_held_out_pictures_that_a_pinned_run_does_not_know_are_refused_with_the_
         plan_held_out(late, "pretrain", prepared)
 
 
-def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_changed_pictures(
+def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_changed_images(
     make_settings, small, tmp_path
 ):
     shutil.copytree(small / "data/images", tmp_path / "images")
@@ -125,9 +125,7 @@ def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_chang
     assert changed.index_version == first.pin.index_version + 1
 
 
-def test_more_pictures_and_newly_quarantined_ones_change_no_batch_of_a_run_that_has_begun(
-    make_settings, small, tmp_path
-):
+def test_more_images_and_newly_quarantined_ones_change_no_batch_of_a_run_that_has_begun(make_settings, small, tmp_path):
     shutil.copytree(small / "data/images", tmp_path / "images")
     roots = {"": str(tmp_path / "images")}
     settings = make_settings(data={"roots": roots, "finetune": None, "evaluate": {}})
@@ -135,9 +133,9 @@ def test_more_pictures_and_newly_quarantined_ones_change_no_batch_of_a_run_that_
     begun = prepare(settings, "pretrain")
     cache = hold_pin(settings, begun)
     expected = global_batches(settings)
-    # The cache is extended by another stage's pictures, and one picture has been damaged in the meantime.
+    # The cache is extended by another stage's images, and one image has been damaged in the meantime.
     bad = sorted(begun.samples[0].image_names)[0]
-    (tmp_path / "images" / bad).write_bytes(b"no picture")
+    (tmp_path / "images" / bad).write_bytes(b"no image")
     cache_features.run(make_settings(data={"roots": roots}))
     assert FeatureCache.open(cache.uri).version > cache.version
     assert global_batches(settings) == expected

@@ -51,7 +51,7 @@ def ledger(folder: Path) -> list[Path]:
 
 
 def num_encoded(finished: subprocess.CompletedProcess) -> int:
-    return int(next(line for line in finished.stdout.splitlines() if "pictures encoded" in line).split()[-1])
+    return int(next(line for line in finished.stdout.splitlines() if "images encoded" in line).split()[-1])
 
 
 def assert_same_rows(first: FeatureCache, second: FeatureCache) -> None:
@@ -98,7 +98,7 @@ def test_a_training_that_is_killed_in_every_way_ends_with_the_weights_of_an_undi
 
 @pytest.fixture(scope="module")
 def slow_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tower that takes a tenth of a second for a picture: time to be killed in."""
+    """A tower that takes a tenth of a second for an image: time to be killed in."""
     folder = str(tmp_path_factory.mktemp("clip"))
     torch.manual_seed(0)
     shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -109,9 +109,7 @@ def slow_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kill", [kill_driver, kill_encoder, kill_session])
-def test_a_killed_caching_loses_no_finished_picture_and_ends_with_the_same_rows(
-    make_settings, slow_clip, tmp_path, kill
-):
+def test_a_killed_caching_loses_no_finished_image_and_ends_with_the_same_rows(make_settings, slow_clip, tmp_path, kill):
     settings = make_settings(cache={"rows_per_file": 1}, vision={"path": slow_clip})
     straight, killed = (write_run(tmp_path, name, settings) for name in ("straight", "killed"))
     subprocess.run(command("cache_features", straight), check=True)
@@ -155,7 +153,7 @@ def test_a_kill_while_an_int8_cache_is_calibrated_changes_nothing(make_settings,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_jobs_that_extend_one_cache_at_the_same_time_leave_every_picture_once(
+def test_two_jobs_that_extend_one_cache_at_the_same_time_leave_every_image_once(
     make_settings, slow_clip, small, tmp_path
 ):
     records = json.loads((small / "data/pretrain.json").read_text())

@@ -49,12 +49,12 @@ def test_llm_operations_are_those_that_torch_counts_for_its_linear_layers(stage:
     assert plan.llm_flops == 3 * linear
 
 
-def test_a_stage_counts_a_picture_as_often_as_samples_show_it() -> None:
+def test_a_stage_counts_a_image_as_often_as_samples_show_it() -> None:
     shape = EncoderShape(8, 16, 2, 14)
-    picture = [(2, 2), (1, 3)]
+    image = [(2, 2), (1, 3)]
     stage = plan_stage(
         "pretrain",
-        [[picture], [picture, picture], []],
+        [[image], [image, image], []],
         encoder=shape,
         epochs=2,
         flops_per_parameter=FLOPS_PER_PARAMETER["pretrain"],
@@ -69,7 +69,7 @@ def test_a_stage_counts_a_picture_as_often_as_samples_show_it() -> None:
 
 def make_plan(**changes: object) -> CachePlan:
     fields = {
-        "num_pictures": 12,
+        "num_images": 12,
         "num_distinct": 10,
         "num_unindexed": 0,
         "num_unusable": 1,
@@ -99,7 +99,7 @@ def test_the_text_says_it_for_people() -> None:
     text = make_plan(num_unindexed=3).to_text(rate=25.0, usd_per_gb=0.02, num_runs=3)
     for part in (
         "12 named, 10 distinct (3 not indexed yet",
-        "50 (5.00 a picture)",
+        "50 (5.00 an image)",
         "2 GB, 0.04 USD a month at 0.02 USD a GB, this run's codec",
         "2 TFLOP; 2 s at 25 sub-images/s",
         "encoding in the step would be 20.0% of its arithmetic",

@@ -37,8 +37,8 @@ def check(samples, roots, problems=(), **kwargs):
     return check_data({"finetune": one}, roots=roots, num_threads=2, **({"pixels": PixelSettings()} | kwargs))
 
 
-def bad_pictures(report):
-    return {picture.name: picture.reason for source in report.sets[0].sources for picture in source.bad}
+def bad_images(report):
+    return {shown.name: shown.reason for source in report.sets[0].sources for shown in source.bad}
 
 
 def test_good_data_are_ok(tmp_path):
@@ -51,7 +51,7 @@ def test_good_data_are_ok(tmp_path):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_pictures_that_cannot_be_used_are_named_with_their_reason(tmp_path, full):
+def test_images_that_cannot_be_used_are_named_with_their_reason(tmp_path, full):
     files = {
         "good.png": make_image(),
         "empty.jpg": b"",
@@ -64,7 +64,7 @@ def test_pictures_that_cannot_be_used_are_named_with_their_reason(tmp_path, full
     report = check(
         [make_sample(name, name) for name in names], roots, full=full, pixels=PixelSettings(max_pixels=200_000)
     )
-    assert bad_pictures(report) == {
+    assert bad_images(report) == {
         "empty.jpg": "empty",
         "text.jpg": "not_an_image",
         "long.png": "aspect_ratio",
@@ -72,16 +72,16 @@ def test_pictures_that_cannot_be_used_are_named_with_their_reason(tmp_path, full
         "gone.jpg": "missing",
         "../out.jpg": "outside_roots",
     }
-    assert (report.ok, report.sets[0].num_usable, report.sets[0].num_without_pictures) == (False, 1, 6)
+    assert (report.ok, report.sets[0].num_usable, report.sets[0].num_without_images) == (False, 1, 6)
     text = report.to_text()
-    assert all(name in text for name in bad_pictures(report))
+    assert all(name in text for name in bad_images(report))
 
 
-def test_a_truncated_picture_is_found_by_reading_it_whole(tmp_path):
+def test_a_truncated_image_is_found_by_reading_it_whole(tmp_path):
     roots = make_folder(tmp_path, {"1.png": make_image(400, 400)[:-3000]})
     samples = [make_sample("a", "1.png")]
     assert check(samples, roots).ok
-    assert bad_pictures(check(samples, roots, full=True)) == {"1.png": "truncated"}
+    assert bad_images(check(samples, roots, full=True)) == {"1.png": "truncated"}
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -150,7 +150,7 @@ def test_the_same_bytes_under_two_names_are_duplicates(tmp_path):
     assert check(samples, roots).duplicates is None
 
 
-def test_a_picture_of_many_samples_and_sets_is_read_once(tmp_path):
+def test_a_image_of_many_samples_and_sets_is_read_once(tmp_path):
     roots = make_folder(tmp_path, {"1.png": make_image()})
     samples = [make_sample("a", "1.png"), make_sample("b", "1.png", "1.png")]
     progress = []
@@ -184,13 +184,13 @@ def test_a_picture_of_many_samples_and_sets_is_read_once(tmp_path):
         ("1.jpg", "(no folder)", ""),
     ],
 )
-def test_pictures_are_told_apart_by_source(name, source, origin):
+def test_images_are_told_apart_by_source(name, source, origin):
     found = find_source(name)
     assert found.name == source
     assert origin in found.origin
 
 
-def test_missing_pictures_of_a_known_source_come_with_advice(tmp_path):
+def test_missing_images_of_a_known_source_come_with_advice(tmp_path):
     roots = make_folder(
         tmp_path, {"ocr_vqa/images/2.gif": make_image(image_format="GIF"), "vg/VG_100K/1.jpg": make_image()}
     )
@@ -198,10 +198,10 @@ def test_missing_pictures_of_a_known_source_come_with_advice(tmp_path):
     report = check([make_sample(name, name) for name in names], roots)
     advice = {source.source.name: source.advice for source in report.sets[0].sources}
     assert advice["vg/VG_100K"] == ""
-    assert "1 of 1 pictures of vg/VG_100K_2 are missing. Get them from Visual Genome part 2" in advice["vg/VG_100K_2"]
-    assert advice["mine"] == "1 of 1 pictures of mine are missing."
+    assert "1 of 1 images of vg/VG_100K_2 are missing. Get them from Visual Genome part 2" in advice["vg/VG_100K_2"]
+    assert advice["mine"] == "1 of 1 images of mine are missing."
     ocr = advice["ocr_vqa/images"]
-    assert "2 of 2 pictures" in ocr
+    assert "2 of 2 images" in ocr
     assert "355" in ocr
     assert "1 of them are there under another ending (ocr_vqa/images/2.gif for ocr_vqa/images/2.jpg)" in ocr
     assert ocr in report.to_text()
@@ -213,4 +213,4 @@ def test_the_report_is_json_and_names_everything(tmp_path):
     assert content["ok"] is False
     (source,) = content["sets"][0]["sources"]
     assert source["bad"] == {"missing": 10}
-    assert [picture["name"] for picture in source["bad_pictures"]] == [f"mine/{n}.jpg" for n in range(10)]
+    assert [shown["name"] for shown in source["bad_images"]] == [f"mine/{n}.jpg" for n in range(10)]

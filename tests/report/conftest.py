@@ -88,6 +88,6 @@ def make_panel():
                 SubImageScores(scores / scores.sum(), np.arange(num_kept), scores, scores if native else None)
             )
         image = Image.fromarray(generator.integers(64, 255, (height, width, 3), dtype=np.uint8))
-        return SelectionPanel("a picture", question, "a cat", "a dog", image, plan, tuple(sub_images), "meteor")
+        return SelectionPanel("an image", question, "a cat", "a dog", image, plan, tuple(sub_images), "meteor")
 
     return make

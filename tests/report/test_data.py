@@ -78,5 +78,5 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 
 def test_a_panel_refuses_scores_that_do_not_fit_its_slices():
     scores = SubImageScores(np.ones(5), np.arange(2))
-    with pytest.raises(DataError, match=r"'a picture'.*\(5,\)"):
-        SelectionPanel("a picture", "", "", "", Image.new("RGB", (336, 336)), plan_slices(336, 336), (scores,))
+    with pytest.raises(DataError, match=r"'an image'.*\(5,\)"):
+        SelectionPanel("an image", "", "", "", Image.new("RGB", (336, 336)), plan_slices(336, 336), (scores,))

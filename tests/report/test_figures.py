@@ -11,8 +11,8 @@ from meteor.report.canvas import variant_looks
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
 
 
-def png_size(picture):
-    return Image.open(io.BytesIO(picture.png)).size
+def png_size(image):
+    return Image.open(io.BytesIO(image.png)).size
 
 
 def test_every_variant_looks_different():
@@ -23,16 +23,16 @@ def test_every_variant_looks_different():
 
 def test_the_loss_figure_tells_where_each_curve_ends(make_run):
     runs = {"meteor": [make_run(losses=[2.0] * 30 + [1.25] * 30)], "mlp": [make_run(losses=[1.5])]}
-    picture = loss_figure("pretrain", runs, variant_looks(list(runs)))
-    assert picture.alt.endswith("At the last step: meteor 1.25, mlp 1.50.")
-    assert picture.name == "loss_pretrain"
+    image = loss_figure("pretrain", runs, variant_looks(list(runs)))
+    assert image.alt.endswith("At the last step: meteor 1.25, mlp 1.50.")
+    assert image.name == "loss_pretrain"
 
 
 def test_a_figure_is_sharper_than_its_size_on_the_page(make_run):
-    picture = loss_figure("pretrain", {"a": [make_run(), make_run()]}, variant_looks(["a"]))
-    width, height = png_size(picture)
-    assert width >= 1.5 * picture.width
-    assert width / height == pytest.approx(picture.width / picture.height, rel=0.01)
+    image = loss_figure("pretrain", {"a": [make_run(), make_run()]}, variant_looks(["a"]))
+    width, height = png_size(image)
+    assert width >= 1.5 * image.width
+    assert width / height == pytest.approx(image.width / image.height, rel=0.01)
 
 
 def test_variants_that_share_a_run_are_one_curve(make_variant, make_run):
@@ -64,10 +64,10 @@ def test_throughput_says_what_was_not_recorded(make_run):
     silent = make_run()
     silent.metrics[:] = [{"step": 1, "loss": 1.0}]
     runs = {"pretrain": {"a": make_run(), "b": silent}, "finetune": {"b": silent}}
-    picture = throughput_figure(runs, variant_looks(["a", "b"]))
-    assert "pretrain, samples/s: a 16.0." in picture.alt
-    assert "pretrain, visual tokens/s: a 1,600." in picture.alt
-    assert "finetune, samples/s: not recorded." in picture.alt
+    image = throughput_figure(runs, variant_looks(["a", "b"]))
+    assert "pretrain, samples/s: a 16.0." in image.alt
+    assert "pretrain, visual tokens/s: a 1,600." in image.alt
+    assert "finetune, samples/s: not recorded." in image.alt
 
 
 def test_scores_figure_gives_every_type_its_row(make_score):

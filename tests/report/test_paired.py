@@ -1,4 +1,4 @@
-"""Paired differences against formulas by hand, and that clusters of questions about one picture widen the interval."""
+"""Paired differences against formulas by hand, and that clusters of questions about one image widen the interval."""
 
 import math
 
@@ -9,11 +9,11 @@ from scipy.stats import t as student
 from meteor.report.paired import paired_difference
 
 
-def make_rows(scores, *, pictures=None, name="shapes"):
-    pictures = pictures or [f"{i}.png" for i in range(len(scores))]
+def make_rows(scores, *, images=None, name="shapes"):
+    images = images or [f"{i}.png" for i in range(len(scores))]
     return [
-        {"set": name, "id": str(i), "question": "?", "image": picture, "score": score, "quarantined": False}
-        for i, (score, picture) in enumerate(zip(scores, pictures, strict=True))
+        {"set": name, "id": str(i), "question": "?", "image": image, "score": score, "quarantined": False}
+        for i, (score, image) in enumerate(zip(scores, images, strict=True))
     ]
 
 
@@ -26,7 +26,7 @@ def make_seed(make_variant):
     return make
 
 
-def test_pictures_of_one_question_each_give_the_paired_t_interval(make_seed):
+def test_images_of_one_question_each_give_the_paired_t_interval(make_seed):
     mine, theirs = [1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 1]
     found = paired_difference([make_seed(mine)], [make_seed(theirs)], "shapes")
     differences = np.subtract(mine, theirs)
@@ -34,21 +34,21 @@ def test_pictures_of_one_question_each_give_the_paired_t_interval(make_seed):
     reach = student.ppf(0.975, 5) * error
     assert found.mean == pytest.approx(differences.mean())
     assert found.interval == pytest.approx((differences.mean() - reach, differences.mean() + reach))
-    assert (found.num_questions, found.num_pictures) == (6, 6)
+    assert (found.num_questions, found.num_images) == (6, 6)
 
 
-def test_questions_of_one_picture_count_as_one_observation_where_they_agree(make_seed):
-    """Each question asked four times of its picture tells no more than asked once."""
+def test_questions_of_one_image_count_as_one_observation_where_they_agree(make_seed):
+    """Each question asked four times of its image tells no more than asked once."""
     mine, theirs = [1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 1]
     once = paired_difference([make_seed(mine)], [make_seed(theirs)], "shapes")
-    pictures = [f"{i}.png" for i in range(6) for _ in range(4)]
+    images = [f"{i}.png" for i in range(6) for _ in range(4)]
     often = paired_difference(
-        [make_seed(np.repeat(mine, 4), pictures=pictures)],
-        [make_seed(np.repeat(theirs, 4), pictures=pictures)],
+        [make_seed(np.repeat(mine, 4), images=images)],
+        [make_seed(np.repeat(theirs, 4), images=images)],
         "shapes",
     )
     assert often.interval == pytest.approx(once.interval)
-    assert (often.num_questions, often.num_pictures) == (24, 6)
+    assert (often.num_questions, often.num_images) == (24, 6)
 
 
 def test_answers_without_a_score_of_their_own_are_left_out(make_seed):
@@ -78,14 +78,12 @@ def test_only_questions_that_both_were_asked_count(make_seed):
     assert paired_difference([], [make_seed([1])], "shapes") is None
 
 
-def test_one_picture_gives_no_interval(make_seed):
-    found = paired_difference(
-        [make_seed([1, 1], pictures=["a", "a"])], [make_seed([0, 1], pictures=["a", "a"])], "shapes"
-    )
+def test_one_image_gives_no_interval(make_seed):
+    found = paired_difference([make_seed([1, 1], images=["a", "a"])], [make_seed([0, 1], images=["a", "a"])], "shapes")
     assert found.interval is None
     assert not found.is_clear
 
 
-def test_a_difference_in_every_picture_is_clear(make_seed):
+def test_a_difference_in_every_image_is_clear(make_seed):
     found = paired_difference([make_seed([1] * 9 + [0])], [make_seed([0] * 10)], "shapes")
     assert found.is_clear

@@ -33,6 +33,6 @@ def test_one_id_with_two_questions_is_two_rows(make_variant, make_prediction):
     assert {row.question: row.answers["meteor"] for row in rows} == {"Is it?": ("yes", 1.0), "Are they?": ("no", 0.0)}
 
 
-def test_questions_about_a_quarantined_picture_are_left_out(make_variant, make_prediction):
+def test_questions_about_a_quarantined_image_are_left_out(make_variant, make_prediction):
     predictions = [make_prediction("q1"), make_prediction("q2", score=0.0, quarantined=True)]
     assert len(choose_predictions([make_variant(predictions=predictions)])) == 1

@@ -34,7 +34,7 @@ MEASURED = {
 
 @pytest.fixture
 def runs(make_variant, make_score, make_run):
-    """Two variants, two seeds, four questions about three pictures."""
+    """Two variants, two seeds, four questions about three images."""
     made = []
     for name, shares, tokens, answers in (
         ("control", (0.50, 0.75), 144.0, ([1, 1, 0, 0], [1, 1, 1, 0])),
@@ -86,7 +86,7 @@ def test_results_stand_beside_their_difference_from_the_control(runs):
     assert control["Difference"] == "control"
     assert better["Difference"] == "+25.0"
     assert better["By seed"] == "+25.0, +25.0"
-    # Two pictures, whose questions differ by 0 and by (0.5 + 0.5) in sum: mean 0.25, sqrt(2 (0.5^2 + 0.5^2)) / 4 = 0.25.
+    # Two images, whose questions differ by 0 and by (0.5 + 0.5) in sum: mean 0.25, sqrt(2 (0.5^2 + 0.5^2)) / 4 = 0.25.
     assert better["95 % interval"] == "−292.7 to +342.7"
     assert better["Tokens per image"] == "64"
 
@@ -132,7 +132,7 @@ def test_the_pareto_figure_names_the_best_and_needs_a_score(runs):
     assert pareto_figure(runs[:1], looks).png
 
 
-def test_several_variants_of_one_picture_are_rows_of_one_figure(make_panel):
+def test_several_variants_of_one_image_are_rows_of_one_figure(make_panel):
     panels = [replace(make_panel(), variant=name) for name in ("a", "b")]
     one, two = (kept_by_variants_figure(panels[:count], "kept") for count in (1, 2))
     assert two.height > one.height

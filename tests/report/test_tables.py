@@ -121,14 +121,14 @@ def test_many_variants_with_few_differences_stand_below_each_other(make_run, mak
 
 def test_the_cache_is_told_in_readable_units():
     cache = {
-        "num_pictures": 1312004,
+        "num_images": 1312004,
         "size_bytes": 5_912_000_000,
         "codec": "float16",
         "cache_key": None,
         "quarantine_reasons": {"truncated": 12000},
     }
     assert cache_table(cache).rows == (
-        ("pictures named by the samples", "1,312,004"),
+        ("images named by the samples", "1,312,004"),
         ("size", "5.91 GB"),
         ("codec", "float16"),
         ("cache key", "none"),

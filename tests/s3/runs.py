@@ -42,9 +42,9 @@ class Outcome:
 
     Attributes:
         num_faults: injected, kills included.
-        num_written: pictures that the writers were given.
+        num_written: images that the writers were given.
         num_lost: of those, absent or wrong at the end.
-        num_duplicated: rows that the key index holds beside the first of each picture.
+        num_duplicated: rows that the key index holds beside the first of each image.
         problems: what `FeatureCache.verify` and the readers found.
     """
 
@@ -58,7 +58,7 @@ class Outcome:
 def run(
     endpoint: str, *, seed: int, kinds: Sequence[str] = KINDS[:-1], rate: float = 0.15, kill: bool = False
 ) -> Outcome:
-    """Two writers with some pictures in common, each through a proxy of its own, and a reader through a third.
+    """Two writers with some images in common, each through a proxy of its own, and a reader through a third.
 
     Args:
         endpoint: of the S3 server.
@@ -150,8 +150,8 @@ def _write(endpoint: str, root: str, names: list[str]) -> None:
         served = set(FeatureCache.open(cache_uri).keys()) if commit(cache_uri) else set()
         missing = [name for name in names if _key(name) not in served]
         for start in range(0, len(missing), _BLOCK):
-            pictures = map(make_picture, missing[start : start + _BLOCK])
-            write_feature_file(cache_uri, [encode_row(picture, get_codec("float16")) for picture in pictures])
+            images = map(make_image, missing[start : start + _BLOCK])
+            write_feature_file(cache_uri, [encode_row(image, get_codec("float16")) for image in images])
             commit(cache_uri)
     except MeteorError as error:
         sys.exit(f"writer: {error}")
@@ -176,9 +176,9 @@ def _failures_of_reading(root: str, numbers: random.Random, done: Event) -> Iter
         try:
             cache = FeatureCache.open(cache_uri)
             keys = cache.keys()
-            picture = numbers.choice(keys)
-            if not _equal(cache.get(picture), make_picture(names[picture])):
-                yield f"reader: {picture} is wrong"
+            image = numbers.choice(keys)
+            if not _equal(cache.get(image), make_image(names[image])):
+                yield f"reader: {image} is wrong"
         except MeteorError as error:
             if seen or "no committed version" not in str(error):
                 yield f"reader: {error}"
@@ -194,7 +194,7 @@ def _count(root: str, names: list[str]) -> tuple[int, int, list[str]]:
     commit(cache_uri)
     cache = FeatureCache.open(cache_uri)
     keys, wanted = cache.keys(), {_key(name): name for name in names}
-    well = [key for key in set(keys) & set(wanted) if _equal(cache.get(key), make_picture(wanted[key]))]
+    well = [key for key in set(keys) & set(wanted) if _equal(cache.get(key), make_image(wanted[key]))]
     return len(wanted) - len(well), len(keys) - len(set(keys)), cache.verify()
 
 
@@ -206,8 +206,8 @@ def _key(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def make_picture(name: str) -> ImageFeatures:
-    """A picture whose numbers follow from its name."""
+def make_image(name: str) -> ImageFeatures:
+    """An image whose numbers follow from its name."""
     numbers = torch.Generator().manual_seed(int(_key(name)[:8], 16))
     num_patches = _GRID[0] * _GRID[1]
     return ImageFeatures(

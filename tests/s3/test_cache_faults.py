@@ -1,4 +1,4 @@
-"""The cache on a real S3 server: through faults and kills every picture is served once and is what was written."""
+"""The cache on a real S3 server: through faults and kills every image is served once and is what was written."""
 
 import pytest
 from runs import Outcome, run

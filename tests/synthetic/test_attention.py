@@ -28,7 +28,7 @@ class KnownAttention:
         return SubImageFeatures(torch.zeros(rows * columns, 2), 0.7 * attention, torch.zeros(2), (rows, columns))
 
 
-def make_pictures(count: int) -> list[np.ndarray]:
+def make_images(count: int) -> list[np.ndarray]:
     return [np.zeros((28, 56, 3), dtype=np.uint8)] * count
 
 
@@ -39,16 +39,16 @@ def test_a_patch_counts_by_the_share_that_any_box_covers() -> None:
 
 def test_even_attention_is_at_chance_and_pointed_attention_above() -> None:
     boxes = [[(0, 0, 14, 14)]] * 2
-    even = attention_in_boxes(KnownAttention(1 / 8), make_pictures(2), boxes)
+    even = attention_in_boxes(KnownAttention(1 / 8), make_images(2), boxes)
     assert even.chance == pytest.approx(1 / 8)
     assert even.ratio == pytest.approx(1)
-    pointed = attention_in_boxes(KnownAttention(0.65), make_pictures(2), boxes)
+    pointed = attention_in_boxes(KnownAttention(0.65), make_images(2), boxes)
     assert pointed.share == pytest.approx(0.65)
     assert pointed.ratio == pytest.approx(5.2)
 
 
 def test_sub_images_without_boxes_are_left_out() -> None:
-    measured = attention_in_boxes(KnownAttention(1.0), make_pictures(3), [[(0, 0, 14, 14)], [], [(42, 14, 56, 28)]])
+    measured = attention_in_boxes(KnownAttention(1.0), make_images(3), [[(0, 0, 14, 14)], [], [(42, 14, 56, 28)]])
     assert measured.num_sub_images == 2
     assert measured.share == pytest.approx(0.5)
 
@@ -61,6 +61,6 @@ def test_boxes_are_scaled_to_the_global_view_and_cut_at_slices() -> None:
     assert right == [(0, 10, 6, 20), (44, 50, 56, 56)]
 
 
-def test_a_picture_without_slices_has_one_list_of_boxes() -> None:
+def test_a_image_without_slices_has_one_list_of_boxes() -> None:
     plan = SlicePlan(grid=None, global_size=(28, 28), slice_size=None, patch_grids=((2, 2),))
     assert sub_image_boxes(plan, 14, 14, [(1, 2, 3, 4)]) == [[(2, 4, 6, 8)]]

@@ -1,4 +1,4 @@
-"""The contrast set cannot be learnt without the picture."""
+"""The contrast set cannot be learnt without the image."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ def contrast(tmp_path_factory: pytest.TempPathFactory) -> ContrastSet:
     return make_contrast_set(tmp_path_factory.mktemp("contrast"), 32, num_answers=4)
 
 
-def test_the_question_is_the_same_for_every_picture(contrast: ContrastSet) -> None:
+def test_the_question_is_the_same_for_every_image(contrast: ContrastSet) -> None:
     samples = json.loads(contrast.samples.read_text())
     assert len(samples) == 32
     assert len({sample["image"] for sample in samples}) == 32
@@ -25,7 +25,7 @@ def test_the_question_is_the_same_for_every_picture(contrast: ContrastSet) -> No
 
 
 @pytest.mark.parametrize("resolution", [112, 336])
-def test_each_answer_comes_equally_often_with_sliced_and_whole_pictures(contrast: ContrastSet, resolution: int) -> None:
+def test_each_answer_comes_equally_often_with_sliced_and_whole_images(contrast: ContrastSet, resolution: int) -> None:
     counts = Counter()
     for sample in json.loads(contrast.samples.read_text()):
         with Image.open(contrast.images / sample["image"]) as image:

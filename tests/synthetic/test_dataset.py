@@ -47,7 +47,7 @@ def test_each_training_scene_has_one_caption(dataset: SyntheticDataset) -> None:
     assert captions == {scene["name"]: scene["caption"] for scene in scenes if scene["split"] == "train"}
 
 
-def test_no_held_out_picture_is_trained_on(dataset: SyntheticDataset) -> None:
+def test_no_held_out_image_is_trained_on(dataset: SyntheticDataset) -> None:
     trained = {name for path in (dataset.pretrain, dataset.finetune) for s in read(path) for name in images_of(s)}
     held_out = {name for sample in read(dataset.evaluate) for name in images_of(sample)}
     assert len(trained) == 24
@@ -56,7 +56,7 @@ def test_no_held_out_picture_is_trained_on(dataset: SyntheticDataset) -> None:
     assert len(set(pixels)) == 40
 
 
-def test_instruction_samples_have_several_turns_one_turn_two_pictures_and_none(dataset: SyntheticDataset) -> None:
+def test_instruction_samples_have_several_turns_one_turn_two_images_and_none(dataset: SyntheticDataset) -> None:
     samples = read(dataset.finetune)
     assert {len(images_of(sample)) for sample in samples} == {0, 1, 2}
     assert max(len(sample["conversations"]) for sample in samples) >= 8
@@ -69,7 +69,7 @@ def test_held_out_samples_have_one_question_and_a_type(dataset: SyntheticDataset
     assert {sample["type"] for sample in samples} == {*QUESTION_TYPES, TWO_IMAGES, TEXT_ONLY}
 
 
-def test_scene_lines_have_the_size_of_their_pictures_in_both_formats(dataset: SyntheticDataset) -> None:
+def test_scene_lines_have_the_size_of_their_images_in_both_formats(dataset: SyntheticDataset) -> None:
     formats = set()
     for line in dataset.scenes.read_text().splitlines():
         scene = json.loads(line)

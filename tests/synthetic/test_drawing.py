@@ -1,4 +1,4 @@
-"""Drawn pictures show what the scene says, where it says so."""
+"""Drawn images show what the scene says, where it says so."""
 
 import numpy as np
 import pytest
@@ -22,25 +22,25 @@ def test_the_same_scene_gives_the_same_pixels(scenes: list[Scene]) -> None:
 
 def test_outside_the_boxes_there_is_only_background(scenes: list[Scene]) -> None:
     for scene in scenes[:40]:
-        picture = np.asarray(draw(scene))
+        image = np.asarray(draw(scene))
         background = draw_background(scene.width, scene.height, scene.texture_seed)
-        assert picture.shape == (scene.height, scene.width, 3)
-        assert np.array_equal(picture[~inside(scene)], background[~inside(scene)])
+        assert image.shape == (scene.height, scene.width, 3)
+        assert np.array_equal(image[~inside(scene)], background[~inside(scene)])
 
 
 def test_the_centre_of_a_shape_has_its_colour(scenes: list[Scene]) -> None:
     for scene in scenes[:40]:
-        picture = np.asarray(draw(scene))
+        image = np.asarray(draw(scene))
         for thing in scene.shapes:
             x, y = (thing.box[0] + thing.box[2]) // 2, (thing.box[1] + thing.box[3]) // 2
-            assert tuple(picture[y, x]) == COLOURS[thing.colour]
+            assert tuple(image[y, x]) == COLOURS[thing.colour]
 
 
 def test_a_shape_touches_all_four_sides_of_its_box(scenes: list[Scene]) -> None:
     for scene in scenes[:40]:
-        picture = np.asarray(draw(scene)).astype(int)
+        image = np.asarray(draw(scene)).astype(int)
         background = draw_background(scene.width, scene.height, scene.texture_seed)
-        changed = np.abs(picture - background).max(axis=-1) > 0
+        changed = np.abs(image - background).max(axis=-1) > 0
         for x0, y0, x1, y1 in (thing.box for thing in scene.shapes):
             part = changed[y0:y1, x0:x1]
             assert part[0].any()
@@ -53,8 +53,8 @@ def test_a_text_fills_its_box_and_is_not_cut_off(scenes: list[Scene]) -> None:
     texts = [(scene, scene.text) for scene in scenes if scene.text][:30]
     assert texts
     for scene, text in texts:
-        picture = np.asarray(draw(scene)).astype(int)
-        ink = np.abs(picture - draw_background(scene.width, scene.height, scene.texture_seed)).max(axis=-1) > 40
+        image = np.asarray(draw(scene)).astype(int)
+        ink = np.abs(image - draw_background(scene.width, scene.height, scene.texture_seed)).max(axis=-1) > 40
         x0, y0, x1, y1 = text.box
         rows, columns = ink[y0:y1, x0:x1].any(axis=1), ink[y0:y1, x0:x1].any(axis=0)
         assert rows.mean() > 0.8
@@ -80,11 +80,11 @@ def test_shapes_cover_different_shares_of_their_boxes(scenes: list[Scene]) -> No
     expected = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
     seen = {shape: [] for shape in SHAPES}
     for scene in scenes:
-        picture = np.asarray(draw(scene))
+        image = np.asarray(draw(scene))
         for thing in scene.shapes:
             x0, y0, x1, y1 = thing.box
             if x1 - x0 >= 40:
-                seen[thing.shape].append((picture[y0:y1, x0:x1] == COLOURS[thing.colour]).all(axis=-1).mean())
+                seen[thing.shape].append((image[y0:y1, x0:x1] == COLOURS[thing.colour]).all(axis=-1).mean())
     for shape, share in expected.items():
         assert np.mean(seen[shape]) == pytest.approx(share, abs=0.05)
     assert 0.2 < np.mean(seen["star"]) < 0.45

@@ -1,4 +1,4 @@
-"""The tiny models load like the real ones; with full training the tower looks at the things in a picture."""
+"""The tiny models load like the real ones; with full training the tower looks at the things in an image."""
 
 import json
 from pathlib import Path

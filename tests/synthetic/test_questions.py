@@ -1,4 +1,4 @@
-"""Questions have one right answer, the picture decides it, and no answer is a good guess."""
+"""Questions have one right answer, the image decides it, and no answer is a good guess."""
 
 import re
 from collections import Counter, defaultdict
@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 
-from meteor.synthetic.questions import QUESTION_TYPES, PairDealer, ask, ask_in_turns, ask_without_picture
+from meteor.synthetic.questions import QUESTION_TYPES, PairDealer, ask, ask_in_turns, ask_without_image
 from meteor.synthetic.scenes import Scene
 from meteor.synthetic.vocabulary import COLOURS, CORNERS, ENDS, SHAPES, SIDES, WORDS
 
@@ -96,11 +96,11 @@ def test_pairs_have_the_answer_that_their_scenes_give(scenes: list[Scene]) -> No
     assert set(forms.values()) == {10}
 
 
-def test_questions_without_a_picture_are_right() -> None:
+def test_questions_without_a_image_are_right() -> None:
     rng = make_rng()
     sums = Counter()
     for _ in range(400):
-        question = ask_without_picture(rng)
+        question = ask_without_image(rng)
         if question.text.startswith("Repeat"):
             assert question.text == f"Repeat the word {question.answer}."
         else:

@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_scenes_and_another_gives_others(scenes: li
     assert list(islice(SceneDealer(random_stream(8, "test")), 20)) != scenes[:20]
 
 
-def test_boxes_lie_inside_the_picture_and_apart(scenes: list[Scene]) -> None:
+def test_boxes_lie_inside_the_image_and_apart(scenes: list[Scene]) -> None:
     for scene in scenes:
         for thing in scene.objects:
             x0, y0, x1, y1 = thing.box
@@ -59,7 +59,7 @@ def test_a_shape_lies_wholly_in_the_place_it_is_said_to_be_in(scenes: list[Scene
             assert y0 <= thing.box[1] < thing.box[3] <= y1
 
 
-def test_places_divide_the_picture_by_its_shape() -> None:
+def test_places_divide_the_image_by_its_shape() -> None:
     assert places_of(900, 220) == ("left", "right")
     assert places_of(150, 400) == ("top", "bottom")
     assert len(places_of(320, 240)) == 4
@@ -75,7 +75,7 @@ def test_the_first_shape_and_the_second_colour_occur_once(scenes: list[Scene]) -
         assert [thing.colour for thing in scene.objects].count(second.colour) == 1
 
 
-def test_sizes_cover_panoramas_portraits_small_and_large_pictures(scenes: list[Scene]) -> None:
+def test_sizes_cover_panoramas_portraits_small_and_large_images(scenes: list[Scene]) -> None:
     ratios = [scene.width / scene.height for scene in scenes]
     areas = [scene.width * scene.height for scene in scenes]
     assert max(ratios) > 4
@@ -103,7 +103,7 @@ def test_a_caption_names_every_thing_and_its_place() -> None:
     assert Scene(90, 20, (side,), 0).caption == "a red square on the left"
 
 
-def test_a_picture_too_small_for_its_things_is_refused() -> None:
+def test_a_image_too_small_for_its_things_is_refused() -> None:
     wanted = [Wanted("text", "black", word="cat")] * 6
     with pytest.raises(SettingsError, match="6 things do not fit into 40 x 40"):
         place_all(np.random.default_rng(0), 40, 40, wanted, (0.3, 0.5))

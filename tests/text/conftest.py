@@ -13,7 +13,7 @@ from meteor.text.tokens import load_tokenizer
 
 # Lower-case letters come from the words; capitals, digits and punctuation so that only what is exotic needs bytes.
 WORDS = (
-    "a the of is what on in and to are how many dogs cats red blue table picture shows question answer user assistant "
+    "a the of is what on in and to are how many dogs cats red blue table image shows question answer user assistant "
     "human chat between curious artificial intelligence gives helpful detailed polite answers questions there USER: "
     "ASSISTANT: , . ? ! 1 2 3 4 5 6 7 8 9 0 x y z j k v w"
 )

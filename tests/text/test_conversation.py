@@ -16,15 +16,15 @@ def parse(record, num_images=0, **kwargs):
     "value",
     ["<image>\nWhat?", "What?\n<image>", "  What? <image> ", "<image>What?", "<image> What?"],
 )
-def test_the_picture_moves_to_the_front_of_its_turn_and_the_text_is_stripped(value):
+def test_the_image_moves_to_the_front_of_its_turn_and_the_text_is_stripped(value):
     assert parse(make_record(value, "A cat."), 1).turns == (Turn("human", "What?", 1), Turn("gpt", "A cat.", 0))
 
 
-def test_text_without_a_picture_keeps_its_white_space():
+def test_text_without_a_image_keeps_its_white_space():
     assert parse(make_record("  code:\n", " x ")).turns == (Turn("human", "  code:\n"), Turn("gpt", " x "))
 
 
-def test_several_pictures_are_counted_where_they_are_shown():
+def test_several_images_are_counted_where_they_are_shown():
     record = make_record("<image> and <image>?", "yes", "and <image>", "no")
     assert [turn.num_images for turn in parse(record, 3).turns] == [2, 0, 1, 0]
     assert parse(record, 3).turns[0].text == "and ?"

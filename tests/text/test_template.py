@@ -33,7 +33,7 @@ def flatten(segments, eos="</s>"):
     return prompt, answers
 
 
-def test_plain_is_the_picture_then_the_caption_and_its_end():
+def test_plain_is_the_image_then_the_caption_and_its_end():
     segments = render(make_conversation("Describe it.", "A red cat."), "plain")
     assert segments == [Image(), Text("A red cat.", ((0, 10),)), EndOfSequence()]
     assert render(make_conversation("Describe it.", "A red cat."), "plain", for_generation=True) == [Image()]
@@ -54,13 +54,13 @@ def test_vicuna_v1_is_written_as_fastchat_writes_it():
     assert answers == [" A cat.", "</s>", " No.", "</s>"]
 
 
-def test_a_picture_without_words_has_no_newline_after_it():
+def test_a_image_without_words_has_no_newline_after_it():
     assert flatten(render(make_conversation("", "A cat."), "vicuna_v1"))[0].endswith(
         "USER: <image> ASSISTANT: A cat.</s>"
     )
 
 
-def test_each_of_several_pictures_is_followed_by_a_newline():
+def test_each_of_several_images_is_followed_by_a_newline():
     prompt, _ = flatten(render(make_conversation("Same?", "Yes.", num_images=3), "vicuna_v1"))
     assert "USER: <image>\n<image>\n<image>\nSame? ASSISTANT: Yes.</s>" in prompt
 

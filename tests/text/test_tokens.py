@@ -43,7 +43,7 @@ def labelled_runs(sample):
 
 
 def llavas_way(prompt, tokenizer):
-    """LLaVA's tokenizer_image_token: the text between pictures as the tokenizer alone would read it."""
+    """LLaVA's tokenizer_image_token: the text between images as the tokenizer alone would read it."""
     chunks = [tokenizer(chunk).input_ids for chunk in prompt.split("<image>")]
     ids = [tokenizer.bos_token_id]
     for number, chunk in enumerate(chunks):
@@ -222,7 +222,7 @@ def test_a_missing_sentencepiece_is_named(tmp_path, monkeypatch):
         load_tokenizer(str(tmp_path))
 
 
-def test_text_before_a_picture_is_a_chunk_of_its_own(vicuna):
+def test_text_before_a_image_is_a_chunk_of_its_own(vicuna):
     conversation = make_conversation("is?", "the", num_images=2, system="a")
     ids = tokenise(conversation, vicuna, "vicuna_v1").input_ids
     chunks = [segment.text for segment in render(conversation, "vicuna_v1") if hasattr(segment, "text")]
@@ -234,12 +234,12 @@ def test_text_before_a_picture_is_a_chunk_of_its_own(vicuna):
 
 
 @pytest.mark.parametrize("tokenizer_name", ["vicuna", "byte_level"])
-def test_words_after_a_picture_belong_to_its_turn_and_nothing_else_does(tokenizer_name, request):
+def test_words_after_a_image_belong_to_its_turn_and_nothing_else_does(tokenizer_name, request):
     tokenizer = request.getfixturevalue(tokenizer_name)
     turns = (
         Turn("human", "what is it?", 2),
         Turn("gpt", "a cat"),
-        Turn("human", "and without a picture?"),
+        Turn("human", "and without an image?"),
         Turn("gpt", "yes"),
         Turn("human", "", 1),
         Turn("gpt", "a dog"),
@@ -249,8 +249,8 @@ def test_words_after_a_picture_belong_to_its_turn_and_nothing_else_does(tokenize
     for number, last in ((8, False), (7, True)):
         sample = tokenise(Conversation(turns[:number], None), tokenizer, "vicuna_v1", for_generation=last)
         assert len(sample.turns) == len(sample.input_ids)
-        pictures = [turn for token, turn in zip(sample.input_ids, sample.turns, strict=True) if token == IMAGE_TOKEN_ID]
-        assert pictures == [1, 1, 2, 3]
+        images = [turn for token, turn in zip(sample.input_ids, sample.turns, strict=True) if token == IMAGE_TOKEN_ID]
+        assert images == [1, 1, 2, 3]
         for turn, words in ((1, "what is it?"), (2, ""), (3, "and here?")):
             ids = [
                 token

@@ -85,7 +85,7 @@ def test_selection_sums_of_micro_steps_add_up_to_those_of_the_whole_batch(make_m
         for share in (samples, samples[:1], samples[1:3], [], samples[3:])
     )
     assert not whole.selection_sums.requires_grad
-    # Two pictures of three sub-images, two of one.
+    # Two images of three sub-images, two of one.
     assert whole.selection_sums[0] == 8
     torch.testing.assert_close(sum(part.selection_sums for part in parts), whole.selection_sums)
 

@@ -44,7 +44,7 @@ class Case:
 
 
 def make_samples(make_features: Callable, num: int = 4) -> list:
-    """Sample 2 is text alone: in its micro step one worker has no picture."""
+    """Sample 2 is text alone: in its micro step one worker has no image."""
     rows = []
     for i in range(num):
         images = [make_features(f"k{i}", sliced=i == 1, seed=i)] if i != 2 else []

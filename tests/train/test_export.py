@@ -108,7 +108,7 @@ def test_stage_one_leaves_the_projectors_masters_with_what_they_are_for(build, t
 
 
 def test_stage_two_leaves_a_directory_that_loads_as_the_trained_model(
-    build, train_a_little, encoder, processor, make_picture, tmp_path
+    build, train_a_little, encoder, processor, make_image, tmp_path
 ):
     trained = build()
     checkpoint = train_a_little(trained, "finetune")
@@ -126,8 +126,8 @@ def test_stage_two_leaves_a_directory_that_loads_as_the_trained_model(
     torch.testing.assert_close(by_itself.module.state_dict(), trained.projector.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(loaded.vision_tower.state_dict(), encoder.model.state_dict(), rtol=0, atol=0)
     assert loaded.config.cache_identity == trained.config.cache_identity
-    # It sees pictures by itself.
-    inputs = AutoProcessor.from_pretrained(folder)("what?", [make_picture(112, 56)])
+    # It sees images by itself.
+    inputs = AutoProcessor.from_pretrained(folder)("what?", [make_image(112, 56)])
     assert loaded.generate(**inputs, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 3)
 
 

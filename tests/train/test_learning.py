@@ -22,27 +22,27 @@ from meteor.train.loop import train
 from meteor.train.plan import Recipe, StepPlan
 
 GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 8, 2
-NUM_PICTURES = 4
+NUM_IMAGES = 4
 
 
 def make_table(num_samples: int) -> SampleTable:
-    """The first answer token is told by the picture, the second is one of two at random: ln 2 / 3 a token is the floor.
+    """The first answer token is told by the image, the second is one of two at random: ln 2 / 3 a token is the floor.
 
-    Every fifth sample has no picture, and then the first is always the same.
+    Every fifth sample has no image, and then the first is always the same.
     """
     chance, rows = random.Random(0), []
     for i in range(num_samples):
-        picture = None if i % 5 == 4 else chance.randrange(NUM_PICTURES)
-        answer = [29 if picture is None else 20 + picture, 30 + chance.randrange(2), 2]
-        ids = [1, *([] if picture is None else [IMAGE_TOKEN_ID]), 10, *answer]
+        image = None if i % 5 == 4 else chance.randrange(NUM_IMAGES)
+        answer = [29 if image is None else 20 + image, 30 + chance.randrange(2), 2]
+        ids = [1, *([] if image is None else [IMAGE_TOKEN_ID]), 10, *answer]
         rows.append(
             {
                 "sample_id": f"s{i}",
                 "input_ids": ids,
                 "labels": [IGNORE_INDEX] * (len(ids) - 3) + answer,
-                "image_keys": [] if picture is None else [str(picture)],
-                "num_sub_images": 0 if picture is None else 1,
-                "num_visual_tokens": 0 if picture is None else 4,
+                "image_keys": [] if image is None else [str(image)],
+                "num_sub_images": 0 if image is None else 1,
+                "num_visual_tokens": 0 if image is None else 4,
                 "num_text_tokens": 5,
                 "grouping_length": 150,
             }

@@ -1,4 +1,4 @@
-"""Batches whose pictures are read ahead: the same as one picture after the other, with many on their way at once."""
+"""Batches whose images are read ahead: the same as one image after the other, with many on their way at once."""
 
 import itertools
 import threading
@@ -16,7 +16,7 @@ MICRO_BATCHES = [[[0], [1]], [], [[5, 2], [3]], [[4]], [[1, 0]]]
 
 
 def make_table():
-    """Sample i has i % 3 pictures; some of them are those of other samples."""
+    """Sample i has i % 3 images; some of them are those of other samples."""
     rows = []
     for i in range(6):
         keys = [f"k{(i + j) % 5}" for j in range(i % 3)]
@@ -37,7 +37,7 @@ def make_table():
 
 
 class SlowSource:
-    """Pictures (their keys alone) that arrive only when so many are on their way at once."""
+    """Images (their keys alone) that arrive only when so many are on their way at once."""
 
     def __init__(self, num_together):
         self.together = threading.Barrier(num_together) if num_together > 1 else None
@@ -54,7 +54,7 @@ class SlowSource:
 
 
 def load(source, micro_batches, **options):
-    """Batches as what would be collated: (first text token, pictures) of each sample."""
+    """Batches as what would be collated: (first text token, images) of each sample."""
     settings = {"num_threads": 4, "max_bytes": 100, **options}
     return load_batches(
         micro_batches,
@@ -66,13 +66,13 @@ def load(source, micro_batches, **options):
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2, 100])
-def test_each_sample_gets_its_own_pictures_in_order(max_bytes):
+def test_each_sample_gets_its_own_images_in_order(max_bytes):
     table = make_table()
     batches = list(load(SlowSource(1), MICRO_BATCHES, max_bytes=max_bytes))
     assert batches == [[[(i, list(table.image_keys(i))) for i in row] for row in rows] for rows in MICRO_BATCHES]
 
 
-def test_pictures_of_several_batches_are_on_their_way_at_once():
+def test_images_of_several_batches_are_on_their_way_at_once():
     # Each of the four waits for the other three: one after the other, or batch by batch, none would ever arrive.
     source = SlowSource(4)
     batches = list(load(source, [[[1]], [[4]], [[2]]], num_threads=4))
@@ -95,14 +95,14 @@ def test_no_samples_at_all_make_an_empty_batch_and_read_nothing():
     assert source.asked == []
 
 
-def test_an_error_of_a_picture_comes_with_its_batch():
+def test_an_error_of_a_image_comes_with_its_batch():
     class Broken(SlowSource):
         def get(self, image_key):
             if image_key == "k4":
-                raise DataError("no such picture")
+                raise DataError("no such image")
             return image_key
 
     batches = load(Broken(1), [[[1]], [[2]], [[4]], [[0]]])
     assert len([next(batches), next(batches)]) == 2
-    with pytest.raises(DataError, match="no such picture"):
+    with pytest.raises(DataError, match="no such image"):
         next(batches)

@@ -31,22 +31,22 @@ NUM_SAMPLES = 7
 
 
 def make_table(num_samples=NUM_SAMPLES):
-    """Sample i has i % 3 + 1 answer tokens; every third has no picture."""
+    """Sample i has i % 3 + 1 answer tokens; every third has no image."""
     rows = []
     for i in range(max(num_samples, 1)):
-        pictures = [f"k{i}"] if i % 3 else []
+        images = [f"k{i}"] if i % 3 else []
         answer = [20 + i + j for j in range(i % 3)] + [2]
-        ids = [1, *[V] * len(pictures), 10 + i, *answer]
+        ids = [1, *[V] * len(images), 10 + i, *answer]
         rows.append(
             {
                 "sample_id": f"s{i}",
                 "input_ids": ids,
                 "labels": [X] * (len(ids) - len(answer)) + answer,
-                "image_keys": pictures,
-                "num_sub_images": len(pictures),
-                "num_visual_tokens": 4 * len(pictures),
-                "num_text_tokens": len(ids) - len(pictures),
-                "grouping_length": len(ids) + 144 * len(pictures),
+                "image_keys": images,
+                "num_sub_images": len(images),
+                "num_visual_tokens": 4 * len(images),
+                "num_text_tokens": len(ids) - len(images),
+                "grouping_length": len(ids) + 144 * len(images),
             }
         )
     return SampleTable(pa.Table.from_pylist(rows).slice(0, num_samples))
@@ -318,16 +318,16 @@ def test_each_step_reports_its_numbers(run):
     assert {row["num_steps"] for row in rows} == {6}
     for step, row in zip(plan.steps(), rows, strict=True):
         batch = [table.tokens(position) for position in step.positions]
-        pictures = sum(len(table.image_keys(position)) for position in step.positions)
+        images = sum(len(table.image_keys(position)) for position in step.positions)
         assert row["lr"] == learning_rate(step.index, 6, peak=1e-2, warmup_ratio=0.2)
         assert row["num_samples"] == len(step.positions)
-        assert row["num_visual_tokens"] == 4 * pictures
-        assert row["num_text_tokens"] == sum(len(sample.input_ids) for sample in batch) - pictures
+        assert row["num_visual_tokens"] == 4 * images
+        assert row["num_text_tokens"] == sum(len(sample.input_ids) for sample in batch) - images
         assert row["num_answer_tokens"] == plan.num_answer_tokens(step)
         assert row["grad_norm"] > 0
-        # Maps of 8 patches, of which 4 are kept; a step may have no picture.
-        assert ("visual_entropy" in row) == ("expert_disagreement" in row) == (pictures > 0)
-        if pictures:
+        # Maps of 8 patches, of which 4 are kept; a step may have no image.
+        assert ("visual_entropy" in row) == ("expert_disagreement" in row) == (images > 0)
+        if images:
             assert 0 < row["visual_entropy"] < math.log(8)
             assert 0 < row["native_entropy"] < math.log(8)
             assert 0 <= row["expert_disagreement"] <= 1
@@ -517,9 +517,9 @@ def test_a_failed_step_says_which_worker_had_each_sample_in_which_micro_batch(ma
 def test_an_error_while_loading_comes_out_of_the_loop(run):
     def load_batches(micro_batches):
         yield from ()
-        raise DataError("no such picture")
+        raise DataError("no such image")
 
-    with pytest.raises(DataError, match="no such picture"):
+    with pytest.raises(DataError, match="no such image"):
         run("a", load_batches=load_batches)
 
 

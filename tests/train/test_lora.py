@@ -37,7 +37,7 @@ def make_adapted(make_model):
 
 @pytest.fixture
 def batch(make_features, make_batch):
-    """A sample with a picture, and one of text alone."""
+    """A sample with an image, and one of text alone."""
     samples = []
     for i in range(2):
         images = [make_features(f"k{i}", sliced=True, seed=i)] if i == 0 else []

@@ -21,13 +21,13 @@ def make_table(num_samples=50, *, k=144):
     for i in range(max(num_samples, 1)):
         num_text, num_sub_images = chance.randint(20, 200), chance.choice([0, 1, 3, 5])
         answer = [20 + j for j in range(i % 3)] + [2]
-        pictures = [f"k{i}"] if num_sub_images else []
+        images = [f"k{i}"] if num_sub_images else []
         rows.append(
             {
                 "sample_id": f"s{i}",
-                "input_ids": [1, *[IMAGE_TOKEN_ID] * len(pictures), *answer],
-                "labels": [IGNORE_INDEX] * (1 + len(pictures)) + answer,
-                "image_keys": pictures,
+                "input_ids": [1, *[IMAGE_TOKEN_ID] * len(images), *answer],
+                "labels": [IGNORE_INDEX] * (1 + len(images)) + answer,
+                "image_keys": images,
                 "num_sub_images": num_sub_images,
                 "num_visual_tokens": k * num_sub_images,
                 "num_text_tokens": num_text,

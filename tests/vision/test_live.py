@@ -23,9 +23,9 @@ def make_key(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def test_bytes_become_the_sub_images_of_their_plan(make_picture, png):
+def test_bytes_become_the_sub_images_of_their_plan(make_image, png):
     # 112 x 56 at 56: two squares side by side, and a global view of 39.6 x 79 pixels cut to whole patches (spec, step 5).
-    sliced = slice_bytes(png(make_picture(112, 56)), "key", PIXELS)
+    sliced = slice_bytes(png(make_image(112, 56)), "key", PIXELS)
     assert (sliced.image_key, sliced.width, sliced.height, sliced.plan.grid) == ("key", 112, 56, (2, 1))
     assert [sub_image.shape for sub_image in sliced.sub_images] == [(28, 70, 3), (56, 56, 3), (56, 56, 3)]
 
@@ -33,22 +33,22 @@ def test_bytes_become_the_sub_images_of_their_plan(make_picture, png):
 @pytest.mark.parametrize(
     ("make_bytes", "reason"),
     [
-        (lambda picture, png: b"", "empty"),
-        (lambda picture, png: b"no picture", "not_an_image"),
-        (lambda picture, png: png(picture(50, 50))[:-200], "truncated"),
-        (lambda picture, png: png(picture(201, 200)), "too_many_pixels"),
-        (lambda picture, png: png(picture(90, 10)), "aspect_ratio"),
+        (lambda shown, png: b"", "empty"),
+        (lambda shown, png: b"no image", "not_an_image"),
+        (lambda shown, png: png(shown(50, 50))[:-200], "truncated"),
+        (lambda shown, png: png(shown(201, 200)), "too_many_pixels"),
+        (lambda shown, png: png(shown(90, 10)), "aspect_ratio"),
     ],
 )
-def test_bytes_that_cannot_be_used_are_refused_with_their_reason(make_picture, png, make_bytes, reason):
+def test_bytes_that_cannot_be_used_are_refused_with_their_reason(make_image, png, make_bytes, reason):
     with pytest.raises(BadImageError) as caught:
-        slice_bytes(make_bytes(make_picture, png), "key", PIXELS)
+        slice_bytes(make_bytes(make_image, png), "key", PIXELS)
     assert caught.value.reason == reason
 
 
-def test_pictures_encoded_together_equal_their_sub_images_encoded_one_by_one(encoder, make_picture, png):
+def test_images_encoded_together_equal_their_sub_images_encoded_one_by_one(encoder, make_image, png):
     sizes = [(112, 56), (56, 56), (60, 150)]
-    sliced = [slice_bytes(png(make_picture(*size, seed=i)), f"k{i}", PIXELS) for i, size in enumerate(sizes)]
+    sliced = [slice_bytes(png(make_image(*size, seed=i)), f"k{i}", PIXELS) for i, size in enumerate(sizes)]
     encoded = encode_sliced(sliced, encoder)
     assert [image.image_key for image in encoded] == ["k0", "k1", "k2"]
     assert [(image.width, image.height) for image in encoded] == sizes
@@ -62,8 +62,8 @@ def test_pictures_encoded_together_equal_their_sub_images_encoded_one_by_one(enc
             torch.testing.assert_close(image.cls[i], alone.cls)
 
 
-def test_live_features_are_those_of_the_file(encoder, make_picture, png, tmp_path):
-    data = png(make_picture(112, 56))
+def test_live_features_are_those_of_the_file(encoder, make_image, png, tmp_path):
+    data = png(make_image(112, 56))
     (tmp_path / "a.png").write_bytes(data)
     live = LiveFeatures(encoder, {make_key(data): str(tmp_path / "a.png")}, PIXELS)
     got = live.get(make_key(data))
@@ -73,8 +73,8 @@ def test_live_features_are_those_of_the_file(encoder, make_picture, png, tmp_pat
         assert torch.equal(one, other)
 
 
-def test_cached_features_equal_live_ones_within_half_precision(encoder, make_picture, png, tmp_path):
-    data = png(make_picture(112, 56))
+def test_cached_features_equal_live_ones_within_half_precision(encoder, make_image, png, tmp_path):
+    data = png(make_image(112, 56))
     key = make_key(data)
     (tmp_path / "a.png").write_bytes(data)
     live = LiveFeatures(encoder, {key: str(tmp_path / "a.png")}, PIXELS).get(key)
@@ -99,37 +99,37 @@ def test_cached_features_equal_live_ones_within_half_precision(encoder, make_pic
     assert torch.equal(cached.cls, live.cls)
 
 
-def test_a_picture_that_is_gone_or_has_changed_since_it_was_indexed_is_an_error(encoder, make_picture, png, tmp_path):
-    data, file = png(make_picture(56, 56)), tmp_path / "a.png"
+def test_a_image_that_is_gone_or_has_changed_since_it_was_indexed_is_an_error(encoder, make_image, png, tmp_path):
+    data, file = png(make_image(56, 56)), tmp_path / "a.png"
     live = LiveFeatures(encoder, {make_key(data): str(file)}, PIXELS)
     with pytest.raises(DataError, match=r"a\.png was readable when it was indexed"):
         live.get(make_key(data))
-    file.write_bytes(png(make_picture(56, 56, seed=1)))
+    file.write_bytes(png(make_image(56, 56, seed=1)))
     with pytest.raises(DataError, match=r"a\.png has changed since it was indexed"):
         live.get(make_key(data))
 
 
-def test_a_picture_that_other_settings_refuse_is_an_error(encoder, make_picture, png, tmp_path):
-    data, file = png(make_picture(90, 10)), tmp_path / "a.png"
+def test_a_image_that_other_settings_refuse_is_an_error(encoder, make_image, png, tmp_path):
+    data, file = png(make_image(90, 10)), tmp_path / "a.png"
     file.write_bytes(data)
     with pytest.raises(DataError, match="aspect ratio"):
         LiveFeatures(encoder, {make_key(data): str(file)}, PIXELS).get(make_key(data))
 
 
-def test_sliced_pictures_survive_as_one_run_of_bytes(make_picture, png):
+def test_sliced_images_survive_as_one_run_of_bytes(make_image, png):
     for size in [(112, 56), (50, 50), (60, 150)]:
-        sliced = slice_bytes(png(make_picture(*size)), "key", PIXELS)
+        sliced = slice_bytes(png(make_image(*size)), "key", PIXELS)
         again = SlicedImage.from_bytes("key", sliced.width, sliced.height, sliced.to_bytes(), PIXELS)
         assert (again.width, again.height, again.plan) == (*size, sliced.plan)
         assert all((one == other).all() for one, other in zip(again.sub_images, sliced.sub_images, strict=True))
 
 
-def test_a_picture_that_is_not_finite_is_told_apart_from_its_neighbours(encoder, make_picture, png, monkeypatch):
-    sliced = [slice_bytes(png(make_picture(112, 56, seed=i)), f"k{i}", PIXELS) for i in range(3)]
+def test_a_image_that_is_not_finite_is_told_apart_from_its_neighbours(encoder, make_image, png, monkeypatch):
+    sliced = [slice_bytes(png(make_image(112, 56, seed=i)), f"k{i}", PIXELS) for i in range(3)]
     expected, encode = encode_sliced(sliced, encoder), encoder.encode
 
     def encode_with_a_bad_one(pixels, **options):
-        pixels[4] = pixels[4] * float("nan")  # each picture has three sub-images
+        pixels[4] = pixels[4] * float("nan")  # each image has three sub-images
         return encode(pixels, **options)
 
     monkeypatch.setattr(encoder, "encode", encode_with_a_bad_one)

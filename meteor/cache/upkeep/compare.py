@@ -1,4 +1,4 @@
-"""Two caches side by side: what they were made with, which pictures they hold, and whether their numbers agree."""
+"""Two caches side by side: what they were made with, which images they hold, and whether their numbers agree."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,10 +23,10 @@ class CacheDiff:
         a, b: URI and version of each.
         identity: fields of the identities that differ, one line each, a's value first.
         codecs: name of each codec, and its calibration where it has one.
-        num_common: pictures in both.
-        only_in_a, only_in_b: pictures in one of them.
-        other_layers: pictures in both, with the attention of other layers, or of the same in another order.
-        other_numbers: pictures in both with the same layers and other bytes. None when that says nothing: identities or
+        num_common: images in both.
+        only_in_a, only_in_b: images in one of them.
+        other_layers: images in both, with the attention of other layers, or of the same in another order.
+        other_numbers: images in both with the same layers and other bytes. None when that says nothing: identities or
             codecs differ.
     """
 
@@ -42,7 +42,7 @@ class CacheDiff:
 
     @property
     def equal(self) -> bool:
-        """Whether both serve the same bytes for the same pictures."""
+        """Whether both serve the same bytes for the same images."""
         differences = self.identity or self.only_in_a or self.only_in_b or self.other_layers or self.other_numbers
         return not differences and self.codecs[0] == self.codecs[1]
 
@@ -56,7 +56,7 @@ class CacheDiff:
         lines += [f"identity: {difference}" for difference in self.identity]
         if self.codecs[0] != self.codecs[1]:
             lines.append(f"codec: {self.codecs[0]} != {self.codecs[1]}")
-        lines.append(f"{self.num_common:,} pictures in both")
+        lines.append(f"{self.num_common:,} images in both")
         lines += _line("only in a", self.only_in_a) + _line("only in b", self.only_in_b)
         lines += _line("with the attention of other layers", self.other_layers)
         lines += _line("with other numbers from the same settings, as other hardware gives", self.other_numbers or ())

@@ -59,7 +59,7 @@ class CacheListing:
         """For people, one line and what is wrong."""
         written = datetime.fromtimestamp(self.modified_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
         line = (
-            f"{self.uri}  version {self.version}, {self.num_images:,} pictures, {self.num_sub_images:,} sub-images, "
+            f"{self.uri}  version {self.version}, {self.num_images:,} images, {self.num_sub_images:,} sub-images, "
             f"{self.stored_bytes / 1e9:,.2f} GB, {self.num_quarantined:,} quarantined, {self.num_pins} pins, written {written}"
         )
         return f"{line}\n  {self.error}" if self.error else line
@@ -125,7 +125,7 @@ def _latest(uri: str, files: Iterable[str]) -> dict[str, int]:
 
 
 def _counts(uri: str, manifest: Manifest) -> tuple[int, int]:
-    """Sub-images and quarantined pictures, counted where a manifest of schema version 1 does not say."""
+    """Sub-images and quarantined images, counted where a manifest of schema version 1 does not say."""
     if manifest.num_sub_images is not None and manifest.num_quarantined is not None:
         return manifest.num_sub_images, manifest.num_quarantined
     grids = read_keys(uri, manifest)["patch_grids"]

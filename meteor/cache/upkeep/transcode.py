@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
-from meteor.cache.calibration import CALIBRATION_PICTURES, calibrate, needs_calibration, open_codec
+from meteor.cache.calibration import CALIBRATION_IMAGES, calibrate, needs_calibration, open_codec
 from meteor.cache.codec import INT8_CODEC
 from meteor.cache.folder import create_cache
 from meteor.cache.manifest import commit, latest_manifest, read_keys
@@ -25,14 +25,14 @@ def transcode(
 ) -> str:
     """Make the variant of a cache in another codec beside it, or complete it: what it holds already is left alone.
 
-    The measured errors of its rows are against the source's features. Pictures go one by one; in memory are a data file
+    The measured errors of its rows are against the source's features. Images go one by one; in memory are a data file
     and what is read ahead of it. The quarantine comes along.
 
     Args:
         source_uri: ``<root>/<key>/<codec>``; its latest version is taken.
         codec: the variant's codec; int8 is calibrated on the source if it has not been yet.
-        on_progress: called with the number of pictures done and of all pictures.
-        num_threads: pictures read at the same time.
+        on_progress: called with the number of images done and of all images.
+        num_threads: images read at the same time.
 
     Returns:
         The variant's URI, all committed.
@@ -45,14 +45,14 @@ def transcode(
     source = FeatureCache.open(source_uri)
     target_uri = _create_target(source, codec)
     if needs_calibration(target_uri):
-        calibrate(target_uri, source.prefetch(source.keys()[:CALIBRATION_PICTURES], num_threads=num_threads))
+        calibrate(target_uri, source.prefetch(source.keys()[:CALIBRATION_IMAGES], num_threads=num_threads))
     # Adopts what an interrupted run had finished.
     commit(target_uri)
     wanted, held = _layers_by_key(source), _layers_by_key(_latest(target_uri))
     missing = [key for key, layers in wanted.items() if key not in held or not layers <= held[key]]
-    pictures = source.prefetch(missing, num_threads=num_threads, max_bytes=_READ_AHEAD_BYTES)
+    images = source.prefetch(missing, num_threads=num_threads, max_bytes=_READ_AHEAD_BYTES)
     variant = _Variant(target_uri)
-    for num_done, image in enumerate(pictures, start=len(wanted) - len(missing) + 1):
+    for num_done, image in enumerate(images, start=len(wanted) - len(missing) + 1):
         variant.add(image)
         if on_progress:
             on_progress(num_done, len(wanted))

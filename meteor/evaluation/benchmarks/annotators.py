@@ -20,7 +20,7 @@ def load_textvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         found = folder.json(f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
         tokens = {one["image_id"]: one["ocr_tokens"] for one in found}
     names = [f"{record['image_id']}.jpg" for record in records]
-    place = folder.picture_folder("train_images", "test_images", pictures=names)
+    place = folder.image_folder("train_images", "test_images", embedded=names)
     questions = []
     for record, name in zip(records, names, strict=True):
         text = record["question"]
@@ -41,7 +41,7 @@ def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         known = {annotation["question_id"]: annotation for annotation in annotations}
     images = "val2014" if split == "val" else "test2015"
     names = [f"COCO_{images}_{record['image_id']:012d}.jpg" for record in records]
-    place = folder.picture_folder(images, "", pictures=names)
+    place = folder.image_folder(images, "", embedded=names)
     questions = []
     for record, name in zip(records, names, strict=True):
         annotation = known.get(record["question_id"], {})
@@ -68,9 +68,9 @@ def submit_vqav2(folder: Folder, questions: Sequence[Question], answers: Mapping
 
 
 def load_vizwiz(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``<split>.json`` or ``Annotations/<split>.json``, pictures in ``<split>/``."""
+    """``<split>.json`` or ``Annotations/<split>.json``, images in ``<split>/``."""
     records = folder.json(f"Annotations/{split}.json", f"{split}.json")
-    place = folder.picture_folder(split, "", pictures=[record["image"] for record in records])
+    place = folder.image_folder(split, "", embedded=[record["image"] for record in records])
     questions = [
         ask(
             record["image"],

@@ -6,10 +6,10 @@ from meteor.evaluation.questions import LoadedQuestions, ask
 
 
 def load_docvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``<split>_v1.0_withQT.json`` or ``<split>_v1.0.json`` of task 1; pictures in ``documents/`` or ``spdocvqa_images/``."""
+    """``<split>_v1.0_withQT.json`` or ``<split>_v1.0.json`` of task 1; images in ``documents/`` or ``spdocvqa_images/``."""
     records = folder.json(*_with_subfolders("spdocvqa_qas", f"{split}_v1.0_withQT.json", f"{split}_v1.0.json"))["data"]
     names = [record["image"].rpartition("/")[2] for record in records]
-    place = folder.picture_folder("documents", "spdocvqa_images", f"{split}/documents", pictures=names)
+    place = folder.image_folder("documents", "spdocvqa_images", f"{split}/documents", embedded=names)
     questions = [
         ask(
             str(record["questionId"]),
@@ -24,11 +24,11 @@ def load_docvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def load_infovqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``infographicsVQA_<split>_v1.0_withQT.json`` or without QT; pictures in ``infographicsvqa_images/``."""
+    """``infographicsVQA_<split>_v1.0_withQT.json`` or without QT; images in ``infographicsvqa_images/``."""
     stem = f"infographicsVQA_{split}_v1.0"
     records = folder.json(*_with_subfolders("infographicsvqa_qas", f"{stem}_withQT.json", f"{stem}.json"))["data"]
     names = [record["image_local_name"] for record in records]
-    place = folder.picture_folder("infographicsvqa_images", "images", pictures=names)
+    place = folder.image_folder("infographicsvqa_images", "images", embedded=names)
     questions = [
         ask(
             str(record["questionId"]),
@@ -43,12 +43,12 @@ def load_infovqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def load_chartqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``<split>/<split>_human.json`` and ``<split>/<split>_augmented.json``, pictures in ``<split>/png/``."""
+    """``<split>/<split>_human.json`` and ``<split>/<split>_augmented.json``, images in ``<split>/png/``."""
     questions = []
     for half in ("human", "augmented"):
         records = folder.json(*_with_subfolders("ChartQA Dataset", f"{split}/{split}_{half}.json"))
         names = [record["imgname"] for record in records]
-        place = folder.picture_folder(f"{split}/png", f"ChartQA Dataset/{split}/png", pictures=names)
+        place = folder.image_folder(f"{split}/png", f"ChartQA Dataset/{split}/png", embedded=names)
         questions += [
             ask(
                 f"{half}/{i}",
@@ -63,9 +63,9 @@ def load_chartqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def load_gqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``<split>_questions.json`` of questions1.2.zip, pictures in ``images/``."""
+    """``<split>_questions.json`` of questions1.2.zip, images in ``images/``."""
     records = folder.json(*_with_subfolders("questions1.2", f"{split}_questions.json"))
-    place = folder.picture_folder("images", pictures=[f"{record['imageId']}.jpg" for record in records.values()])
+    place = folder.image_folder("images", embedded=[f"{record['imageId']}.jpg" for record in records.values()])
     questions = [
         ask(
             question_id,
@@ -80,5 +80,5 @@ def load_gqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def _with_subfolders(subfolder: str, *names: str) -> list[str]:
-    """Unpacked beside the pictures, or in the archive's own folder."""
+    """Unpacked beside the images, or in the archive's own folder."""
     return [*names, *(f"{subfolder}/{name}" for name in names)]

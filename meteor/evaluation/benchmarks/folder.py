@@ -27,7 +27,7 @@ class Folder:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is one LLaVA file, whose pictures are under the run's image roots."""
+        """Whether it is one LLaVA file, whose images are under the run's image roots."""
         return self.uri.endswith((".json", ".jsonl"))
 
     def find(self, *names: str) -> str:
@@ -67,7 +67,7 @@ class Folder:
         try:
             table = pyarrow.csv.read_csv(
                 io.BytesIO(data),
-                # A picture in base64 is a megabyte and more; a block must hold a whole row.
+                # An image in base64 is a megabyte and more; a block must hold a whole row.
                 read_options=pyarrow.csv.ReadOptions(block_size=1 << 28),
                 parse_options=pyarrow.csv.ParseOptions(delimiter="\t", newlines_in_values=True),
                 convert_options=pyarrow.csv.ConvertOptions(
@@ -90,22 +90,22 @@ class Folder:
             raise self.missing(f"{part}-*.parquet")
         return wanted
 
-    def picture_folder(self, *folders: str, pictures: Sequence[str]) -> str:
-        """The one of several folders that holds the pictures, with its slash; "" for the benchmark's own.
+    def image_folder(self, *folders: str, embedded: Sequence[str]) -> str:
+        """The one of several folders that holds the images, with its slash; "" for the benchmark's own.
 
-        A few of the pictures are looked for: single ones that are missing are the index's business, all of them is a path.
+        A few of the images are looked for: single ones that are missing are the index's business, all of them is a path.
 
         Args:
             folders: to look in, "" for the benchmark's own.
-            pictures: names without their folder.
+            images: names without their folder.
 
         Raises:
             NotFoundError: none of them is in any of the folders.
-            DataError: there are no pictures, and so no questions.
+            DataError: there are no images, and so no questions.
         """
-        if not pictures:
+        if not embedded:
             raise DataError(f"{self._benchmark}: the files in {self.uri} hold no questions: download them again")
-        few = [pictures[i] for i in sorted({0, len(pictures) // 2, len(pictures) - 1})]
+        few = [embedded[i] for i in sorted({0, len(embedded) // 2, len(embedded) - 1})]
         prefixes = [f"{folder}/" if folder else "" for folder in folders]
         for prefix in prefixes:
             if any(storage.exists(storage.join(self.uri, f"{prefix}{name}")) for name in few):

@@ -14,13 +14,13 @@ from meteor.evaluation.questions import LoadedQuestions, Question, ask
 
 # The published file numbers the rotations of question i as i + 1,000,000, i + 2,000,000, ...
 _ROTATION = 1_000_000
-# A picture's field may hold the number of the row that has the picture.
+# An image's field may hold the number of the row that has the image.
 _LONGEST_REFERENCE = 64
 _MMMU_IMAGES = 7
 
 
 def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``mmbench_<split>_20230712.tsv`` or ``MMBench_<SPLIT>_EN[_legacy].tsv``, pictures in base64 inside.
+    """``mmbench_<split>_20230712.tsv`` or ``MMBench_<SPLIT>_EN[_legacy].tsv``, images in base64 inside.
 
     Rotations that the file brings along are used; a question without them gets its own.
     """
@@ -44,36 +44,36 @@ def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
                 ask(
                     str(index + turn * _ROTATION),
                     with_suffix(text, list_options(turned), OPTION_LETTER),
-                    [_mmbench_picture(index % _ROTATION)],
+                    [_mmbench_image(index % _ROTATION)],
                     [] if right is None else [LETTERS[(right - turn) % len(options)]],
                     type=row.get("category", ""),
                     choices=turned,
                     group=str(index % _ROTATION),
                 )
             )
-    return LoadedQuestions(questions, lambda: _mmbench_pictures(folder.table(*names)))
+    return LoadedQuestions(questions, lambda: _mmbench_images(folder.table(*names)))
 
 
-def _mmbench_picture(index: int) -> str:
-    return f"pictures/{index}.jpg"
+def _mmbench_image(index: int) -> str:
+    return f"images/{index}.jpg"
 
 
-def _mmbench_pictures(rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, bytes]]:
+def _mmbench_images(rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, bytes]]:
     encoded = {row["index"]: row["image"] for row in rows}
     for index, content in encoded.items():
         if int(index) >= _ROTATION:
             continue
         if len(content) <= _LONGEST_REFERENCE:
             if len(encoded.get(content, "")) <= _LONGEST_REFERENCE:
-                raise DataError(f"MMBench's row {index} names row {content!r} for its picture, which has none")
+                raise DataError(f"MMBench's row {index} names row {content!r} for its image, which has none")
             content = encoded[content]
-        yield _mmbench_picture(int(index)), base64.b64decode(content)
+        yield _mmbench_image(int(index)), base64.b64decode(content)
 
 
 def load_mmmu(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """Parquet files ``<Subject>/<split>-*.parquet`` as published, several pictures a question inside.
+    """Parquet files ``<Subject>/<split>-*.parquet`` as published, several images a question inside.
 
-    Pictures come before the text; "<image 1>" stays in it and says which is meant.
+    Images come before the text; "<image 1>" stays in it and says which is meant.
     """
     split = {"val": "validation"}.get(split, split)
     files = folder.parquet_files(split)
@@ -88,28 +88,28 @@ def load_mmmu(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
                 ask(
                     row["id"],
                     text if options else with_suffix(row["question"], SHORT_ANSWER),
-                    [_mmmu_picture(row, i) for i in _mmmu_numbers(row)],
+                    [_mmmu_image(row, i) for i in _mmmu_numbers(row)],
                     _listed(row["answer"]) if row["answer"] and row["answer"] != "?" else (),
                     type=subject,
                     choices=options,
                 )
             )
 
-    def pictures() -> Iterator[tuple[str, bytes]]:
+    def embedded() -> Iterator[tuple[str, bytes]]:
         for uri in files:
             for row in read_parquet(uri, ["id", *(f"image_{i}" for i in range(1, _MMMU_IMAGES + 1))]):
                 for i in _mmmu_numbers(row):
-                    yield _mmmu_picture(row, i), row[f"image_{i}"]["bytes"]
+                    yield _mmmu_image(row, i), row[f"image_{i}"]["bytes"]
 
-    return LoadedQuestions(questions, pictures)
+    return LoadedQuestions(questions, embedded)
 
 
 def _mmmu_numbers(row: Mapping[str, Any]) -> list[int]:
     return [i for i in range(1, _MMMU_IMAGES + 1) if row.get(f"image_{i}")]
 
 
-def _mmmu_picture(row: Mapping[str, Any], number: int) -> str:
-    return f"pictures/{row['id']}_{number}.png"
+def _mmmu_image(row: Mapping[str, Any], number: int) -> str:
+    return f"images/{row['id']}_{number}.png"
 
 
 def _listed(text: str) -> list[str]:
@@ -120,11 +120,11 @@ def _listed(text: str) -> list[str]:
 
 
 def load_seed(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``SEED-Bench.json``, pictures in ``SEED-Bench-image/``; the questions on pictures, not those on videos."""
+    """``SEED-Bench.json``, images in ``SEED-Bench-image/``; the questions on images, not those on videos."""
     content = folder.json("SEED-Bench.json")
     names = {number: name for name, number in content.get("question_type", {}).items()}
     records = [record for record in content["questions"] if record.get("data_type", "image") == "image"]
-    place = folder.picture_folder("SEED-Bench-image", pictures=[record["data_id"] for record in records])
+    place = folder.image_folder("SEED-Bench-image", embedded=[record["data_id"] for record in records])
     questions = []
     for record in records:
         options = [str(record[f"choice_{letter}"]) for letter in "abcd" if record.get(f"choice_{letter}") is not None]

@@ -15,12 +15,12 @@ POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 
 def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``coco_pope_<category>.json``, a record a line, pictures of COCO's val2014."""
+    """``coco_pope_<category>.json``, a record a line, images of COCO's val2014."""
     questions = []
     for category in POPE_CATEGORIES:
         name = f"coco_pope_{category}.json"
         records = list(folder.json_lines(name, f"coco/{name}", f"output/coco/{name}"))
-        place = folder.picture_folder("val2014", pictures=[record["image"] for record in records])
+        place = folder.image_folder("val2014", embedded=[record["image"] for record in records])
         questions += [
             ask(
                 # Every category counts from 1.
@@ -36,9 +36,9 @@ def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def load_mmvet(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``mm-vet.json``, pictures in ``images/``."""
+    """``mm-vet.json``, images in ``images/``."""
     records = folder.json("mm-vet.json")
-    place = folder.picture_folder("images", pictures=[record["imagename"] for record in records.values()])
+    place = folder.image_folder("images", embedded=[record["imagename"] for record in records.values()])
     questions = [
         ask(
             question_id,

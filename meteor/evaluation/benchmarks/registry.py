@@ -43,7 +43,7 @@ class Benchmark:
         max_new_tokens: longest answer.
         origin: where its files are to be had.
         column: of the paper's tables; "" for none.
-        in_folder: its pictures lie beside its questions; else under the run's image roots.
+        in_folder: its images lie beside its questions; else under the run's image roots.
         has_ocr: its prompt can have OCR tokens.
         export: (folder, questions, answers by id) -> name and content of a file for whoever scores it elsewhere.
         exported_splits: where that file is wanted; every split if not given.
@@ -183,7 +183,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("image",),
         origin="https://huggingface.co/datasets/AILab-CVC/SEED-Bench (SEED-Bench.json, SEED-Bench-image.zip)",
         column="SEED",
-        note="questions on pictures alone, not those on videos",
+        note="questions on images alone, not those on videos",
     ),
     "nlvr": Benchmark(
         "NLVR",

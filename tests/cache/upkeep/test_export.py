@@ -1,4 +1,4 @@
-"""Exported pictures: plain safetensors that need nothing of this library to be read."""
+"""Exported images: plain safetensors that need nothing of this library to be read."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from safetensors.torch import load, load_file
 
 from meteor import storage
 from meteor.cache import FeatureCache, calibrate, commit, create_cache, encode_row, write_feature_file
-from meteor.cache.upkeep import export_pictures
+from meteor.cache.upkeep import export_images
 from meteor.errors import CacheError
 
 
@@ -27,12 +27,12 @@ def make_cache(root: str, identity, images, codec: str = "float16") -> FeatureCa
 
 
 @pytest.mark.parametrize("codec", ["float16", "int8"])
-def test_a_file_holds_the_picture_and_can_be_divided_again(
+def test_a_file_holds_the_image_and_can_be_divided_again(
     make_identity, images, root: str, tmp_path: Path, codec: str
 ) -> None:
     cache = make_cache(root, make_identity(), images, codec)
     keys = [image.image_key for image in images]
-    uris = export_pictures(cache, keys, storage.join(root, "exported"))
+    uris = export_images(cache, keys, storage.join(root, "exported"))
     assert uris == [storage.join(root, "exported", f"{key}.safetensors") for key in keys]
     for uri, key in zip(uris, keys, strict=True):
         image, tensors = cache.get(key), load(storage.read_bytes(uri))
@@ -48,7 +48,7 @@ def test_a_file_holds_the_picture_and_can_be_divided_again(
 def test_metadata_says_where_the_numbers_come_from(make_identity, images, tmp_path: Path) -> None:
     cache = make_cache(str(tmp_path), make_identity(), images)
     names = {images[1].image_key: "charts/a"}
-    uris = export_pictures(cache, [image.image_key for image in images[:2]], str(tmp_path / "out"), names=names)
+    uris = export_images(cache, [image.image_key for image in images[:2]], str(tmp_path / "out"), names=names)
     assert uris[1] == str(tmp_path / "out" / "charts/a.safetensors")
     assert set(load_file(uris[1])) == {"features", "cls_attention", "cls", "patch_grids"}
     with safe_open(uris[1], framework="pt") as file:
@@ -66,13 +66,13 @@ def test_metadata_says_where_the_numbers_come_from(make_identity, images, tmp_pa
         assert file.metadata()["grid"] == ""
 
 
-def test_nothing_is_written_when_a_picture_is_unknown_or_a_name_is_taken_twice(
+def test_nothing_is_written_when_a_image_is_unknown_or_a_name_is_taken_twice(
     make_identity, images, tmp_path: Path
 ) -> None:
     cache = make_cache(str(tmp_path / "cache"), make_identity(), images)
     keys, out = [image.image_key for image in images], tmp_path / "out"
-    with pytest.raises(CacheError, match=f"1 of 4 pictures are not in version 1.*{'0' * 64}"):
-        export_pictures(cache, [*keys, "0" * 64], str(out))
+    with pytest.raises(CacheError, match=f"1 of 4 images are not in version 1.*{'0' * 64}"):
+        export_images(cache, [*keys, "0" * 64], str(out))
     with pytest.raises(CacheError, match=r"same\.safetensors"):
-        export_pictures(cache, keys, str(out), names=dict.fromkeys(keys[:2], "same"))
+        export_images(cache, keys, str(out), names=dict.fromkeys(keys[:2], "same"))
     assert not out.exists()

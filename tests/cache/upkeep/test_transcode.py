@@ -31,7 +31,7 @@ TRANSCODE = importlib.import_module("meteor.cache.upkeep.transcode")
 
 @pytest.fixture
 def make_cache(make_identity, root: str) -> Callable[..., str]:
-    """A committed cache of the images, one of its pictures in quarantine."""
+    """A committed cache of the images, one of its images in quarantine."""
 
     def make(images: list[ImageFeatures], codec: str = "float16") -> str:
         uri = create_cache(root, make_identity(), codec)
@@ -52,7 +52,7 @@ def num_files(uri: str, folder: str) -> int:
     return len(storage.list_objects(storage.join(uri, folder)))
 
 
-def test_a_variant_holds_every_picture_and_the_quarantine(make_cache, make_image, root: str) -> None:
+def test_a_variant_holds_every_image_and_the_quarantine(make_cache, make_image, root: str) -> None:
     images = [make_image(str(i), shape=i, layers=(-2, -5)) for i in range(7)]
     source = FeatureCache.open(make_cache(images))
     progress: list[tuple[int, int]] = []
@@ -75,7 +75,7 @@ def test_a_variant_holds_every_picture_and_the_quarantine(make_cache, make_image
 
 def test_int8_is_calibrated_on_the_sources_lowest_keys(make_cache, make_image, monkeypatch) -> None:
     source = FeatureCache.open(make_cache([make_image(str(i), shape=i) for i in range(5)]))
-    monkeypatch.setattr(TRANSCODE, "CALIBRATION_PICTURES", 3)
+    monkeypatch.setattr(TRANSCODE, "CALIBRATION_IMAGES", 3)
     uri = transcode(source.uri, "int8")
     lowest = [source.get(key) for key in source.keys()[:3]]
     assert storage.read_bytes(storage.join(uri, "calibration.json")) == calibration_bytes(lowest)
@@ -91,7 +91,7 @@ def test_wider_types_lose_nothing(make_cache, make_image) -> None:
 
 def test_an_interrupted_run_goes_on_where_it_was(make_cache, make_image, monkeypatch) -> None:
     source_uri = make_cache([make_image(str(i), shape=i) for i in range(9)])
-    # One or two pictures fill a file, every second file is committed.
+    # One or two images fill a file, every second file is committed.
     monkeypatch.setattr(TRANSCODE, "FILE_BYTES", 500)
     monkeypatch.setattr(TRANSCODE, "FILES_PER_COMMIT", 2)
     written: list[int] = []
@@ -133,7 +133,7 @@ def test_a_complete_variant_is_left_alone(make_cache, make_image) -> None:
     assert storage.list_objects(variant.uri) == before
 
 
-def test_new_pictures_and_new_layers_of_the_source_come_along(make_cache, make_image) -> None:
+def test_new_images_and_new_layers_of_the_source_come_along(make_cache, make_image) -> None:
     uri = make_cache([make_image("a"), make_image("b")])
     transcode(uri, "int8")
     add(uri, [make_image("a", layers=(-2, -5)), make_image("c", shape=1)])
@@ -143,7 +143,7 @@ def test_new_pictures_and_new_layers_of_the_source_come_along(make_cache, make_i
     assert num_files(variant.uri, "data") == 2
 
 
-def test_a_picture_that_the_codec_cannot_hold_is_quarantined(make_cache, make_image) -> None:
+def test_a_image_that_the_codec_cannot_hold_is_quarantined(make_cache, make_image) -> None:
     good, large = make_image("good"), make_image("large")
     large.features[0][0, 0] = 1e5
     variant = FeatureCache.open(transcode(make_cache([good, large], "float32"), "float16"))

@@ -24,11 +24,11 @@ def run(make_settings):
 
 
 @pytest.fixture
-def batch(tmp_path, make_picture, png):
-    """Four good pictures, one that is gone, one that has changed since it was indexed."""
+def batch(tmp_path, make_image, png):
+    """Four good images, one that is gone, one that has changed since it was indexed."""
     keys, uris = [], []
     for i, size in enumerate(SIZES):
-        data = png(make_picture(*size, seed=i))
+        data = png(make_image(*size, seed=i))
         (tmp_path / f"{i}.png").write_bytes(data)
         keys.append(hashlib.sha256(data).hexdigest())
         uris.append(str(tmp_path / f"{i}.png"))
@@ -40,7 +40,7 @@ def cache_uri(run):
     return create_cache(run.cache_root, cache_identity(run, load_encoder(run)), run.cache.codec)
 
 
-def test_sliced_pictures_come_back_from_their_columns_as_they_were(run, batch):
+def test_sliced_images_come_back_from_their_columns_as_they_were(run, batch):
     table = slice_batch(batch, pixel_settings(run))
     assert table["reason"].to_pylist() == ["", "", "", "", "missing", "changed"]
     images = list(unpack_sliced(table, pixel_settings(run)))
@@ -72,14 +72,14 @@ def test_the_actor_writes_what_it_says_it_wrote(run, batch, cache_uri):
             torch.testing.assert_close(one.float(), other, rtol=2**-10, atol=2**-20)
 
 
-def test_a_picture_whose_features_are_not_finite_leaves_its_neighbours_alone(run, batch, cache_uri, monkeypatch):
+def test_a_image_whose_features_are_not_finite_leaves_its_neighbours_alone(run, batch, cache_uri, monkeypatch):
     actor = Encoder(run, cache_uri)
     table, calls = slice_batch(batch, pixel_settings(run)), []
     tower = actor._device._encoder
 
     def encode(pixels, encode=tower.encode, **options):
         calls.append(len(pixels))
-        pixels[1] = pixels[1] * float("inf")  # of the second picture, whose first sub-image is the second of all
+        pixels[1] = pixels[1] * float("inf")  # of the second image, whose first sub-image is the second of all
         return encode(pixels, **options)
 
     monkeypatch.setattr(tower, "encode", encode)
@@ -150,19 +150,17 @@ def test_rates_count_from_the_first_batch_on_and_totals_from_the_start():
     clock.now = 128.0
     meter.add([outcome(), outcome(0, 0.0, "truncated")])
     meter.add([outcome(), outcome()])
-    assert meter.num_pictures == 6
+    assert meter.num_images == 6
     assert meter.counts() == {
         "sub_images_encoded": 25,
         "bytes_written": 6_000_000,
         "encoding_seconds": 28.0,
-        "pictures_per_s": 0.5,
+        "images_per_s": 0.5,
         "sub_images_per_s": 15 / 8,
         "megabytes_per_s": 0.5,
         "encoder_busy_share": round(3 / 8 / 2, 4),
     }
-    assert meter.detail() == (
-        "; now 0.5 pictures/s, 1.9 sub-images/s, encoders 19% busy, 6 MB written, 0.5 MB/s, 1 bad"
-    )
+    assert meter.detail() == ("; now 0.5 images/s, 1.9 sub-images/s, encoders 19% busy, 6 MB written, 0.5 MB/s, 1 bad")
 
 
 def test_batches_that_arrive_together_count_from_the_start():

@@ -49,10 +49,10 @@ def make_set(*names):
 
 
 def test_a_first_pass_that_ends_early_keeps_what_it_had_published(make_settings, tmp_path, monkeypatch):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(6):
-        (folder / f"{i}.png").write_bytes(b"no picture %d" % i)
+        (folder / f"{i}.png").write_bytes(b"no image %d" % i)
     settings = make_settings(data={"roots": {"": str(folder)}}, cache={"commit_every_s": 1e-9})
     sets = [make_set(*(f"{i}.png" for i in range(6)))]
 
@@ -60,26 +60,26 @@ def test_a_first_pass_that_ends_early_keeps_what_it_had_published(make_settings,
         for number, place in enumerate(places):
             if number == until:
                 raise KeyboardInterrupt
-            yield indexing.IndexRow(**indexing._read_picture(place, max_pixels=max_pixels))
+            yield indexing.IndexRow(**indexing._read_image(place, max_pixels=max_pixels))
 
-    monkeypatch.setattr(indexing, "read_pictures", lambda *given: read(*given, until=4))
+    monkeypatch.setattr(indexing, "read_images", lambda *given: read(*given, until=4))
     with pytest.raises(KeyboardInterrupt):
         indexing.update_index(settings, sets)
     assert len(DatasetIndex.latest(index_uri(settings))) == 4
-    monkeypatch.setattr(indexing, "read_pictures", read)
+    monkeypatch.setattr(indexing, "read_images", read)
     index, num_read = indexing.update_index(settings, sets)
     assert (len(index), num_read) == (6, 2)
     assert indexing.update_index(settings, sets)[1] == 0
 
 
 def test_a_file_that_samples_name_otherwise_now_is_found_under_both_names(make_settings, tmp_path, monkeypatch):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "1.png").write_bytes(b"no image")
     monkeypatch.setattr(
         indexing,
-        "read_pictures",
-        lambda places, limit: [indexing.IndexRow(**indexing._read_picture(one, max_pixels=limit)) for one in places],
+        "read_images",
+        lambda places, limit: [indexing.IndexRow(**indexing._read_image(one, max_pixels=limit)) for one in places],
     )
     indexing.update_index(make_settings(data={"roots": {"": str(folder)}}), [make_set("1.png")])
     settings = make_settings(data={"roots": {"coco/": str(folder)}})

@@ -45,12 +45,12 @@ def test_outcomes_are_counted(seen, live):
     live.quarantined(["missing", "missing"])
     live.answered(5)
     assert seen == {
-        ("meteor_pictures_encoded",): 4,
+        ("meteor_images_encoded",): 4,
         ("meteor_sub_images_encoded",): 9,
         ("meteor_feature_bytes",): 300,
         ("meteor_encoder_seconds",): 1.5,
-        ("meteor_pictures_quarantined", "not_finite"): 1,
-        ("meteor_pictures_quarantined", "missing"): 2,
+        ("meteor_images_quarantined", "not_finite"): 1,
+        ("meteor_images_quarantined", "missing"): 2,
         ("meteor_questions_answered",): 5,
     }
 

@@ -55,9 +55,9 @@ def test_lines_are_logged_while_the_block_runs(caplog):
             looked.set()
         return done
 
-    with progress("pictures read:", 10, count, detail=lambda: ", 1 bad", every_s=0.01):
+    with progress("images read:", 10, count, detail=lambda: ", 1 bad", every_s=0.01):
         assert looked.wait(10)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[0] == "pictures read: 8 of 10, 1 bad"
-    assert all(line.startswith("pictures read: 9 of 10, ") and line.endswith(" left, 1 bad") for line in lines[1:])
-    assert not [thread for thread in threading.enumerate() if thread.name == "progress of pictures read:"]
+    assert lines[0] == "images read: 8 of 10, 1 bad"
+    assert all(line.startswith("images read: 9 of 10, ") and line.endswith(" left, 1 bad") for line in lines[1:])
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress of images read:"]

@@ -1,4 +1,4 @@
-"""Looks at one picture of an annotation file: is it there, can it be read, how is it sliced?"""
+"""Looks at one image of an annotation file: is it there, can it be read, how is it sliced?"""
 
 import hashlib
 import io
@@ -23,8 +23,8 @@ _ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp"}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What was found out about a picture.
+class InspectedImage:
+    """What was found out about an image.
 
     Attributes:
         name: as the samples give it.
@@ -32,7 +32,7 @@ class Picture:
         message: what is wrong, "" if nothing.
         plan: its slices, or None if it cannot be used.
         sha256: of the file's bytes where they were all read, else "".
-        found_as: the other name under which a missing picture is there, else "".
+        found_as: the other name under which a missing image is there, else "".
     """
 
     name: str
@@ -43,22 +43,22 @@ class Picture:
     found_as: str = ""
 
 
-def inspect_picture(name: str, roots: Mapping[str, str], pixels: PixelSettings, *, full: bool) -> Picture:
-    """Look at a picture: its header alone, or with ``full`` all of it, decoded as for the encoder."""
+def inspect_image(name: str, roots: Mapping[str, str], pixels: PixelSettings, *, full: bool) -> InspectedImage:
+    """Look at an image: its header alone, or with ``full`` all of it, decoded as for the encoder."""
     try:
         uri = resolve_image(name, roots)
         size, sha256 = _read_whole(uri, pixels) if full else (_read_size(uri, pixels), "")
         if size[0] * size[1] > pixels.max_pixels:
             raise BadImageError("too_many_pixels", f"{size[0]}x{size[1]} pixels; the limit is {pixels.max_pixels}")
-        return Picture(name, "", "", pixels.plan(*size), sha256)
+        return InspectedImage(name, "", "", pixels.plan(*size), sha256)
     except ImagePathError as error:
-        return Picture(name, "outside_roots", str(error), None)
+        return InspectedImage(name, "outside_roots", str(error), None)
     except BadImageError as error:
-        return Picture(name, error.reason, str(error), None)
+        return InspectedImage(name, error.reason, str(error), None)
     except NotFoundError as error:
-        return Picture(name, "missing", str(error), None, found_as=_found_as(name, roots))
+        return InspectedImage(name, "missing", str(error), None, found_as=_found_as(name, roots))
     except StorageError as error:
-        return Picture(name, "storage", str(error), None)
+        return InspectedImage(name, "storage", str(error), None)
 
 
 def _found_as(name: str, roots: Mapping[str, str]) -> str:

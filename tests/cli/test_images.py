@@ -1,4 +1,4 @@
-"""Pictures found by key, the beginning of one, name and URI."""
+"""Images found by key, the beginning of one, name and URI."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from meteor.cache import (
     record_quarantine,
     write_feature_file,
 )
-from meteor.cli.pictures import find_pictures
+from meteor.cli.images import find_images
 from meteor.errors import CacheError
 
 ONE, TWIN, OTHER = "a" * 64, "a" * 63 + "b", "d" * 64
@@ -54,19 +54,19 @@ def cache(make_model, make_features, tmp_path):
         ("x/unreadable.jpg", "x/unreadable.jpg", "x/unreadable.jpg"),
     ],
 )
-def test_a_picture_is_found_by_whatever_names_it(cache, asked, key, name):
-    assert find_pictures(cache, [asked]) == {key: name}
+def test_a_image_is_found_by_whatever_names_it(cache, asked, key, name):
+    assert find_images(cache, [asked]) == {key: name}
 
 
 def test_what_fits_none_or_several_is_refused(cache):
     with pytest.raises(CacheError, match="'aaaaaaa' fits 2 image keys of"):
-        find_pictures(cache, ["aaaaaaa"])
+        find_images(cache, ["aaaaaaa"])
     with pytest.raises(CacheError, match="'ddddd' is no image key and no name"):
-        find_pictures(cache, ["ddddd"])
+        find_images(cache, ["ddddd"])
 
 
-def test_of_two_names_of_a_picture_the_first_counts_with_a_warning(cache, caplog):
-    assert find_pictures(cache, ["x/one.jpg", ONE, "x/one.jpg"]) == {ONE: "x/one.jpg"}
+def test_of_two_names_of_a_image_the_first_counts_with_a_warning(cache, caplog):
+    assert find_images(cache, ["x/one.jpg", ONE, "x/one.jpg"]) == {ONE: "x/one.jpg"}
     assert [record.getMessage() for record in caplog.records] == [
-        f"{ONE} is the same picture as x/one.jpg: there is one file for both"
+        f"{ONE} is the same image as x/one.jpg: there is one file for both"
     ]

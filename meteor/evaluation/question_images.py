@@ -1,6 +1,6 @@
-"""Pictures of question sets that are no files yet: inside the benchmark's own files, or to be resized first.
+"""Images of question sets that are no files yet: inside the benchmark's own files, or to be resized first.
 
-They are written once, below the caches' root, and from there on are pictures as any others: indexed, encoded, cached.
+They are written once, below the caches' root, and from there on are images as any others: indexed, encoded, cached.
 """
 
 import io
@@ -21,8 +21,8 @@ _DONE = "written.json"
 
 
 def is_written(questions: QuestionSet) -> bool:
-    """Whether the set's pictures are there, made from the files that it was read from."""
-    if not questions.has_own_pictures or questions.image_root is None:
+    """Whether the set's images are there, made from the files that it was read from."""
+    if not questions.has_own_images or questions.image_root is None:
         return True
     try:
         return storage.read_json(storage.join(questions.image_root, _DONE)) == questions.sources
@@ -30,16 +30,16 @@ def is_written(questions: QuestionSet) -> bool:
         return False
 
 
-def write_pictures(
+def write_images(
     questions: QuestionSet, roots: Mapping[str, str], *, max_pixels: int, on_written: Callable[[int], None]
 ) -> None:
     """Write them; what says that all are there comes last, so that an interrupted call is begun again.
 
-    A picture that is missing is left out, and one that cannot be decoded is written as it is: the index says why later.
+    An image that is missing is left out, and one that cannot be decoded is written as it is: the index says why later.
 
     Args:
-        questions: its `has_own_pictures` is true.
-        roots: of pictures that are resized, without the set's own.
+        questions: its `has_own_images` is true.
+        roots: of images that are resized, without the set's own.
         max_pixels: larger ones are not decoded.
         on_written: called with how many are written so far.
     """
@@ -56,7 +56,7 @@ def write_pictures(
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         for name, data in _contents(questions, roots):
             pending.append(pool.submit(_write, storage.join(root, name), data, questions.long_side, max_pixels))
-            # A few at a time: a benchmark's pictures together do not fit into memory.
+            # A few at a time: a benchmark's images together do not fit into memory.
             settle(2 * _NUM_THREADS)
         settle(0)
     storage.write_json(storage.join(root, _DONE), questions.sources)
@@ -64,9 +64,9 @@ def write_pictures(
 
 def _contents(questions: QuestionSet, roots: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
     """(name, bytes of the file as it is): inside the benchmark's files, in its folder, or under the run's roots."""
-    if questions.pictures is not None:
+    if questions.embedded is not None:
         new_names = {old: new for new, old in questions.resized.items()}
-        for name, data in questions.pictures():
+        for name, data in questions.embedded():
             yield new_names.get(name, name), data
         return
     roots = roots if questions.folder.is_file else {"": questions.uri}
@@ -82,7 +82,7 @@ def _write(uri: str, data: bytes, long_side: int | None, max_pixels: int) -> Non
 
 
 def resize(data: bytes, long_side: int, max_pixels: int) -> bytes:
-    """A picture file as PNG, its longer side ``long_side`` pixels; as it is where it cannot be decoded."""
+    """An image file as PNG, its longer side ``long_side`` pixels; as it is where it cannot be decoded."""
     try:
         image = decode_image(data, max_pixels=max_pixels)
     except BadImageError:

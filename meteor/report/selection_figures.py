@@ -1,4 +1,4 @@
-"""Pictures of a selection: which patches were kept, and the scores that decided (paper, Figure 4)."""
+"""Images of a selection: which patches were kept, and the scores that decided (paper, Figure 4)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from PIL import Image
 
 from meteor.formatting import format_count
 from meteor.image.slicing import SlicePlan
-from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Picture, new_figure, to_picture
+from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Drawing, new_figure, to_drawing
 from meteor.report.data import SelectionPanel, SubImageScores
 
 _DIMMED = 0.28
@@ -24,14 +24,14 @@ _BAR_BELOW: dict[str, Any] = {"orientation": "horizontal"}
 _FIELDS = (("visual_scores", "visual"), ("native_scores", "native"), ("combined_scores", "combined"))
 
 
-def kept_figure(panel: SelectionPanel, name: str) -> Picture:
-    """The picture with kept patches bright and the others dimmed: as the global view, and as slices with borders."""
+def kept_figure(panel: SelectionPanel, name: str) -> Drawing:
+    """The image with kept patches bright and the others dimmed: as the global view, and as slices with borders."""
     masks = [kept_mask(scores, grid) for scores, grid in zip(panel.sub_images, panel.plan.patch_grids, strict=True)]
     views = [("global view", masks[0])]
     if panel.plan.grid is not None:
         columns, rows = panel.plan.grid
         views.append((f"{columns} × {rows} slices", _montage(masks[1:], panel.plan)))
-    pixels = picture_pixels(panel.image)
+    pixels = image_pixels(panel.image)
     aspect = panel.image.width / panel.image.height
     stacked = aspect > _PANORAMA
     width = min(WIDTH_INCHES if stacked or len(views) == 1 else WIDTH_INCHES / 2, _MAX_HEIGHT_INCHES * aspect)
@@ -44,16 +44,16 @@ def kept_figure(panel: SelectionPanel, name: str) -> Picture:
         bare_axes(axes, f"{label}: {format_count(int(mask.sum()))} of {format_count(mask.size)} patches")
         if mask is not masks[0]:
             _draw_borders(axes, panel.plan)
-    return to_picture(
+    return to_drawing(
         figure,
         name=name,
-        alt=f"{panel.title}: the picture with kept patches bright and the others dimmed.",
+        alt=f"{panel.title}: the image with kept patches bright and the others dimmed.",
         caption="Bright: kept patches. Dim and grey: dropped ones. Lines: slice borders.",
         dpi=130,
     )
 
 
-def heat_figure(panel: SelectionPanel, name: str) -> Picture:
+def heat_figure(panel: SelectionPanel, name: str) -> Drawing:
     """Image, visual, native and combined scores; the global view, then the slices put together in their grid."""
     fields = [(field, label) for field, label in _FIELDS if getattr(panel.sub_images[0], field) is not None]
     views = ["global view"] if panel.plan.grid is None else ["global view", "slices"]
@@ -69,10 +69,10 @@ def heat_figure(panel: SelectionPanel, name: str) -> Picture:
         for axes, view in zip(cells[0], views, strict=True):
             axes.set_ylabel(view, fontsize=TEXT_POINTS, color=INK)
     labels = ", ".join(label for _, label in fields)
-    return to_picture(
+    return to_drawing(
         figure,
         name=name,
-        alt=f"{panel.title}: heat maps of the scores ({labels}) beside the picture.",
+        alt=f"{panel.title}: heat maps of the scores ({labels}) beside the image.",
         caption="Scores in multiples of an even share: 1 means that a patch has 1/P of its sub-image's score. "
         "One colour bar for each score; its top is the 99th percentile.",
         dpi=130,
@@ -104,7 +104,7 @@ def kept_mask(scores: SubImageScores, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _montage(maps: Sequence[np.ndarray], plan: SlicePlan) -> np.ndarray:
-    """Maps of the slices (row by row, all of one shape) put together as the slices lie in the picture."""
+    """Maps of the slices (row by row, all of one shape) put together as the slices lie in the image."""
     assert plan.grid is not None
     columns, rows = plan.grid
     return np.block([list(maps[row * columns : (row + 1) * columns]) for row in range(rows)])
@@ -117,7 +117,7 @@ def _heat_map(panel: SelectionPanel, field: str, view: str) -> np.ndarray:
     return maps[0] if view == "global view" else _montage(maps[1:], panel.plan)
 
 
-def picture_pixels(image: Image.Image) -> np.ndarray:
+def image_pixels(image: Image.Image) -> np.ndarray:
     """(h, w, 3) uint8, of a size for the page."""
     small = image.convert("RGB")
     small.thumbnail((_MAX_SIDE_PIXELS, _MAX_SIDE_PIXELS), Image.Resampling.LANCZOS)
@@ -135,7 +135,7 @@ def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _draw_images(row: Sequence[Axes], panel: SelectionPanel, titles: Sequence[str]) -> None:
-    pixels = picture_pixels(panel.image)
+    pixels = image_pixels(panel.image)
     for index, (axes, title) in enumerate(zip(row, titles, strict=True)):
         axes.imshow(pixels, extent=(0, 1, 1, 0), aspect="auto")
         bare_axes(axes, title)
@@ -159,7 +159,7 @@ def _draw_maps(row: Sequence[Axes], maps: Sequence[np.ndarray], plan: SlicePlan,
 def _draw_borders(axes: Axes, plan: SlicePlan) -> None:
     assert plan.grid is not None
     columns, rows = plan.grid
-    # White on a dark edge shows on bright and on dark pictures.
+    # White on a dark edge shows on bright and on dark images.
     edge = [patheffects.withStroke(linewidth=2.6, foreground="black")]
     for column in range(1, columns):
         axes.axvline(column / columns, color="white", linewidth=1.2, path_effects=edge)

@@ -1,4 +1,4 @@
-"""Pictures of a selection, checked pixel by pixel where it matters."""
+"""Images of a selection, checked pixel by pixel where it matters."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meteor.report.pictures import _montage, dim, heat_figure, kept_figure
+from meteor.report.selection_figures import _montage, dim, heat_figure, kept_figure
 
 
 def test_dropped_patches_are_grey_and_dark_and_kept_ones_untouched():
@@ -18,7 +18,7 @@ def test_dropped_patches_are_grey_and_dark_and_kept_ones_untouched():
     np.testing.assert_array_equal(dropped, np.full_like(dropped, 28))
 
 
-def test_patches_cover_a_picture_whose_sides_they_do_not_divide():
+def test_patches_cover_a_image_whose_sides_they_do_not_divide():
     pixels = np.full((10, 7, 3), 255, dtype=np.uint8)
     dimmed = dim(pixels, np.eye(3, dtype=bool))
     # Slow truth: pixel p of n lies in patch floor(p * 3 / n).
@@ -34,12 +34,12 @@ def test_slices_are_put_together_row_by_row(make_panel):
 
 
 @pytest.mark.parametrize("size", [(640, 480), (336, 336), (1600, 120), (400, 100), (100, 700)])
-def test_pictures_of_any_shape_are_drawn_within_the_page(make_panel, size):
+def test_images_of_any_shape_are_drawn_within_the_page(make_panel, size):
     panel = make_panel(*size)
-    for picture in (kept_figure(panel, "kept"), heat_figure(panel, "heat")):
-        assert 0 < picture.width <= 900
-        assert 0 < picture.height <= 1100
-        assert Image.open(io.BytesIO(picture.png)).format == "PNG"
+    for image in (kept_figure(panel, "kept"), heat_figure(panel, "heat")):
+        assert 0 < image.width <= 900
+        assert 0 < image.height <= 1100
+        assert Image.open(io.BytesIO(image.png)).format == "PNG"
 
 
 def test_a_selection_without_native_scores_has_one_heat_map_less(make_panel):
