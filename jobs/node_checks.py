@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from meteor import storage
-from meteor.assembly import question_sets, sample_files
+from meteor.assembly import Inputs, sample_files
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
 from meteor.data.samples import load_samples
@@ -204,7 +204,7 @@ def _mlflow(settings: RunSettings, num_nodes: int) -> str:
 def _data(settings: RunSettings) -> str:
     files = [storage.stat(file.uri) for file in sample_files(settings) if file.stage is not None]
     size = format_bytes(sum(file.size_bytes for file in files))
-    return f"{len(files)} sample files ({size}), {len(question_sets(settings))} question sets"
+    return f"{len(files)} sample files ({size}), {len(Inputs().question_sets(settings))} question sets"
 
 
 def _images(settings: RunSettings) -> str:

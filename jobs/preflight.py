@@ -13,13 +13,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.node_checks import Finding, check_node, differing, gpus, versions
 from meteor import storage
-from meteor.config import RunSettings, load_run, resolve_paths
-from meteor.errors import MeteorError
+from meteor.command_line import DIFFERS, OK, add_run, parse, read_run, run_command
+from meteor.config import RunSettings
 
 _DESCRIPTION = """Look at everything that a run needs, on every node of the cluster: storage (write, read, conditional put),
 models, data, MLflow, GPUs, versions. Nothing is trained, and nothing is left behind."""
 _EPILOG = """On a cluster: ray job submit --working-dir . -- python -m jobs.preflight --run RUN, or python -m jobs.submit
-preflight --run RUN --wait. Without one it looks at this machine. Exit status: 0 all is well, 1 something is not."""
+preflight --run RUN --wait. Without one it looks at this machine. Exit status: 0 all is well, 1 a check failed, 2 an error."""
 # Copying a model of 26 GB to a node's disk takes minutes.
 _NODE_TIMEOUT_S = 1800.0
 
@@ -27,14 +27,13 @@ _NODE_TIMEOUT_S = 1800.0
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser("python -m jobs.preflight", description=_DESCRIPTION, epilog=_EPILOG)
-    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        settings = resolve_paths(load_run(arguments.run, arguments.overrides))
-    except MeteorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    add_run(parser)
+    arguments = parse(parser, argv)
+    return run_command(lambda: check_cluster(read_run(arguments)))
+
+
+def check_cluster(settings: RunSettings) -> int:
+    """Check every node and print what was found; the exit status is 1 if a check failed."""
     address = settings.runtime.ray_address or os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False}
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
@@ -99,7 +98,7 @@ def report(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> int:
         print(f"note {line}")
     num_wrong += len(different)
     print(f"{num_wrong} of the checks failed" if num_wrong else f"{settings.name}: {len(nodes)} nodes are ready")
-    return 1 if num_wrong else 0
+    return DIFFERS if num_wrong else OK
 
 
 def wanting(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> list[str]:

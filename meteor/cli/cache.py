@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from meteor import storage
+from meteor.assembly import Inputs
+from meteor.assembly.cache_audit import audit_run
 from meteor.cache import CODEC_NAMES, FeatureCache, pins, unpin
 from meteor.cache.upkeep import (
     CacheListing,
@@ -19,12 +21,12 @@ from meteor.cache.upkeep import (
     run_gc,
     transcode,
 )
-from meteor.cli.cache_audit import audit_run
-from meteor.cli.cache_plan import plan_cache
 from meteor.cli.images import IMAGE_HELP, find_images
-from meteor.cli.options import CACHE_HELP, add_json, add_run, read_run, show_progress
+from meteor.cli.options import CACHE_HELP, add_json, show_progress
+from meteor.command_line import add_run, read_run
 from meteor.formatting import format_bytes
 from meteor.planning.cache_cost import NUM_RUNS, USD_PER_GB
+from meteor.planning.survey import estimate_cache
 
 _SECONDS_AN_HOUR = 3600
 
@@ -203,7 +205,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     settings = read_run(arguments)
-    plan = plan_cache(settings)
+    plan = estimate_cache(settings, Inputs())
     options = {"rate": arguments.rate, "usd_per_gb": arguments.usd_per_gb, "num_runs": arguments.num_runs}
     _print(arguments, plan.to_dict(**options), f"cache of run {settings.name}\n{plan.to_text(**options)}")
     return 0

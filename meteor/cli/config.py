@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from meteor.cli.options import add_run, read_run
+from meteor.command_line import add_run, read_run
 from meteor.config import RunSettings, expand_study, load_run
 from meteor.image.budget import visual_token_budget
 from meteor.projector import build_projector

@@ -1,5 +1,6 @@
 """Trained projectors as safetensors: the file that pretrain leaves, and tensors read by range out of a model's files."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,6 +35,19 @@ def read_projector_file(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tenso
         return dict(json.loads(metadata.get(_METADATA, "{}"))), weights
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{uri}: its metadata is damaged ({error}); export the projector again") from error
+
+
+def projector_digest(uri: str) -> str:
+    """sha256 over the description and the tensors of a projector file; errors as `read_projector_file`.
+
+    The file's bytes would not do: safetensors writes its metadata in random order.
+    """
+    description, weights = read_projector_file(uri)
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_model_weights(folder_uri: str, prefix: str) -> dict[str, torch.Tensor]:

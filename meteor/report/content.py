@@ -35,6 +35,7 @@ from meteor.report.tables import (
     score_table,
     stage_table,
 )
+from meteor.runs.reading import StageRecord
 from meteor.stages import TRAINING_STAGES
 
 # Pixels of a thumbnail's longer side: twice its size on the page.
@@ -141,7 +142,9 @@ def build_content(
     """Compute every table and draw every figure; arguments as in `meteor.report.page.write_report`."""
     runs, variants = variants, merge_seeds(variants)
     looks = variant_looks([variant.name for variant in variants])
-    runs_by_stage = {stage: comparable_runs(variants, stage) for stage in TRAINING_STAGES}
+    runs_by_stage: dict[str, dict[str, StageRecord]] = {
+        stage: comparable_runs(variants, stage) for stage in TRAINING_STAGES
+    }
     reported = {stage: by_name for stage, by_name in runs_by_stage.items() if by_name}
     return ReportContent(
         title=title,

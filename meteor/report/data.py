@@ -9,7 +9,7 @@ from PIL import Image
 
 from meteor.errors import DataError
 from meteor.image.slicing import SlicePlan
-from meteor.runs.reading import StageRun
+from meteor.runs.reading import StageRecord
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class VariantResult:
     """
 
     name: str
-    stages: Mapping[str, StageRun]
+    stages: Mapping[str, StageRecord]
     scores: Mapping[str, Mapping[str, Any]] | None = None
     predictions: list[dict[str, Any]] | None = None
     num_projector_parameters: int | None = None

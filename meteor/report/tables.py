@@ -18,7 +18,7 @@ from meteor.formatting import (
 from meteor.report.canvas import MANY_VARIANTS
 from meteor.report.data import VariantResult
 from meteor.report.measures import final_loss, median_rate, step_seconds, total, training_seconds
-from meteor.runs.reading import StageRun
+from meteor.runs.reading import StageRecord
 from meteor.stages import TRAINING_STAGES
 
 NOT_RUN = "not run"
@@ -311,14 +311,14 @@ def _distinct(texts: Iterable[str]) -> str:
     return " / ".join(dict.fromkeys(texts))
 
 
-def _stage_time(run: StageRun) -> str:
+def _stage_time(run: StageRecord) -> str:
     seconds = step_seconds(run)
     if not run.finished:
         return NOT_FINISHED
     return NOT_RECORDED if seconds is None else format_duration(seconds)
 
 
-def _rate_cell(run: StageRun | None, count_key: str) -> str:
+def _rate_cell(run: StageRecord | None, count_key: str) -> str:
     if run is None:
         return NOT_RUN
     rate = median_rate(run.metrics, count_key)

@@ -13,6 +13,7 @@ from ray.data import ActorPoolStrategy
 
 from meteor import storage
 from meteor.assembly import pixel_settings
+from meteor.assembly.features import open_features, uris_by_key
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, settings_digest
 from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE
@@ -20,7 +21,6 @@ from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
 from meteor.train.build import DTYPES
-from pipelines.inputs import open_features, uris_by_key
 from pipelines.ray_parts.answers import AnswerStore, prompt_digest
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging

@@ -79,7 +79,7 @@ def test_an_image_of_exactly_the_resolution_is_not_sliced() -> None:
     assert plan_slices(336, 336) == SlicePlan(None, (336, 336), None, ((24, 24),))
 
 
-def test_a_image_of_640x480_gives_two_by_two_slices_and_a_global_view() -> None:
+def test_an_image_of_640x480_gives_two_by_two_slices_and_a_global_view() -> None:
     plan = plan_slices(640, 480)
     assert plan.grid == (2, 2)
     assert plan.num_sub_images == 5

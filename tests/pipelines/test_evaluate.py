@@ -150,7 +150,7 @@ def test_a_prompt_is_what_its_answer_depends_on():
     assert len({prompt_digest(question, 17), *(prompt_digest(one, 16) for one in [question, *others])}) == 4
 
 
-def test_a_question_about_a_image_that_cannot_be_used_is_wrong_and_reported(make_evaluation, benchmarks, tmp_path):
+def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(make_evaluation, benchmarks, tmp_path):
     folder = tmp_path / "nlvr"
     (folder / "images").mkdir(parents=True)
     for path in (benchmarks / "nlvr").rglob("*.*"):

@@ -96,7 +96,7 @@ def test_pairs_have_the_answer_that_their_scenes_give(scenes: list[Scene]) -> No
     assert set(forms.values()) == {10}
 
 
-def test_questions_without_a_image_are_right() -> None:
+def test_questions_without_an_image_are_right() -> None:
     rng = make_rng()
     sums = Counter()
     for _ in range(400):

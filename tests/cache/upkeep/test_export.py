@@ -66,7 +66,7 @@ def test_metadata_says_where_the_numbers_come_from(make_identity, images, tmp_pa
         assert file.metadata()["grid"] == ""
 
 
-def test_nothing_is_written_when_a_image_is_unknown_or_a_name_is_taken_twice(
+def test_nothing_is_written_when_an_image_is_unknown_or_a_name_is_taken_twice(
     make_identity, images, tmp_path: Path
 ) -> None:
     cache = make_cache(str(tmp_path / "cache"), make_identity(), images)
