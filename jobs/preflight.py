@@ -15,6 +15,7 @@ from jobs.node_checks import Finding, check_node, differing, gpus, versions
 from meteor import storage
 from meteor.command_line import DIFFERS, OK, add_run, parse, read_run, run_command
 from meteor.config import RunSettings
+from meteor.planning.workers import answering_request, describe_nodes, encoding_request, training_request
 
 _DESCRIPTION = """Look at everything that a run needs, on every node of the cluster: storage (write, read, conditional put),
 models, data, MLflow, GPUs, versions. Nothing is trained, and nothing is left behind."""
@@ -102,17 +103,14 @@ def report(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> int:
 
 
 def wanting(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> list[str]:
-    """What the run's workers ask for beyond what the cluster has now: an autoscaler may still bring it."""
-    runtime = settings.runtime
-    asked = {
-        "CPU": max(runtime.num_workers * runtime.cpus_per_worker, runtime.num_encoders * runtime.cpus_per_encoder),
-        "GPU": max(runtime.num_workers * runtime.gpus_per_worker, runtime.num_encoders * runtime.gpus_per_encoder),
-    }
-    has = {kind: sum(node["resources"].get(kind, 0) for node in nodes.values()) for kind in asked}
+    """Workers that the run asks for and the cluster has no room for now; an autoscaler may still bring nodes."""
+    there = [node["resources"] for node in nodes.values()]
+    requests = [make(settings.runtime) for make in (encoding_request, training_request, answering_request)]
     return [
-        f"the run asks for {number:g} {kind}s, the cluster has {has[kind]:g} now: without an autoscaler it would wait for ever"
-        for kind, number in asked.items()
-        if number > has[kind]
+        f"{request.to_text()} are asked for, and the cluster has {describe_nodes(there)}, room for {request.room(there)} now: "
+        f"stages wait for nodes for {settings.runtime.wait_for_nodes_minutes:g} minutes"
+        for request in requests
+        if request.room(there) < request.num
     ]
 
 

@@ -41,8 +41,9 @@ def compared_runs(settings: RunSettings) -> list[RunSettings]:
     return [settings, *(resolve_paths(load_run(path)) for path in settings.report.compare)]
 
 
-def plan(settings: RunSettings, inputs: Inputs) -> str:
+def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
     """The plan of all stages of all runs."""
+    inputs = inputs or Inputs()
     return plan_study(settings, compared_runs(settings), inputs).to_text()
 
 

@@ -154,8 +154,9 @@ def _codec_error(cache: FeatureCache) -> dict[str, float]:
     return {name: measured[name] for name in _CODEC_ERRORS if measured[name] is not None}
 
 
-def plan(settings: RunSettings, inputs: Inputs) -> str:
+def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
     """Say what `run` would do, from the index and from headers of images that it does not have."""
+    inputs = inputs or Inputs()
     lines = [
         f"  {file.name}: {len(file.samples):,} samples, {len(file.image_names):,} images, {len(file.problems)} unusable"
         for file in inputs.all_sets(settings)

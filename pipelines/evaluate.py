@@ -97,7 +97,9 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
         return folder.finish(Summary("evaluate", counts, elapsed, results))
 
 
-def plan(settings: RunSettings, inputs: Inputs) -> str:
+def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+    """Say which questions would be asked of which model."""
+    inputs = inputs or Inputs()
     model_uri, _ = find_model(settings, inputs)
     lines = ["evaluate: plan", f"  model      {model_uri}"]
     for one in load_question_sets(settings, inputs):

@@ -88,8 +88,9 @@ def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
     tracker.finish(run_id, failed=failed)
 
 
-def plan(settings: RunSettings, inputs: Inputs) -> str:
+def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
     """Say which stages of which runs the report would show."""
+    inputs = inputs or Inputs()
     variants = _collect_all(settings, inputs)
     lines = ["report: plan"]
     for variant in variants:

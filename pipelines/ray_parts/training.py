@@ -23,6 +23,7 @@ from meteor.data.table import TablePlan
 from meteor.errors import TrainingError
 from meteor.planning.stage_memory import check_memory
 from meteor.planning.steps import num_steps
+from meteor.planning.workers import training_request
 from meteor.runs.folder import Summary
 from meteor.runs.metrics import read_last
 from meteor.runs.mlflow_log import StageLog
@@ -31,6 +32,7 @@ from meteor.runs.reading import read_stage
 from meteor.stages import TrainingStage
 from meteor.text.tokens import load_tokenizer, visual_separators
 from pipelines.command import timed
+from pipelines.ray_parts.resources import wait_for_room
 from pipelines.ray_parts.runtime import progress, worker_environment
 from pipelines.ray_parts.tracked import reuse, tracked
 from pipelines.ray_parts.worker import WorkerTask, train_worker
@@ -136,7 +138,10 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
         epochs = settings.training(task.stage).epochs
         return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
 
-    with progress(f"[{settings.name}] {task.stage}: step", num_steps, steps_done, detail=detail):
+    label, workers = f"[{settings.name}] {task.stage}", training_request(runtime)
+    wait_for_room(workers, runtime)
+    starting = f"{label}: starting {workers.to_text()}"
+    with progress(f"{label}: step", num_steps, steps_done, detail=detail, starting=starting):
         try:
             trainer.fit()
         # The second where the controller itself has gone.

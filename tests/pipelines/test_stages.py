@@ -7,10 +7,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pipelines.preparation import prepare
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from meteor.assembly import Inputs
+from meteor.assembly.training_stage import prepare
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingError
 from meteor.evaluation.answer import Answerer
@@ -159,7 +160,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_ou
     cache_features.run(settings)
     with pytest.raises(TrainingError, match=r"failures/step_\d+\.json"):
         pretrain.run(settings)
-    run = prepare(settings, "pretrain").run
+    run = prepare(settings, "pretrain", Inputs()).folder
     (file,) = Path(run.uri, "failures").iterdir()
     failure = json.loads(file.read_text())
     table = pq.read_table(f"{run.uri}/samples.parquet").to_pylist()
