@@ -1,19 +1,23 @@
 """The plan of a run, or of all runs of a study: what is finished, what is shared, and what the rest takes."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
 
 from meteor.assembly import Inputs, make_lora
 from meteor.config import RunSettings
 from meteor.planning.cache_cost import CacheCost
 from meteor.planning.rates import Rate, RateOptions, Rates
-from meteor.planning.sizes import find_model_sizes
 from meteor.planning.study_plan import CacheRow, StageWork, StudyPlan
 from meteor.planning.survey import estimate_cache
+from meteor.projector import build_projector
 from meteor.runs.tasks import Task, make_tasks
 from meteor.stages import STAGES, TRAINING_STAGES, TrainingStage
 from meteor.train.build import DTYPES, read_llm_config
-from meteor.train.lora import add_lora
+from meteor.train.lora import Lora, add_lora
 from meteor.vision.checkpoint import read_vision_config
 
 # Master weight and two moments in float32.
@@ -124,23 +128,28 @@ def _stage_bytes(task: Task) -> int:
 
 
 def _count_parameters(settings: RunSettings, stage: TrainingStage) -> tuple[int, int]:
-    """Trained and frozen parameters of a stage."""
-    lora = make_lora(settings.training(stage))
+    """Trained and frozen parameters of a stage: the projector trains in both stages, the language model in stage 2."""
+    llm, vision = read_llm_config(settings.llm.path), read_vision_config(settings.vision.path)
+    widths = {"vision_width": vision.hidden_size, "llm_width": llm.hidden_size}
+    with torch.device("meta"):
+        projector = build_projector(settings.projector.name, **widths, **settings.projector.settings)
+    num_projector = sum(parameter.numel() for parameter in projector.parameters())
+    trained, frozen = _count_llm(settings.llm.path, stage, make_lora(settings.training(stage)))
+    return num_projector + trained, frozen
 
-    def adapt(language_model: Any) -> None:
-        if lora is not None:
-            add_lora(language_model, lora)
 
-    sizes = find_model_sizes(
-        read_llm_config(settings.llm.path),
-        read_vision_config(settings.vision.path),
-        {"name": settings.projector.name, **settings.projector.settings},
-        stage,
-        dtype=DTYPES[settings.llm.dtype],
-        live=False,
-        adapt=adapt,
-    )
-    return sizes.trained, sizes.frozen
+@functools.lru_cache(maxsize=32)
+def _count_llm(path: str, stage: TrainingStage, lora: Lora | None) -> tuple[int, int]:
+    """Trained and frozen parameters of a stage's language model, counted on the meta device."""
+    with torch.device("meta"):
+        language_model: Any = AutoModelForCausalLM.from_config(read_llm_config(path))
+    language_model.requires_grad_(stage == "finetune")
+    if lora is not None:
+        add_lora(language_model, lora)
+    counts = {True: 0, False: 0}
+    for parameter in language_model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return counts[True], counts[False]
 
 
 def _states(runs: Sequence[RunSettings], tasks: Mapping[str, Task], finished: set[str]) -> dict[str, dict[str, str]]:

@@ -71,7 +71,7 @@ class WorkerTask:
 
     @property
     def result_uri(self) -> str:
-        """TrainingStage 1 leaves a projector file, stage 2 a model directory."""
+        """Stage 1 leaves a projector file, stage 2 a model directory."""
         model = storage.join(self.run_uri, "model")
         return storage.join(model, "projector.safetensors") if self.stage == "pretrain" else model
 
