@@ -10,6 +10,8 @@ from meteor.command_line import parse
 from pipelines import ablate
 from pipelines.command import stage_main, stage_parser
 
+# Ray Data deprecates a default of its own.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MAINS = {
     "meteor config": lambda *words: meteor.cli.main.main(["config", "show", *words]),
     "meteor plan": lambda *words: meteor.cli.main.main(["plan", *words]),
