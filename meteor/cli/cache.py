@@ -12,7 +12,6 @@ from meteor.cache import CODEC_NAMES, FeatureCache, pins, unpin
 from meteor.cache.upkeep import (
     CacheListing,
     diff_caches,
-    export_images,
     list_caches,
     plan_gc,
     repair,
@@ -21,7 +20,6 @@ from meteor.cache.upkeep import (
 )
 from meteor.cli.cache_audit import audit_run
 from meteor.cli.cache_plan import plan_cache
-from meteor.cli.images import IMAGE_HELP, find_images
 from meteor.cli.options import CACHE_HELP, add_json, add_run, read_run, show_progress
 from meteor.formatting import format_bytes
 from meteor.planning.cache_cost import NUM_RUNS, USD_PER_GB
@@ -56,9 +54,6 @@ def add_commands(commands: Any) -> None:
     )
     convert = add("transcode", _transcode, "make another codec's variant from a cache, without the encoder", "cache")
     convert.add_argument("--codec", required=True, choices=CODEC_NAMES)
-    export = add("export", _export, "write images as plain .safetensors files", "cache")
-    export.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGE_HELP)
-    export.add_argument("--out", required=True, metavar="FOLDER", help="folder or s3:// URI")
     plan = add("plan", _plan, "images, bytes, encoder time, storage cost, and what the cache saves")
     add_run(plan)
     plan.add_argument("--rate", type=float, metavar="N", help="sub-images a second of all GPUs together")
@@ -190,14 +185,6 @@ def _transcode(arguments: argparse.Namespace) -> int:
     cache = FeatureCache.open(uri)
     content = {"uri": uri, "images": len(cache), "payload_bytes": cache.num_bytes, "codec_error": cache.codec_error()}
     _print(arguments, content, _lines(content))
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    cache = FeatureCache.open(arguments.cache)
-    named = find_images(cache, arguments.images)
-    files = export_images(cache, list(named), arguments.out, names=named)
-    _print(arguments, files, "\n".join(files))
     return 0
 
 

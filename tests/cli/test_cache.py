@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
 
 from meteor.assembly import cache_identity, index_uri, load_encoder, pixel_settings
 from meteor.cache import (
@@ -188,23 +186,6 @@ def test_transcode_makes_another_codec_beside(call, cache):
     assert content["images"] == 2
     assert content["payload_bytes"] < FeatureCache.open(cache).num_bytes
     assert 0 < content["codec_error"]["max_relative_error"] < 0.05
-
-
-def test_export_writes_files_that_safetensors_reads(call, cache, tmp_path):
-    code, shown, _ = call("cache", "export", cache, "aaaaaa", "--out", tmp_path / "plain")
-    assert code == 0
-    tensors = safetensors.torch.load_file(shown.strip())
-    stored = FeatureCache.open(cache).get(HELD)
-    assert torch.equal(tensors["features"], torch.cat(stored.features))
-    code, _, errors = call("cache", "export", cache, "nothing", "--out", tmp_path / "plain")
-    assert code == 2
-    assert "'nothing' is no image key" in errors
-
-
-def test_export_takes_names_of_the_dataset_index(call, cache, root, tmp_path):
-    DatasetIndex.publish(str(root / "index"), [IndexRow("x/b.jpg", "/in/x/b.jpg", 1, "e", OTHER, 100, 80, "ok")])
-    shown = call("cache", "export", cache, "x/b.jpg", "--out", tmp_path / "plain")[1]
-    assert shown.strip() == str(tmp_path / "plain/x/b.jpg.safetensors")
 
 
 @pytest.fixture
