@@ -3,14 +3,11 @@
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from datetime import datetime
 from typing import Any
 
 from meteor import storage
 from meteor.cache import CODEC_NAMES, FeatureCache, pins, unpin
 from meteor.cache.upkeep import (
-    CacheListing,
     diff_caches,
     list_caches,
     plan_gc,
@@ -21,7 +18,6 @@ from meteor.cache.upkeep import (
 from meteor.cli.cache_audit import audit_run
 from meteor.cli.cache_plan import plan_cache
 from meteor.cli.options import CACHE_HELP, add_json, add_run, read_run, show_progress
-from meteor.formatting import format_bytes
 from meteor.planning.cache_cost import NUM_RUNS, USD_PER_GB
 
 _SECONDS_AN_HOUR = 3600
@@ -109,16 +105,9 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _ls(arguments: argparse.Namespace) -> int:
     listings = list_caches(storage.absolute(arguments.root))
-    text = "\n".join(map(_listing_text, listings)) or f"no caches below {arguments.root}"
-    _print(arguments, [asdict(one) for one in listings], text)
+    text = "\n".join(one.to_text() for one in listings) or f"no caches below {arguments.root}"
+    _print(arguments, [one.to_dict() for one in listings], text)
     return 0
-
-
-def _listing_text(one: CacheListing) -> str:
-    held = f"{one.num_images:,} images, {one.num_sub_images:,} sub-images, {format_bytes(one.payload_bytes)}"
-    state = f"version {one.version}, {held}, {one.num_quarantined} quarantined, {one.num_pins} runs"
-    changed = datetime.fromtimestamp(one.modified_s).astimezone().strftime("%Y-%m-%d %H:%M")
-    return f"{one.uri}\n  {state}, changed {changed}" + (f"\n  DAMAGED: {one.error}" if one.error else "")
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -151,7 +140,7 @@ def _quarantine(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.repair:  # before anything is opened: the key index itself may be damaged
         done = repair(arguments.cache, on_progress=show_progress("files"))
-        _print(arguments, asdict(done), done.to_text())
+        _print(arguments, done.to_dict(), done.to_text())
         return 0
     cache = FeatureCache.open(arguments.cache)
     problems = cache.verify(on_progress=show_progress("files"))
@@ -163,7 +152,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     found = diff_caches(FeatureCache.open(arguments.cache), FeatureCache.open(arguments.other))
-    _print(arguments, asdict(found), found.to_text())
+    _print(arguments, found.to_dict(), found.to_text())
     return 0 if found.equal else 1
 
 
@@ -173,10 +162,10 @@ def _gc(arguments: argparse.Namespace) -> int:
         unpin(uri, run)
     plan = plan_gc(uri, older_than_s=arguments.older_than * _SECONDS_AN_HOUR)
     if not arguments.delete:
-        _print(arguments, asdict(plan), f"{plan.to_text()}\nnothing was changed; --delete does it")
+        _print(arguments, plan.to_dict(), f"{plan.to_text()}\nnothing was changed; --delete does it")
         return 0
     report = run_gc(plan, on_progress=show_progress("files"))
-    _print(arguments, {"plan": asdict(plan), "done": asdict(report)}, f"{plan.to_text()}\n{report.to_text()}")
+    _print(arguments, {"plan": plan.to_dict(), "done": report.to_dict()}, f"{plan.to_text()}\n{report.to_text()}")
     return 0
 
 
