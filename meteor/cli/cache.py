@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from meteor import storage
@@ -18,6 +18,7 @@ from meteor.cache.upkeep import (
 from meteor.cli.cache_audit import audit_run
 from meteor.cli.cache_plan import plan_cache
 from meteor.cli.options import CACHE_HELP, add_json, add_run, read_run, show_progress
+from meteor.formatting import flatten
 from meteor.planning.cache_cost import NUM_RUNS, USD_PER_GB
 
 _SECONDS_AN_HOUR = 3600
@@ -86,21 +87,14 @@ def _print(arguments: argparse.Namespace, content: Any, text: str) -> None:
 
 
 def _lines(content: Mapping[str, Any]) -> str:
-    """Aligned lines, what is nested by dotted names."""
-    rows = list(_flat(content))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    """Aligned lines, nested values by dotted name."""
+    flat = flatten(content)
+    width = max(map(len, flat))
+    return "\n".join(f"{name:<{width}}  {_value(value)}" for name, value in flat.items())
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        for i, item in enumerate(value):
-            yield from _flat(item, f"{name}.{i}")
-    else:
-        yield name, format(value, ".6g" if abs(value) < 1e6 else ".0f") if isinstance(value, float) else str(value)
+def _value(value: Any) -> str:
+    return format(value, ".6g" if abs(value) < 1e6 else ".0f") if isinstance(value, float) else str(value)
 
 
 def _ls(arguments: argparse.Namespace) -> int:
@@ -112,7 +106,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     cache = FeatureCache.open(arguments.cache)
-    content = {
+    content: dict[str, Any] = {
         "uri": cache.uri,
         "version": cache.version,
         "codec": cache.codec,
@@ -126,7 +120,7 @@ def _show(arguments: argparse.Namespace) -> int:
         "key": cache.identity.key,
         "identity": cache.identity.to_dict(),
     }
-    _print(arguments, content, _lines(content))
+    _print(arguments, content, _lines(content | {"runs": dict(enumerate(content["runs"]))}))
     return 0
 
 
