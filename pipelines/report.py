@@ -94,7 +94,7 @@ def cache_facts(settings: RunSettings) -> dict[str, Any] | None:
     summary = storage.read_json(storage.join(found, "summary.json"))
     counts, extra = summary["counts"], summary["extra"]
     return {
-        "num_images": counts["images"],
+        "num_images_named_by_the_samples": counts["images"],
         "num_distinct_images": counts["distinct_images"],
         "num_sub_images_in_cache": counts["sub_images_cached"],
         "payload_bytes": counts["payload_bytes"],

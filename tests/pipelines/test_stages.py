@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingError
 from meteor.evaluation.answer import Answerer
+from meteor.report.tables import NOT_RECORDED, cache_table
 from meteor.runs.mlflow_log import tracking_uri
 from meteor.runs.reading import read_stage_run
 from meteor.tracking import Tracker
@@ -46,6 +47,10 @@ def test_all_stages_run_once_and_then_find_their_work(make_settings):
     written = report.run(settings)
     page = Path(written.results["html"]).read_text()
     assert "data:image/png;base64" in page
+    # Every number that the tables ask for is one that stages leave.
+    assert NOT_RECORDED not in page
+    facts = dict(cache_table(report.cache_facts(settings)).rows)
+    assert (facts["distinct images"], facts["codec"]) == (str(first[0].counts["distinct_images"]), "float16")
 
     tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
     runs = tracker._client.search_runs([tracker.experiment_id])
