@@ -12,16 +12,11 @@ from meteor import storage
 from meteor.assembly import Inputs, index_uri, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, load_run, resolve_paths
-from meteor.data.samples import Sample
 from meteor.errors import SettingsError, TrackingError
-from meteor.evaluation.answer import Answerer
-from meteor.evaluation.importance import importance_maps
-from meteor.evaluation.questions import Question
 from meteor.evaluation.selection import SelectedPatches, select_patches
 from meteor.image.decode import decode_image
 from meteor.model.trained_projector import load_trained_projector
 from meteor.report import (
-    ImportancePanel,
     SelectionPanel,
     SubImageScores,
     VariantResult,
@@ -31,13 +26,10 @@ from meteor.report import (
 from meteor.report.seeds import merge_seeds
 from meteor.runs.folder import Summary
 from meteor.runs.mlflow_log import make_tracker, parent_run, study_run
-from meteor.text.conversation import Turn
-from meteor.train.build import DTYPES
 from pipelines.command import stage_main, timed
 from pipelines.studies.results import collect, find_folder, find_records, read_record, study_tables, unequal_samples
 
 _LOG = logging.getLogger(__name__)
-_NUM_IMPORTANCE = 2
 _DESCRIPTION = """Lay settings, loss curves, scores, throughput and figures of this run, and of those in report.compare, side by
 side in report.md and report.html. What has not run is said to be missing."""
 
@@ -61,7 +53,6 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
             notes=unequal_samples(variants),
             thumbnails=_thumbnails(settings, shown),
             tables=study_tables(settings),
-            importance=[panel for variant in shown for panel in draw_importance(settings, variant)],
         )
         try:
             _log(settings, uri, failed=any(not one.finished for run in variants for one in run.stages.values()))
@@ -107,7 +98,7 @@ def cache_facts(settings: RunSettings, inputs: Inputs) -> dict[str, Any] | None:
         return None
     counts, extra = summary.counts, summary.extra
     return {
-        "num_images": counts["images"],
+        "num_images_named_by_the_samples": counts["images"],
         "num_distinct_images": counts["distinct_images"],
         "num_sub_images_in_cache": counts["sub_images_cached"],
         "payload_bytes": counts["payload_bytes"],
@@ -145,26 +136,6 @@ def draw_panels(settings: RunSettings, variant: VariantResult) -> list[Selection
                 variant=variant.name,
             )
         )
-    return panels
-
-
-def draw_importance(settings: RunSettings, variant: VariantResult) -> list[ImportancePanel]:
-    """What questions look at, layer by layer, where a text-guided sampler decides by it."""
-    finetuned = variant.stages.get("finetune")
-    if not variant.predictions or finetuned is None or not finetuned.settings["finetune"].get("text_sampler"):
-        return []
-    evaluated = variant.stages["evaluate"].recorded
-    answerer = Answerer(evaluated["parent"]["uri"], device="cpu", dtype=DTYPES[settings.llm.dtype])
-    cache = FeatureCache.open(evaluated["cache"])
-    panels = []
-    for row in _pick(settings, variant.predictions, cache)[:_NUM_IMPORTANCE]:
-        sample = Sample(row["id"], (row["image"],), (Turn("human", row["question"], 1),))
-        question = Question(row["id"], sample, image_keys=(row["image_key"],))
-        maps = importance_maps(answerer, question, cache)
-        if maps is not None:
-            image, layer = _open(row["uri"], settings), answerer.model.text_sampler.layer
-            content = (image, maps.grid, maps.patches, maps.scores, layer)
-            panels.append(ImportancePanel(variant.name, row["image"], row["question"], *content))
     return panels
 
 

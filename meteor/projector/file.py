@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from meteor import storage
+from meteor.checkpoint.header import read_header
 from meteor.errors import CheckpointError
 from meteor.projector.output import Projector
 
 _METADATA = "meteor"
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _NUM_SHOWN = 3
 
 
@@ -80,7 +81,7 @@ def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, 
         CheckpointError: it is no safetensors file.
     """
     try:
-        base, header = _read_header(uri)
+        base, header = read_header(uri)
         metadata = header.pop("__metadata__", {})
         wanted = sorted((entry["data_offsets"], name) for name, entry in header.items() if name.startswith(prefix))
         chosen, parts, end = {}, [], 0
@@ -98,12 +99,18 @@ def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, 
         ) from error
 
 
-def _read_header(uri: str) -> tuple[int, dict[str, Any]]:
-    """First byte of the tensors, and the header."""
-    size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
-    if size > _MAX_HEADER_BYTES:
-        raise ValueError(f"its header would have {size} bytes")
-    return 8 + size, json.loads(storage.read_range(uri, 8, size))
+def count_parameters(uri: str) -> int:
+    """Numbers in all tensors of a safetensors file, of which the header alone is read.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: it is no safetensors file.
+    """
+    try:
+        tensors = {name: entry for name, entry in read_header(uri)[1].items() if name != "__metadata__"}
+        return sum(math.prod(entry["shape"]) for entry in tensors.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{uri} is no safetensors file ({error}); run the stage that wrote it again") from error
 
 
 def load_weights(projector: Projector, weights: Mapping[str, torch.Tensor], uri: str) -> None:

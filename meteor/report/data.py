@@ -102,26 +102,3 @@ class SelectionPanel:
                 f"panel {self.title!r}: scores have shapes {shapes}, the slice plan's patch grids ask for {expected}; "
                 "give one score vector for each sub-image, the global view first"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class ImportancePanel:
-    """How much a question's words look at each patch of an image's global view, layer by layer.
-
-    Attributes:
-        title: the image's name.
-        image: RGB.
-        grid: (Hu, Wu) of the global view.
-        patches: (K,) those with a token.
-        scores: (layers, K).
-        layer: the one that decides what is dropped, from 0.
-    """
-
-    variant: str
-    title: str
-    question: str
-    image: Image.Image
-    grid: tuple[int, int]
-    patches: np.ndarray
-    scores: np.ndarray
-    layer: int

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meteor.formatting import format_count, format_value, humanise
+from meteor.formatting import flatten, format_count, format_value, humanise
 from meteor.report.data import VariantResult
-from meteor.report.tables import Table, flatten
+from meteor.report.tables import Table
 from meteor.runs.reading import StageRecord
 from meteor.stages import STAGES
 
@@ -101,7 +101,7 @@ def _runs(variants: Sequence[VariantResult]) -> dict[str, StageRecord]:
 def _facts(run: StageRecord) -> dict[str, str]:
     recorded = {key: value for key, value in run.recorded.items() if key not in ("versions", "variant", "name")}
     facts = flatten({"uri": run.uri, **recorded})
-    return {key: format_value(value) for key, value in facts.items() if value is not None}
+    return {key: format_value(value) for key, value in facts.items() if value not in (None, {})}
 
 
 def _versions(runs: Sequence[StageRecord]) -> Table:

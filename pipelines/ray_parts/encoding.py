@@ -1,6 +1,5 @@
 """Second pass of cache_features: slice on CPUs, encode and write in actors, as a stream; published while it runs."""
 
-import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,6 @@ from pipelines.ray_parts.meter import EncodingMeter
 from pipelines.ray_parts.resources import wait_for_room
 from pipelines.ray_parts.runtime import progress, worker_environment
 
-_LOG = logging.getLogger(__name__)
 # Batches are repeated when their actor dies, which Ray would do for ever with one that kills it each time. When a whole node
 # goes, Ray tries after 0.1 s, then twice as long each time up to 5 s, and knows only after some 20 s that the node is gone: 15
 # tries cover about a minute.

@@ -1,6 +1,5 @@
 """What runs left behind, for the report: read from their folders, which MLflow names for the variants of a study."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,13 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from meteor import storage
 from meteor.assembly import Inputs
 from meteor.assembly.study import study_uri
 from meteor.config import RunSettings, expand_study
 from meteor.errors import MeteorError, NotFoundError, SettingsError, TrackingError
+from meteor.projector.file import count_parameters
 from meteor.report import StudyTable, VariantResult
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import identify, stages_of
@@ -183,10 +182,7 @@ def _num_projector_parameters(stages: Mapping[str, StageRecord]) -> int | None:
     summary = stages["pretrain"].summary if "pretrain" in stages else None
     if not summary:
         return None
-    uri = summary["results"]["projector"]
-    size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
-    header = json.loads(storage.read_range(uri, 8, size))
-    return sum(torch.Size(one["shape"]).numel() for name, one in header.items() if name != "__metadata__")
+    return count_parameters(summary["results"]["projector"])
 
 
 def _tokens_per_image(stages: Mapping[str, StageRecord], efficiency: Mapping[str, Any] | None) -> float | None:

@@ -15,6 +15,7 @@ from meteor.assembly.training_stage import prepare
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingError
 from meteor.evaluation.answer import Answerer
+from meteor.report.tables import NOT_RECORDED, cache_table
 from meteor.runs.mlflow_log import tracking_uri
 from meteor.runs.reading import read_stage
 from meteor.tracking import Tracker
@@ -47,6 +48,10 @@ def test_all_stages_run_once_and_then_find_their_work(make_settings):
     written = report.run(settings)
     page = Path(written.results["html"]).read_text()
     assert "data:image/png;base64" in page
+    # Stages leave every number that the tables ask for but one: only a study measures how fast answers come.
+    assert page.count(NOT_RECORDED) == 1
+    facts = dict(cache_table(report.cache_facts(settings)).rows)
+    assert (facts["distinct images"], facts["codec"]) == (str(first[0].counts["distinct_images"]), "float16")
 
     tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
     runs = tracker._client.search_runs([tracker.experiment_id])
