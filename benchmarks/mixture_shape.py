@@ -1,7 +1,7 @@
 """Generated samples of the shape of LLaVA's 665K mixture, a tokenizer of Llama's kind, and an index of the images.
 
-The words are those of Python's own library and of installed packages' documentation: far more varied than what LLaVA's files say,
-so that a cache of words gets no help from the generator.
+The words are those of Python's own library and of installed packages' documentation. They vary more than those of LLaVA's files, so
+that a memory of words gets no help from the generator.
 """
 
 import hashlib
@@ -37,7 +37,15 @@ _PARTS: tuple[tuple[float, str | None, int, int, int, int, str], ...] = (
     (0.120, "ocr_vqa/images", 6, 12, 5, 3, _SHORT),
     (0.099, "coco/train2017", 1, 1, 25, 1, "\nAnswer with the option's letter from the given choices directly."),
     (0.033, "textvqa/train_images", 1, 1, 20, 12, ""),
-    (0.204, "vg/VG_100K", 1, 5, 0, 6, "\nPlease provide a short description for this region: [0.%03d, 0.%03d, 0.%03d, 0.%03d]"),
+    (
+        0.204,
+        "vg/VG_100K",
+        1,
+        5,
+        0,
+        6,
+        "\nPlease provide a short description for this region: [0.%03d, 0.%03d, 0.%03d, 0.%03d]",
+    ),
 )
 
 

@@ -20,11 +20,12 @@ from meteor.cache.manifest import latest_manifest, read_keys
 from meteor.cache.quarantine import retryable
 from meteor.cli.cache_plan import plan_cache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
+from meteor.data.sample_sets import SampleSet
 from meteor.errors import BadImageError, QuarantineLimitError
 from meteor.evaluation.question_images import is_written, write_images
 from meteor.evaluation.question_set import QuestionSet
 from meteor.image.pixels import PixelSettings
-from pipelines.inputs import SampleSet, as_samples, load_sets, names_of_images
+from pipelines.inputs import as_samples, load_sets, names_of_images
 from pipelines.ray_parts.calibration import calibrate_cache
 from pipelines.ray_parts.encoding import encode_missing
 from pipelines.ray_parts.indexing import update_index
@@ -151,7 +152,7 @@ def _codec_error(cache: FeatureCache) -> dict[str, float]:
 def plan(settings: RunSettings) -> str:
     """What `run` would do, from the index and from headers of images that it does not have."""
     lines = [
-        f"  {one.name}: {len(one.samples):,} samples, {len(one.image_names):,} images, {len(one.problems)} unusable"
+        f"  {one.name}: {len(one):,} samples, {len(one.image_names):,} images, {len(one.problems)} unusable"
         for one in load_sets(settings)
     ]
     return "\n".join(["cache_features: plan", *lines, plan_cache(settings).to_text()])

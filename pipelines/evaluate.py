@@ -13,7 +13,7 @@ from meteor import storage
 from meteor.assembly import cache_uri, cache_version, identity_of, open_index, pixel_settings, question_sets
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings, settings_digest
-from meteor.data.table import IndexedImage
+from meteor.data.table_plan import IndexedImage
 from meteor.errors import BadImageError, CacheError, SettingsError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question

@@ -1,66 +1,48 @@
 """What several stages read first: sample files, images' places, the encoder and the cache identity it makes."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import PurePosixPath
 
+import pyarrow as pa
+
 from meteor import storage
-from meteor.assembly import load_encoder, pixel_settings, question_sets, sample_files, training_files
+from meteor.assembly import index_uri, load_encoder, pixel_settings, question_sets, sample_files, training_files
 from meteor.cache import DatasetIndex, FeatureCache, IndexRow
 from meteor.cache.disk_tier import DiskTier
 from meteor.config import RunSettings, settings_digest
-from meteor.data.samples import Sample, SampleProblem, load_samples
-from meteor.data.table import IndexedImage
+from meteor.data import sample_sets
+from meteor.data.sample_sets import SampleSet
+from meteor.data.table_plan import IndexedImage
 from meteor.errors import SettingsError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.stages import TrainingStage
 from meteor.vision.live import LiveFeatures
+from pipelines.progress import ProgressLog
 
 
-@dataclass(frozen=True)
-class SampleSet:
-    """One annotation file: its samples, the records that cannot be used, and a fingerprint of the file.
-
-    ``weight``: passes over it in an epoch of training.
-    """
-
-    name: str
-    uri: str
-    samples: list[Sample]
-    problems: list[SampleProblem]
-    digest: str
-    weight: float = 1.0
-
-    @cached_property
-    def image_names(self) -> set[str]:
-        return {name for sample in self.samples for name in sample.images}
+def load_set(settings: RunSettings, name: str, uri: str) -> SampleSet:
+    """The sample set of a file, with a line every few seconds while it is read for the first time."""
+    on_progress = ProgressLog(f"{name}: reading: samples")
+    return sample_sets.load_set(uri, name=name, folder=samples_uri(settings), on_progress=on_progress)
 
 
-def load_set(name: str, uri: str) -> SampleSet:
-    """The sample set of a file, which a process reads once: stages, and their parents, ask for it several times."""
-    info = storage.stat(uri)
-    return replace(_read_set(uri, info.size_bytes, info.etag), name=name)
-
-
-@lru_cache(maxsize=8)
-def _read_set(uri: str, size_bytes: int, etag: str) -> SampleSet:
-    samples, problems = load_samples(uri)
-    return SampleSet("", uri, samples, problems, hashlib.sha256(storage.read_bytes(uri)).hexdigest())
+def samples_uri(settings: RunSettings) -> str:
+    """The folder of records and tokens of annotation files, beside the dataset index."""
+    return storage.join(index_uri(settings), "samples")
 
 
 def load_sets(settings: RunSettings) -> list[SampleSet]:
     """All sample sets of the run; `SettingsError` where it names none."""
-    files = [load_set(file.name, file.uri) for file in sample_files(settings) if file.stage is not None]
+    files = [load_set(settings, file.name, file.uri) for file in sample_files(settings) if file.stage is not None]
     return files + [as_samples(one) for one in question_sets(settings)]
 
 
 def as_samples(questions: QuestionSet) -> SampleSet:
     """What a question set asks."""
     samples = [question.sample for question in questions.questions]
-    return SampleSet(questions.name, questions.uri, samples, list(questions.problems), questions.digest)
+    return SampleSet.of(questions.name, samples, list(questions.problems), uri=questions.uri, digest=questions.digest)
 
 
 def load_mixture(settings: RunSettings, stage: TrainingStage) -> list[SampleSet]:
@@ -74,24 +56,16 @@ def load_mixture(settings: RunSettings, stage: TrainingStage) -> list[SampleSet]
     files = training_files(settings, stage)
     if not files:
         raise SettingsError(f"data.{stage} is not set: name the LLaVA JSON of this stage")
-    sets = [replace(load_set(file.name, file.uri), weight=file.weight) for file in files]
+    sets = [replace(load_set(settings, file.name, file.uri), weight=file.weight) for file in files]
     if len(sets) > 1:
-        sets = sorted(map(_with_ids_of_its_own, sets), key=lambda one: one.digest)
+        named = [one.with_prefix(f"{PurePosixPath(one.uri).name}/") for one in sets]
+        sets = sorted(named, key=lambda one: one.digest)
     for one, other in pairwise(sets):
         if one.digest == other.digest:
             raise SettingsError(
                 f"data.{stage}: {one.uri} and {other.uri} are the same file: give one of them the weight"
             )
     return sets
-
-
-def _with_ids_of_its_own(one: SampleSet) -> SampleSet:
-    name = PurePosixPath(one.uri).name
-    return replace(
-        one,
-        samples=[replace(sample, id=f"{name}/{sample.id}") for sample in one.samples],
-        problems=[replace(problem, sample_id=f"{name}/{problem.sample_id}") for problem in one.problems],
-    )
 
 
 def mixture_digest(sets: Sequence[SampleSet]) -> str:
@@ -107,12 +81,9 @@ def names_of_images(sets: Iterable[SampleSet]) -> set[str]:
 
 def indexed_images(index: DatasetIndex, names: Iterable[str]) -> dict[str, IndexedImage]:
     """What the index says about the images of these names; names it does not have are left out."""
-    wanted = set(names)
-    return {
-        row.name: IndexedImage(row.image_key, row.width, row.height, row.reason)
-        for row in index.rows()
-        if row.name in wanted
-    }
+    rows = index.rows_named(pa.array(list(names), pa.string()))
+    columns = [rows[name].to_pylist() for name in ("name", "image_key", "width", "height", "reason")]
+    return {name: IndexedImage(*rest) for name, *rest in zip(*columns, strict=True)}
 
 
 def quarantine_into(images: Mapping[str, IndexedImage], quarantined: Mapping[str, str]) -> dict[str, IndexedImage]:

@@ -1,8 +1,10 @@
 """Before a stage trains: its samples, the index and cache it is pinned to, the digest of all that, the table of samples."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
 
 from meteor import storage
 from meteor.assembly import (
@@ -15,22 +17,16 @@ from meteor.assembly import (
 )
 from meteor.cache import CacheIdentity, DatasetIndex, FeatureCache
 from meteor.config import RunSettings, StageSettings, mathematical_settings, settings_digest
-from meteor.data.samples import Sample
-from meteor.data.table import TablePlan, plan_table
+from meteor.data.sample_sets import SampleSet
+from meteor.data.table_plan import IndexedImages, TablePlan, plan_table
+from meteor.data.token_table import tokenise_set
 from meteor.errors import CacheError, NotFoundError, QuarantineLimitError, SettingsError
 from meteor.image.budget import visual_token_budget
 from meteor.stages import TrainingStage
-from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise
+from meteor.text.tokens import load_tokenizer
 from meteor.train.build import llm_fingerprint
-from pipelines.inputs import (
-    SampleSet,
-    indexed_images,
-    load_mixture,
-    load_set,
-    mixture_digest,
-    names_of_images,
-    quarantine_into,
-)
+from pipelines.inputs import load_mixture, load_set, mixture_digest, samples_uri
+from pipelines.progress import ProgressLog
 from pipelines.stage import StageRun, canonical
 
 _LOG = logging.getLogger(__name__)
@@ -135,7 +131,7 @@ def _current_pin(
     settings: RunSettings, content: dict[str, Any], samples: list[SampleSet], identity: CacheIdentity
 ) -> tuple[Pin, DatasetIndex]:
     index, version = open_index(settings), cache_version(settings, cache_uri(settings, identity))
-    index_digest = index.digest(names_of_images(samples))
+    index_digest = index.digest(pa.concat_arrays([one.distinct_images for one in samples]))
     return Pin(settings_digest({**content, "index": index_digest}), index.version, index_digest, version), index
 
 
@@ -172,10 +168,7 @@ def plan_samples(settings: RunSettings, stage: TrainingStage, prepared: Prepared
     """
     options = stage_settings(settings, stage)
     plans = [
-        _plan_set(
-            settings, stage, prepared, replace(one, samples=_fraction(one.samples, options.fraction, options.seed))
-        )
-        for one in prepared.samples
+        _plan_set(settings, stage, prepared, one.share(options.fraction, options.seed)) for one in prepared.samples
     ]
     return plans[0] if len(plans) == 1 else TablePlan.mixture(plans, [one.weight for one in prepared.samples])
 
@@ -188,12 +181,11 @@ def plan_held_out(settings: RunSettings, stage: TrainingStage, prepared: Prepare
     uri = settings.data.held_out.get(stage)
     if uri is None:
         return None
-    samples = load_set(f"{stage}, held out", uri)
-    trained = {(sample.images, sample.turns) for one in prepared.samples for sample in one.samples}
-    if num_trained := sum((sample.images, sample.turns) in trained for sample in samples.samples):
-        _LOG.warning("%s: %d of %d held-out samples are trained on too", stage, num_trained, len(samples.samples))
-    known = {row.name for row in prepared.index.rows()}
-    if unknown := sorted(samples.image_names - known):
+    samples = load_set(settings, f"{stage}, held out", uri)
+    if num_trained := samples.count_shared(prepared.samples):
+        _LOG.warning("%s: %d of %d held-out samples are trained on too", stage, num_trained, len(samples))
+    known = prepared.index.rows_named(samples.distinct_images)["name"].to_pylist()
+    if unknown := sorted(samples.image_names.difference(known)):
         raise CacheError(
             f"{len(unknown)} images of data.held_out.{stage}, for example {unknown[0]!r}, are not in the index that this run "
             "was pinned to at its first start: run cache_features before it, or leave the held-out samples away"
@@ -203,18 +195,18 @@ def plan_held_out(settings: RunSettings, stage: TrainingStage, prepared: Prepare
 
 def _plan_set(settings: RunSettings, stage: TrainingStage, prepared: Prepared, samples: SampleSet) -> TablePlan:
     options = stage_settings(settings, stage)
-    tokenizer = load_tokenizer(settings.llm.path)
     cache = FeatureCache.open(cache_uri(settings, prepared.identity), version=prepared.pin.cache_version)
-    images = quarantine_into(indexed_images(prepared.index, samples.image_names), cache.quarantined())
-
-    def tokens(sample: Sample) -> TokenisedSample:
-        return tokenise(sample.conversation, tokenizer, options.template, sample_id=sample.id)
-
+    tokens = tokenise_set(
+        samples,
+        load_tokenizer(settings.llm.path),
+        options.template,
+        folder=samples_uri(settings),
+        on_progress=ProgressLog(f"{samples.name}: tokenising: samples"),
+    )
     plan = plan_table(
-        samples.samples,
-        samples.problems,
-        images,
-        tokenise=tokens,
+        samples,
+        tokens,
+        IndexedImages.from_rows(prepared.index.rows_named(samples.distinct_images), cache.quarantined()),
         budget=visual_token_budget(settings.projector.name, settings.projector.settings),
         pixels=pixel_settings(settings),
         max_length=options.max_length,
@@ -224,18 +216,10 @@ def _plan_set(settings: RunSettings, stage: TrainingStage, prepared: Prepared, s
     return plan
 
 
-def _fraction(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
-    """A seeded share of the samples, in their order."""
-    if fraction == 1:
-        return samples
-    ranked = sorted(range(len(samples)), key=lambda i: settings_digest([seed, i]))
-    return [samples[i] for i in sorted(ranked[: max(1, round(fraction * len(samples)))])]
-
-
 def _check(
     settings: RunSettings, samples: SampleSet, plan: TablePlan, cache: FeatureCache, options: StageSettings
 ) -> None:
-    num_samples = len(samples.samples)
+    num_samples = len(samples)
     limit = max(settings.data.min_bad_images - 1, settings.data.max_bad_share * num_samples)
     if len(plan.excluded) > limit:
         raise QuarantineLimitError(
@@ -244,9 +228,9 @@ def _check(
         )
     if not len(plan.table):
         raise SettingsError(f"no usable sample of {samples.uri} is left")
-    missing = set(plan.table.all_image_keys()) - set(cache.keys()) if options.features == "cache" else set()
-    if missing:
+    num_missing = len(cache.missing(plan.table.flat_image_keys())) if options.features == "cache" else 0
+    if num_missing:
         raise CacheError(
-            f"{len(missing)} images of {samples.uri} are indexed and not in version {cache.version} of {cache.uri}: run "
+            f"{num_missing} images of {samples.uri} are indexed and not in version {cache.version} of {cache.uri}: run "
             "cache_features again"
         )

@@ -1,20 +1,20 @@
 """What a study will do, before it starts: what is cached, trained once and for whom, finished, and what the rest takes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from meteor.assembly import open_index, pixel_settings
 from meteor.cli.cache_plan import PlanInputs, plan_cache
 from meteor.config import RunSettings, Variant
-from meteor.data.samples import Sample
-from meteor.data.table import plan_table
+from meteor.data.table_plan import IndexedImages, plan_table
+from meteor.data.token_table import tokenise_set
 from meteor.errors import CacheError, SettingsError
 from meteor.formatting import format_count, format_duration
 from meteor.image.budget import visual_token_budget
 from meteor.stages import TrainingStage
-from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise
+from meteor.text.tokens import load_tokenizer
 from pipelines import evaluate
-from pipelines.inputs import indexed_images, load_mixture
+from pipelines.inputs import load_mixture
 from pipelines.preparation import prepare, stage_settings
 from pipelines.stage import Summary
 from pipelines.studies.tasks import STAGES, Task, distinct_caches
@@ -109,23 +109,17 @@ def estimate_work(settings: RunSettings, stage: TrainingStage) -> Work:
     tokenizer = load_tokenizer(settings.llm.path)
     visual = text = 0.0
     for one in load_mixture(settings, stage):
-        step = max(len(one.samples) // _NUM_SAMPLED, 1)
-        some = replace(one, samples=one.samples[::step])
-
-        def tokens(sample: Sample) -> TokenisedSample:
-            return tokenise(sample.conversation, tokenizer, options.template, sample_id=sample.id)
-
+        some = one.select(range(0, len(one), max(len(one) // _NUM_SAMPLED, 1)))
         totals = plan_table(
-            some.samples,
-            [],
-            indexed_images(index, some.image_names),
-            tokenise=tokens,
+            some,
+            tokenise_set(some, tokenizer, options.template),
+            IndexedImages.from_rows(index.rows_named(some.distinct_images), {}),
             budget=visual_token_budget(settings.projector.name, settings.projector.settings),
             pixels=pixel_settings(settings),
             max_length=options.max_length,
             sub_images=options.sub_images,
         ).table.totals()
-        share = len(one.samples) / max(totals["samples"], 1) * one.weight * options.fraction * options.epochs
+        share = len(one) / max(totals["samples"], 1) * one.weight * options.fraction * options.epochs
         visual += share * totals["visual_tokens"]
         text += share * totals["text_tokens"]
     return Work(visual, text)

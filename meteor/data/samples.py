@@ -94,7 +94,9 @@ def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | 
 
 def _is_text(sample: Sample) -> bool:
     """Whether UTF-8 can hold it: JSON can write half of a surrogate pair, and no tokenizer or table takes one."""
-    words = "".join([sample.id, sample.type, sample.system or "", *sample.images, *(turn.text for turn in sample.turns)])
+    words = "".join(
+        [sample.id, sample.type, sample.system or "", *sample.images, *(turn.text for turn in sample.turns)]
+    )
     try:
         words.encode()
     except UnicodeEncodeError:

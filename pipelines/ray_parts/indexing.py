@@ -16,9 +16,10 @@ from meteor.assembly import image_roots, index_uri
 from meteor.cache import DatasetIndex, IndexRow
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
+from meteor.data.sample_sets import SampleSet
 from meteor.errors import BadImageError, ImagePathError, NotFoundError
 from meteor.image.decode import decode_image
-from pipelines.inputs import SampleSet, names_of_images
+from pipelines.inputs import names_of_images
 from pipelines.ray_parts.runtime import num_blocks, progress
 
 _LOG = logging.getLogger(__name__)

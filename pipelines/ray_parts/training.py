@@ -16,7 +16,7 @@ from meteor import storage
 from meteor.assembly import cache_uri
 from meteor.checkpoint.format import Checkpoint, best_checkpoint
 from meteor.config import RunSettings, mathematical_settings
-from meteor.data.table import TablePlan
+from meteor.data.table_plan import TablePlan
 from meteor.errors import TrainingError
 from meteor.planning.stage_memory import check_memory
 from meteor.planning.steps import num_steps

@@ -46,9 +46,11 @@ def test_records_are_those_of_the_whole_document(tmp_path_factory, block_bytes, 
 def test_errors_are_those_of_the_whole_document(tmp_path_factory, block_bytes, data):
     text = json.dumps(data.draw(st.lists(VALUES, min_size=1, max_size=3)), indent=1)
     place = data.draw(st.integers(0, len(text) - 1))
-    broken = text[:place] + data.draw(st.sampled_from(["", ",", "]", '"', "}", "x", "\n", "\\u12", "-", "tru"])) + text[
-        place + data.draw(st.integers(0, 3)) :
-    ]
+    broken = (
+        text[:place]
+        + data.draw(st.sampled_from(["", ",", "]", '"', "}", "x", "\n", "\\u12", "-", "tru"]))
+        + text[place + data.draw(st.integers(0, 3)) :]
+    )
     expected = truth(broken)
     path = tmp_path_factory.mktemp("records") / "s.json"
     if isinstance(expected, list):
