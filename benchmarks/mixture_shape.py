@@ -1,7 +1,7 @@
 """Generated samples of the shape of LLaVA's 665K mixture, a tokenizer of Llama's kind, and an index of the images.
 
-The words are those of Python's own library and of installed packages' documentation. They vary more than those of LLaVA's files, so
-that a memory of words gets no help from the generator.
+The words are those of Python's own library and of installed packages' documentation. They vary more than those of LLaVA's
+files, so that a memory of words gets no help from the generator.
 """
 
 import hashlib

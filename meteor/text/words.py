@@ -1,8 +1,9 @@
 """Token ids of very many texts: each distinct word is encoded once, and the rest is arithmetic over columns.
 
-A tokenizer of SentencePiece's kind (Llama's and Vicuna's) writes "▁" for a space and then takes a whole text as one word. That is
-slow, and no such word is met twice. But byte-pair encoding only ever joins neighbours into a piece of its vocabulary. Between two
-characters that stand side by side in no piece nothing is joined, so a text may be cut there and its parts encoded alone.
+A tokenizer of SentencePiece's kind (Llama's and Vicuna's) writes "▁" for a space and then takes a whole text as one word.
+That is slow, and no such word is met twice. But byte-pair encoding only ever joins neighbours into a piece of its vocabulary.
+Between two characters that stand side by side in no piece nothing is joined, so a text may be cut there and its parts encoded
+alone.
 """
 
 import threading
