@@ -197,6 +197,7 @@ def load_set(uri: str, *, name: str, folder: str, on_progress: OnProgress | None
     Raises:
         NotFoundError, DataError: as `iter_samples`; or the file changed while it was read.
     """
+    found = storage.stat(uri)
     digest = _file_digest(uri, folder)
     kept = storage.join(folder, digest)
     records, contents = (
@@ -208,7 +209,7 @@ def load_set(uri: str, *, name: str, folder: str, on_progress: OnProgress | None
     except NotFoundError:
         with without_cycle_collector():
             problems = _keep_records(uri, records, on_progress)
-        if _digest(uri) != digest:
+        if storage.stat(uri) != found:
             raise DataError(f"{uri} changed while it was read: start again when it is whole") from None
         # The records are complete when this is there.
         storage.write_json(contents, problems)

@@ -94,9 +94,7 @@ def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | 
 
 def _is_text(sample: Sample) -> bool:
     """Whether UTF-8 can hold it: JSON can write half of a surrogate pair, and no tokenizer or table takes one."""
-    words = "".join(
-        [sample.id, sample.type, sample.system or "", *sample.images, *(turn.text for turn in sample.turns)]
-    )
+    words = "".join([sample.type, sample.system or "", *sample.images, *(turn.text for turn in sample.turns)])
     try:
         words.encode()
     except UnicodeEncodeError:
@@ -118,7 +116,8 @@ def _sample_type(record: dict[str, Any]) -> str:
 
 def _stated_id(record: Any, position: int) -> str:
     stated = record.get("id") if isinstance(record, dict) else None
-    return str(position) if stated is None or stated == "" else str(stated)
+    # Half of a surrogate pair, which JSON can write, becomes a question mark.
+    return str(position) if stated is None or stated == "" else str(stated).encode(errors="replace").decode()
 
 
 class _UniqueIds:

@@ -127,6 +127,9 @@ def _add_text(items: "_Items", segment: Text, words: WordEncoder, after_special:
     text = segment.text
     if not words.can_encode(text):
         return False
+    if not segment.answers and not segment.questions:
+        items.add_text(words.prefix(text, after_special=after_special) + text, False, 0)
+        return True
     # Spans in a text follow one another, and none overlaps another.
     spans = [(start, end, True, 0) for start, end in segment.answers]
     spans += [(start, end, False, turn) for turn, (start, end) in segment.questions.items()]
