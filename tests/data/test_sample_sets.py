@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meteor import storage
 from meteor.config import settings_digest
 from meteor.data import sample_sets
 from meteor.data.sample_sets import SampleSet, load_set
 from meteor.data.samples import load_samples
+from meteor.data.token_table import tokenise_set
 from meteor.errors import DataError
+from meteor.text.tokens import load_tokenizer
 
 
 def make_record(number, *, image=None, question="What?", answer="A cat.", **fields):
@@ -140,3 +143,18 @@ def test_samples_that_another_set_has_too_are_counted_by_images_and_dialogue(fil
         sample_sets.replace(same[2], id="another id"),
     ]
     assert SampleSet.of("held out", [*same, *others]).count_shared([SampleSet.of("none", []), trained]) == 5
+
+
+def test_records_and_tokens_live_on_s3_too(s3_root, tokenizer_folder, tmp_path):
+    storage.write_bytes(f"{s3_root}/samples.json", json.dumps(make_records(40)).encode())
+    tokenizer = load_tokenizer(tokenizer_folder)
+    (tmp_path / "samples.json").write_text(json.dumps(make_records(40)))
+    local = load_set(str(tmp_path / "samples.json"), name="a", folder=str(tmp_path / "kept"))
+    expected = tokenise_set(local, tokenizer, "vicuna_v1")
+    for _ in range(2):
+        found = load_set(f"{s3_root}/samples.json", name="a", folder=f"{s3_root}/kept")
+        assert list(found) == list(local)
+        tokens = tokenise_set(found, tokenizer, "vicuna_v1", folder=f"{s3_root}/kept")
+        assert [tokens.row(i) for i in range(39)] == [expected.row(i) for i in range(39)]
+        assert tokens.lengths.num_answer_tokens.tolist() == expected.lengths.num_answer_tokens.tolist()
+        assert tokens.uri.startswith(found.records.rpartition("/")[0])
