@@ -20,13 +20,17 @@ from meteor.cache.calibration import open_codec
 from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import Batch, collate
 from meteor.data.order import MicroBatch
+from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample
-from meteor.data.table import IndexedImage, SampleTable, plan_table
+from meteor.data.table import SampleTable
+from meteor.data.table_plan import IndexedImage, IndexedImages, plan_table
+from meteor.data.token_table import TokenTable
 from meteor.features import ImageFeatures
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise_batch
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+from meteor.text.batches import TokenBatch
 from meteor.text.tokens import Separators, TokenisedSample
 from meteor.vision.encode_images import encode_sliced
 from meteor.vision.encoder import FrozenClip
@@ -156,7 +160,7 @@ def _make_table(shown_images: dict[str, bytes], budget: Callable[..., list[int]]
     """A sample an image: a few turns, of which the answers are about half the text, as in LLaVA's mixture."""
     chance = random.Random(0)
 
-    def tokens(sample: Sample) -> TokenisedSample:
+    def make_tokens() -> TokenisedSample:
         ids, labels = [1, IMAGE_TOKEN_ID, *(chance.randrange(3, 32000) for _ in range(40))], [IGNORE_INDEX] * 42
         for _ in range(chance.choice([1, 1, 2, 3, 5, 8])):
             for length, is_answer in (
@@ -170,7 +174,10 @@ def _make_table(shown_images: dict[str, bytes], budget: Callable[..., list[int]]
 
     images = {key: IndexedImage(key, *Image.open(io.BytesIO(data)).size, "") for key, data in shown_images.items()}
     samples = [Sample(key[:12], (key,), ()) for key in shown_images]
-    return plan_table(samples, [], images, tokenise=tokens, budget=budget, pixels=PIXELS, max_length=2048).table
+    tokens = TokenTable.of([TokenBatch.of([make_tokens() for _ in samples])])
+    sample_set = SampleSet.of("generated", samples)
+    plan = plan_table(sample_set, tokens, IndexedImages.of(images), budget=budget, pixels=PIXELS, max_length=2048)
+    return plan.table
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meteor.errors import SettingsError
 from meteor.text.segments import Span
+from meteor.text.words import WordEncoder
 
 
 class TextEncoder:
@@ -20,6 +21,7 @@ class TextEncoder:
 
     def __init__(self, backend: Tokenizer) -> None:
         description = json.loads(backend.to_str())
+        self.words = WordEncoder.of(description)
         self._opening = _copy(description)
         # Vicuna 1.5 and Llama 2 ("legacy": false) put "▁" before a text, but not before text after a special token:
         # "</s>USER" must give "US", not "▁US", although the text after "</s>" is encoded alone here.

@@ -114,18 +114,28 @@ def tokenise(
     except TokenisationError as error:
         raise TokenisationError(f"Sample {sample_id!r}: {error}") from error
     input_ids, labels, turns = _encode(segments, tokenizer)
-    if template != "chat" and tokenizer.bos_token_id is not None:
-        input_ids.insert(0, tokenizer.bos_token_id)
+    if (bos_id := begin_id(tokenizer, template)) is not None:
+        input_ids.insert(0, bos_id)
         labels.insert(0, IGNORE_INDEX)
         turns.insert(0, 0)
     if for_generation:
         return TokenisedSample(input_ids, [IGNORE_INDEX] * len(input_ids), turns)
     if all(label == IGNORE_INDEX for label in labels):
-        raise TokenisationError(
-            f"Sample {sample_id!r} has no answer token under the template {template!r}, so nothing would be learnt "
-            f"from it: give it a turn from 'gpt', or check that the chat template closes answers with an end token."
-        )
+        raise TokenisationError(f"Sample {sample_id!r} {no_answer(template)}")
     return TokenisedSample(input_ids, labels, turns)
+
+
+def no_answer(template: str) -> str:
+    """What is wrong with a sample without any label, to follow its name."""
+    return (
+        f"has no answer token under the template {template!r}, so nothing would be learnt from it: give it a turn from "
+        "'gpt', or check that the chat template closes answers with an end token."
+    )
+
+
+def begin_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+    """The token that begins every sample; None where there is none, or the chat template writes its own."""
+    return None if template == "chat" else tokenizer.bos_token_id
 
 
 def visual_separators(tokenizer: PreTrainedTokenizerBase) -> Separators:
@@ -166,7 +176,7 @@ def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tupl
         elif isinstance(segment, SpecialToken):
             ids, is_answer = [encoder.token_id(segment.token)], [segment.is_answer]
         else:
-            ids, is_answer = [_end_id(tokenizer)], [True]
+            ids, is_answer = [end_id(tokenizer)], [True]
         input_ids += ids
         labels += [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_answer, strict=True)]
         turns += turns_of_segment or [0] * len(ids)
@@ -189,7 +199,8 @@ def _overlaps(spans: list[Span], answers: tuple[Span, ...]) -> list[bool]:
     ]
 
 
-def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends every answer; `SettingsError` when the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise SettingsError("The tokenizer has no end token, and answers end with one: set its eos_token.")
     return tokenizer.eos_token_id
