@@ -31,12 +31,12 @@ class CAbstractor(Projector):
     see zeros outside the map, and the squeeze is a mean over real patches.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        grid: side of the pooled map.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        grid: side of the pooled map in tokens.
 
     Raises:
-        SettingsError: grid is no count.
+        SettingsError: ``grid`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, grid: int = 12) -> None:
@@ -51,7 +51,7 @@ class CAbstractor(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, grid^2, D) in map order, all real; arguments as in `Projector`."""
+        """Return tokens (B, grid^2, D) in map order, all real; `Projector` describes the arguments."""
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=self.positions.dtype
         )
@@ -105,8 +105,8 @@ def interpolate_table(table_NC: Tensor, grids: Tensor, max_patches: int) -> Tens
 
     Args:
         table_NC: (N, C), row-major, N = side^2.
-        grids: (B, 2) long, (Hu, Wu).
-        max_patches: P.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        max_patches: padded number of patches, P.
 
     Returns:
         (B, P, C); finite at padding.

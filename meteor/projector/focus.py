@@ -32,15 +32,15 @@ class Focus(Projector):
     of the share expected under the gate's probabilities.
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
         region: side of a region in patches.
         scales: ascending divisors of the region's side.
         gate_width: of the gate's hidden layer.
         target_keep: share of tokens that the loss term pulls towards, of all sub-images alike.
 
     Raises:
-        SettingsError: a setting has another value than listed.
+        SettingsError: a setting has a value that is not listed above.
     """
 
     def __init__(

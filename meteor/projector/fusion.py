@@ -40,7 +40,7 @@ class FlashGlobalFusion(nn.Module):
         scan_backend: see `meteor.ssm.selective_scan`.
 
     Raises:
-        SettingsError: a setting has another value than listed.
+        SettingsError: a setting has a value that is not listed above.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class FlashGlobalFusion(nn.Module):
         Args:
             token_BPX: (B, P, X); finite at padding, where its values do not matter.
             instruction_1X: (1, X), INS, the same for every sub-image.
-            mask_BP: (B, P) bool, True at real patches.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
+            mask_BP: mask of patches, (B, P) bool, True at real patches.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
 
         Returns:
             Fused tokens F (B, P, X), meaningless at padding, and INS as the scan left it (B, X).

@@ -1,6 +1,6 @@
 """Checks what a projector is given, marks padding, and zeroes it.
 
-Letters: B sub-images, P patches (the most of the batch), C vision width.
+Letters: B sub-images, P patches (largest number in the batch), C vision width.
 """
 
 import torch
@@ -15,10 +15,10 @@ def prepare_features(
     """Check the inputs of a projector and clean the features.
 
     Args:
-        features: (B, P, C), any floating dtype; anything, NaN too, at padding.
+        features: patch features, (B, P, C), any floating dtype; anything, NaN too, at padding.
         cls_attention: (B, P).
-        grids: (B, 2) integer, (Hu, Wu) of each sub-image, on any device. One check reads them, unless compiled.
-        vision_width: C.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device. One check reads them, unless compiled.
+        vision_width: width of the features, C.
         dtype: of the result.
 
     Returns:

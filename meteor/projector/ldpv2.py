@@ -20,12 +20,12 @@ class LDPv2(Projector):
     outside, is added to it: what the paper calls its positional encoding. 31,518,720 parameters at C = 1024, D = 5120.
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
         grid: g.
 
     Raises:
-        SettingsError: grid is no count.
+        SettingsError: ``grid`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, grid: int = 12) -> None:
@@ -38,7 +38,7 @@ class LDPv2(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, g^2, D) in map order, all real; arguments as in `Projector`."""
+        """Return tokens (B, g^2, D) in map order, all real; `Projector` describes the arguments."""
         dtype = self.positions.weight.dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype

@@ -29,8 +29,8 @@ class LLaVAMini(Projector):
     **Our choice**: query (r, c) stands at the middle of its cell of the map, rounded down to a patch.
 
     Args:
-        vision_width: C, a multiple of 4.
-        llm_width: D.
+        vision_width: width of the features, C, a multiple of 4.
+        llm_width: width of the LLM's embeddings, D.
         grid: side of the grid of queries.
 
     Raises:
@@ -51,7 +51,7 @@ class LLaVAMini(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, grid^2, D) in the queries' order, all real; arguments as in `Projector`."""
+        """Return tokens (B, grid^2, D) in the queries' order, all real; `Projector` describes the arguments."""
         dtype = self.queries.dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype

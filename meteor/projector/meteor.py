@@ -47,7 +47,7 @@ class MeteorProjector(Projector):
         entry: C to X, before fusion, for tokens and INS alike.
         fusion: at width X.
         head: X to D, on kept tokens.
-        vision_width: C.
+        vision_width: width of the features, C.
         selection: how tokens are chosen.
     """
 
@@ -77,10 +77,10 @@ class MeteorProjector(Projector):
         by assertions of its own.
 
         Args:
-            features: (B, P, C), any floating dtype; padding may hold anything.
+            features: patch features, (B, P, C), any floating dtype; padding may hold anything.
             cls_attention: (B, P), the class token's attention over patches, finite and not negative; padding may hold
                 anything.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image, on any device.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device.
             native_weight: 0-d, the native expert's weight during warm-up; 1 - visual_weight when None.
 
         Returns:
@@ -151,9 +151,9 @@ def build_meteor(
 
     Args:
         layout: ``"mlp_after_selection"`` or ``"llm_width"``.
-        vision_width: C.
-        llm_width: D.
-        k: most tokens kept of a sub-image.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        k: most tokens to keep per sub-image.
         visual_weight: lambda.
         experts: ``"visual_native"``, ``"visual"`` or ``"native"``.
         selection_gradient: ``"none"`` (the paper) or ``"straight_through"`` (kept tokens are multiplied by
@@ -167,7 +167,7 @@ def build_meteor(
             of 1024 an unscaled dot product makes the softmax nearly one-hot, and width ** -0.5 is attention's usual scale.
 
     Raises:
-        SettingsError: a setting has another value than listed.
+        SettingsError: a setting has a value that is not listed above.
     """
     check_choice("layout", layout, LAYOUTS)
     selection = SelectionSettings(k, visual_weight, experts, selection_gradient, native_scale)

@@ -19,8 +19,8 @@ class MLPProjector(Projector):
     """Every patch becomes one visual token (LLaVA-1.5, arXiv 2310.03744).
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
     """
 
     def __init__(self, vision_width: int, llm_width: int) -> None:
@@ -34,10 +34,10 @@ class MLPProjector(Projector):
         """Project every token.
 
         Args:
-            features: (B, P, C), any floating dtype; padding may hold anything.
-            cls_attention: (B, P), unused.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
-            native_weight: unused.
+            features: patch features, (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: attention of the class token over patches, (B, P); unused.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+            native_weight: weight of the native expert; unused.
 
         Returns:
             Tokens (B, P, D) in the weights' dtype; no scores, no aux loss.

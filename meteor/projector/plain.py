@@ -30,12 +30,12 @@ class AvgPool(Projector):
     beat it at equal tokens has shown nothing.
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
         grid: side of the pooled map; every sub-image, small ones too, becomes grid^2 tokens.
 
     Raises:
-        SettingsError: grid is no count.
+        SettingsError: ``grid`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, grid: int = 12) -> None:
@@ -47,7 +47,7 @@ class AvgPool(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, grid^2, D) in map order, all real; arguments as in `Projector`."""
+        """Return tokens (B, grid^2, D) in map order, all real; `Projector` describes the arguments."""
         dtype = next(self.parameters()).dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
@@ -65,12 +65,12 @@ class PixelShuffle(Projector):
     patches beyond the map.
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
         scale_factor: s; Hu x Wu patches become ceil(Hu / s) x ceil(Wu / s) tokens.
 
     Raises:
-        SettingsError: scale_factor is no count.
+        SettingsError: ``scale_factor`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, scale_factor: int = 2) -> None:
@@ -97,9 +97,9 @@ def fold_blocks(feature_BPC: Tensor, grids: Tensor, scale_factor: int) -> tuple[
     """Space to depth.
 
     Args:
-        feature_BPC: (B, P, C), finite at padding.
-        grids: (B, 2) long, (Hu, Wu).
-        scale_factor: s.
+        feature_BPC: patch features, (B, P, C), finite at padding.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        scale_factor: side of a window in patches, s.
 
     Returns:
         (B, K, s^2 C), zero beyond the map, and (B, K) bool, True at blocks that hold a patch.

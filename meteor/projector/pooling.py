@@ -1,6 +1,6 @@
 """Adaptive average pooling of maps of different shapes in one batch; nothing is read on the host.
 
-Letters: B sub-images, P patches (the most of the batch), K places of the pooled map, X channels.
+Letters: B sub-images, P patches (largest number in the batch), K places of the pooled map, X channels.
 """
 
 import torch
@@ -15,7 +15,7 @@ def pool_maps(token_BPX: Tensor, grids: Tensor, pooled_grid: tuple[int, int]) ->
 
     Args:
         token_BPX: (B, P, X), row-major maps; finite at padding.
-        grids: (B, 2) long, (Hu, Wu).
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
         pooled_grid: (g, h); a map smaller than that repeats its patches.
 
     Returns:

@@ -27,14 +27,14 @@ class PruMergePlus(Projector):
     at even distances on the map, as many as there is room for.
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
         max_tokens: most tokens of a sub-image.
         spaced: most evenly spaced ones among them.
         neighbours: N.
 
     Raises:
-        SettingsError: a setting is no count.
+        SettingsError: a setting is not an integer of at least 1.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ def merge_neighbours(
     """Each kept patch and its most similar dropped ones, averaged by attention.
 
     Args:
-        feature_BPC: (B, P, C), finite at padding.
+        feature_BPC: patch features, (B, P, C), finite at padding.
         score_BP: (B, P), weights; where a token and its neighbours have none, all weigh the same.
         dropped_BP: (B, P) bool.
         indices_BK: (B, K) long, the kept patches.

@@ -2,7 +2,7 @@
 
 Nothing here reads the values of grids on the host.
 
-Letters: B sub-images, P patches (the most of the batch), K queries, N patches of a window, H heads, X channels, Y
+Letters: B sub-images, P patches (largest number in the batch), K queries, N patches of a window, H heads, X channels, Y
 channels of a head.
 """
 
@@ -44,9 +44,9 @@ def pooling_windows(grids: Tensor, query_grid: tuple[int, int], max_patches: int
     does not divide Hu, and hold at least one patch on any map, one smaller than the grid too (neighbours share it then).
 
     Args:
-        grids: (B, 2) long, (Hu, Wu).
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
         query_grid: (g, h).
-        max_patches: P.
+        max_patches: padded number of patches, P.
 
     Returns:
         (B, K, P) bool, K = g h in row-major order; False at padding.

@@ -37,8 +37,8 @@ class Resampler(Projector):
     D = 5120, k = 144, the published 137.84 M, which counts the frozen position table.
 
     Args:
-        vision_width: C.
-        llm_width: D, a multiple of 4.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D, a multiple of 4.
         k: tokens of each sub-image.
 
     Raises:
@@ -79,10 +79,10 @@ class Resampler(Projector):
         """Compress a batch of sub-images; none sees another. B may be 0, and then P too.
 
         Args:
-            features: (B, P, C), any floating dtype; padding may hold anything.
-            cls_attention: (B, P), unused.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
-            native_weight: unused.
+            features: patch features, (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: attention of the class token over patches, (B, P); unused.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+            native_weight: weight of the native expert; unused.
 
         Returns:
             Tokens (B, k, D) in the weights' dtype, all of them real; no indices, no scores, no aux loss.

@@ -56,7 +56,7 @@ def select_tokens(
         cls_attention: (B, P), the class token's attention over patches, finite and not negative; any scale, padding may
             hold anything.
         mask: (B, P) bool, True at real patches.
-        k: most tokens to keep of a sub-image; K = min(k, P).
+        k: most tokens to keep per sub-image; K = min(k, P).
         visual_weight: lambda, the visual expert's share of the aggregate.
         native_weight: 0-d, the native expert's; ``1 - visual_weight`` when None. Both weigh ``"visual_native"`` alone.
         experts: ``"visual_native"``, ``"visual"`` or ``"native"``.
@@ -98,7 +98,7 @@ def visual_scores(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
 
     Args:
         cls_attention: (B, P), any scale; padding may hold anything.
-        mask_BP: (B, P) bool, True at real patches.
+        mask_BP: mask of patches, (B, P) bool, True at real patches.
 
     Raises:
         ValueError: attention at a real patch is NaN, infinite or negative (RuntimeError in a compiled graph).
@@ -139,7 +139,7 @@ def keep_highest(score_BP: Tensor, mask_BP: Tensor, k: int) -> tuple[Tensor, Ten
 
     Args:
         score_BP: (B, P), not NaN at real patches.
-        mask_BP: (B, P) bool, True at real patches.
+        mask_BP: mask of patches, (B, P) bool, True at real patches.
         k: most patches to keep; K = min(k, P).
 
     Returns:

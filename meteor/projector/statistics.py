@@ -43,8 +43,8 @@ def sum_selection(visual_BP: Tensor, native_BP: Tensor, mask_BP: Tensor, *, k: i
     Args:
         visual_BP: (B, P) VS, 0 at padding.
         native_BP: (B, P) NS, 0 at padding.
-        mask_BP: (B, P) bool, True at real patches; a sub-image without any counts for nothing.
-        k: most tokens kept of a sub-image.
+        mask_BP: mask of patches, (B, P) bool, True at real patches; a sub-image without any counts for nothing.
+        k: most tokens to keep per sub-image.
 
     Returns:
         (`NUM_SUMS`,) float32, the fields of `SelectionSums` in order; zeros for B = 0.

@@ -33,8 +33,8 @@ class TokenPacker(Projector):
     down-sampled map is stretched over the whole side, as `torch.nn.functional.interpolate` with a size does.
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
         scale_factor: s; 24 x 24 patches become (24 / s)^2 tokens.
 
     Raises:
@@ -67,10 +67,10 @@ class TokenPacker(Projector):
         """Compress a batch of sub-images; none sees another. B may be 0, and then P too.
 
         Args:
-            features: (B, P, C), any floating dtype; padding may hold anything.
-            cls_attention: (B, P), unused.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
-            native_weight: unused.
+            features: patch features, (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: attention of the class token over patches, (B, P); unused.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+            native_weight: weight of the native expert; unused.
 
         Returns:
             Tokens (B, K, D) in the weights' dtype, in map order; the first ceil(Hu / s) ceil(Wu / s) of each sub-image are
@@ -116,9 +116,9 @@ def square_windows(grids: Tensor, scale_factor: int, max_tokens: int) -> tuple[T
     """The s x s window of patches of each token.
 
     Args:
-        grids: (B, 2) long, (Hu, Wu).
-        scale_factor: s.
-        max_tokens: K.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        scale_factor: side of a window in patches, s.
+        max_tokens: number of token slots per sub-image, K.
 
     Returns:
         Patches (B, K, N) long, N = s^2, row by row, and which of them lie on the map (B, K, N) bool; 0 where not.
@@ -136,10 +136,10 @@ def down_sample(feature_BPC: Tensor, grids: Tensor, scale_factor: int, max_token
     """Bilinear down-sampling of each map to ceil(Hu / s) x ceil(Wu / s), without anti-aliasing or aligned corners.
 
     Args:
-        feature_BPC: (B, P, C).
-        grids: (B, 2) long, (Hu, Wu).
-        scale_factor: s.
-        max_tokens: K.
+        feature_BPC: patch features, (B, P, C).
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        scale_factor: side of a window in patches, s.
+        max_tokens: number of token slots per sub-image, K.
 
     Returns:
         (B, K, C) in the features' dtype, computed in at least float32; slots past the last token are finite.

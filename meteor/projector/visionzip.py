@@ -26,13 +26,13 @@ class VisionZip(Projector):
     compared.
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
         dominant: most dominant tokens of a sub-image.
         contextual: most contextual tokens of it.
 
     Raises:
-        SettingsError: a setting is no count.
+        SettingsError: a setting is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, dominant: int = 108, contextual: int = 36) -> None:

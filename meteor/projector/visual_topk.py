@@ -22,12 +22,12 @@ class VisualTopK(Projector):
     D = 5120.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        k: most tokens kept of a sub-image.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        k: most tokens to keep per sub-image.
 
     Raises:
-        SettingsError: k is no count.
+        SettingsError: ``k`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, k: int = 144) -> None:
