@@ -14,7 +14,7 @@ import torch
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
-from meteor.model.text_sampler import Marks, importance
+from meteor.model.text_sampler import TokenGroups, importance
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,8 @@ def importance_maps(answerer: Answerer, question: Question, source: FeatureSourc
     output = model.projector(*features.values(), None)
     if output.indices is None:
         return None
-    marks = Marks.of(batch.attention_mask, batch.turns, batch.image_numbers)
-    with _everything_kept(model.text_sampler), _recorded(model.language_model, marks) as found:
+    groups = TokenGroups.of(batch.attention_mask, batch.turns, batch.image_numbers)
+    with _everything_kept(model.text_sampler), _recorded(model.language_model, groups) as found:
         model(**{**inputs, "labels": None})
     slots = (batch.image_numbers[0] == 1).nonzero().squeeze(-1)[: int(batch.num_slots[0])]
     scores = torch.stack([score_BL[0, slots] for score_BL in found]).float().cpu().numpy()
@@ -70,12 +70,12 @@ def _everything_kept(sampler: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(language_model: Any, marks: Marks) -> Iterator[list[torch.Tensor]]:
+def _recorded(language_model: Any, groups: TokenGroups) -> Iterator[list[torch.Tensor]]:
     found: list[torch.Tensor] = []
 
     def record(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        found.append(importance(layer, hidden, kwargs["position_embeddings"], marks))
+        found.append(importance(layer, hidden, kwargs["position_embeddings"], groups))
 
     hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in language_model.base_model.layers]
     try:
