@@ -30,21 +30,6 @@ PENDING = (
     "meteor/runs/",
     "meteor/storage/",
     "pipelines/",
-    "meteor/vision/",
-    "meteor/text/",
-    "meteor/checkpoint/",
-    "meteor/train/",
-    "meteor/synthetic/",
-    "meteor/__init__.py",
-    "meteor/tracking.py",
-    "meteor/pretrained.py",
-    "meteor/errors.py",
-    "meteor/formatting.py",
-    "meteor/intervals.py",
-    "meteor/constants.py",
-    "meteor/optional.py",
-    "meteor/features.py",
-    "meteor/stages.py",
     "benchmarks/",
     "jobs/",
     "infra/",
@@ -61,6 +46,7 @@ PHRASES = re.compile(
 ENTRY_OPENINGS = re.compile(r"(of|as|whose|that|it|its|they|these|those)\b", re.IGNORECASE)
 NAMES = {"one", "told", "wishes", "marks", "asked", "door", "room", "twin", "lodger"}
 SECTIONS = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Note|Example):$")
+NAMED_SECTIONS = ("Args:", "Attributes:", "Raises:")
 ENTRY = re.compile(r"\s*[\w*`][\w*`., ]{0,60}: ")
 
 
@@ -125,14 +111,14 @@ def paragraphs(lines: list[str]) -> Iterator[tuple[int, str, str]]:
         if not bare or bare.startswith((">>>", "|", "python ", "meteor ", "make ", "`python")) or SECTIONS.match(bare):
             section = bare if SECTIONS.match(bare) else section
             is_open = False
-        elif section is not None and len(line) - len(line.lstrip()) == 4:
-            name = ENTRY.match(line) if section not in ("Returns:", "Yields:") else None
+        elif section in NAMED_SECTIONS and len(line) - len(line.lstrip()) == 4:
+            name = ENTRY.match(line)
             parts.append((index, "entry", [line[name.end() :] if name else bare]))
             is_open = True
         elif is_open and not bare.startswith(("- ", "* ")):
             parts[-1][2].append(bare)
         else:
-            parts.append((index, "prose", [bare.removeprefix("- ")]))
+            parts.append((index, "entry" if section else "prose", [bare.removeprefix("- ")]))
             is_open = True
     for index, kind, words in parts:
         yield index, kind, " ".join(words)
