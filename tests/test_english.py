@@ -31,8 +31,6 @@ PENDING = (
     "meteor/storage/",
     "pipelines/",
     "benchmarks/",
-    "jobs/",
-    "infra/",
 )
 MAX_WORDS = 40
 # Every kind of text: how a sentence opens, and words and turns that only this project uses.
@@ -108,7 +106,7 @@ def paragraphs(lines: list[str]) -> Iterator[tuple[int, str, str]]:
     section, is_open = None, False
     for index, line in enumerate(lines):
         bare = line.strip()
-        if not bare or bare.startswith((">>>", "|", "python ", "meteor ", "make ", "`python")) or SECTIONS.match(bare):
+        if not bare or bare.startswith((">>>", "|", "├", "└", "│")) or SECTIONS.match(bare):
             section = bare if SECTIONS.match(bare) else section
             is_open = False
         elif section in NAMED_SECTIONS and len(line) - len(line.lstrip()) == 4:
@@ -153,7 +151,7 @@ def python_comments(path: str, source: str) -> Iterator[tuple[int, bool, str]]:
     """Yield (line, whether the comment has a line of its own, words) of each comment."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            yield token.start[0], not token.line[: token.start[1]].strip(), token.string.lstrip("#! ")
+            yield token.start[0], not token.line[: token.start[1]].strip(), token.string.lstrip("#!").removeprefix(" ")
 
 
 def plain_comments(source: str) -> Iterator[tuple[int, bool, str]]:
@@ -164,10 +162,12 @@ def plain_comments(source: str) -> Iterator[tuple[int, bool, str]]:
 
 
 def comment_texts(path: str, comments: Iterator[tuple[int, bool, str]]) -> Iterator[Text]:
-    """Join the comments of neighbouring lines, as a sentence may run over several."""
+    """Join the comments of neighbouring lines, as a sentence may run over several; indented lines are examples."""
     block: list[str] = []
     first = last = 0
     for line, is_own_line, words in comments:
+        if words.startswith("  "):
+            continue
         if block and is_own_line and line == last + 1:
             block.append(words)
         else:
