@@ -98,6 +98,7 @@ def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment], *, attem
 def _divided(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
     for fragment in fragments:
         flat = fragment.values.reshape(-1)
+        # An empty tensor gives an empty fragment, so that the manifest lists it.
         for start in range(0, max(flat.numel(), 1), _FRAGMENT_ELEMENTS):
             values = flat[start : start + _FRAGMENT_ELEMENTS]
             yield Fragment(fragment.kind, fragment.name, fragment.offset + start, values)
@@ -133,6 +134,7 @@ def publish(
         spans.setdefault((part["kind"], part["name"]), []).append((part["offset"], part["num_elements"]))
     for name, shape in shapes.items():
         for kind in KINDS:
+            # A rank that wrote too little would otherwise be noticed only when the checkpoint is needed.
             covered = _num_covered(spans.get((kind, name), []))
             if covered != torch.Size(shape).numel():
                 raise CheckpointError(f"{uri}: {kind} of {name} is whole up to element {covered}, its shape is {shape}")
@@ -214,6 +216,7 @@ class Checkpoint:
             start, end = header[part["key"]]["data_offsets"]
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{uri}: its header is damaged ({error}); use an older checkpoint") from error
+        # torch warns about buffers that are not writable, so the bytes are copied into a bytearray.
         data = bytearray(storage.read_range(uri, base + start, end - start)) if end > start else bytearray()
         if zlib.crc32(data) != part["crc32"]:
             raise CheckpointError(
@@ -256,6 +259,7 @@ def prune(root: str, *, keep: int) -> list[str]:
     kept, best = complete_checkpoints(root)[-keep:], best_checkpoint(root)
     removed: list[str] = []
     for uri, files in _by_checkpoint(root):
+        # An incomplete checkpoint newer than the newest complete one may still be in the making.
         if not kept or uri in (*kept, best) or uri > kept[-1]:
             continue
         for file in sorted(files, key=lambda file: not file.endswith("manifest.json")):

@@ -21,5 +21,6 @@ def mathematical_settings(settings: BaseModel) -> dict[str, Any]:
 
 def settings_digest(content: Any) -> str:
     """Return the SHA-256 of the canonical JSON of ``content``: independent of key order, machine and process."""
+    # NaN is refused, because it is no JSON and differs from itself.
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

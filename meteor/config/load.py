@@ -78,6 +78,7 @@ def _find(path: str) -> Path:
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    # Absolute paths, so that a circle is found however `extends` spells the names.
     file = file.resolve()
     if file in seen:
         raise SettingsError(f"run files extend each other in a circle: {' -> '.join(str(f) for f in (*seen, file))}")
@@ -147,6 +148,7 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     """List the settings that exist beside an unknown one."""
     model: Any = RunSettings
     for part in location[:-1]:
+        # Optional parts (`LoraSettings | None`) are unions without fields, so they get no suggestion.
         field = model.model_fields.get(str(part)) if hasattr(model, "model_fields") else None
         if field is None:
             return ""

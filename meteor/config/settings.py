@@ -30,6 +30,7 @@ Weight = Annotated[float, Field(gt=0)]
 
 
 class _Settings(BaseModel):
+    # Unknown keys are refused, because a misspelt setting would otherwise have no effect. Defaults are validated too.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
@@ -190,8 +191,8 @@ class LLMSettings(_Settings):
     dtype: Dtype = setting("bfloat16", "number type of the language model's weights in training and answering")
     attention: Literal["auto", "eager", "sdpa", "varlen"] = operational(
         "auto",
-        "attention kernel in training; varlen computes no padding (torch's FlashAttention, CUDA only), and auto chooses "
-        "varlen when it is available",
+        "attention kernel in training; varlen computes no padding (on CUDA with torch's FlashAttention), and auto chooses "
+        "varlen unless the dtype is float32 on CUDA",
     )
     gradient_checkpointing: bool = operational(
         True, "recompute activations in the backward pass: less memory, more computation"
@@ -206,12 +207,15 @@ class LLMSettings(_Settings):
 class StageSettings(_Settings):
     """One training stage."""
 
+    # Learning rates, batch sizes and the warm-up ratio of both stages are LLaVA-1.5's.
     lr: float = setting(1e-3, "peak learning rate", gt=0)
     global_batch_size: int = setting(256, "samples per optimiser step, over all workers", ge=1)
     epochs: int = setting(1, "passes over the samples", ge=1)
     warmup_ratio: Fraction = setting(0.03, "share of the steps in which the learning rate rises linearly")
-    weight_decay: Literal[0] = setting(0, "0 as in LLaVA; one parameter group under ZeRO-3 allows nothing else")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
+    weight_decay: Literal[0] = setting(
+        0, "weight decay; only 0, LLaVA's value, because ZeRO-3 allows a single parameter group"
+    )
+    max_grad_norm: float = setting(1.0, "norm to which gradients are clipped", gt=0)
     seed: int = setting(0, "seed of the sample order and of newly initialised weights")
     template: Literal["plain", "vicuna_v1", "chat"] = setting(
         "plain",

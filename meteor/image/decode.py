@@ -183,6 +183,7 @@ def _is_cut_short(data: bytes, error: Exception) -> bool:
         return True
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    # Some programs append zeros or line ends after the end marker.
     tail = data[-64:].rstrip(b"\0\r\n ")
     return any(data.startswith(start) and not tail.endswith(end) for start, end in _END_MARKERS.items())
 

@@ -57,6 +57,7 @@ def plan_slices(
     patch_size = _setting("patch_size", patch_size, minimum=1)
     resolution = _setting("resolution", resolution, minimum=patch_size)
 
+    # Ceiling division in whole numbers: floats would round large areas.
     ideal_num_slices = -(-width * height // resolution**2)
     multiple = min(ideal_num_slices, max_slices)
     global_size = _fit(width, height, resolution, patch_size)

@@ -157,6 +157,7 @@ def varlen_attention(
     if query_NHd.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
+        # FlashAttention's window counts tokens to the left (-1: all) and to the right (0: causal).
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         output_NHd = varlen_attn(
             query_NHd,
@@ -215,6 +216,7 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
 
 
 def _window(config: PretrainedConfig) -> int | None:
+    # Qwen2's configurations name a window even if use_sliding_window switches it off.
     window = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None
 

@@ -253,6 +253,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         else:
             logits = self.language_model(**inputs).logits.flatten(0, 1)[places_N]
             loss = F.cross_entropy(logits.float(), next_N[answers_N], reduction="sum")
+        # A batch without answers has loss 0, not 0 / 0.
         return loss / (max(len(answers_N), 1) if num_items is None else num_items)
 
     @torch.inference_mode()

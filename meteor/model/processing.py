@@ -102,6 +102,7 @@ class MeteorProcessor:
             "attention_mask": attention_mask,
             "turns": turns,
             "image_numbers": image_numbers,
+            # Without images the model encodes a stand-in sub-image, which has no slots.
             "num_slots": torch.tensor(num_slots or [0]),
             "pixel_values": pixel_values,
         }

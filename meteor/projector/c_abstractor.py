@@ -130,6 +130,7 @@ def _neighbours(
     place_BP: Tensor, length_B1: Tensor, side: int, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the two places on the table's axis around each place on the map's axis, with weights, all (B, P)."""
+    # Centres of cells, as in torch's interpolate with align_corners=False.
     centre_BP = (((2 * place_BP + 1) * side).to(dtype) / (2 * length_B1) - 0.5).clamp(0, side - 1)
     lower_BP = centre_BP.floor().long().clamp(max=max(side - 2, 0))
     upper_weight_BP = centre_BP - lower_BP

@@ -85,6 +85,7 @@ def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, 
             chosen[name.removeprefix(prefix)] = {**header[name], "data_offsets": [start, end]}
         # A file of these tensors alone is built in memory, so that the library checks shapes and types.
         head = json.dumps(chosen).encode()
+        # The format pads headers to a multiple of 8 bytes, so that tensors are aligned.
         head += b" " * (-len(head) % 8)
         return metadata, load(b"".join([len(head).to_bytes(8, "little"), head, *parts]))
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

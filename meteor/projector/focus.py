@@ -140,6 +140,7 @@ def _choose(
         is_token_BRJ = torch.where(chosen_BR1, is_cell_BRJ, is_token_BRJ)
     token_BRJC = token_BRJC * factor_BR[..., None, None].to(token_BRJC.dtype)
     flat_BK = is_token_BRJ.flatten(1)
+    # A stable sort moves real tokens to the front and keeps their order.
     first_BK = flat_BK.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :num_slots]
     return gather_rows(token_BRJC.flatten(1, 2), first_BK), flat_BK.gather(1, first_BK)
 

@@ -84,6 +84,7 @@ def upper_fence(score_BP: Tensor, mask_BP: Tensor) -> Tensor:
     """Return Q3 + 1.5 (Q3 - Q1) over the real patches of each sub-image, (B, 1)."""
     if not mask_BP.shape[1]:
         return score_BP.new_zeros(score_BP.shape[0], 1)
+    # torch.quantile takes no mask, so the quartiles are read from the sorted scores; padding is sorted last.
     in_order_BP = torch.where(mask_BP, score_BP, torch.inf).sort(dim=1).values
     last_B1 = (mask_BP.sum(dim=1, keepdim=True) - 1).clamp(min=0)
 

@@ -62,6 +62,7 @@ def _in_window(place_BP: Tensor, length_B1: Tensor, num_windows: int) -> Tensor:
     """Return the places on an axis that each of its windows holds, (B, num_windows, P) bool."""
     window_W = torch.arange(num_windows, device=place_BP.device)
     first_BW1 = (window_W * length_B1 // num_windows).unsqueeze(-1)
+    # Negative floor division is ceiling division, exact in whole numbers.
     end_BW1 = -((window_W + 1) * -length_B1 // num_windows).unsqueeze(-1)
     place_B1P = place_BP.unsqueeze(1)
     return (first_BW1 <= place_B1P) & (place_B1P < end_BW1)

@@ -117,6 +117,7 @@ def _visual_scores(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
     """Return each patch's share of the class token's attention to patches (equation 3), (B, P)."""
     attention_BP = torch.where(mask_BP, cls_attention.to(accumulation_dtype(cls_attention.dtype)), 0)
     total_B1 = attention_BP.sum(dim=1, keepdim=True)
+    # A sub-image whose patches get no attention has scores of 0 instead of 0 / 0.
     return attention_BP / total_B1.clamp(min=torch.finfo(total_B1.dtype).tiny)
 
 

@@ -64,8 +64,10 @@ def special_pattern(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) ->
         tokenizer: tokenizer with the added tokens.
         vocabulary_size: ``len(tokenizer)``, part of the cache's key: a tokenizer with new tokens gets a new pattern.
     """
+    # Longer tokens come first: a token that begins with another one must not be matched as the shorter token.
     tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
     if not tokens:
+        # An empty alternation would match everywhere; this pattern matches nowhere.
         return re.compile(r"(?!)")
     return re.compile(
         "|".join(

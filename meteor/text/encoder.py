@@ -63,6 +63,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> Te
 
 def _copy(description: dict) -> Tokenizer:
     copy = Tokenizer.from_str(json.dumps(description))
+    # A saved tokenizer may truncate or pad by itself, which would lose or add tokens without notice.
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = True

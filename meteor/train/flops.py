@@ -85,6 +85,7 @@ class ModelFlops:
         llm = model.language_model
         config, head = llm.config, llm.get_output_embeddings().weight
         elsewhere = {id(head), id(llm.get_input_embeddings().weight)}
+        # Some models, for example Gemma, set head_dim independently of the hidden size.
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )

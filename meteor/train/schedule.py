@@ -16,6 +16,7 @@ def learning_rate(step: int, num_steps: int, *, peak: float, warmup_ratio: float
     """
     num_warmup = math.ceil(num_steps * warmup_ratio)
     if step < num_warmup:
+        # The first step already has a rate above 0, and the first step after the warm-up has the peak.
         return peak * (step + 1) / (num_warmup + 1)
     progress = (step - num_warmup) / max(num_steps - num_warmup, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -198,6 +198,7 @@ def _seed(*numbers: int) -> int:
 def _peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes: on a GPU since the last call, on a CPU since the process started."""
     if device.type != "cuda":
+        # Linux reports ru_maxrss in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -53,6 +53,8 @@ class TorchEngine:
 
     def step(self, lr: float) -> float:
         for name, parameter in self._parameters.items():
+            # A parameter without gradient here may have one on another worker, and all workers must join each
+            # reduction.
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self._masters[name].grad = all_reduce_sum(gradient.float())
             if parameter is not self._masters[name]:
