@@ -1,4 +1,4 @@
-"""A conversation: its turns, and the reading of LLaVA's ``conversations`` lists into them."""
+"""Conversations: their turns, and a parser of LLaVA's ``conversations`` lists."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ _SPEAKERS: Mapping[str, Role] = {"human": "human", "user": "human", "gpt": "gpt"
 
 
 class Turn(NamedTuple):
-    """The words of one side.
+    """Turn of a conversation.
 
     A tuple, because a mixture has millions of turns and a frozen dataclass takes four times as long to make.
 
     Attributes:
-        role: ``"human"`` or ``"gpt"``.
-        text: the words, without image placeholders.
-        num_images: images shown in this turn, all of them before the text.
+        role: speaker, ``"human"`` or ``"gpt"``.
+        text: words of the turn, without image placeholders.
+        num_images: number of images shown in this turn, all before the text.
     """
 
     role: Role
@@ -31,7 +31,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that alternate and start with the human; ``system`` replaces the template's own system prompt."""
+    """Alternating turns that start with the human; ``system`` replaces the template's own system prompt."""
 
     turns: tuple[Turn, ...]
     system: str | None = None
@@ -43,7 +43,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ConversationProblem:
-    """Why a ``conversations`` list cannot be used: a short stable code, and a sentence."""
+    """Reason why a ``conversations`` list cannot be used: a short stable code and a sentence."""
 
     reason: str
     message: str
@@ -52,12 +52,12 @@ class ConversationProblem:
 def find_problem(
     record_conversations: object, *, num_images: int, for_generation: bool = False
 ) -> ConversationProblem | None:
-    """Say what is wrong with a record's ``conversations``, or None.
+    """Find the first problem of a record's ``conversations``; return None if there is none.
 
     Args:
         record_conversations: LLaVA's list of ``{"from": ..., "value": ...}``.
-        num_images: images the record names.
-        for_generation: the last turn may be the human's (a question without its answer).
+        num_images: number of images in the record.
+        for_generation: whether the last turn may be the human's (a question without its answer).
     """
     if not isinstance(record_conversations, list) or not record_conversations:
         return ConversationProblem(
@@ -74,20 +74,20 @@ def find_problem(
 def parse_conversation(
     record_conversations: object, *, num_images: int, sample_id: str, for_generation: bool = False
 ) -> Conversation:
-    """Read LLaVA's ``conversations`` list (spec section 6).
+    """Parse LLaVA's ``conversations`` list.
 
-    ``<image>`` is taken out and the images move to the front of their turn. As in LLaVA, the text of a turn with an
-    image is stripped; other text stays as it is. Nothing is repaired: an image without a placeholder is an error.
+    ``<image>`` is removed, and images move to the front of their turn. As in LLaVA, the text of a turn with an image is
+    stripped; other text stays unchanged. Nothing is repaired: an image without a placeholder is an error.
 
     Args:
-        record_conversations: LLaVA's list of ``{"from": ..., "value": ...}``; ``user`` and ``assistant`` are read as
-            ``human`` and ``gpt``, a first turn from ``system`` as the system prompt.
-        num_images: images the sample names.
-        sample_id: for the error.
-        for_generation: the last turn may be the human's.
+        record_conversations: LLaVA's list of ``{"from": ..., "value": ...}``. The speakers ``user`` and ``assistant`` mean
+            ``human`` and ``gpt``; a first turn from ``system`` is the system prompt.
+        num_images: number of images in the sample.
+        sample_id: id of the sample, for the error.
+        for_generation: whether the last turn may be the human's.
 
     Raises:
-        ConversationError: naming the sample and what is wrong.
+        ConversationError: the list cannot be used; the message names the sample and the problem.
     """
     found = read_conversation(record_conversations, num_images=num_images, for_generation=for_generation)
     if isinstance(found, ConversationProblem):
@@ -133,7 +133,7 @@ def _usual_turns(turns: object, num_images: int) -> tuple[Turn, ...] | None:
 def parse_turns(
     record_conversations: object, *, num_images: int, sample_id: str, for_generation: bool = False
 ) -> tuple[Turn, ...]:
-    """The turns of ``parse_conversation``, for callers that bring their own system prompt."""
+    """Return the turns of ``parse_conversation``, for callers with a system prompt of their own."""
     return parse_conversation(
         record_conversations, num_images=num_images, sample_id=sample_id, for_generation=for_generation
     ).turns
