@@ -12,10 +12,11 @@ from ray.data import ActorPoolStrategy, Dataset
 from meteor.assembly import pixel_settings
 from meteor.cache import IndexRow, QuarantineRow, commit, record_quarantine
 from meteor.config import RunSettings
-from pipelines.ray_parts.encoder import Encoder, slice_batch
+from pipelines.ray_parts.encoder import Encoder
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.meter import EncodingMeter
 from pipelines.ray_parts.runtime import progress, worker_environment
+from pipelines.ray_parts.slicing import slice_batch
 
 _LOG = logging.getLogger(__name__)
 # Batches are repeated when their actor dies, which Ray would do for ever with one that kills it each time. When a whole node

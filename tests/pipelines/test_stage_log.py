@@ -20,7 +20,7 @@ from meteor.errors import TrackingError
 from meteor.runs import mlflow_log as stage_log
 from meteor.runs.metrics import MetricsSegment
 from meteor.tracking import Tracker
-from pipelines.ray_parts.training import LogToMlflow
+from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 from pipelines.stage import StageRun, Summary
 
 # MLflow's own way with SQLAlchemy.
