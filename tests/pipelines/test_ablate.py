@@ -71,13 +71,13 @@ def test_every_cache_is_named_once_and_the_codec_that_others_are_made_from_comes
     assert found == [("float16", ("b", "c")), ("int8", ("a",))]
 
 
-def test_the_plan_tells_what_is_shared_and_what_is_done(make_study):
+def test_the_plan_tells_what_is_shared_and_what_is_done(make_study, encode):
     settings, variants = make_study(variants=VARIANTS)
     text = plan_study(settings, variants, plan_tasks(variants))
     assert "20 images, 20 to encode; read by 3 runs" in text
     assert "2 to do once, 1 of them shared by several variants; 0 finished" in text
     assert "known when the images are indexed" in text
-    cache_features.run(variants[0].settings)
+    encode(variants[0].settings)
     text = plan_study(settings, variants, plan_tasks(variants))
     assert "nothing to encode" in text
     assert "the time is known when one has finished" in text
