@@ -17,7 +17,7 @@ import yaml
 from side_by_side import print_table
 
 from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
-from meteor.runs.reading import read_stage_run
+from meteor.runs.reading import read_stage
 from meteor.synthetic.dataset import write_dataset
 from meteor.synthetic.models import make_tiny_models
 
@@ -68,7 +68,7 @@ def _compare(undisturbed: str, checkpoints: str) -> bool:
     tensors = [(kind, name) for kind in KINDS for name in one.shapes]
     same = sum(torch.equal(one.read(*tensor), other.read(*tensor)) for tensor in tensors)
     losses = [
-        [row["loss"] for row in read_stage_run(str(Path(root).parent)).metrics] for root in (undisturbed, checkpoints)
+        [row["loss"] for row in read_stage(str(Path(root).parent)).metrics] for root in (undisturbed, checkpoints)
     ]
     same_losses = losses[0] == losses[1]
     print(

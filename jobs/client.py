@@ -142,9 +142,9 @@ class JobServer:
 
 
 def exit_status(details: JobDetails) -> int:
-    """0 where the job succeeded; its driver's own status, or 1, where it failed; 2 where it was stopped."""
+    """0 if the job succeeded; its driver's own status, or 1, if it failed; 143 (128 + SIGTERM) if it was stopped."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
-        return 2
+        return 143
     return details.driver_exit_code or 1

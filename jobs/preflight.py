@@ -13,13 +13,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.node_checks import Finding, check_node, differing, gpus, versions
 from meteor import storage
-from meteor.config import RunSettings, load_run, resolve_paths
-from meteor.errors import MeteorError
+from meteor.command_line import DIFFERS, OK, add_run, parse, read_run, run_command
+from meteor.config import RunSettings
+from meteor.planning.workers import answering_request, describe_nodes, encoding_request, training_request
 
 _DESCRIPTION = """Look at everything that a run needs, on every node of the cluster: storage (write, read, conditional put),
 models, data, MLflow, GPUs, versions. Nothing is trained, and nothing is left behind."""
 _EPILOG = """On a cluster: ray job submit --working-dir . -- python -m jobs.preflight --run RUN, or python -m jobs.submit
-preflight --run RUN --wait. Without one it looks at this machine. Exit status: 0 all is well, 1 something is not."""
+preflight --run RUN --wait. Without one it looks at this machine. Exit status: 0 all is well, 1 a check failed, 2 an error."""
 # Copying a model of 26 GB to a node's disk takes minutes.
 _NODE_TIMEOUT_S = 1800.0
 
@@ -27,14 +28,13 @@ _NODE_TIMEOUT_S = 1800.0
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser("python -m jobs.preflight", description=_DESCRIPTION, epilog=_EPILOG)
-    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        settings = resolve_paths(load_run(arguments.run, arguments.overrides))
-    except MeteorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    add_run(parser)
+    arguments = parse(parser, argv)
+    return run_command(lambda: check_cluster(read_run(arguments)))
+
+
+def check_cluster(settings: RunSettings) -> int:
+    """Check every node and print what was found; the exit status is 1 if a check failed."""
     address = settings.runtime.ray_address or os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False}
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
@@ -99,21 +99,18 @@ def report(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> int:
         print(f"note {line}")
     num_wrong += len(different)
     print(f"{num_wrong} of the checks failed" if num_wrong else f"{settings.name}: {len(nodes)} nodes are ready")
-    return 1 if num_wrong else 0
+    return DIFFERS if num_wrong else OK
 
 
 def wanting(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> list[str]:
-    """What the run's workers ask for beyond what the cluster has now: an autoscaler may still bring it."""
-    runtime = settings.runtime
-    asked = {
-        "CPU": max(runtime.num_workers * runtime.cpus_per_worker, runtime.num_encoders * runtime.cpus_per_encoder),
-        "GPU": max(runtime.num_workers * runtime.gpus_per_worker, runtime.num_encoders * runtime.gpus_per_encoder),
-    }
-    has = {kind: sum(node["resources"].get(kind, 0) for node in nodes.values()) for kind in asked}
+    """Workers that the run asks for and the cluster has no room for now; an autoscaler may still bring nodes."""
+    there = [node["resources"] for node in nodes.values()]
+    requests = [make(settings.runtime) for make in (encoding_request, training_request, answering_request)]
     return [
-        f"the run asks for {number:g} {kind}s, the cluster has {has[kind]:g} now: without an autoscaler it would wait for ever"
-        for kind, number in asked.items()
-        if number > has[kind]
+        f"{request.to_text()} are asked for, and the cluster has {describe_nodes(there)}, room for {request.room(there)} now: "
+        f"stages wait for nodes for {settings.runtime.wait_for_nodes_minutes:g} minutes"
+        for request in requests
+        if request.room(there) < request.num
     ]
 
 

@@ -5,16 +5,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from meteor.config import RunSettings, load_run, mathematical_settings, settings_digest
+from meteor.config import RunSettings, expand_study, load_run, settings_digest
 from meteor.errors import SettingsError
+from meteor.runs.identity import NamesAlone, identify, identify_all, stages_of
+from meteor.stages import STAGES
 from meteor.tracking import experiment_page
 
-# In the order in which a run goes through them.
-CHAIN = ("cache_features", "pretrain", "finetune", "evaluate", "report")
+CHAIN = (*STAGES, "report")
 _SPECS = Path(__file__).with_name("stages.yaml")
 _MODULES = {"preflight": "jobs.preflight"}
 
@@ -62,18 +64,19 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """12 hex digits of what is computed, from what, and where it is left.
+        """12 hexadecimal digits that name what the job computes, and where it leaves the results.
 
-        Not of worker counts and the like: a second try with fewer of them follows the first one, and never runs beside it.
+        It is made of `meteor.runs.identity`, by names alone: the machine that submits need not see the files. Worker counts
+        change nothing, so that a second try with fewer workers follows the first and never runs beside it.
         """
         settings = self.settings
-        content = settings.model_dump(mode="json", exclude={"runtime", "tracking", "report", "pretrain", "finetune"})
-        content |= {
-            "pretrain": mathematical_settings(settings.pretrain),
-            "finetune": mathematical_settings(settings.finetune),
-            "pretrained": settings.finetune.pretrained,
-        }
-        return settings_digest(content)[:12]
+        if self.stage in STAGES:
+            content: Any = identify(settings, self.stage, NamesAlone()).digest
+        else:
+            runs = [variant.settings for variant in expand_study(settings)] if settings.study else [settings]
+            stages = [[identity.digest for identity in identify_all(run, NamesAlone()).values()] for run in runs]
+            content = [settings.name, stages]
+        return settings_digest([self.stage, content, settings.output, settings.cache_root])[:12]
 
     def tracking_page(self, submission_id: str) -> str | None:
         """Where MLflow has the job's run: found by the tag that the stage puts on it; None where no server answers here."""
@@ -107,21 +110,11 @@ def make_job(stage: str, run: str, overrides: Sequence[str] = ()) -> Job:
 
 def make_chain(run: str, overrides: Sequence[str] = ()) -> list[Job]:
     """Every stage of a run, and of those it is compared with, then the report."""
-    first = make_job("report", run, overrides)
+    last = make_job("report", run, overrides)
     jobs = []
-    for name, changes in [(run, overrides), *((other, ()) for other in first.settings.report.compare)]:
-        jobs += [make_job(stage, name, changes) for stage in CHAIN[:-1]]
-    return [*(job for job in jobs if _asked(job)), first]
-
-
-def _asked(job: Job) -> bool:
-    """Whether the run says anything to the stage."""
-    settings = job.settings
-    return {
-        "pretrain": bool(settings.data.sources("pretrain")) and settings.finetune.pretrained is None,
-        "finetune": bool(settings.data.sources("finetune")) and settings.evaluate.model is None,
-        "evaluate": bool(settings.data.evaluate),
-    }.get(job.stage, True)
+    for name, changes in [(run, overrides), *((other, ()) for other in last.settings.report.compare)]:
+        jobs += [make_job(stage, name, changes) for stage in stages_of(load_run(name, changes))]
+    return [*jobs, last]
 
 
 def read_specs() -> dict[str, Resources]:

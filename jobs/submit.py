@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 from jobs.client import JobServer, exit_status
 from jobs.spec import CHAIN, Job, make_chain, make_job, read_specs
-from meteor.errors import MeteorError
+from meteor.command_line import add_run, parse, run_command
 
 _DESCRIPTION = """Submit a stage of a run to a Ray cluster, with the working directory's code. Where it runs already, its log is
 shown; after a failure a new attempt goes on where the last one stopped."""
 _EPILOG = """The same by Ray's own command: ray job submit --working-dir . -- python -m pipelines.STAGE --run RUN.
-Exit status: 0 the job succeeded (or, without --wait, was submitted), 2 it was stopped, else its own."""
+Exit status: 0 the job succeeded (or, without --wait, was submitted), 143 it was stopped, else the job's own; 2 an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="STAGE",
         help=f"one of {', '.join(names)}; all is {', '.join(CHAIN)}, one by one",
     )
-    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
+    add_run(parser)
     parser.add_argument(
         "--address",
         metavar="URL",
@@ -37,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Which files it leaves out, five times; that it uploads, and hangs up.
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    arguments = parser.parse_intermixed_args(argv)
-    try:
+    arguments = parse(parser, argv)
+
+    def act() -> int:
         if arguments.stage == "all":
             jobs = make_chain(arguments.run, arguments.overrides)
         else:
@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{job.submission_id(1)}: {job.entrypoint}")
             return 0
         return submit(jobs, JobServer(arguments.address), wait=arguments.wait or arguments.stage == "all")
-    except MeteorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+
+    return run_command(act)
 
 
 def submit(jobs: Sequence[Job], server: JobServer, *, wait: bool, write: Callable[[str], object] | None = None) -> int:

@@ -1,6 +1,7 @@
-"""Numbers as people read them: thousands separators, units, no more digits than mean something."""
+"""Values as people read them: numbers with units and no more digits than mean something, settings by dotted name."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -57,6 +58,17 @@ def format_value(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted name, the form overrides are written in; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def humanise(key: str) -> str:

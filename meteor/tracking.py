@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from meteor.errors import TrackingError
+from meteor.formatting import flatten
 from meteor.optional import import_optional
 
 _LOG = logging.getLogger(__name__)
@@ -24,17 +25,6 @@ _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_S
 _OUTAGE_PAUSE_S = 60.0
 _MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
 _MAX_CHILDREN = 5000
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``: parameters as MLflow's comparison shows them best."""
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = str(value)[:_MAX_PARAM_LENGTH]
-    return flat
 
 
 def public_uri(uri: str) -> str:
@@ -134,7 +124,8 @@ class Tracker:
         """Log settings flattened with dots; those logged before keep their first value (MLflow's rule)."""
         with self._reaching():
             present = self._client.get_run(run_id).data.params
-            new = [(key, value) for key, value in flatten(settings).items() if key not in present]
+            flat = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in flatten(settings).items()}
+            new = [(key, value) for key, value in flat.items() if key not in present]
             for start in range(0, len(new), _MAX_PARAMS):
                 params = [self._entities.Param(key, value) for key, value in new[start : start + _MAX_PARAMS]]
                 self._client.log_batch(run_id, params=params)

@@ -1,36 +1,50 @@
 """The whole pipeline in one Ray session: every stage of this run and of those it is compared with, then the report."""
 
 import sys
+from collections.abc import Callable
 
+from meteor.assembly import Inputs
 from meteor.config import RunSettings, load_run, resolve_paths
+from meteor.planning.study import plan_study
+from meteor.runs.folder import Summary
+from meteor.runs.identity import stages_of
 from meteor.runs.mlflow_log import where_to_compare
+from meteor.stages import Stage
 from pipelines import cache_features, evaluate, finetune, pretrain, report
-from pipelines.stage import Summary, stage_main, timed
+from pipelines.command import stage_main, timed
 
 _DESCRIPTION = """Run cache_features, pretrain, finetune and evaluate for this run and for those in report.compare, then report.
-What has finished before is found and not done again."""
-_STAGES = (cache_features, pretrain, finetune, evaluate)
+Stages that have finished are found and not done again."""
+_RUN: dict[Stage, Callable[..., Summary]] = {
+    "cache_features": cache_features.run,
+    "pretrain": pretrain.run,
+    "finetune": finetune.run,
+    "evaluate": evaluate.run,
+}
 
 
-def run(settings: RunSettings) -> Summary:
+def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
+    """Run all stages that the run, and those it is compared with, go through; then report."""
     with timed() as seconds:
-        counts = {}
-        for variant in variants(settings):
-            for stage in _STAGES:
-                summary = stage.run(variant)
-                print(f"[{variant.name}] {summary.to_text()}", flush=True)
-                counts[f"{variant.name} {summary.stage} seconds"] = round(summary.seconds, 1)
-        summary = report.run(settings)
+        inputs, counts = inputs or Inputs(), {}
+        for compared in compared_runs(settings):
+            for stage in stages_of(compared):
+                summary = _RUN[stage](compared, inputs)
+                print(f"[{compared.name}] {summary.to_text()}", flush=True)
+                counts[f"{compared.name} {summary.stage} seconds"] = round(summary.seconds, 1)
+        summary = report.run(settings, inputs)
         return Summary("all", counts, seconds(), {**summary.results, "compare in MLflow": where_to_compare(settings)})
 
 
-def variants(settings: RunSettings) -> list[RunSettings]:
+def compared_runs(settings: RunSettings) -> list[RunSettings]:
+    """The run, and the runs in ``report.compare``."""
     return [settings, *(resolve_paths(load_run(path)) for path in settings.report.compare)]
 
 
-def plan(settings: RunSettings) -> str:
-    """The cache's plan of every variant; later stages plan on what earlier ones publish."""
-    return "\n".join(f"[{variant.name}] {cache_features.plan(variant)}" for variant in variants(settings))
+def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+    """The plan of all stages of all runs."""
+    inputs = inputs or Inputs()
+    return plan_study(settings, compared_runs(settings), inputs).to_text()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping
 
-from meteor.assembly import identity_of, pixel_settings, question_sets
+from meteor.assembly import Inputs, pixel_settings
+from meteor.assembly.sample_sets import SampleSet, as_samples, names_of_images
 from meteor.cache import (
     DatasetIndex,
     FeatureCache,
@@ -18,19 +19,21 @@ from meteor.cache import (
 )
 from meteor.cache.manifest import latest_manifest, read_keys
 from meteor.cache.quarantine import retryable
-from meteor.cli.cache_plan import plan_cache
-from meteor.config import RunSettings, mathematical_settings, settings_digest
+from meteor.config import RunSettings, mathematical_settings
 from meteor.errors import BadImageError, QuarantineLimitError
 from meteor.evaluation.question_images import is_written, write_images
 from meteor.evaluation.question_set import QuestionSet
 from meteor.image.pixels import PixelSettings
-from pipelines.inputs import SampleSet, as_samples, load_sets, names_of_images
+from meteor.planning.survey import estimate_cache
+from meteor.runs.folder import StageFolder, Summary
+from meteor.runs.identity import identify
+from pipelines.command import stage_main, timed
 from pipelines.ray_parts.calibration import calibrate_cache
 from pipelines.ray_parts.encoding import encode_missing
 from pipelines.ray_parts.indexing import update_index
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.runtime import progress
-from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
+from pipelines.ray_parts.tracked import reuse, tracked
 
 _LOG = logging.getLogger(__name__)
 _CODEC_ERRORS = ("mean_relative_error", "max_relative_error", "min_cosine", "mean_top_k_agreement")
@@ -38,29 +41,31 @@ _DESCRIPTION = """Slice the images of all sample sets and cache what the frozen 
 (a later run reads only new and changed ones), the second encodes distinct images that the cache does not have yet."""
 
 
-def run(settings: RunSettings) -> Summary:
+def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
     """Index, encode, publish.
 
     Raises:
         QuarantineLimitError: too many bad images, after the good ones were published.
     """
     with timed() as seconds:
-        sets = load_sets(settings)
-        identity = identity_of(settings)
-        cache_uri = create_cache(settings.cache_root, identity, settings.cache.codec)
-        stage = _stage(settings, sets, identity.key)
-        _write_question_images(settings)
-        index, num_read = update_index(settings, sets)
+        inputs = inputs or Inputs()
+        sets = inputs.all_sets(settings)
+        cache_identity = inputs.cache_identity(settings)
+        cache_uri = create_cache(settings.cache_root, cache_identity, settings.cache.codec)
+        folder = StageFolder(settings.output, identify(settings, "cache_features", inputs))
+        _write_question_images(settings, inputs.question_sets(settings))
+        index, num_read = update_index(settings, sets, inputs.image_roots(settings))
         rows = _rows_of(index, sets)
         wanted, refused = _to_encode(rows, pixel_settings(settings))
         missing = _missing(settings, cache_uri, wanted)
         _LOG.info("%d distinct images, %d of them to encode", len(wanted), len(missing))
-        before = stage.finished()
+        before = folder.finished()
         if before and not missing and not num_read:
-            return stage.reuse(before)
-        stage.start(cache=cache_uri, cache_key=identity.key, sample_sets={one.name: one.uri for one in sets})
-        with stage.tracked(canonical(mathematical_settings(settings))) as log:
-            live = LiveMetrics(settings.name, "cache_features", stage.digest)
+            return reuse(settings, folder, before)
+        sources = {file.name: file.uri for file in sets}
+        folder.start(settings, cache=cache_uri, cache_key=cache_identity.key, sample_sets=sources)
+        with tracked(settings, folder, mathematical_settings(settings)) as log:
+            live = LiveMetrics(settings.name, "cache_features", folder.digest)
             encoding: dict[str, float] = {}
             if missing:
                 calibrate_cache(settings, cache_uri, wanted)
@@ -69,18 +74,19 @@ def run(settings: RunSettings) -> Summary:
             record_quarantine(cache_uri, new_refusals)
             live.quarantined([row.reason for row in new_refusals])
             commit(cache_uri)
+            inputs.refresh()
             cache = FeatureCache.open(cache_uri)
             bad = refused + [row for row in cache.quarantine() if row.image_key in wanted]
             summary = _summary(cache, index, rows, wanted, bad, num_read, len(missing), encoding, seconds())
             log.metrics({**summary.counts, "seconds": summary.seconds})
             log.cache(cache, context="cache")
             _check_share_of_bad(settings, len(rows), bad)
-        return stage.finish(summary)
+        return folder.finish(summary)
 
 
-def _write_question_images(settings: RunSettings) -> None:
-    """Images that come inside benchmarks' own files, or are resized, become files."""
-    for questions in question_sets(settings):
+def _write_question_images(settings: RunSettings, sets: Iterable[QuestionSet]) -> None:
+    """Write the images that come inside benchmarks' own files, or are resized, as files."""
+    for questions in sets:
         if not is_written(questions):
             _write_images_of(settings, questions)
 
@@ -148,13 +154,14 @@ def _codec_error(cache: FeatureCache) -> dict[str, float]:
     return {name: measured[name] for name in _CODEC_ERRORS if measured[name] is not None}
 
 
-def plan(settings: RunSettings) -> str:
-    """What `run` would do, from the index and from headers of images that it does not have."""
+def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+    """Say what `run` would do, from the index and from headers of images that it does not have."""
+    inputs = inputs or Inputs()
     lines = [
-        f"  {one.name}: {len(one.samples):,} samples, {len(one.image_names):,} images, {len(one.problems)} unusable"
-        for one in load_sets(settings)
+        f"  {file.name}: {len(file.samples):,} samples, {len(file.image_names):,} images, {len(file.problems)} unusable"
+        for file in inputs.all_sets(settings)
     ]
-    return "\n".join(["cache_features: plan", *lines, plan_cache(settings).to_text()])
+    return "\n".join(["cache_features: plan", *lines, estimate_cache(settings, inputs).to_text()])
 
 
 def _rows_of(index: DatasetIndex, sets: list[SampleSet]) -> list[IndexRow]:
@@ -199,16 +206,6 @@ def _check_share_of_bad(settings: RunSettings, num_images: int, bad: list[Quaran
             f"{len(bad)} of {num_images} images are bad ({reasons}), for example {bad[0].name or bad[0].image_key}. "
             "The good ones are cached. See `meteor data check`, repair the files and run again, or raise data.max_bad_share"
         )
-
-
-def find_run(settings: RunSettings) -> StageRun:
-    """The folder of this stage for these settings and sample files."""
-    return _stage(settings, load_sets(settings), identity_of(settings).key)
-
-
-def _stage(settings: RunSettings, sets: list[SampleSet], cache_key: str) -> StageRun:
-    content = {"sets": sorted(one.digest for one in sets), "cache": cache_key, "codec": settings.cache.codec}
-    return StageRun(settings, "cache_features", settings_digest(content))
 
 
 if __name__ == "__main__":

@@ -10,20 +10,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meteor import storage
-from meteor.assembly import cache_uri, cache_version, identity_of, open_index, pixel_settings, question_sets
+from meteor.assembly import Inputs, pixel_settings
+from meteor.assembly.features import indexed_images, quarantine_into
+from meteor.assembly.sample_sets import as_samples
+from meteor.assembly.training_stage import find_model
 from meteor.cache import DatasetIndex, FeatureCache
-from meteor.config import RunSettings, mathematical_settings, settings_digest
+from meteor.config import RunSettings, mathematical_settings
 from meteor.data.table import IndexedImage
 from meteor.errors import BadImageError, CacheError, SettingsError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question
 from meteor.evaluation.score_table import UNTYPED, score_rows, score_table
 from meteor.image.pixels import PixelSettings
-from pipelines.inputs import as_samples, indexed_images, quarantine_into
-from pipelines.preparation import prepare
+from meteor.runs.folder import StageFolder, Summary
+from meteor.runs.identity import identify
+from pipelines.command import stage_main, timed
 from pipelines.ray_parts.answering import Asked, answer
 from pipelines.ray_parts.live_metrics import LiveMetrics
-from pipelines.stage import StageRun, Summary, canonical, stage_main, timed
+from pipelines.ray_parts.tracked import reuse, tracked
 
 _DESCRIPTION = """Answer the question sets of data.evaluate greedily and score them, each with its benchmark's own metric. A
 question whose image is quarantined counts as wrong and is reported. Answers are kept as they come: started again, or with
@@ -41,22 +45,25 @@ _PREDICTIONS = pa.schema(
 )
 
 
-def run(settings: RunSettings) -> Summary:
+def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
     """Answer, score; writes ``predictions.parquet``, ``scores.json``, and files for those who score elsewhere."""
     with timed() as seconds:
-        model_uri, model_digest = find_model(settings)
-        sets = load_question_sets(settings)
-        stage = find_run(settings)
-        finished = stage.finished()
+        inputs = inputs or Inputs()
+        model_uri, model_digest = find_model(settings, inputs)
+        sets = load_question_sets(settings, inputs)
+        folder = StageFolder(settings.output, identify(settings, "evaluate", inputs))
+        finished = folder.finished()
         if finished:
-            return stage.reuse(finished)
-        index, cache = open_index(settings), open_cache(settings)
-        stage.start(parent={"uri": model_uri, "digest": model_digest}, cache=cache.uri, cache_key=cache.identity.key)
+            return reuse(settings, folder, finished)
+        index, cache = inputs.index(settings), inputs.cache(settings)
+        parent = {"uri": model_uri, "digest": model_digest}
+        folder.start(settings, parent=parent, cache=cache.uri, cache_key=cache.identity.key)
         facts = {one.name: set_facts(one) for one in sets}
-        with stage.tracked(canonical({"evaluate": mathematical_settings(settings.evaluate), "sets": facts})) as log:
+        params = {"evaluate": mathematical_settings(settings.evaluate), "sets": facts}
+        with tracked(settings, folder, params) as log:
             log.cache(cache, context="evaluation")
             asked = find_questions(settings, sets, index, cache)
-            live = LiveMetrics(settings.name, "evaluate", stage.digest)
+            live = LiveMetrics(settings.name, "evaluate", folder.digest)
             predictions, num_new = answer(settings, asked, (model_uri, model_digest), cache, index, live)
             provenance = {
                 "model": model_uri,
@@ -74,22 +81,28 @@ def run(settings: RunSettings) -> Summary:
                 )
                 scores[one.name] = {**facts[one.name], **score_table(scored, questions, one.metric), **provenance}
                 rows += scored
-                _export(stage.uri, one, questions, answers)
-            _write(stage.uri, rows, scores)
+                _export(folder.uri, one, questions, answers)
+            _write(folder.uri, rows, scores)
             log.metrics(_metrics(scores), pipeline=True)
             log.file("scores.json")
         elapsed = seconds()
         counts: dict[str, Any] = {"questions": len(rows), "answered_now": num_new}
         counts |= {"quarantined": sum(bool(ask.reason) for ask in asked), "questions_per_s": num_new / elapsed}
         counts |= {line: value for name, table in scores.items() for line, value in _lines(name, table)}
-        results = {"predictions": storage.join(stage.uri, "predictions.parquet"), "run": stage.uri, "model": model_uri}
-        return stage.finish(Summary("evaluate", counts, elapsed, results))
+        results = {
+            "predictions": storage.join(folder.uri, "predictions.parquet"),
+            "run": folder.uri,
+            "model": model_uri,
+        }
+        return folder.finish(Summary("evaluate", counts, elapsed, results))
 
 
-def plan(settings: RunSettings) -> str:
-    model_uri, _ = find_model(settings)
+def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+    """Say which questions would be asked of which model."""
+    inputs = inputs or Inputs()
+    model_uri, _ = find_model(settings, inputs)
     lines = ["evaluate: plan", f"  model      {model_uri}"]
-    for one in load_question_sets(settings):
+    for one in load_question_sets(settings, inputs):
         split = f", {one.facts['split']}" if one.facts["split"] else ""
         lines.append(
             f"  {one.name:<10} {len(one.questions):,} questions ({one.benchmark.title}{split}), {one.metric.name}, up to "
@@ -98,10 +111,11 @@ def plan(settings: RunSettings) -> str:
     return "\n".join(lines)
 
 
-def load_question_sets(settings: RunSettings) -> list[QuestionSet]:
+def load_question_sets(settings: RunSettings, inputs: Inputs) -> list[QuestionSet]:
+    """The question sets of a run; raises SettingsError if it names none."""
     if not settings.data.evaluate:
         raise SettingsError("data.evaluate names no question set")
-    return question_sets(settings)
+    return inputs.question_sets(settings)
 
 
 def set_facts(one: QuestionSet) -> dict[str, Any]:
@@ -112,53 +126,6 @@ def set_facts(one: QuestionSet) -> dict[str, Any]:
 
 def longest_answer(settings: RunSettings, one: QuestionSet) -> int:
     return settings.evaluate.max_new_tokens or one.benchmark.max_new_tokens
-
-
-def find_run(settings: RunSettings) -> StageRun:
-    """The folder that an evaluation of these settings, this model and these images has."""
-    _, model_digest = find_model(settings)
-    index = open_index(settings)
-    content = {
-        "model": model_digest,
-        "evaluate": mathematical_settings(settings.evaluate),
-        "dtype": settings.llm.dtype,
-        "sets": {one.name: [scoring_digest(one), _index_digest(index, one)] for one in load_question_sets(settings)},
-    }
-    return StageRun(settings, "evaluate", settings_digest(canonical(content)))
-
-
-def scoring_digest(one: QuestionSet) -> str:
-    """Of what is asked and of how it is scored."""
-    return settings_digest([one.digest, one.facts, one.metric.name, one.metric.version])
-
-
-def _index_digest(index: DatasetIndex, one: QuestionSet) -> str:
-    return index.digest(as_samples(one).image_names)
-
-
-def open_cache(settings: RunSettings) -> FeatureCache:
-    """The version that an evaluation reads which starts now."""
-    uri = cache_uri(settings, identity_of(settings))
-    return FeatureCache.open(uri, version=cache_version(settings, uri))
-
-
-def find_model(settings: RunSettings) -> tuple[str, str]:
-    """URI and digest of the model to evaluate: the one named, or this run's own stage 2.
-
-    Raises:
-        SettingsError: stage 2 has not finished.
-    """
-    named = settings.evaluate.model
-    if named:
-        files = {info.uri.removeprefix(named): [info.size_bytes, info.etag] for info in storage.list_objects(named)}
-        if not files:
-            raise SettingsError(f"evaluate.model={named!r} holds no model: give the directory that finetune leaves")
-        return named, settings_digest(files)
-    prepared = prepare(settings, "finetune")
-    summary = prepared.run.finished()
-    if summary is None:
-        raise SettingsError("stage 2 of this run has not finished: run finetune first, or set evaluate.model")
-    return summary.results["model"], prepared.run.digest
 
 
 def find_questions(

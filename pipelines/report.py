@@ -9,19 +9,14 @@ import torch
 from PIL import Image
 
 from meteor import storage
-from meteor.assembly import index_uri, pixel_settings
+from meteor.assembly import Inputs, index_uri, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, load_run, resolve_paths
-from meteor.data.samples import Sample
 from meteor.errors import SettingsError, TrackingError
-from meteor.evaluation.answer import Answerer
-from meteor.evaluation.importance import importance_maps
-from meteor.evaluation.questions import Question
 from meteor.evaluation.selection import SelectedPatches, select_patches
 from meteor.image.decode import decode_image
 from meteor.model.trained_projector import load_trained_projector
 from meteor.report import (
-    ImportancePanel,
     SelectionPanel,
     SubImageScores,
     VariantResult,
@@ -29,23 +24,21 @@ from meteor.report import (
     write_report,
 )
 from meteor.report.seeds import merge_seeds
+from meteor.runs.folder import Summary
 from meteor.runs.mlflow_log import make_tracker, parent_run, study_run
-from meteor.text.conversation import Turn
-from meteor.train.build import DTYPES
-from pipelines import cache_features
-from pipelines.stage import Summary, stage_main, timed
-from pipelines.studies.results import collect, find_or_log, find_records, read_record, study_tables, unequal_samples
+from pipelines.command import stage_main, timed
+from pipelines.studies.results import collect, find_folder, find_records, read_record, study_tables, unequal_samples
 
 _LOG = logging.getLogger(__name__)
-_NUM_IMPORTANCE = 2
 _DESCRIPTION = """Lay settings, loss curves, scores, throughput and figures of this run, and of those in report.compare, side by
 side in report.md and report.html. What has not run is said to be missing."""
 
 
-def run(settings: RunSettings) -> Summary:
+def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
     """Collect, draw, write; a study's variants are found in MLflow."""
     with timed() as seconds:
-        variants = _collect_all(settings)
+        inputs = inputs or Inputs()
+        variants = _collect_all(settings, inputs)
         if not any(variant.stages for variant in variants):
             raise SettingsError("no stage of this run has started: there is nothing to report")
         shown = merge_seeds(variants)
@@ -56,11 +49,10 @@ def run(settings: RunSettings) -> Summary:
             title=settings.name,
             variants=variants,
             panels=panels,
-            cache=cache_facts(settings),
+            cache=cache_facts(settings, inputs),
             notes=unequal_samples(variants),
             thumbnails=_thumbnails(settings, shown),
             tables=study_tables(settings),
-            importance=[panel for variant in shown for panel in draw_importance(settings, variant)],
         )
         try:
             _log(settings, uri, failed=any(not one.finished for run in variants for one in run.stages.values()))
@@ -70,10 +62,11 @@ def run(settings: RunSettings) -> Summary:
         return Summary("report", counts, seconds(), {"markdown": paths.markdown, "html": paths.html})
 
 
-def _collect_all(settings: RunSettings) -> list[VariantResult]:
+def _collect_all(settings: RunSettings, inputs: Inputs) -> list[VariantResult]:
     if settings.study is not None:
         return [read_record(record) for record in find_records(settings)]
-    return [collect(one) for one in [settings, *(resolve_paths(load_run(path)) for path in settings.report.compare)]]
+    compared = [resolve_paths(load_run(path)) for path in settings.report.compare]
+    return [collect(run, inputs) for run in [settings, *compared]]
 
 
 def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
@@ -86,8 +79,10 @@ def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
     tracker.finish(run_id, failed=failed)
 
 
-def plan(settings: RunSettings) -> str:
-    variants = _collect_all(settings)
+def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+    """Say which stages of which runs the report would show."""
+    inputs = inputs or Inputs()
+    variants = _collect_all(settings, inputs)
     lines = ["report: plan"]
     for variant in variants:
         done = [stage for stage, one in variant.stages.items() if one.finished]
@@ -95,15 +90,15 @@ def plan(settings: RunSettings) -> str:
     return "\n".join(lines)
 
 
-def cache_facts(settings: RunSettings) -> dict[str, Any] | None:
-    """What the report says about the cache; None where there is none."""
-    found = find_or_log(lambda: cache_features.find_run(settings).uri)
-    if not found or not storage.exists(storage.join(found, "summary.json")):
+def cache_facts(settings: RunSettings, inputs: Inputs) -> dict[str, Any] | None:
+    """Facts about the cache for the report; None if cache_features has not finished."""
+    folder = find_folder(settings, "cache_features", inputs)
+    summary = folder.finished() if folder else None
+    if summary is None:
         return None
-    summary = storage.read_json(storage.join(found, "summary.json"))
-    counts, extra = summary["counts"], summary["extra"]
+    counts, extra = summary.counts, summary.extra
     return {
-        "num_images": counts["images"],
+        "num_images_named_by_the_samples": counts["images"],
         "num_distinct_images": counts["distinct_images"],
         "num_sub_images_in_cache": counts["sub_images_cached"],
         "payload_bytes": counts["payload_bytes"],
@@ -120,7 +115,7 @@ def draw_panels(settings: RunSettings, variant: VariantResult) -> list[Selection
     """Selection figures of some evaluated images, for a projector that selects; its weights alone are loaded."""
     if not variant.predictions or settings.report.num_figures == 0:
         return []
-    evaluated = variant.stages["evaluate"].identity
+    evaluated = variant.stages["evaluate"].recorded
     projector = load_trained_projector(evaluated["parent"]["uri"], device="cpu", dtype=torch.float32)
     cache = FeatureCache.open(evaluated["cache"])
     panels = []
@@ -141,26 +136,6 @@ def draw_panels(settings: RunSettings, variant: VariantResult) -> list[Selection
                 variant=variant.name,
             )
         )
-    return panels
-
-
-def draw_importance(settings: RunSettings, variant: VariantResult) -> list[ImportancePanel]:
-    """What questions look at, layer by layer, where a text-guided sampler decides by it."""
-    finetuned = variant.stages.get("finetune")
-    if not variant.predictions or finetuned is None or not finetuned.settings["finetune"].get("text_sampler"):
-        return []
-    evaluated = variant.stages["evaluate"].identity
-    answerer = Answerer(evaluated["parent"]["uri"], device="cpu", dtype=DTYPES[settings.llm.dtype])
-    cache = FeatureCache.open(evaluated["cache"])
-    panels = []
-    for row in _pick(settings, variant.predictions, cache)[:_NUM_IMPORTANCE]:
-        sample = Sample(row["id"], (row["image"],), (Turn("human", row["question"], 1),))
-        question = Question(row["id"], sample, image_keys=(row["image_key"],))
-        maps = importance_maps(answerer, question, cache)
-        if maps is not None:
-            image, layer = _open(row["uri"], settings), answerer.model.text_sampler.layer
-            content = (image, maps.grid, maps.patches, maps.scores, layer)
-            panels.append(ImportancePanel(variant.name, row["image"], row["question"], *content))
     return panels
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from meteor.formatting import (
+    flatten,
     format_bytes,
     format_count,
     format_duration,
@@ -72,3 +73,7 @@ def test_settings_of_any_type_become_one_line(value, text):
 
 def test_a_key_becomes_a_label():
     assert humanise("num_sub_images") == "sub images"
+
+
+def test_nested_settings_become_dotted_names_and_an_empty_mapping_is_a_value():
+    assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "a.d": {}, "e": [1]}

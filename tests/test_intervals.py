@@ -16,7 +16,7 @@ def test_independent_questions_have_the_textbook_error():
     assert standard_error(mean_influences(values), range(5)) == pytest.approx(math.sqrt(0.3 / 5))
 
 
-def test_a_image_asked_four_times_tells_no_more_than_once():
+def test_an_image_asked_four_times_tells_no_more_than_once():
     once = standard_error(mean_influences([1.0, 0.0, 1.0]), "abc")
     often = standard_error(mean_influences([1.0] * 4 + [0.0] * 4 + [1.0] * 4), "aaaabbbbcccc")
     assert often == pytest.approx(once)

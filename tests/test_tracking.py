@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from meteor import tracking
 from meteor.errors import TrackingError
-from meteor.tracking import Tracker, flatten
+from meteor.tracking import Tracker
 
 # MLflow's own way with SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -48,9 +48,11 @@ def history(client, run_id, key):
     return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
 
 
-def test_settings_become_dotted_texts():
-    settings = {"a": {"b": {"c": 1, "d": [2, 3]}, "e": {}}, "f": None, "g": "x" * 7000}
-    assert flatten(settings) == {"a.b.c": "1", "a.b.d": "[2, 3]", "a.e": "{}", "f": "None", "g": "x" * 6000}
+def test_settings_are_logged_as_dotted_texts(tracker, client):
+    run_id = tracker.run("a", "a")
+    tracker.log_params(run_id, {"a": {"b": {"c": 1, "d": [2, 3]}, "e": {}}, "f": None, "g": "x" * 7000})
+    logged = client.get_run(run_id).data.params
+    assert logged == {"a.b.c": "1", "a.b.d": "[2, 3]", "a.e": "{}", "f": "None", "g": "x" * 6000}
 
 
 def test_a_stage_that_starts_again_finds_its_run_by_its_digest(tracker, client, uri):

@@ -7,7 +7,7 @@ from meteor.cache.identity import CacheIdentity, algorithm_versions
 from meteor.cache.index import DatasetIndex, IndexRow
 from meteor.cache.manifest import commit
 from meteor.cache.packing import encode_row
-from meteor.cache.pins import pins, read_pin, unpin
+from meteor.cache.pins import pins, unpin
 from meteor.cache.quality import summarise_errors
 from meteor.cache.quarantine import QuarantineRow, record_quarantine, retryable
 from meteor.cache.row import FEATURE_SCHEMA, read_row
@@ -35,7 +35,6 @@ __all__ = [
     "needs_calibration",
     "open_codec",
     "pins",
-    "read_pin",
     "read_row",
     "record_quarantine",
     "retryable",

@@ -65,7 +65,7 @@ def calibrate(cache_uri: str, images: Iterable[ImageFeatures]) -> Codec:
         content = calibration_bytes(images)
         with suppress(AlreadyExistsError):
             storage.create_bytes(_calibration_uri(cache_uri), content)
-    # Read back in any case: a store that ignores the condition of the put may hold another's.
+    # Read back: another writer may have been first.
     return open_codec(cache_uri)
 
 

@@ -185,17 +185,6 @@ def get_codec(name: str) -> Codec:
     return _FLOAT_CODECS[name]
 
 
-def tensor_bytes(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
-    """The tensor's values in ``dtype``, row-major.
-
-    Raises:
-        BadImageError: a value is not finite in ``dtype`` (reason ``"non_finite_features"``).
-    """
-    values = tensor.detach().to(dtype)
-    check_finite(name, values)
-    return values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def check_finite(name: str, values: torch.Tensor) -> None:
     """Refuse an image whose features cannot be used. Raises BadImageError with reason ``"non_finite_features"``."""
     # The extremes say it 25 times faster than a look at each value: NaN spreads to both, infinity is one of them.

@@ -8,6 +8,7 @@ from typing import Any
 
 from meteor.constants import ENCODING_VERSION, RESIZING_VERSION, SLICING_VERSION
 from meteor.errors import CacheError, CacheMismatchError
+from meteor.formatting import flatten
 
 _PREPROCESSING = ("mean", "std", "rescale")
 _SLICING = ("max_slices", "resolution", "patch_size")
@@ -75,7 +76,7 @@ class CacheIdentity:
 
     def differences(self, other: "CacheIdentity") -> list[str]:
         """One line for each field that differs, such as ``"select_layer: -2 != -1"``; this one's value first."""
-        mine, others = _flat(self.to_dict()), _flat(other.to_dict())
+        mine, others = flatten(self.to_dict()), flatten(other.to_dict())
         return [f"{name}: {mine[name]} != {others[name]}" for name in mine if mine[name] != others[name]]
 
     def require_match(self, other: "CacheIdentity") -> None:
@@ -89,13 +90,3 @@ class CacheIdentity:
                 f"the cache does not fit: {'; '.join(differences)} (cache != needed). "
                 "Choose the cache that was made with these settings, or run cache_features with them"
             )
-
-
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{part}": item for part, item in value.items()}
-        else:
-            flat[name] = value
-    return flat

@@ -81,10 +81,15 @@ class DatasetIndex:
         table = read_table(storage.join(uri, f"{version_name(version)}{_SUFFIX}"), INDEX_SCHEMA, advice=_ADVICE)
         return cls(storage.absolute(uri), version, table)
 
+    @staticmethod
+    def latest_version(uri: str) -> int:
+        """Number of the latest version, 0 before the first."""
+        return latest_version(uri, _SUFFIX)
+
     @classmethod
     def latest(cls, uri: str) -> "DatasetIndex | None":
         """The latest version, None before the first."""
-        version = latest_version(uri, _SUFFIX)
+        version = cls.latest_version(uri)
         return cls.open(uri, version) if version else None
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import Any
 from meteor import storage
 from meteor.cache.folder import PINS
 from meteor.cache.manifest import manifest_uri
-from meteor.errors import AlreadyExistsError, CacheError, NotFoundError
+from meteor.errors import AlreadyExistsError, CacheError
 
 _SUFFIX = ".json"
 
@@ -32,14 +32,6 @@ def pin_version(cache_uri: str, version: int, run_digest: str, payload: Mapping[
             f"{cache_uri}: version {version} was deleted just before it was pinned; open the latest and pin that"
         )
     return pinned
-
-
-def read_pin(cache_uri: str, run_digest: str) -> dict[str, Any] | None:
-    """What `pin_version` noted for the run; None if it has not started yet."""
-    try:
-        return storage.read_json(_uri(cache_uri, run_digest))
-    except NotFoundError:
-        return None
 
 
 def pins(cache_uri: str) -> list[dict[str, Any]]:

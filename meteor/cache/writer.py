@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meteor import storage
-from meteor.cache.calibration import codec_of, open_codec
+from meteor.cache.calibration import codec_of
 from meteor.cache.codec import Codec
 from meteor.cache.folder import DATA, LEDGER, CacheInfo, read_cache_info
 from meteor.cache.packing import codec_metadata
@@ -66,7 +66,7 @@ def write_feature_file(
         codec: the one that the rows were encoded with; the one in force when None.
 
     Raises:
-        CacheError: no rows, rows of another codec than the cache's, or the cache was calibrated anew in the meantime.
+        CacheError: no rows, or rows of another codec or calibration than the cache's.
     """
     info = read_cache_info(cache_uri)
     codec = codec or codec_of(cache_uri, info)
@@ -81,7 +81,6 @@ def write_feature_file(
     # The content was checked in memory, so the size tells whether all of it arrived.
     if (stored := storage.stat(uri).size_bytes) != len(data):
         raise StorageError(f"{uri} has {stored} bytes after {len(data)} were written; the store lost some, write again")
-    _check_calibration(cache_uri, codec)
     storage.write_bytes(storage.join(cache_uri, LEDGER, f"features-{file_id}.parquet"), table_bytes(record.rows))
     return record
 
@@ -89,16 +88,6 @@ def write_feature_file(
 def file_metadata(info: CacheInfo, codec: Codec) -> dict[str, str]:
     """What a data file says of itself: the cache key, the codec and its calibration."""
     return {"cache_key": info.identity.key, **codec_metadata(codec)}
-
-
-def _check_calibration(cache_uri: str, codec: Codec) -> None:
-    """A store that ignores conditional puts may hold another writer's calibration by now; then no row may count."""
-    if codec.calibration_digest and (found := open_codec(cache_uri).calibration_digest) != codec.calibration_digest:
-        raise CacheError(
-            f"{cache_uri}: these rows were stored by the calibration {codec.calibration_digest}, in force is {found}. "
-            "Nothing of them was published; start again, and they are encoded by the one in force. If it happens again, "
-            "several writers calibrate one cache on a store without conditional puts: let one of them begin alone"
-        )
 
 
 def _parquet_bytes(

@@ -8,7 +8,6 @@ Layout of one checkpoint:
 An attempt is one start of the workers: what a killed one left of the same step is never mixed with what the next one writes.
 """
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save
 
 from meteor import storage
+from meteor.checkpoint.header import read_header
 from meteor.constants import CHECKPOINT_FORMAT_VERSION
 from meteor.errors import CheckpointError, NotFoundError
 
@@ -25,7 +25,6 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq")
 _FILE_BYTES = 1 << 30
 # A reader of part of a tensor reads whole fragments, to check them: at most so much too much at either end.
 _FRAGMENT_ELEMENTS = 1 << 24
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -210,12 +209,8 @@ class Checkpoint:
         return torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
 
     def _header(self, uri: str) -> tuple[int, dict[str, Any]]:
-        """(first byte of the tensors, header) of a safetensors file."""
         if uri not in self._headers:
-            size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
-            if size > _MAX_HEADER_BYTES:
-                raise ValueError(f"it would have {size} bytes")
-            self._headers[uri] = (8 + size, json.loads(storage.read_range(uri, 8, size)))
+            self._headers[uri] = read_header(uri)
         return self._headers[uri]
 
 

@@ -2,29 +2,26 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from datetime import datetime
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from meteor import storage
+from meteor.assembly import Inputs
+from meteor.assembly.cache_audit import audit_run
 from meteor.cache import CODEC_NAMES, FeatureCache, pins, unpin
 from meteor.cache.upkeep import (
-    CacheListing,
     diff_caches,
-    export_images,
     list_caches,
     plan_gc,
     repair,
     run_gc,
     transcode,
 )
-from meteor.cli.cache_audit import audit_run
-from meteor.cli.cache_plan import plan_cache
-from meteor.cli.images import IMAGE_HELP, find_images
-from meteor.cli.options import CACHE_HELP, add_json, add_run, read_run, show_progress
-from meteor.formatting import format_bytes
+from meteor.cli.options import CACHE_HELP, add_json, show_progress
+from meteor.command_line import add_run, read_run
+from meteor.formatting import flatten
 from meteor.planning.cache_cost import NUM_RUNS, USD_PER_GB
+from meteor.planning.survey import estimate_cache
 
 _SECONDS_AN_HOUR = 3600
 
@@ -56,9 +53,6 @@ def add_commands(commands: Any) -> None:
     )
     convert = add("transcode", _transcode, "make another codec's variant from a cache, without the encoder", "cache")
     convert.add_argument("--codec", required=True, choices=CODEC_NAMES)
-    export = add("export", _export, "write images as plain .safetensors files", "cache")
-    export.add_argument("images", nargs="+", metavar="IMAGE", help=IMAGE_HELP)
-    export.add_argument("--out", required=True, metavar="FOLDER", help="folder or s3:// URI")
     plan = add("plan", _plan, "images, bytes, encoder time, storage cost, and what the cache saves")
     add_run(plan)
     plan.add_argument("--rate", type=float, metavar="N", help="sub-images a second of all GPUs together")
@@ -95,40 +89,26 @@ def _print(arguments: argparse.Namespace, content: Any, text: str) -> None:
 
 
 def _lines(content: Mapping[str, Any]) -> str:
-    """Aligned lines, what is nested by dotted names."""
-    rows = list(_flat(content))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    """Aligned lines, nested values by dotted name."""
+    flat = flatten(content)
+    width = max(map(len, flat))
+    return "\n".join(f"{name:<{width}}  {_value(value)}" for name, value in flat.items())
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        for i, item in enumerate(value):
-            yield from _flat(item, f"{name}.{i}")
-    else:
-        yield name, format(value, ".6g" if abs(value) < 1e6 else ".0f") if isinstance(value, float) else str(value)
+def _value(value: Any) -> str:
+    return format(value, ".6g" if abs(value) < 1e6 else ".0f") if isinstance(value, float) else str(value)
 
 
 def _ls(arguments: argparse.Namespace) -> int:
     listings = list_caches(storage.absolute(arguments.root))
-    text = "\n".join(map(_listing_text, listings)) or f"no caches below {arguments.root}"
-    _print(arguments, [asdict(one) for one in listings], text)
+    text = "\n".join(one.to_text() for one in listings) or f"no caches below {arguments.root}"
+    _print(arguments, [one.to_dict() for one in listings], text)
     return 0
-
-
-def _listing_text(one: CacheListing) -> str:
-    held = f"{one.num_images:,} images, {one.num_sub_images:,} sub-images, {format_bytes(one.payload_bytes)}"
-    state = f"version {one.version}, {held}, {one.num_quarantined} quarantined, {one.num_pins} runs"
-    changed = datetime.fromtimestamp(one.modified_s).astimezone().strftime("%Y-%m-%d %H:%M")
-    return f"{one.uri}\n  {state}, changed {changed}" + (f"\n  DAMAGED: {one.error}" if one.error else "")
 
 
 def _show(arguments: argparse.Namespace) -> int:
     cache = FeatureCache.open(arguments.cache)
-    content = {
+    content: dict[str, Any] = {
         "uri": cache.uri,
         "version": cache.version,
         "codec": cache.codec,
@@ -142,7 +122,7 @@ def _show(arguments: argparse.Namespace) -> int:
         "key": cache.identity.key,
         "identity": cache.identity.to_dict(),
     }
-    _print(arguments, content, _lines(content))
+    _print(arguments, content, _lines(content | {"runs": dict(enumerate(content["runs"]))}))
     return 0
 
 
@@ -156,7 +136,7 @@ def _quarantine(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.repair:  # before anything is opened: the key index itself may be damaged
         done = repair(arguments.cache, on_progress=show_progress("files"))
-        _print(arguments, asdict(done), done.to_text())
+        _print(arguments, done.to_dict(), done.to_text())
         return 0
     cache = FeatureCache.open(arguments.cache)
     problems = cache.verify(on_progress=show_progress("files"))
@@ -168,7 +148,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     found = diff_caches(FeatureCache.open(arguments.cache), FeatureCache.open(arguments.other))
-    _print(arguments, asdict(found), found.to_text())
+    _print(arguments, found.to_dict(), found.to_text())
     return 0 if found.equal else 1
 
 
@@ -178,10 +158,10 @@ def _gc(arguments: argparse.Namespace) -> int:
         unpin(uri, run)
     plan = plan_gc(uri, older_than_s=arguments.older_than * _SECONDS_AN_HOUR)
     if not arguments.delete:
-        _print(arguments, asdict(plan), f"{plan.to_text()}\nnothing was changed; --delete does it")
+        _print(arguments, plan.to_dict(), f"{plan.to_text()}\nnothing was changed; --delete does it")
         return 0
     report = run_gc(plan, on_progress=show_progress("files"))
-    _print(arguments, {"plan": asdict(plan), "done": asdict(report)}, f"{plan.to_text()}\n{report.to_text()}")
+    _print(arguments, {"plan": plan.to_dict(), "done": report.to_dict()}, f"{plan.to_text()}\n{report.to_text()}")
     return 0
 
 
@@ -193,17 +173,9 @@ def _transcode(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    cache = FeatureCache.open(arguments.cache)
-    named = find_images(cache, arguments.images)
-    files = export_images(cache, list(named), arguments.out, names=named)
-    _print(arguments, files, "\n".join(files))
-    return 0
-
-
 def _plan(arguments: argparse.Namespace) -> int:
     settings = read_run(arguments)
-    plan = plan_cache(settings)
+    plan = estimate_cache(settings, Inputs())
     options = {"rate": arguments.rate, "usd_per_gb": arguments.usd_per_gb, "num_runs": arguments.num_runs}
     _print(arguments, plan.to_dict(**options), f"cache of run {settings.name}\n{plan.to_text(**options)}")
     return 0

@@ -6,8 +6,9 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from meteor.cli.options import add_run, read_run
+from meteor.command_line import add_run, read_run
 from meteor.config import RunSettings, expand_study, load_run
+from meteor.formatting import flatten
 from meteor.image.budget import visual_token_budget
 from meteor.projector import build_projector
 
@@ -71,19 +72,8 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    first, second = (flat(load_run(file).model_dump(mode="json")) for file in (arguments.first, arguments.second))
+    first, second = (flatten(load_run(file).model_dump(mode="json")) for file in (arguments.first, arguments.second))
     for key in sorted(first.keys() | second.keys()):
         if first.get(key) != second.get(key):
             print(f"{key}: {first.get(key)!r} -> {second.get(key)!r}")
     return 0
-
-
-def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    result: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            result.update(flat(value, f"{prefix}{key}."))
-        else:
-            result[f"{prefix}{key}"] = value
-    return result

@@ -9,33 +9,25 @@ from transformers.utils import logging as transformers_logging
 
 import meteor
 from meteor.cli import cache, compare, config, data, generate, plan, project, synthetic
-from meteor.errors import MeteorError
+from meteor.command_line import parse, run_command
 
-_ROOMS = (config, data, plan, cache, project, generate, compare, synthetic)
+_COMMANDS = (config, data, plan, cache, project, generate, compare, synthetic)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
-
-    Returns:
-        0; 1 where a check failed; 2 after an error, whose message was printed.
-    """
+    """Run a subcommand; see `meteor.command_line` for the exit status."""
     parser = argparse.ArgumentParser(
         prog="meteor",
         description="Settings, data, costs, feature caches, visual tokens, answers, comparisons, generated examples.",
     )
     parser.add_argument("--version", action="version", version=f"meteor {meteor.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for room in _ROOMS:
-        room.add_commands(commands)
-    arguments = parser.parse_args(argv)
+    for module in _COMMANDS:
+        module.add_commands(commands)
+    arguments = parse(parser, argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers_logging.disable_progress_bar()
-    try:
-        return arguments.command(arguments)
-    except MeteorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: arguments.command(arguments))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.errors import SettingsError
 from meteor.formatting import format_duration
 from meteor.train.build import DTYPES
@@ -15,15 +14,6 @@ from meteor.train.build import DTYPES
 CACHE_HELP = "<root>/<key>/<codec>, as cache_features prints it"
 # Before, the rate says little.
 _MIN_RATE_S = 3
-
-
-def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
-
-
-def read_run(arguments: argparse.Namespace) -> RunSettings:
-    return resolve_paths(load_run(arguments.run, arguments.overrides))
 
 
 def choose_dtype(device: str, dtype: str | None) -> torch.dtype:

@@ -8,14 +8,14 @@ from pydantic import BaseModel
 
 
 def mathematical_settings(settings: BaseModel) -> dict[str, Any]:
-    """The settings without the operational ones: no paths, worker counts, micro batch sizes, logging."""
-    result: dict[str, Any] = {}
+    """The settings without the operational ones (no paths, worker counts, micro batch sizes, logging), as JSON values."""
+    values, result = settings.model_dump(mode="json"), {}
     for name, field in type(settings).model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("operational"):
             continue
         value = getattr(settings, name)
-        result[name] = mathematical_settings(value) if isinstance(value, BaseModel) else value
+        result[name] = mathematical_settings(value) if isinstance(value, BaseModel) else values[name]
     return result
 
 

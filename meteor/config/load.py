@@ -1,5 +1,6 @@
 """From a YAML file and dotted overrides to `RunSettings`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
 def change_settings(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with some replaced, by dotted name; the projector's name first, as it empties the projector's settings."""
     for dotted, value in sorted(changes.items(), key=lambda change: change[0] not in ("projector", "projector.name")):
-        settings = _replace(settings, dotted.split("."), _numbers(value))
+        settings = _replace(settings, dotted.split("."), value)
     return settings
 
 
@@ -82,26 +83,20 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return content if parent is None else _merge(_read(file.parent / parent, (*seen, file)), content)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 2e-5 as a number, as YAML 1.2 does and people mean it; for YAML 1.1, which the parent reads, it is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("+-.0123456789")
+)
+
+
 def _yaml(text: str, where: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise SettingsError(f"{where} is not valid YAML: {error}") from error
-    # YAML 1.1 reads 2e-5 as a string; people mean a number.
-    return _numbers(value)
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -277,6 +277,9 @@ class RuntimeSettings(_Settings):
     peak_tflops: float | None = operational(
         None, "TFLOP/s of a training worker's device, for the MFU; dense bfloat16 of the usual GPUs if not given", gt=0
     )
+    wait_for_nodes_minutes: float = operational(
+        15, "minutes that a stage waits for nodes if the cluster is too small for its workers; 0 stops at once", ge=0
+    )
     max_failures: int = operational(2, "restarts of the worker group before a stage gives up", ge=0)
     num_encoders: int = operational(1, "encoder actors", ge=1)
     cpus_per_encoder: float = operational(1, "CPU cores of an encoder actor", gt=0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meteor import storage
+from meteor.config import settings_digest
 from meteor.data.samples import SampleProblem
 from meteor.errors import NotFoundError, SettingsError
 from meteor.evaluation.benchmarks import BENCHMARKS, Benchmark, Folder
@@ -50,6 +51,11 @@ class QuestionSet:
     embedded: Callable[[], Iterator[tuple[str, bytes]]] | None
     resized: dict[str, str]
     long_side: int | None
+
+    @property
+    def scoring_digest(self) -> str:
+        """sha256 over the questions, the right answers and how answers are scored."""
+        return settings_digest([self.digest, self.facts, self.metric.name, self.metric.version])
 
     @property
     def prefix(self) -> str:

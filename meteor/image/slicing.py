@@ -28,10 +28,6 @@ class SlicePlan:
     def num_sub_images(self) -> int:
         return len(self.patch_grids)
 
-    @property
-    def num_slices(self) -> int:
-        return self.num_sub_images - 1
-
 
 def plan_slices(
     width: int, height: int, *, max_slices: int = 6, resolution: int = 336, patch_size: int = 14

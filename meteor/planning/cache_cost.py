@@ -3,7 +3,7 @@
 Letters: T tokens of a sub-image (patches and the class token), C vision width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class EncoderShape:
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class StageCost:
     """One training stage of one run.
 
     Attributes:
@@ -65,7 +65,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class CachePlan:
+class CacheCost:
     """Sizes and costs of a run's cache.
 
     Attributes:
@@ -94,7 +94,7 @@ class CachePlan:
     codec: str
     cache_uri: str
     size_bytes: dict[str, int]
-    stages: tuple[StagePlan, ...] = ()
+    stages: tuple[StageCost, ...] = ()
     note: str = ""
 
     def to_dict(self, *, rate: float | None, usd_per_gb: float, num_runs: int) -> dict[str, Any]:
@@ -155,33 +155,34 @@ class CachePlan:
         return num_runs * sum(stage.encoder_flops for stage in self.stages) - self.encoder_flops
 
 
-def plan_stage(
+def estimate_stage(
     name: str,
-    patch_grids: Sequence[Sequence[Sequence[tuple[int, int]]]],
+    grids: Mapping[tuple[int, int], int],
     *,
+    num_samples: int,
     encoder: EncoderShape,
     epochs: float,
     flops_per_parameter: int,
     num_llm_parameters: int,
     num_visual_tokens: int,
     num_text_tokens: float,
-) -> StagePlan:
-    """Arithmetic of a stage.
+) -> StageCost:
+    """Count the arithmetic of a stage.
 
     Args:
-        name: of the stage, or of one of its files.
-        patch_grids: sample -> image -> (Hu, Wu) of each sub-image that the stage uses.
-        encoder: its shape.
-        epochs: passes.
-        flops_per_parameter: of the language model, a token (`FLOPS_PER_PARAMETER`).
-        num_llm_parameters: those that multiply (all but the token embeddings).
-        num_visual_tokens, num_text_tokens: of all samples, once.
+        name: name of the stage, or of one of its files.
+        grids: patch grid (Hu, Wu) -> number of sub-images with this grid that the samples show.
+        num_samples: number of samples.
+        encoder: shape of the encoder.
+        epochs: passes over the samples.
+        flops_per_parameter: of the language model, per token (`FLOPS_PER_PARAMETER`).
+        num_llm_parameters: parameters that multiply (all but the token embeddings).
+        num_visual_tokens, num_text_tokens: tokens of all samples, in one pass.
     """
-    grids = [grid for sample in patch_grids for image in sample for grid in image]
-    encoder_flops = epochs * sum(encoder.flops(rows * columns) for rows, columns in grids)
+    encoder_flops = epochs * sum(count * encoder.flops(rows * columns) for (rows, columns), count in grids.items())
     num_tokens = num_visual_tokens + num_text_tokens
     llm_flops = epochs * flops_per_parameter * num_llm_parameters * num_tokens
-    return StagePlan(name, len(patch_grids), len(grids), epochs, encoder_flops, llm_flops)
+    return StageCost(name, num_samples, sum(grids.values()), epochs, encoder_flops, llm_flops)
 
 
 def _ratio(number: float, of: float) -> float:

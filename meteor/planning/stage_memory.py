@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from meteor.assembly.recipe import make_lora
 from meteor.config import RunSettings, StageSettings
 from meteor.data.table import SampleTable
 from meteor.errors import SettingsError
@@ -21,8 +22,6 @@ from meteor.stages import TrainingStage
 from meteor.train.build import DTYPES, read_llm_config
 from meteor.train.lora import add_lora
 from meteor.vision.encoder import read_vision_config
-from pipelines.preparation import stage_settings
-from pipelines.recipe import make_lora
 
 _LOG = logging.getLogger(__name__)
 # Above this share of a GPU's memory a plan is called tight: it is arithmetic, and allocators leave gaps.
@@ -90,7 +89,7 @@ class StageMemory:
         remedies: tuple[str, ...] = ()
         if gpu_bytes is not None and plan.gpu_total > _TIGHT * gpu_bytes:
             remedies = planner.remedies(settings, gpu_bytes)
-        on_gpu, keep = settings.runtime.gpus_per_worker > 0, stage_settings(settings, stage).keep_checkpoints
+        on_gpu, keep = settings.runtime.gpus_per_worker > 0, settings.training(stage).keep_checkpoints
         return cls(plan, on_gpu, gpu_bytes, remedies, keep)
 
     @property
@@ -163,7 +162,7 @@ class _Planner:
 
     @classmethod
     def of(cls, settings: RunSettings, stage: TrainingStage, needs: Needs) -> "_Planner":
-        llm, lora = read_llm_config(settings.llm.path), make_lora(stage_settings(settings, stage))
+        llm, lora = read_llm_config(settings.llm.path), make_lora(settings.training(stage))
 
         def adapt(language_model: Any) -> None:
             if lora is not None:
@@ -175,13 +174,13 @@ class _Planner:
             {"name": settings.projector.name, **settings.projector.settings},
             stage,
             dtype=DTYPES[settings.llm.dtype],
-            live=stage_settings(settings, stage).features == "live",
+            live=settings.training(stage).features == "live",
             adapt=adapt,
         )
         return cls(stage, needs, llm, model, adapt)
 
     def plan(self, settings: RunSettings) -> MemoryPlan:
-        options, llm = stage_settings(settings, self.stage), settings.llm
+        options, llm = settings.training(self.stage), settings.llm
         dtype, num_tokens = DTYPES[llm.dtype], options.micro_batch_size * options.max_length
         # As on the GPU that this is for.
         device = torch.device("cuda" if settings.runtime.gpus_per_worker else "cpu")
@@ -227,7 +226,7 @@ class _Planner:
 
     def _fits(self, settings: RunSettings, changes: dict[str, Any], gpu_bytes: float) -> bool:
         changed = _override(settings, changes)
-        options = stage_settings(changed, self.stage)
+        options = changed.training(self.stage)
         offloads = _offloads(options)
         if (any(offloads.values()) and options.zero_stage == 0) or (
             offloads["offload_param"] and options.zero_stage != 3
@@ -261,7 +260,7 @@ def _offloads(options: StageSettings) -> dict[str, bool]:
 
 
 def _changes(settings: RunSettings, stage: TrainingStage) -> Iterator[tuple[str, Any]]:
-    options = stage_settings(settings, stage)
+    options = settings.training(stage)
     if not settings.llm.gradient_checkpointing:
         yield "llm.gradient_checkpointing", True
     size = options.micro_batch_size

@@ -1,5 +1,9 @@
 """What a stage will do, before it starts: for ``--dry-run``."""
 
+from meteor.assembly import Inputs
+from meteor.assembly.recipe import make_recipe
+from meteor.assembly.sample_tables import plan_held_out, plan_samples
+from meteor.assembly.training_stage import PreparedStage, prepare
 from meteor.config import RunSettings, StageSettings
 from meteor.data.order import epoch_length
 from meteor.data.table import SampleTable
@@ -8,22 +12,21 @@ from meteor.formatting import format_share
 from meteor.planning.stage_memory import Needs, StageMemory
 from meteor.stages import TrainingStage
 from meteor.train.plan import StepPlan, first_steps
-from pipelines.preparation import Prepared, plan_held_out, plan_samples, prepare, stage_settings
-from pipelines.recipe import make_recipe
 
 
-def plan_text(settings: RunSettings, stage: TrainingStage) -> str:
+def plan_text(settings: RunSettings, inputs: Inputs | None = None, *, stage: TrainingStage) -> str:
     """The plan of a stage for ``--dry-run``.
 
     Raises:
         SettingsError: it will not fit; the plan is in the message.
     """
-    prepared = prepare(settings, stage)
-    plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared)
-    options, table = stage_settings(settings, stage), plan.table
-    totals, state = table.totals(), "finished" if prepared.run.finished() else "to run or resume"
+    inputs = inputs or Inputs()
+    prepared = prepare(settings, stage, inputs)
+    plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared, inputs)
+    options, table = settings.training(stage), plan.table
+    totals, state = table.totals(), "finished" if prepared.folder.finished() else "to run or resume"
     rows = {
-        "run": f"{prepared.run.uri} ({state})",
+        "run": f"{prepared.folder.uri} ({state})",
         "samples": f"{totals['samples']:,} used, {len(plan.excluded)} excluded {plan.reasons() or ''}",
         "an epoch": _epoch(prepared, table),
         "held out": f"{len(held_out.table):,}, {len(held_out.excluded)} excluded" if held_out else "",
@@ -33,7 +36,7 @@ def plan_text(settings: RunSettings, stage: TrainingStage) -> str:
         "steps": f"{num_steps(options, table):,} of {options.global_batch_size} samples, {options.epochs} epochs",
         "a step": _a_step(prepared, table, options, settings.runtime.num_workers),
         "workers": f"{settings.runtime.num_workers}, ZeRO stage {options.zero_stage}, features: {options.features}",
-        "pinned": f"index version {prepared.pin.index_version}, cache version {prepared.pin.cache_version}",
+        "pinned": f"index version {prepared.versions.index_version}, cache version {prepared.versions.cache_version}",
     }
     lines = [f"{stage}: plan", *(f"  {name:<18} {text}" for name, text in rows.items() if text)]
     memory = StageMemory.of(settings, stage, Needs.of(table))
@@ -47,17 +50,17 @@ def num_steps(options: StageSettings, table: SampleTable) -> int:
     return first_steps(table.parts, global_batch_size=options.global_batch_size, epochs=options.epochs)[-1]
 
 
-def _epoch(prepared: Prepared, table: SampleTable) -> str:
+def _epoch(prepared: PreparedStage, table: SampleTable) -> str:
     """ "" where there is one file that weighs 1."""
-    sets = prepared.samples
+    sets = prepared.sets
     if [one.weight for one in sets] == [1]:
         return ""
     weights = ", ".join(f"{one.weight:g} x {one.uri.rpartition('/')[2]}" for one in sets)
     return f"{epoch_length(table.parts, 0):,}: {weights}"
 
 
-def _a_step(prepared: Prepared, table: SampleTable, options: StageSettings, num_workers: int) -> str:
-    plan = StepPlan(table, make_recipe(options, None), prepared.pin.index_digest)
+def _a_step(prepared: PreparedStage, table: SampleTable, options: StageSettings, num_workers: int) -> str:
+    plan = StepPlan(table, make_recipe(options, None), prepared.versions.index_digest)
     layout = plan.sample_layout(num_workers)
     return (
         f"{layout.rows:,.4g} rows ({options.batching}), {format_share(layout.padding_share)} padding, "

@@ -1,6 +1,8 @@
 """Trained projectors as safetensors: the file that pretrain leaves, and tensors read by range out of a model's files."""
 
+import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from meteor import storage
+from meteor.checkpoint.header import read_header
 from meteor.errors import CheckpointError
 from meteor.projector.output import Projector
 
 _METADATA = "meteor"
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _NUM_SHOWN = 3
 
 
@@ -34,6 +36,19 @@ def read_projector_file(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tenso
         return dict(json.loads(metadata.get(_METADATA, "{}"))), weights
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{uri}: its metadata is damaged ({error}); export the projector again") from error
+
+
+def projector_digest(uri: str) -> str:
+    """sha256 over the description and the tensors of a projector file; errors as `read_projector_file`.
+
+    The file's bytes would not do: safetensors writes its metadata in random order.
+    """
+    description, weights = read_projector_file(uri)
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_model_weights(folder_uri: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -66,7 +81,7 @@ def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, 
         CheckpointError: it is no safetensors file.
     """
     try:
-        base, header = _read_header(uri)
+        base, header = read_header(uri)
         metadata = header.pop("__metadata__", {})
         wanted = sorted((entry["data_offsets"], name) for name, entry in header.items() if name.startswith(prefix))
         chosen, parts, end = {}, [], 0
@@ -84,12 +99,18 @@ def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, 
         ) from error
 
 
-def _read_header(uri: str) -> tuple[int, dict[str, Any]]:
-    """First byte of the tensors, and the header."""
-    size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
-    if size > _MAX_HEADER_BYTES:
-        raise ValueError(f"its header would have {size} bytes")
-    return 8 + size, json.loads(storage.read_range(uri, 8, size))
+def count_parameters(uri: str) -> int:
+    """Numbers in all tensors of a safetensors file, of which the header alone is read.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: it is no safetensors file.
+    """
+    try:
+        tensors = {name: entry for name, entry in read_header(uri)[1].items() if name != "__metadata__"}
+        return sum(math.prod(entry["shape"]) for entry in tensors.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{uri} is no safetensors file ({error}); run the stage that wrote it again") from error
 
 
 def load_weights(projector: Projector, weights: Mapping[str, torch.Tensor], uri: str) -> None:

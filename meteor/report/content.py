@@ -10,7 +10,7 @@ from PIL import Image
 from meteor.report import paper
 from meteor.report.canvas import MANY_VARIANTS, Drawing, Look, variant_looks
 from meteor.report.csv_files import csv_files
-from meteor.report.data import ImportancePanel, SelectionPanel, StudyTable, VariantResult
+from meteor.report.data import SelectionPanel, StudyTable, VariantResult
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
 from meteor.report.predictions import PredictionRow, choose_predictions
 from meteor.report.provenance import (
@@ -24,7 +24,7 @@ from meteor.report.provenance import (
 from meteor.report.seeds import merge_seeds
 from meteor.report.selection_figures import heat_figure, kept_figure
 from meteor.report.study import cost_table, results_table
-from meteor.report.study_figures import importance_figure, kept_by_variants_figure, pareto_figure
+from meteor.report.study_figures import kept_by_variants_figure, pareto_figure
 from meteor.report.tables import (
     Table,
     cache_table,
@@ -35,6 +35,7 @@ from meteor.report.tables import (
     score_table,
     stage_table,
 )
+from meteor.runs.reading import StageRecord
 from meteor.stages import TRAINING_STAGES
 
 # Pixels of a thumbnail's longer side: twice its size on the page.
@@ -114,14 +115,12 @@ class ReportContent:
     provenance: Provenance
     settings: tuple[SettingsBlock, ...]
     study: StudySection | None
-    importance: tuple[Drawing, ...]
 
     def drawings(self) -> Iterator[Drawing]:
         """Every figure once."""
         found = [section.loss for section in self.stages] + [self.throughput]
         found += [section.figure for section in self.scores if section.figure is not None]
         found += [drawing for section in self.selections for drawing in (section.kept, section.heat)]
-        found += self.importance
         if self.study is not None:
             found += [self.study.pareto, *self.study.kept]
         found += list({answer.row.image: answer.thumbnail for answer in self.answers}.values())
@@ -136,12 +135,13 @@ def build_content(
     notes: Sequence[str],
     thumbnails: Mapping[str, Image.Image],
     tables: Sequence[StudyTable] = (),
-    importance: Sequence[ImportancePanel] = (),
 ) -> ReportContent:
     """Compute every table and draw every figure; arguments as in `meteor.report.page.write_report`."""
     runs, variants = variants, merge_seeds(variants)
     looks = variant_looks([variant.name for variant in variants])
-    runs_by_stage = {stage: comparable_runs(variants, stage) for stage in TRAINING_STAGES}
+    runs_by_stage: dict[str, dict[str, StageRecord]] = {
+        stage: comparable_runs(variants, stage) for stage in TRAINING_STAGES
+    }
     reported = {stage: by_name for stage, by_name in runs_by_stage.items() if by_name}
     return ReportContent(
         title=title,
@@ -169,7 +169,6 @@ def build_content(
         provenance=provenance(runs),
         settings=tuple(settings_blocks(runs)),
         study=_study_section(runs, panels, tables, looks) if tables else None,
-        importance=tuple(importance_figure(one, f"importance_{i:02d}") for i, one in enumerate(importance, start=1)),
     )
 
 

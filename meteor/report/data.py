@@ -9,7 +9,7 @@ from PIL import Image
 
 from meteor.errors import DataError
 from meteor.image.slicing import SlicePlan
-from meteor.runs.reading import StageRun
+from meteor.runs.reading import StageRecord
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class VariantResult:
     """
 
     name: str
-    stages: Mapping[str, StageRun]
+    stages: Mapping[str, StageRecord]
     scores: Mapping[str, Mapping[str, Any]] | None = None
     predictions: list[dict[str, Any]] | None = None
     num_projector_parameters: int | None = None
@@ -102,26 +102,3 @@ class SelectionPanel:
                 f"panel {self.title!r}: scores have shapes {shapes}, the slice plan's patch grids ask for {expected}; "
                 "give one score vector for each sub-image, the global view first"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class ImportancePanel:
-    """How much a question's words look at each patch of an image's global view, layer by layer.
-
-    Attributes:
-        title: the image's name.
-        image: RGB.
-        grid: (Hu, Wu) of the global view.
-        patches: (K,) those with a token.
-        scores: (layers, K).
-        layer: the one that decides what is dropped, from 0.
-    """
-
-    variant: str
-    title: str
-    question: str
-    image: Image.Image
-    grid: tuple[int, int]
-    patches: np.ndarray
-    scores: np.ndarray
-    layer: int

@@ -25,12 +25,12 @@ from meteor.report.data import VariantResult
 from meteor.report.measures import column, final_loss, median_rate, smooth
 from meteor.report.seeds import by_variant
 from meteor.report.tables import metric_title
-from meteor.runs.reading import StageRun
+from meteor.runs.reading import StageRecord
 
 _RATES = (("num_samples", "samples/s"), ("num_visual_tokens", "visual tokens/s"))
 
 
-def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRun]], looks: Mapping[str, Look]) -> Drawing:
+def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRecord]], looks: Mapping[str, Look]) -> Drawing:
     """Loss of one stage over steps, all variants overlaid, and the learning rate below.
 
     Args:
@@ -62,7 +62,7 @@ def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRun]], looks: Mappi
     )
 
 
-def throughput_figure(runs: Mapping[str, Mapping[str, StageRun]], looks: Mapping[str, Look]) -> Drawing:
+def throughput_figure(runs: Mapping[str, Mapping[str, StageRecord]], looks: Mapping[str, Look]) -> Drawing:
     """Bars of samples/s and visual tokens/s; ``runs`` is stage -> variant -> run. One row of panels a stage."""
     num_bars = max(len(stage_runs) for stage_runs in runs.values())
     figure = new_figure(WIDTH_INCHES, len(runs) * (1.0 + 0.3 * num_bars))
@@ -123,7 +123,7 @@ def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Map
     )
 
 
-def _draw_curve(loss_axes: Axes, rate_axes: Axes, run: StageRun, look: Look, *, alone: bool) -> None:
+def _draw_curve(loss_axes: Axes, rate_axes: Axes, run: StageRecord, look: Look, *, alone: bool) -> None:
     steps, losses = column(run.metrics, "step"), column(run.metrics, "loss")
     smoothed = smooth(losses)
     if smoothed is not losses and alone:
@@ -186,16 +186,16 @@ def _add_legend(
         text.set_parse_math(False)
 
 
-def comparable_runs(variants: Sequence[VariantResult], stage: str) -> dict[str, StageRun]:
+def comparable_runs(variants: Sequence[VariantResult], stage: str) -> dict[str, StageRecord]:
     """Variant -> its run of a stage, of those that reported at least one step."""
     runs = {variant.name: variant.stages[stage] for variant in variants if stage in variant.stages}
     return {name: run for name, run in runs.items() if run.metrics}
 
 
-def curves(variants: Sequence[VariantResult], stage: str) -> dict[str, list[StageRun]]:
+def curves(variants: Sequence[VariantResult], stage: str) -> dict[str, list[StageRecord]]:
     """Label -> runs of a stage, one a seed; variants that share their runs are one curve with all their names."""
     names: dict[tuple[str, ...], list[str]] = {}
-    runs: dict[tuple[str, ...], list[StageRun]] = {}
+    runs: dict[tuple[str, ...], list[StageRecord]] = {}
     for name, seeds in by_variant(variants).items():
         mine = [run.stages[stage] for run in seeds if stage in run.stages and run.stages[stage].metrics]
         if mine:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from meteor.report.data import VariantResult
-from meteor.runs.reading import StageRun
+from meteor.runs.reading import StageRecord
 from meteor.stages import TRAINING_STAGES
 
 # Below this a curve is short enough to be read raw.
@@ -44,13 +44,13 @@ def total(metrics: Sequence[dict[str, Any]], count_key: str) -> int | None:
     return sum(counts) if counts else None
 
 
-def step_seconds(run: StageRun) -> float | None:
+def step_seconds(run: StageRecord) -> float | None:
     """Sum over the steps, so that a resumed run counts whole; start-up and checkpoints are not in it."""
     seconds = [row["seconds"] for row in run.metrics if "seconds" in row]
     return sum(seconds) if seconds else None
 
 
-def final_loss(run: StageRun) -> float | None:
+def final_loss(run: StageRecord) -> float | None:
     """The smoothed loss at the last step; None if no step was reported."""
     losses = column(run.metrics, "loss")
     return float(smooth(losses)[-1]) if len(losses) else None

@@ -14,7 +14,7 @@ from meteor import storage
 from meteor.errors import DataError
 from meteor.report.canvas import Drawing
 from meteor.report.content import ReportContent, build_content
-from meteor.report.data import ImportancePanel, SelectionPanel, StudyTable, VariantResult
+from meteor.report.data import SelectionPanel, StudyTable, VariantResult
 from meteor.report.tables import GAPS, Table
 
 # What Markdown would read as markup anywhere in a line; "_" only at a word's edge, so that names stay readable.
@@ -39,7 +39,6 @@ def write_report(
     notes: Sequence[str] = (),
     thumbnails: Mapping[str, Image.Image] | None = None,
     tables: Sequence[StudyTable] = (),
-    importance: Sequence[ImportancePanel] = (),
 ) -> ReportPaths:
     """Draw and write ``report.md``, ``report.html`` and ``figures/*.png``; an older report in the folder is replaced.
 
@@ -56,7 +55,6 @@ def write_report(
         notes: sentences shown under the title.
         thumbnails: image name -> image, for the answers of `meteor.report.predictions.choose_predictions`.
         tables: of a study.
-        importance: images of which a text-guided sampler's scores are drawn.
 
     Raises:
         DataError: no variants, or two of one name.
@@ -65,7 +63,7 @@ def write_report(
     names = [variant.name for variant in variants]
     if not names or len(set(names)) < len(names):
         raise DataError(f"a report compares variants by name, got {names}; give at least one, each name once")
-    content = build_content(title, variants, panels, cache, notes, thumbnails or {}, tables, importance)
+    content = build_content(title, variants, panels, cache, notes, thumbnails or {}, tables)
     for drawing in content.drawings():
         storage.write_bytes(storage.join(uri, "figures", f"{drawing.name}.png"), drawing.png)
     for name, text in (content.study.csv_files if content.study else {}).items():

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meteor.formatting import format_count, format_value, humanise
+from meteor.formatting import flatten, format_count, format_value, humanise
 from meteor.report.data import VariantResult
-from meteor.report.tables import Table, flatten
-from meteor.runs.reading import StageRun
+from meteor.report.tables import Table
+from meteor.runs.reading import StageRecord
 from meteor.stages import STAGES
 
 _STAGES = STAGES[1:]  # all but the feature cache, which variants share
@@ -94,20 +94,20 @@ def missing_pieces(variants: Sequence[VariantResult], cache: Mapping[str, Any] |
     return sentences
 
 
-def _runs(variants: Sequence[VariantResult]) -> dict[str, StageRun]:
+def _runs(variants: Sequence[VariantResult]) -> dict[str, StageRecord]:
     return {f"{v.name}, {stage}": v.stages[stage] for v in variants for stage in _STAGES if stage in v.stages}
 
 
-def _facts(run: StageRun) -> dict[str, str]:
-    recorded = {key: value for key, value in run.identity.items() if key not in ("versions", "variant", "name")}
+def _facts(run: StageRecord) -> dict[str, str]:
+    recorded = {key: value for key, value in run.recorded.items() if key not in ("versions", "variant", "name")}
     facts = flatten({"uri": run.uri, **recorded})
-    return {key: format_value(value) for key, value in facts.items() if value is not None}
+    return {key: format_value(value) for key, value in facts.items() if value not in (None, {})}
 
 
-def _versions(runs: Sequence[StageRun]) -> Table:
+def _versions(runs: Sequence[StageRecord]) -> Table:
     found: dict[str, dict[str, None]] = {}
     for run in runs:
-        versions: Mapping[str, Any] = run.identity.get("versions", {})
+        versions: Mapping[str, Any] = run.recorded.get("versions", {})
         for package, version in versions.items():
             found.setdefault(package, {})[str(version)] = None
     return Table(

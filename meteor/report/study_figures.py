@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Drawing, Look, new_figure, plain_axes, to_drawing
-from meteor.report.data import ImportancePanel, SelectionPanel, SubImageScores, VariantResult
+from meteor.report.data import SelectionPanel, SubImageScores, VariantResult
 from meteor.report.seeds import by_variant
 from meteor.report.selection_figures import bare_axes, dim, image_pixels, kept_mask
 from meteor.report.tables import question_sets, shares_right
@@ -152,41 +152,6 @@ def kept_by_variants_figure(panels: Sequence[SelectionPanel], name: str) -> Draw
         "no such scores the place is empty. Kept patches are bright.",
         dpi=130,
     )
-
-
-def importance_figure(panel: ImportancePanel, name: str) -> Drawing:
-    """The image, and some layers' maps beside it: the first, the deciding, the last, and others in between."""
-    layers = some_layers(len(panel.scores), panel.layer)
-    columns = min(len(layers) + 1, 5)
-    rows = -(-(len(layers) + 1) // columns)
-    aspect = panel.image.width / panel.image.height
-    width = WIDTH_INCHES / columns
-    figure = new_figure(WIDTH_INCHES, rows * (min(width / aspect, 3.0) + 0.4))
-    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    _show(all_axes[0], image_pixels(panel.image), "image")
-    for axes, layer in zip(all_axes[1:], layers, strict=False):
-        shares = np.full(panel.grid[0] * panel.grid[1], np.nan)
-        shares[panel.patches] = panel.scores[layer] / max(panel.scores[layer].max(), 1e-12)
-        axes.imshow(shares.reshape(panel.grid), extent=(0, 1, 1, 0), aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        bare_axes(axes, f"layer {layer}" + (", decides" if layer == panel.layer else ""))
-    for axes in all_axes[len(layers) + 1 :]:
-        axes.set_visible(False)
-    return to_drawing(
-        figure,
-        name=name,
-        alt=f"{panel.variant}, {panel.title}: attention of the words of “{panel.question}” to the image, by layer.",
-        caption=f"{panel.variant}: how much the words of “{panel.question}” look at each patch of the global view, by layer of "
-        "the language model (from 0), each map up to its own highest. White: patches without a token.",
-        dpi=130,
-    )
-
-
-def some_layers(num_layers: int, deciding: int, most: int = 9) -> list[int]:
-    """At most ``most``: all where there are so few, else the first, the last, some evenly between, and the deciding one."""
-    even = (
-        {round(i * (num_layers - 1) / (most - 2)) for i in range(most - 1)} if num_layers > most else range(num_layers)
-    )
-    return sorted({*even, deciding})
 
 
 def _show(axes: Axes, pixels: np.ndarray, title: str) -> None:

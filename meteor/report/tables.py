@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meteor.formatting import (
+    flatten,
     format_bytes,
     format_count,
     format_duration,
@@ -18,7 +19,7 @@ from meteor.formatting import (
 from meteor.report.canvas import MANY_VARIANTS
 from meteor.report.data import VariantResult
 from meteor.report.measures import final_loss, median_rate, step_seconds, total, training_seconds
-from meteor.runs.reading import StageRun
+from meteor.runs.reading import StageRecord
 from meteor.stages import TRAINING_STAGES
 
 NOT_RUN = "not run"
@@ -152,7 +153,7 @@ def cache_table(cache: Mapping[str, Any]) -> Table:
         if isinstance(value, Mapping):
             rows.extend((f"{humanise(key)}: {name}", _fact(name, count)) for name, count in value.items())
         else:
-            rows.append((_CACHE_LABELS.get(key, humanise(key)), _fact(key, value)))
+            rows.append((humanise(key.removesuffix("_bytes")), _fact(key, value)))
     return Table(("Fact", "Value"), tuple(rows), numeric=False)
 
 
@@ -223,22 +224,11 @@ def question_sets(variants: Sequence[VariantResult]) -> list[str]:
     return list(dict.fromkeys(name for variant in variants for name in variant.scores or {}))
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys, the form overrides are written in; an empty mapping sets nothing."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _settings_by_stage(variants: Sequence[VariantResult]) -> dict[str, dict[str, dict[str, Any]]]:
     """Variant -> stage -> flat settings; those of a run that variants share are one variant's, and left out."""
     return {
         variant.name: {
-            stage: flatten(run.settings)
+            stage: {key: value for key, value in flatten(run.settings).items() if value != {}}
             for stage, run in variant.stages.items()
             if not run.settings.get("tracking", {}).get("used_by")
         }
@@ -257,13 +247,6 @@ def _setting_rows(key: str, values: dict[str, dict[str, dict[str, Any]]]) -> Ite
         return
     for stage in dict.fromkeys(stage for by_stage in cells.values() for stage in by_stage):
         yield f"{key} ({stage})", tuple(by_stage.get(stage, NOT_RUN) for by_stage in cells.values())
-
-
-_CACHE_LABELS = {
-    "num_images": "images named by the samples",
-    "num_distinct": "distinct images encoded",
-    "size_bytes": "size",
-}
 
 
 def _fact(key: str, value: Any) -> str:
@@ -311,14 +294,14 @@ def _distinct(texts: Iterable[str]) -> str:
     return " / ".join(dict.fromkeys(texts))
 
 
-def _stage_time(run: StageRun) -> str:
+def _stage_time(run: StageRecord) -> str:
     seconds = step_seconds(run)
     if not run.finished:
         return NOT_FINISHED
     return NOT_RECORDED if seconds is None else format_duration(seconds)
 
 
-def _rate_cell(run: StageRun | None, count_key: str) -> str:
+def _rate_cell(run: StageRecord | None, count_key: str) -> str:
     if run is None:
         return NOT_RUN
     rate = median_rate(run.metrics, count_key)

@@ -1,4 +1,4 @@
-"""What MLflow is told of a stage: it stands in the run's folder first, and the server gets a copy when it is there."""
+"""MLflow's entry of a stage: written to the stage's folder first, and copied to the server whenever that can be reached."""
 
 import logging
 import math
@@ -11,7 +11,8 @@ from meteor import storage
 from meteor.cache import FeatureCache
 from meteor.config import RunSettings, settings_digest
 from meteor.errors import NotFoundError, TrackingError
-from meteor.runs.reading import read_stage_run
+from meteor.runs.folder import StageFolder
+from meteor.runs.reading import read_stage
 from meteor.tracking import Tracker, public_uri
 
 _LOG = logging.getLogger(__name__)
@@ -19,52 +20,43 @@ _RETRY_S = 60.0
 
 
 class StageLog:
-    """A stage's entry in MLflow, made whole from ``tracking.json`` and ``metrics/`` of its folder at any time.
+    """A stage's entry in MLflow. It can be made anew at any time from ``tracking.json`` and ``metrics/`` of the folder.
 
     An outage of the server stops nothing. Sending twice changes nothing.
 
     Args:
-        settings: of the run.
-        stage: name of the stage.
-        digest: of the stage's run: the tag by which MLflow's run is found again.
-        uri: the run's folder.
-        content: what ``tracking.json`` holds, see `new`.
+        settings: settings of the run.
+        folder: the stage's folder; its digest is the tag by which MLflow's run is found again.
+        content: content of ``tracking.json``, see `new`.
     """
 
-    def __init__(self, settings: RunSettings, stage: str, digest: str, uri: str, content: dict[str, Any]) -> None:
-        self._settings, self._stage, self._digest, self._uri = settings, stage, digest, uri
+    def __init__(self, settings: RunSettings, folder: StageFolder, content: dict[str, Any]) -> None:
+        self._settings, self._folder = settings, folder
         self._content = content
-        # Apart, as a copy in another process needs a connection of its own, and no second look for the run.
-        self._run_id: str | None = None
+        # Not part of the pickled state: a copy in another process needs a connection of its own, but no second search.
         self._tracker: Tracker | None = None
+        self._run_id: str | None = None
         self._retry_at = -math.inf
-        self._told = False
+        self._page_shown = False
 
     @classmethod
     def new(
-        cls,
-        settings: RunSettings,
-        stage: str,
-        digest: str,
-        uri: str,
-        *,
-        params: Mapping[str, Any],
-        tags: dict[str, str],
+        cls, settings: RunSettings, folder: StageFolder, *, params: Mapping[str, Any], tags: dict[str, str]
     ) -> "StageLog":
-        """Of a stage that starts, anew or again."""
+        """The entry of a stage that starts, for the first time or again."""
         content = {"params": params, "tags": tags, "datasets": [], "rows": [], "pipeline_rows": [], "files": []}
-        log = cls(settings, stage, digest, uri, {**content, "status": "running", "sent": False})
+        log = cls(settings, folder, {**content, "status": "running", "sent": False})
         log._save()
         return log
 
     @classmethod
-    def unsent(cls, settings: RunSettings, stage: str, digest: str, uri: str) -> "StageLog | None":
-        """Of a stage that has ended, if MLflow lacks something of it."""
+    def unsent(cls, settings: RunSettings, folder: StageFolder) -> "StageLog | None":
+        """The entry of a stage that has ended; None if MLflow has all of it."""
         try:
-            content = storage.read_json(_file(uri))
+            content = storage.read_json(_file(folder))
         except NotFoundError:
             return None
-        return None if content["sent"] else cls(settings, stage, digest, uri, content)
+        return None if content["sent"] else cls(settings, folder, content)
 
     def cache(self, cache: FeatureCache, *, context: str) -> None:
         """Name the cache version as an input: ``dataset.name = '<cache key>'`` in MLflow's search finds all its runs."""
@@ -75,26 +67,27 @@ class StageLog:
         self._add("datasets", {"name": name, "digest": digest, "source": source, "context": context})
 
     def metrics(self, values: Mapping[str, Any], *, pipeline: bool = False) -> None:
-        """Numbers of the stage as a whole; on the pipeline's run as well where wanted."""
+        """Log numbers of the whole stage; with ``pipeline`` on the pipeline's run as well."""
         row = {**values, "step": 0, "time_ms": int(time.time() * 1000)}
         for key in ("rows", "pipeline_rows")[: 2 if pipeline else 1]:
             self._add(key, row)
 
     def file(self, name: str) -> None:
-        """A small file of the run's folder, to be kept with MLflow's run."""
+        """Keep a small file of the stage's folder with MLflow's run."""
         self._add("files", name)
 
     def tag(self, name: str, value: str) -> None:
+        """Set a tag of MLflow's run."""
         self._content["tags"][name] = value
         self._save()
 
     def live(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send rows of ``metrics/`` while the stage runs, as far as the server is there; `close` sends what is missing."""
+        """Send rows of ``metrics/`` while the stage runs, if the server answers; `close` sends what is missing."""
         if time.monotonic() < self._retry_at:
             return
         try:
             if self._run_id is None:
-                # It takes these rows from the folder, and what came before them.
+                # Sends these rows too, and all before them: it reads the folder.
                 self._send()
             else:
                 self._tracker = self._tracker or make_tracker(self._settings)
@@ -106,18 +99,18 @@ class StageLog:
         return {**self.__dict__, "_tracker": None}
 
     def open(self) -> None:
-        """The stage starts."""
-        self._try("The stage goes on, and what MLflow is to know is sent later")
+        """Send the entry at the start of the stage."""
+        self._try("The stage goes on; its MLflow entry is sent later")
 
     def close(self, *, failed: bool) -> None:
-        """The stage has ended: send everything, now or when it is started again."""
+        """Record the end of the stage, and send everything now or at the next start."""
         self._content["status"] = "failed" if failed else "finished"
         self._save()
         self.settle()
 
     def settle(self) -> bool:
-        """Make MLflow's run of a stage that has ended as it is; whether the server was there."""
-        return self._try(f"What MLflow is to know is in {self._uri}: run the same command again to send it")
+        """Send all of a stage that has ended; return whether the server answered."""
+        return self._try(f"The MLflow entry is kept in {self._folder.uri}: run the same command again to send it")
 
     def _try(self, otherwise: str) -> bool:
         try:
@@ -129,11 +122,12 @@ class StageLog:
 
     def _send(self) -> None:
         content, status, used_by = self._content, self._content["status"], self._settings.tracking.used_by
+        stage = self._folder.stage
         tracker = make_tracker(self._settings)
-        parent, name = parent_run(tracker, self._settings), f"{self._settings.name} {self._stage}"
+        parent, name = parent_run(tracker, self._settings), f"{self._settings.name} {stage}"
         if used_by:
-            name = f"{self._stage} of {', '.join(used_by)}"
-        run_id = tracker.run(name, self._digest, parent=parent, tags=content["tags"])
+            name = f"{stage} of {', '.join(used_by)}"
+        run_id = tracker.run(name, self._folder.digest, parent=parent, tags=content["tags"])
         tracker.log_params(run_id, content["params"])
         if not used_by:
             # On the pipeline's run as well: comparing two variants in MLflow then needs no search for their stages.
@@ -141,14 +135,14 @@ class StageLog:
             tracker.backfill(parent, content["pipeline_rows"])
         for dataset in content["datasets"]:
             tracker.log_dataset(run_id, **dataset)
-        tracker.backfill(run_id, [*content["rows"], *read_stage_run(self._uri).metrics])
+        tracker.backfill(run_id, [*content["rows"], *read_stage(self._folder.uri).metrics])
         for file in content["files"]:
-            tracker.log_file(run_id, file, storage.read_bytes(storage.join(self._uri, file)))
+            tracker.log_file(run_id, file, storage.read_bytes(storage.join(self._folder.uri, file)))
         tracker.set_tags(run_id, content["tags"])
         self._tracker, self._run_id = tracker, run_id
-        if not self._told and (page := tracker.page(run_id)):
-            _LOG.info("[%s] %s in MLflow: %s", self._settings.name, self._stage, page)
-        self._told = True
+        if not self._page_shown and (page := tracker.page(run_id)):
+            _LOG.info("[%s] %s in MLflow: %s", self._settings.name, stage, page)
+        self._page_shown = True
         if status != "running":
             tracker.finish(run_id, failed=status == "failed")
             if status == "finished" and not used_by:
@@ -161,15 +155,15 @@ class StageLog:
         self._save()
 
     def _save(self) -> None:
-        storage.write_json(_file(self._uri), self._content)
+        storage.write_json(_file(self._folder), self._content)
 
 
-def _file(uri: str) -> str:
-    return storage.join(uri, "tracking.json")
+def _file(folder: StageFolder) -> str:
+    return storage.join(folder.uri, "tracking.json")
 
 
 def parent_run(tracker: Tracker, settings: RunSettings) -> str:
-    """MLflow's run that a run's stages belong to: its own; or the study's, for stages that several variants share."""
+    """MLflow's run above a run's stages: the run's own, or the study's for stages that several variants share."""
     study, above = settings.tracking.study, None
     if study is not None:
         above = _study_run(tracker, study, settings.output)
@@ -189,13 +183,13 @@ def _study_run(tracker: Tracker, study: str, output: str) -> str:
 
 
 def pipeline_digest(settings: RunSettings) -> str:
-    """What the stages of one run share in MLflow."""
+    """The tag by which MLflow's run of a whole run file is found: its name and output, and the study's name."""
     study = {"study": settings.tracking.study} if settings.tracking.study else {}
     return settings_digest({"name": settings.name, "output": settings.output, **study})
 
 
 def make_tracker(settings: RunSettings) -> Tracker:
-    """Raises TrackingError where the server cannot be reached."""
+    """Connect to the tracking server; raises TrackingError if it cannot be reached."""
     return Tracker(tracking_uri(settings), settings.tracking.experiment)
 
 
@@ -206,7 +200,7 @@ def where_to_compare(settings: RunSettings) -> str:
 
 
 def has_server(settings: RunSettings) -> bool:
-    """Whether runs go to a server or a database that somebody named."""
+    """Whether runs go to a named server or database, rather than to a file beside the results."""
     return bool(settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
 
 

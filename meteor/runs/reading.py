@@ -13,8 +13,8 @@ _SEGMENT_NAME = re.compile(r"/from_(\d+)\.jsonl$")
 
 
 @dataclass(frozen=True)
-class StageRun:
-    """One run of one stage.
+class StageRecord:
+    """A stage's folder as it was read.
 
     Attributes:
         stage: "pretrain", "finetune" or "evaluate".
@@ -22,7 +22,7 @@ class StageRun:
         settings: resolved settings, nested.
         summary: what ``summary.json`` holds; None while the run has not finished.
         metrics: one row a reported step, in order. Its counts and ``seconds`` are those since the previous row.
-        identity: the rest of ``run.json``: name, digest, parent, and whatever else was recorded (index digest, cache
+        recorded: the rest of ``run.json``: name, digest, parent, and whatever else was recorded (index digest, cache
             key, git commit, ``versions``).
     """
 
@@ -31,29 +31,29 @@ class StageRun:
     settings: Mapping[str, Any]
     summary: Mapping[str, Any] | None
     metrics: list[dict[str, Any]]
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
         return self.summary is not None
 
 
-def read_stage_run(uri: str) -> StageRun:
+def read_stage(uri: str) -> StageRecord:
     """Read ``run.json``, ``summary.json`` if there, and ``metrics/*.jsonl`` of a run's folder (local or S3).
 
     Raises:
         NotFoundError: the folder holds no ``run.json``.
         DataError: a metrics file holds a line that is not JSON.
     """
-    identity: dict[str, Any] = dict(storage.read_json(storage.join(uri, "run.json")))
+    recorded: dict[str, Any] = dict(storage.read_json(storage.join(uri, "run.json")))
     summary_uri = storage.join(uri, "summary.json")
-    return StageRun(
-        stage=identity.pop("stage"),
+    return StageRecord(
+        stage=recorded.pop("stage"),
         uri=uri,
-        settings=identity.pop("settings"),
+        settings=recorded.pop("settings"),
         summary=storage.read_json(summary_uri) if storage.exists(summary_uri) else None,
         metrics=_read_metrics(storage.join(uri, "metrics")),
-        identity=identity,
+        recorded=recorded,
     )
 
 

@@ -34,7 +34,6 @@ __all__ = [
     "read_range",
     "read_range_into",
     "stat",
-    "supports_create",
     "upload_file",
     "write_bytes",
     "write_json",
@@ -93,11 +92,11 @@ def create_bytes(uri: str, data: bytes) -> None:
     """Write the file only if there is none: of several writers exactly one succeeds.
 
     On S3 a put whose answer was lost is sent again and can lose against itself: who gets AlreadyExistsError must look
-    at what is there before concluding that somebody else wrote it. Of a store that does not know conditional puts
-    (`supports_create`) this is a best effort, logged once.
+    at what is there before concluding that somebody else wrote it.
 
     Raises:
         AlreadyExistsError: there was one already.
+        StorageError: the store does not obey conditional puts, so that two writers could both succeed.
     """
     with _at(uri) as place:
         place.create(data)
@@ -186,15 +185,6 @@ def now_s(uri: str) -> float:
     """The time in epoch seconds by the clock that `ObjectInfo.modified_s` is measured with: on S3 the store's."""
     with _at(uri) as place:
         return place.now_s()
-
-
-def supports_create(uri: str) -> bool:
-    """Whether `create_bytes` has exactly one winner there: local disk, and S3 stores that obey If-None-Match.
-
-    Tried with a passing object beside ``uri``, once per process, endpoint and bucket.
-    """
-    with _at(uri) as place:
-        return place.supports_create()
 
 
 def _is_s3(uri: str) -> bool:

@@ -85,9 +85,6 @@ class LocalFile:
     def now_s(self) -> float:
         return time.time()
 
-    def supports_create(self) -> bool:
-        return True
-
 
 @contextmanager
 def disk_errors(uri: str) -> Iterator[None]:

@@ -13,7 +13,6 @@ from meteor.errors import StorageError
 from meteor.storage import s3_create
 from meteor.storage.client import boto3_module, s3_client
 from meteor.storage.place import ObjectInfo, is_partial
-from meteor.storage.s3_ranges import read_first
 
 # Above it a write goes in parts, each sent again by itself when it fails.
 _MULTIPART_BYTES = 64 << 20
@@ -52,17 +51,10 @@ class S3Object:
         return content.getvalue()
 
     def read_into(self, start: int, buffer: memoryview) -> int:
-        first = read_first(self.client, self.address(), start, buffer)
-        if not first:
-            response = self._get_range(start, len(buffer))
-            num_bytes: int = response["ContentLength"]
-            self._fill(buffer[:num_bytes], start, response)
-            return num_bytes
-        if num_left := first.size_bytes - first.num_read:
-            start += first.num_read
-            response = self._get_range(start, num_left, IfMatch=first.etag)
-            self._fill(buffer[first.num_read : first.size_bytes], start, response)
-        return first.size_bytes
+        response = self._get_range(start, len(buffer))
+        num_bytes: int = response["ContentLength"]
+        self._fill(buffer[:num_bytes], start, response)
+        return num_bytes
 
     def _get_range(self, start: int, num_bytes: int, **conditions: str) -> Any:
         response = self.client.get_object(
@@ -109,7 +101,7 @@ class S3Object:
             self._send(lambda: self.client.upload_fileobj(pa.BufferReader(data), **self.address(), Config=_transfer()))
 
     def create(self, data: bytes) -> None:
-        s3_create.create(self.client, self.uri, self.address(), data, read=self.read)
+        s3_create.create(self.client, self.address(), data)
 
     def upload(self, source: str) -> None:
         self._send(lambda: self.client.upload_file(Filename=source, **self.address(), Config=_transfer()))
@@ -176,9 +168,6 @@ class S3Object:
         found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix(), MaxKeys=1)
         answer = found["ResponseMetadata"]["HTTPHeaders"]
         return parsedate_to_datetime(answer["date"]).timestamp()
-
-    def supports_create(self) -> bool:
-        return s3_create.supports_create(self.client, self.bucket, self.key)
 
 
 def _info(uri: str, size_bytes: int, answer: dict[str, Any]) -> ObjectInfo:

@@ -9,7 +9,6 @@ from meteor.synthetic.deck import Deck
 from meteor.synthetic.scenes import Scene, SceneObject
 from meteor.synthetic.vocabulary import ENDS, SHAPES, SIDES, WORDS, places_of
 
-QUESTION_TYPES = ("count", "colour", "shape", "text", "position")
 TWO_IMAGES = "two_images"
 TEXT_ONLY = "text_only"
 

@@ -99,7 +99,7 @@ def load_llm(path: str, dtype: torch.dtype) -> Any:
 
 
 def freeze_for(model: MeteorForConditionalGeneration, stage: TrainingStage) -> None:
-    """TrainingStage 1 trains the projector; stage 2 the projector and the language model (paper, section 4.1)."""
+    """Freeze all but the projector, and in stage 2 the language model (paper, section 4.1)."""
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
     if stage == "finetune":

@@ -5,7 +5,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -82,10 +81,3 @@ class CheckpointWriter:
                     f"{uri}: only {num} of {world_size} workers wrote their part in {_PEERS_TIMEOUT_S:.0f} s"
                 )
         return True
-
-
-def save_checkpoint(engine: Engine, root: str, step: int, *, keep: int, **state: Any) -> None:
-    """One checkpoint, complete when this returns on all workers."""
-    with closing(CheckpointWriter(engine, root, keep=keep)) as writer:
-        writer.save(step, state)
-        writer.finish()

@@ -13,17 +13,19 @@ from ray.data import ActorPoolStrategy
 
 from meteor import storage
 from meteor.assembly import pixel_settings
+from meteor.assembly.features import open_features, uris_by_key
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, settings_digest
 from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
+from meteor.planning.workers import answering_request
 from meteor.train.build import DTYPES
-from pipelines.inputs import open_features, uris_by_key
 from pipelines.ray_parts.answers import AnswerStore, prompt_digest
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging
+from pipelines.ray_parts.resources import wait_for_room
 from pipelines.ray_parts.runtime import num_blocks, progress, worker_environment
 
 _LOG = logging.getLogger(__name__)
@@ -105,6 +107,7 @@ def _ask(
     runtime, options = settings.runtime, settings.evaluate
     lengths = _lengths(settings, missing, index)
     ordered = sorted(missing.items(), key=lambda item: (item[1][0], lengths[item[0]]), reverse=True)
+    wait_for_room(answering_request(runtime), runtime, at_least=1)
     num_done = 0
     shared = ray.put([one for _, one in ordered])
     with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: num_done):

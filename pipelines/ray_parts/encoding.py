@@ -1,6 +1,5 @@
 """Second pass of cache_features: slice on CPUs, encode and write in actors, as a stream; published while it runs."""
 
-import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,13 +11,14 @@ from ray.data import ActorPoolStrategy, Dataset
 from meteor.assembly import pixel_settings
 from meteor.cache import IndexRow, QuarantineRow, commit, record_quarantine
 from meteor.config import RunSettings
+from meteor.planning.workers import encoding_request
 from pipelines.ray_parts.encoder import Encoder
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.meter import EncodingMeter
+from pipelines.ray_parts.resources import wait_for_room
 from pipelines.ray_parts.runtime import progress, worker_environment
 from pipelines.ray_parts.slicing import slice_batch
 
-_LOG = logging.getLogger(__name__)
 # Batches are repeated when their actor dies, which Ray would do for ever with one that kills it each time. When a whole node
 # goes, Ray tries after 0.1 s, then twice as long each time up to 5 s, and knows only after some 20 s that the node is gone: 15
 # tries cover about a minute.
@@ -72,6 +72,7 @@ def _stream(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRo
 def encoded(settings: RunSettings, cache_uri: str, sliced: Dataset) -> Dataset:
     """What becomes of sliced images in the encoder actors."""
     runtime = settings.runtime
+    wait_for_room(encoding_request(runtime), runtime, at_least=1)
     with warnings.catch_warnings():
         # Ray Data has no other way to limit the retries, and announces that it will not have this one for ever.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")

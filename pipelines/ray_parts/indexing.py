@@ -3,19 +3,19 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import ray
 
 from meteor import storage
-from meteor.assembly import image_roots, index_uri
+from meteor.assembly import index_uri
+from meteor.assembly.sample_sets import SampleSet, names_of_images
 from meteor.cache import DatasetIndex, IndexRow
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
 from meteor.errors import ImagePathError, NotFoundError
-from pipelines.inputs import SampleSet, names_of_images
 from pipelines.ray_parts.image_facts import read_image
 from pipelines.ray_parts.runtime import num_blocks, progress
 
@@ -26,13 +26,18 @@ _LIST_FROM = 32
 _NUM_STAT_THREADS = 32
 
 
-def update_index(settings: RunSettings, sets: list[SampleSet]) -> tuple[DatasetIndex, int]:
-    """Publish the index of all images; only new and changed files are read, and what was read is published now and then.
+def update_index(settings: RunSettings, sets: list[SampleSet], roots: Mapping[str, str]) -> tuple[DatasetIndex, int]:
+    """Publish the index of all images. Only new and changed files are read; the rows so far are published now and then.
+
+    Args:
+        settings: settings of the run.
+        sets: sample sets whose images are indexed.
+        roots: prefix of an image name -> folder or s3:// URI.
 
     Returns:
         The index, and how many files were read.
     """
-    places = _places(settings, sets)
+    places = _places(sets, roots)
     latest = DatasetIndex.latest(index_uri(settings))
     found = stat_all(set(places.values()))
     rows: list[IndexRow] = []
@@ -124,10 +129,9 @@ def _reason(uri: str) -> str:
     return "missing" if _is_place(uri) else "outside_roots"
 
 
-def _places(settings: RunSettings, sets: list[SampleSet]) -> dict[str, str]:
+def _places(sets: list[SampleSet], roots: Mapping[str, str]) -> dict[str, str]:
     """Image name -> URI; a name that leaves its root keeps a marked place, and is never opened."""
     places: dict[str, str] = {}
-    roots = image_roots(settings)
     for name in sorted(names_of_images(sets)):
         try:
             places[name] = resolve_image(name, roots)

@@ -32,6 +32,14 @@ def worker_environment(num_gpus: float) -> dict[str, str]:
     return WORKER_ENVIRONMENT if num_gpus else {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cpu"}
 
 
+_session = {"local": False}
+
+
+def session_is_local() -> bool:
+    """Whether this process started its own Ray, on this machine alone."""
+    return _session["local"]
+
+
 @contextmanager
 def ray_session(settings: RuntimeSettings) -> Iterator[None]:
     """Join the cluster of ``RAY_ADDRESS`` or of the settings, or start a local Ray and stop it afterwards.
@@ -50,9 +58,11 @@ def ray_session(settings: RuntimeSettings) -> Iterator[None]:
         ray.init(address=address, logging_level=logging.WARNING)
     else:
         ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    _session["local"] = not address
     try:
         yield
     finally:
+        _session["local"] = False
         ray.shutdown()
 
 
@@ -87,7 +97,13 @@ def progress_line(what: str, done: int, total: int, per_s: float | None) -> str:
 
 @contextmanager
 def progress(
-    what: str, total: int, count: Callable[[], int], *, detail: Callable[[], str] = str, every_s: float = 5.0
+    what: str,
+    total: int,
+    count: Callable[[], int],
+    *,
+    detail: Callable[[], str] = str,
+    starting: str = "",
+    every_s: float = 5.0,
 ) -> Iterator[None]:
     """Log ``count()`` of ``total`` with rate and time left every few seconds while the block runs.
 
@@ -96,14 +112,20 @@ def progress(
         total: when it is done.
         count: how many are done, also before this start; called from a thread.
         detail: more text for the line, for example the loss.
+        starting: text of the lines until the count changes for the first time, for example "starting 2 workers".
         every_s: seconds between lines.
     """
     stop, pace = threading.Event(), Pace()
 
     def watch() -> None:
-        pace.per_s(count(), time.monotonic())
+        before, has_begun = count(), not starting
+        pace.per_s(before, time.monotonic())
         while not stop.wait(every_s):
             done = count()
+            has_begun = has_begun or done != before
+            if not has_begun:
+                _LOG.info("%s", starting)
+                continue
             _LOG.info("%s%s", progress_line(what, done, total, pace.per_s(done, time.monotonic())), detail())
 
     # Its lines are about what this thread's are about.

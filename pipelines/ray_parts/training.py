@@ -11,29 +11,35 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from meteor import storage
-from meteor.assembly import cache_uri
+from meteor.assembly import Inputs
+from meteor.assembly.features import uris_by_key
+from meteor.assembly.sample_tables import plan_held_out, plan_samples
+from meteor.assembly.training_stage import PreparedStage, prepare
 from meteor.checkpoint.format import Checkpoint, best_checkpoint
 from meteor.config import RunSettings, mathematical_settings
 from meteor.data.table import TablePlan
 from meteor.errors import TrainingError
 from meteor.planning.stage_memory import check_memory
 from meteor.planning.steps import num_steps
+from meteor.planning.workers import training_request
+from meteor.runs.folder import Summary
 from meteor.runs.metrics import read_last
 from meteor.runs.mlflow_log import StageLog
-from meteor.runs.reading import read_stage_run
+from meteor.runs.pins import hold_pin
+from meteor.runs.reading import read_stage
 from meteor.stages import TrainingStage
 from meteor.text.tokens import load_tokenizer, visual_separators
-from pipelines.inputs import uris_by_key
-from pipelines.preparation import Prepared, hold_pin, plan_held_out, plan_samples, prepare, stage_settings
+from pipelines.command import timed
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
+from pipelines.ray_parts.resources import wait_for_room
 from pipelines.ray_parts.runtime import progress, worker_environment
+from pipelines.ray_parts.tracked import reuse, tracked
 from pipelines.ray_parts.worker import WorkerTask, train_worker
-from pipelines.stage import Summary, canonical, timed
 
 _LOG = logging.getLogger(__name__)
 
 
-def run_stage(settings: RunSettings, stage: TrainingStage) -> Summary:
+def run_stage(settings: RunSettings, inputs: Inputs | None = None, *, stage: TrainingStage) -> Summary:
     """Train a stage, or resume it, or say that it is finished.
 
     Raises:
@@ -41,31 +47,38 @@ def run_stage(settings: RunSettings, stage: TrainingStage) -> Summary:
         TrainingError: the workers failed more often than ``runtime.max_failures``.
     """
     with timed() as seconds:
-        prepared = prepare(settings, stage)
-        finished = prepared.run.finished()
+        inputs = inputs or Inputs()
+        prepared = prepare(settings, stage, inputs)
+        folder = prepared.folder
+        finished = folder.finished()
         if finished:
-            return prepared.run.reuse(finished)
-        cache = hold_pin(settings, prepared)
-        plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared)
+            return reuse(settings, folder, finished)
+        cache = hold_pin(settings, prepared.identity, prepared.cache.uri)
+        plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared, inputs)
         check_memory(settings, stage, plan.table)
-        run = prepared.run
-        plan.table.write(storage.join(run.uri, "samples.parquet"))
+        plan.table.write(storage.join(folder.uri, "samples.parquet"))
         if held_out is not None:
-            held_out.table.write(storage.join(run.uri, "held_out.parquet"))
-        storage.write_json(storage.join(run.uri, "excluded.json"), [vars(one) for one in plan.excluded])
+            held_out.table.write(storage.join(folder.uri, "held_out.parquet"))
+        storage.write_json(storage.join(folder.uri, "excluded.json"), [vars(one) for one in plan.excluded])
         task = _task(settings, stage, prepared, has_held_out=held_out is not None)
-        run.start(pin=vars(prepared.pin), parent=prepared.parent, cache=task.cache_uri, cache_key=prepared.identity.key)
-        params = {stage: mathematical_settings(stage_settings(settings, stage)), **_shared_params(settings)}
-        with run.tracked(canonical(params)) as log:
+        folder.start(
+            settings,
+            pin=vars(prepared.versions),
+            parent=prepared.parent,
+            cache=task.cache_uri,
+            cache_key=cache.identity.key,
+        )
+        params = {stage: mathematical_settings(settings.training(stage)), **_shared_params(settings)}
+        with tracked(settings, folder, params) as log:
             log.cache(cache, context="training")
-            for one in prepared.samples:
-                log.dataset(name=one.name, digest=one.digest, source=one.uri, context="samples")
-            steps = num_steps(stage_settings(settings, stage), plan.table)
-            _LOG.info("[%s] %s: %d samples, %d steps, run %s", settings.name, stage, len(plan.table), steps, run.uri)
+            for file in prepared.sets:
+                log.dataset(name=file.name, digest=file.digest, source=file.uri, context="samples")
+            steps = num_steps(settings.training(stage), plan.table)
+            _LOG.info("[%s] %s: %d samples, %d steps, run %s", settings.name, stage, len(plan.table), steps, folder.uri)
             _run_workers(settings, task, log, steps)
             summary = _summary(task, plan, steps, seconds())
             log.tag("meteor.result", task.result_uri)
-        return run.finish(summary)
+        return folder.finish(summary)
 
 
 def _shared_params(settings: RunSettings) -> dict[str, Any]:
@@ -73,17 +86,17 @@ def _shared_params(settings: RunSettings) -> dict[str, Any]:
     return {name: mathematical_settings(getattr(settings, name)) for name in names}
 
 
-def _task(settings: RunSettings, stage: TrainingStage, prepared: Prepared, *, has_held_out: bool) -> WorkerTask:
+def _task(settings: RunSettings, stage: TrainingStage, prepared: PreparedStage, *, has_held_out: bool) -> WorkerTask:
     tokenizer = load_tokenizer(settings.llm.path)
-    live = stage_settings(settings, stage).features == "live"
+    live = settings.training(stage).features == "live"
     return WorkerTask(
         settings=settings,
         stage=stage,
-        run_uri=prepared.run.uri,
-        index_digest=prepared.pin.index_digest,
-        cache_uri=cache_uri(settings, prepared.identity),
-        cache_version=prepared.pin.cache_version,
-        cache_identity=prepared.identity.to_dict(),
+        run_uri=prepared.folder.uri,
+        index_digest=prepared.versions.index_digest,
+        cache_uri=prepared.cache.uri,
+        cache_version=prepared.versions.cache_version,
+        cache_identity=prepared.cache.identity.to_dict(),
         separators=visual_separators(tokenizer),
         pad_id=tokenizer.pad_token_id,
         projector_uri=prepared.parent["uri"] if prepared.parent else None,
@@ -121,10 +134,13 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
         return int(last.get("step", 0))
 
     def detail() -> str:
-        epochs = stage_settings(settings, task.stage).epochs
+        epochs = settings.training(task.stage).epochs
         return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
 
-    with progress(f"[{settings.name}] {task.stage}: step", num_steps, steps_done, detail=detail):
+    label, workers = f"[{settings.name}] {task.stage}", training_request(runtime)
+    wait_for_room(workers, runtime)
+    starting = f"{label}: starting {workers.to_text()}"
+    with progress(f"{label}: step", num_steps, steps_done, detail=detail, starting=starting):
         try:
             trainer.fit()
         # The second where the controller itself has gone.
@@ -140,7 +156,7 @@ def _resources(cpus: float, gpus: float) -> dict[str, float]:
 
 
 def _summary(task: WorkerTask, plan: TablePlan, num_steps: int, seconds: float) -> Summary:
-    rows = read_stage_run(task.run_uri).metrics
+    rows = read_stage(task.run_uri).metrics
     busy_s = sum(row["seconds"] for row in rows)
     totals = plan.table.totals()
     counts: dict[str, Any] = {

@@ -11,7 +11,8 @@ import ray.train.torch
 import torch
 
 from meteor import storage
-from meteor.assembly import pixel_settings
+from meteor.assembly import make_lora, make_recipe, pixel_settings
+from meteor.assembly.features import open_features
 from meteor.cache import CacheIdentity
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.config import FinetuneSettings, RunSettings, StageSettings
@@ -35,10 +36,8 @@ from meteor.train.lora import Lora, add_lora
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine
 from meteor.vision.encoder import FrozenClip, read_vision_config
-from pipelines.inputs import open_features
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging, lines_are_about
-from pipelines.recipe import make_lora, make_recipe
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class WorkerTask:
 
     @property
     def result_uri(self) -> str:
-        """TrainingStage 1 leaves a projector file, stage 2 a model directory."""
+        """Stage 1 leaves a projector file, stage 2 a model directory."""
         model = storage.join(self.run_uri, "model")
         return storage.join(model, "projector.safetensors") if self.stage == "pretrain" else model
 

@@ -9,6 +9,10 @@ import ray
 import torch
 
 from meteor import storage
+from meteor.assembly import Inputs
+from meteor.assembly.study import study_uri
+from meteor.assembly.training_stage import find_model
+from meteor.cache import FeatureCache
 from meteor.config import RunSettings, Variant, settings_digest
 from meteor.errors import NotFoundError, SettingsError
 from meteor.evaluation.answer import Answerer
@@ -17,14 +21,13 @@ from meteor.evaluation.questions import Question
 from meteor.train.build import DTYPES
 from pipelines import evaluate
 from pipelines.ray_parts.runtime import worker_environment
-from pipelines.studies.tasks import study_uri
 
 _LOG = logging.getLogger(__name__)
 # Changes when what is measured does: older numbers are measured again.
 _METHOD = 3
 
 
-def measure_variants(settings: RunSettings, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+def measure_variants(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs) -> dict[str, dict[str, Any]]:
     """Variant -> `meteor.evaluation.efficiency.Efficiency` as a dict; of its first seed, where that has a finished model.
 
     What was measured before on the same hardware, with the same model and questions, is taken as it is.
@@ -38,10 +41,13 @@ def measure_variants(settings: RunSettings, variants: Sequence[Variant]) -> dict
     for name in dict.fromkeys(variant.name for variant in variants):
         run = first[name].settings
         try:
-            model_uri, digest = evaluate.find_model(run)
+            model_uri, digest = find_model(run, inputs)
         except SettingsError:
             continue
-        uri, questions = study_uri(settings, "efficiency", f"{name}.json"), _spread(run, study.measure_questions)
+        uri, questions = (
+            study_uri(settings, "efficiency", f"{name}.json"),
+            _spread(run, study.measure_questions, inputs),
+        )
         wanted = {
             "model": settings_digest([_METHOD, digest]),
             "questions": settings_digest([question.id for question in questions]),
@@ -49,7 +55,7 @@ def measure_variants(settings: RunSettings, variants: Sequence[Variant]) -> dict
         }
         content = _read(uri)
         if content is None or {key: content.get(key) for key in wanted} != wanted:
-            content = {**wanted, "measured": _measure(run, model_uri, questions)}
+            content = {**wanted, "measured": _measure(run, model_uri, questions, inputs.cache(run))}
             storage.write_json(uri, content)
             _LOG.info("[%s] answers: %s", name, _line(content["measured"]))
         measured[name] = content["measured"]
@@ -74,8 +80,9 @@ def _describe_hardware(run: RunSettings) -> str:
     return ray.get(_task(run, _hardware_of_worker).remote(run))
 
 
-def _measure(run: RunSettings, model_uri: str, questions: list[Question]) -> dict[str, Any]:
-    return ray.get(_task(run, _measure_in_worker).remote(run, model_uri, questions))
+def _measure(run: RunSettings, model_uri: str, questions: list[Question], cache: FeatureCache) -> dict[str, Any]:
+    arguments = (run, model_uri, questions, cache.uri, cache.version)
+    return ray.get(_task(run, _measure_in_worker).remote(*arguments))
 
 
 def _task(run: RunSettings, function: Callable[..., Any]) -> Any:
@@ -88,11 +95,10 @@ def _task(run: RunSettings, function: Callable[..., Any]) -> Any:
     )
 
 
-def _spread(run: RunSettings, num_questions: int) -> list[Question]:
+def _spread(run: RunSettings, num_questions: int, inputs: Inputs) -> list[Question]:
     """Questions with images, evenly from all that are asked."""
-    index, cache = evaluate.open_index(run), evaluate.open_cache(run)
-    sets = evaluate.load_question_sets(run)
-    found = evaluate.find_questions(run, sets, index, cache)
+    sets = evaluate.load_question_sets(run, inputs)
+    found = evaluate.find_questions(run, sets, inputs.index(run), inputs.cache(run))
     asked = [one.question for one in found if not one.reason and one.question.image_keys]
     count = min(num_questions, len(asked))
     return [asked[i * len(asked) // count] for i in range(count)]
@@ -109,6 +115,8 @@ def _hardware_of_worker(run: RunSettings) -> str:
     return describe_hardware(_device(run))
 
 
-def _measure_in_worker(run: RunSettings, model_uri: str, questions: list[Question]) -> dict[str, Any]:
+def _measure_in_worker(
+    run: RunSettings, model_uri: str, questions: list[Question], cache: str, version: int
+) -> dict[str, Any]:
     answerer = Answerer(model_uri, device=_device(run), dtype=DTYPES[run.llm.dtype])
-    return asdict(measure_answers(answerer, questions, evaluate.open_cache(run)))
+    return asdict(measure_answers(answerer, questions, FeatureCache.open(cache, version=version)))

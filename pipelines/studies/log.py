@@ -5,15 +5,15 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from meteor.cli.cache_plan import plan_cache
+from meteor.assembly import Inputs
 from meteor.config import RunSettings, Variant, mathematical_settings
 from meteor.errors import TrackingError
+from meteor.planning.survey import estimate_cache
 from meteor.report.study import numbers
+from meteor.runs.folder import git_commit
 from meteor.runs.mlflow_log import make_tracker, parent_run, study_run
 from meteor.tracking import Tracker
-from pipelines.stage import canonical, git_commit
 from pipelines.studies.results import RunRecord, find_folders, read_record, write_records
-from pipelines.studies.tasks import describe
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,11 +22,11 @@ def announce(settings: RunSettings, variants: Sequence[Variant]) -> None:
     """Make MLflow's runs of the study and its variants, with all their settings: comparing them shows what differs."""
 
     def tell(tracker: Tracker, variant: Variant, run_id: str) -> None:
-        tracker.log_params(run_id, canonical(mathematical_settings(variant.settings)))
+        tracker.log_params(run_id, mathematical_settings(variant.settings))
         tags = {"meteor.variant": variant.name, "meteor.study": settings.name}
         tags |= {"mlflow.source.git.commit": git_commit() or "unknown"}
         tags |= {"meteor.seed": str(variant.seed)} if variant.seed is not None else {}
-        tracker.set_tags(run_id, {**tags, "mlflow.note.content": describe(dict(variant.changes))})
+        tracker.set_tags(run_id, {**tags, "mlflow.note.content": describe(variant.changes)})
 
     _tell_mlflow(variants, tell)
 
@@ -36,6 +36,7 @@ def record(
     variants: Sequence[Variant],
     measured: Mapping[str, Mapping[str, Any]],
     incomplete: Collection[str],
+    inputs: Inputs,
 ) -> None:
     """Put each variant's folders and numbers side by side: in the study's folder, and in MLflow.
 
@@ -44,8 +45,9 @@ def record(
         variants: those that were run.
         measured: variant -> what answering costs.
         incomplete: names of runs of which a stage failed.
+        inputs: the command's inputs.
     """
-    records = {variant.settings.name: _record(variant, measured.get(variant.name)) for variant in variants}
+    records = {variant.settings.name: _record(variant, measured.get(variant.name), inputs) for variant in variants}
     write_records(settings, list(records.values()))
 
     def tell(tracker: Tracker, variant: Variant, run_id: str) -> None:
@@ -57,11 +59,11 @@ def record(
     _tell_mlflow(variants, tell)
 
 
-def _record(variant: Variant, measured: Mapping[str, Any] | None) -> RunRecord:
-    run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(variant.settings))
+def _record(variant: Variant, measured: Mapping[str, Any] | None, inputs: Inputs) -> RunRecord:
+    run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(variant.settings, inputs))
     result = dataclasses.replace(
         read_record(run, measured),
-        encoder_shares={stage.name: stage.encoder_share for stage in plan_cache(variant.settings).stages},
+        encoder_shares={stage.name: stage.encoder_share for stage in estimate_cache(variant.settings, inputs).stages},
     )
     return dataclasses.replace(run, numbers=numbers(result), hardware=measured["hardware"] if measured else "")
 
@@ -83,3 +85,8 @@ def _tell_mlflow(variants: Sequence[Variant], tell: Callable[[Tracker, Variant, 
             tell(tracker, variant, parent_run(tracker, variant.settings))
     except TrackingError as error:
         _LOG.warning("%s. The study goes on; run the same command again to complete what MLflow knows", error)
+
+
+def describe(changes: Mapping[str, Any]) -> str:
+    """A variant's changes on one line."""
+    return ", ".join(f"{key}={value}" for key, value in changes.items()) or "as the run file has it"

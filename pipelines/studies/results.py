@@ -1,6 +1,5 @@
 """What runs left behind, for the report: read from their folders, which MLflow names for the variants of a study."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,18 +8,20 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from meteor import storage
+from meteor.assembly import Inputs
+from meteor.assembly.study import study_uri
 from meteor.config import RunSettings, expand_study
 from meteor.errors import MeteorError, NotFoundError, SettingsError, TrackingError
+from meteor.projector.file import count_parameters
 from meteor.report import StudyTable, VariantResult
+from meteor.runs.folder import StageFolder
+from meteor.runs.identity import identify, stages_of
 from meteor.runs.mlflow_log import make_tracker, study_run
-from meteor.runs.reading import StageRun, read_stage_run
+from meteor.runs.reading import StageRecord, read_stage
+from meteor.stages import Stage
 from meteor.tracking import ChildRun
-from pipelines import evaluate
-from pipelines.preparation import prepare
-from pipelines.studies.tasks import study_uri
 
 _LOG = logging.getLogger(__name__)
 _FOLDER_TAG = "meteor.folder."
@@ -98,31 +99,28 @@ def _read_records(settings: RunSettings) -> dict[str, RunRecord]:
     return {one["name"]: RunRecord(**one) for one in content}
 
 
-def find_folders(settings: RunSettings) -> dict[str, str]:
-    """Stage -> folder of one run's stages; those that have not started, or for evaluation not finished, are left out."""
+def find_folders(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
+    """Stage -> folder of one run's stages; left out are stages that have not started, or for evaluation not finished."""
     folders: dict[str, str] = {}
-    for stage in ("pretrain", "finetune"):
-        found = find_or_log(lambda stage=stage: prepare(settings, stage).run.uri)
-        if found and storage.exists(storage.join(found, "run.json")):
-            folders[stage] = found
-    found = find_or_log(lambda: evaluate.find_run(settings).uri)
-    if found and storage.exists(storage.join(found, "summary.json")):
-        folders["evaluate"] = found
+    for stage in stages_of(settings)[1:]:
+        folder = find_folder(settings, stage, inputs)
+        if folder is not None and (folder.finished() if stage == "evaluate" else folder.started()):
+            folders[stage] = folder.uri
     return folders
 
 
-def find_or_log(locate: Any) -> str | None:
-    """The URI that ``locate`` finds; None where an earlier stage is missing, which is logged."""
+def find_folder(settings: RunSettings, stage: Stage, inputs: Inputs) -> StageFolder | None:
+    """A stage's folder; None, with a line in the log, if its identity cannot be told."""
     try:
-        return locate()
+        return StageFolder(settings.output, identify(settings, stage, inputs))
     except MeteorError as error:
-        _LOG.info("left out of the report: %s", error)
+        _LOG.info("%s is left out of the report: %s", stage, error)
         return None
 
 
-def collect(settings: RunSettings) -> VariantResult:
-    """Everything that the stages of one run, which is no study's, left behind."""
-    return read_record(RunRecord(settings.name, settings.name, None, find_folders(settings)))
+def collect(settings: RunSettings, inputs: Inputs) -> VariantResult:
+    """Everything that the stages of a run outside any study left behind."""
+    return read_record(RunRecord(settings.name, settings.name, None, find_folders(settings, inputs)))
 
 
 def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) -> VariantResult:
@@ -133,7 +131,7 @@ def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) ->
     stages = {}
     for stage, uri in record.folders.items():
         try:
-            stages[stage] = read_stage_run(uri)
+            stages[stage] = read_stage(uri)
         except NotFoundError as error:
             _LOG.warning("%s, %s: %s", record.name, stage, error)
     efficiency = _below("answers/", record.numbers)
@@ -151,7 +149,7 @@ def _below(prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
 
 
-def read_result(name: str, stages: Mapping[str, StageRun], **more: Any) -> VariantResult:
+def read_result(name: str, stages: Mapping[str, StageRecord], **more: Any) -> VariantResult:
     """A variant from its stages' runs; answers and scores are read where evaluation has finished."""
     scores, predictions = _read_answers(name, stages.get("evaluate"))
     return VariantResult(
@@ -165,7 +163,9 @@ def read_result(name: str, stages: Mapping[str, StageRun], **more: Any) -> Varia
     )
 
 
-def _read_answers(name: str, evaluated: StageRun | None) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
+def _read_answers(
+    name: str, evaluated: StageRecord | None
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
     """Scores and answers of a finished evaluation; those that an earlier release wrote in another form are left out."""
     if evaluated is None or not evaluated.finished:
         return None, None
@@ -177,18 +177,15 @@ def _read_answers(name: str, evaluated: StageRun | None) -> tuple[dict[str, Any]
     return scores, pq.read_table(pa.BufferReader(content)).to_pylist()
 
 
-def _num_projector_parameters(stages: Mapping[str, StageRun]) -> int | None:
+def _num_projector_parameters(stages: Mapping[str, StageRecord]) -> int | None:
     """Counted in stage 1's own file, from its header."""
     summary = stages["pretrain"].summary if "pretrain" in stages else None
     if not summary:
         return None
-    uri = summary["results"]["projector"]
-    size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
-    header = json.loads(storage.read_range(uri, 8, size))
-    return sum(torch.Size(one["shape"]).numel() for name, one in header.items() if name != "__metadata__")
+    return count_parameters(summary["results"]["projector"])
 
 
-def _tokens_per_image(stages: Mapping[str, StageRun], efficiency: Mapping[str, Any] | None) -> float | None:
+def _tokens_per_image(stages: Mapping[str, StageRecord], efficiency: Mapping[str, Any] | None) -> float | None:
     """Mean visual tokens of an image in stage 2, separators left out; of adaptive projectors the share that was used."""
     summary = stages["finetune"].summary if "finetune" in stages else None
     totals = summary["extra"]["totals"] if summary else None

@@ -20,7 +20,7 @@ from meteor.cache import (
     create_cache,
     encode_row,
     get_codec,
-    read_pin,
+    pins,
     record_quarantine,
     write_feature_file,
 )
@@ -265,7 +265,7 @@ def visible_versions(store: MemoryStore, cache_uri: str) -> list[int]:
 
 
 def check_pin(cache_uri: str, damaged: tuple[str, int]) -> None:
-    if pin := read_pin(cache_uri, "run"):
+    for pin in pins(cache_uri):
         assert len(FeatureCache.open(cache_uri, version=pin["manifest_version"])) == 3
         check_reading(cache_uri, {damaged}, version=pin["manifest_version"])
 

@@ -204,49 +204,6 @@ def test_quarantined_images_are_merged_and_leave_once_encoded(cache_uri, make_im
     assert FeatureCache.open(cache_uri).quarantined() == {"images/gone.png": "truncated"}
 
 
-def both_win(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A store that ignores If-None-Match: every put succeeds, the last stays. Gives the versions that were put."""
-    puts: list[str] = []
-
-    def put(uri: str, data: bytes) -> None:
-        puts.append(uri)
-        storage.write_bytes(uri, data)
-
-    monkeypatch.setattr(storage, "create_bytes", put)
-    return puts
-
-
-def test_where_two_writers_win_one_version_the_next_commit_adopts_what_the_lost_one_held(
-    disk_uri, make_image, monkeypatch
-) -> None:
-    puts = both_win(monkeypatch)
-    write(disk_uri, make_image("a"))
-    put = storage.create_bytes
-    inside = []
-
-    def put_after_another_commit(uri: str, data: bytes) -> None:
-        # The other writer sees a record that this one has not listed, and is done before this put.
-        if not inside:
-            inside.append(uri)
-            write(disk_uri, make_image("b"))
-            record_quarantine(disk_uri, [QuarantineRow("", "gone.png", "empty", "0 bytes")])
-            assert commit(disk_uri) == 1
-            assert len(FeatureCache.open(disk_uri)) == 2
-        put(uri, data)
-
-    monkeypatch.setattr(storage, "create_bytes", put_after_another_commit)
-    assert commit(disk_uri) == 1
-    assert len(puts) == 2
-    assert puts[0] == puts[1]
-    assert FeatureCache.open(disk_uri).keys() == [make_image("a").image_key]
-    assert commit(disk_uri) == 2
-    cache = FeatureCache.open(disk_uri)
-    assert cache.keys() == sorted(make_image(name).image_key for name in "ab")
-    assert cache.quarantined() == {"gone.png": "empty"}
-    assert cache.manifest.num_shadowed == 0
-    assert cache.verify() == []
-
-
 def test_rows_that_an_edit_drops_stay_out_of_later_versions(disk_uri, make_image) -> None:
     write(disk_uri, make_image("a"), make_image("b"))
     commit(disk_uri)

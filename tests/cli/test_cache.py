@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
 
 from meteor.assembly import cache_identity, index_uri, load_encoder, pixel_settings
 from meteor.cache import (
@@ -118,6 +116,7 @@ def test_verify_gives_code_1_where_a_byte_changed_and_repair_lets_go_of_that_ima
     assert "--repair" in call("cache", "verify", cache)[1]
     repaired = json.loads(call("cache", "verify", cache, "--repair", "--json")[1])
     assert (repaired["version"], len(repaired["dropped"])) == (2, 1)
+    assert any(file.name in problem for problem in repaired["problems"])
     assert call("cache", "verify", cache)[:2] == (0, "1 images intact\n")
 
 
@@ -137,6 +136,7 @@ def test_ls_lists_every_cache_below_a_root(call, make_cache, root):
     listed = json.loads(call("cache", "ls", root, "--json")[1])
     assert {one["uri"] for one in listed} == uris
     assert {(one["num_images"], one["num_sub_images"], one["num_quarantined"]) for one in listed} == {(2, 4, 1)}
+    assert {one["identity"]["select_layer"] for one in listed} == {-2, -1}
     text = call("cache", "ls", root)[1]
     assert text.count("version 1, 2 images, 4 sub-images") == 3
 
@@ -149,7 +149,9 @@ def test_diff_names_the_field_of_the_key_and_the_images(call, make_cache, make_f
     assert "select_layer: -2 != -1" in shown
     write_feature_file(other, [encode_row(make_features("d" * 64), get_codec("float16"))])
     commit(other)
-    assert json.loads(call("cache", "diff", one, other, "--json")[1])["only_in_b"] == ["d" * 64]
+    found = json.loads(call("cache", "diff", one, other, "--json")[1])
+    assert (found["equal"], found["only_in_b"]) == (False, ["d" * 64])
+    assert json.loads(call("cache", "diff", one, one, "--json")[1])["equal"] is True
 
 
 def test_gc_changes_nothing_unless_told(call, cache, make_features):
@@ -163,6 +165,7 @@ def test_gc_changes_nothing_unless_told(call, cache, make_features):
     assert "data: its writer" not in call("cache", "gc", cache)[1]  # younger than a day
     report = json.loads(call("cache", "gc", cache, "--older-than", "0", "--delete", "--json")[1])
     assert report["done"]["num_deleted"] == 1
+    assert report["done"]["deleted_bytes"] == report["plan"]["deleted_bytes"] > 0
     assert not orphan.exists()
     assert call("cache", "verify", cache)[0] == 0
 
@@ -188,23 +191,6 @@ def test_transcode_makes_another_codec_beside(call, cache):
     assert content["images"] == 2
     assert content["payload_bytes"] < FeatureCache.open(cache).num_bytes
     assert 0 < content["codec_error"]["max_relative_error"] < 0.05
-
-
-def test_export_writes_files_that_safetensors_reads(call, cache, tmp_path):
-    code, shown, _ = call("cache", "export", cache, "aaaaaa", "--out", tmp_path / "plain")
-    assert code == 0
-    tensors = safetensors.torch.load_file(shown.strip())
-    stored = FeatureCache.open(cache).get(HELD)
-    assert torch.equal(tensors["features"], torch.cat(stored.features))
-    code, _, errors = call("cache", "export", cache, "nothing", "--out", tmp_path / "plain")
-    assert code == 2
-    assert "'nothing' is no image key" in errors
-
-
-def test_export_takes_names_of_the_dataset_index(call, cache, root, tmp_path):
-    DatasetIndex.publish(str(root / "index"), [IndexRow("x/b.jpg", "/in/x/b.jpg", 1, "e", OTHER, 100, 80, "ok")])
-    shown = call("cache", "export", cache, "x/b.jpg", "--out", tmp_path / "plain")[1]
-    assert shown.strip() == str(tmp_path / "plain/x/b.jpg.safetensors")
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 import meteor
-from meteor.cli.config import explain, flat
+from meteor.cli.config import explain
 from meteor.cli.main import main
 from meteor.config import RunSettings, StudySettings, load_run
 from meteor.config.settings import QuestionSetSettings
+from meteor.formatting import flatten
 
 RUN_FILES = sorted((Path(__file__).parents[2] / "jobs/runs").glob("*.yaml"))
 
@@ -87,7 +88,7 @@ def test_explain_names_every_setting_with_default_and_meaning(call):
     more |= {f"study.tables.<name>.{name}" for name in ("variants", "control", "paper")}
     more |= {f"data.evaluate.<name>.{name}" for name in QuestionSetSettings.model_fields}
     assert "data.evaluate.<name>.path = (required)" in shown
-    assert names == {name.rstrip(".") for name in flat(RunSettings().model_dump())} | more
+    assert names == {name.rstrip(".") for name in flatten(RunSettings().model_dump())} | more
     assert "finetune.lr = 2e-05\n    peak learning rate" in lines
     (output,) = [line for line in lines if line.startswith("output = ")]
     assert output.endswith("[changes no result]")

@@ -78,7 +78,7 @@ def test_a_dialogue_with_commands_goes_on_after_mistakes(chat, shown, tmp_path):
     assert (tmp_path / "kept.png").exists()
 
 
-def test_a_selection_without_a_image_is_refused_and_the_end_of_the_input_leaves(chat):
+def test_a_selection_without_an_image_is_refused_and_the_end_of_the_input_leaves(chat):
     code, out, err = chat("/selection a.png")
     assert (code, out) == (0, "")
     assert "no image has been shown" in err

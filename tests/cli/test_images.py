@@ -54,7 +54,7 @@ def cache(make_model, make_features, tmp_path):
         ("x/unreadable.jpg", "x/unreadable.jpg", "x/unreadable.jpg"),
     ],
 )
-def test_a_image_is_found_by_whatever_names_it(cache, asked, key, name):
+def test_an_image_is_found_by_whatever_names_it(cache, asked, key, name):
     assert find_images(cache, [asked]) == {key: name}
 
 
@@ -65,7 +65,7 @@ def test_what_fits_none_or_several_is_refused(cache):
         find_images(cache, ["ddddd"])
 
 
-def test_of_two_names_of_a_image_the_first_counts_with_a_warning(cache, caplog):
+def test_of_two_names_of_an_image_the_first_counts_with_a_warning(cache, caplog):
     assert find_images(cache, ["x/one.jpg", ONE, "x/one.jpg"]) == {ONE: "x/one.jpg"}
     assert [record.getMessage() for record in caplog.records] == [
         f"{ONE} is the same image as x/one.jpg: there is one file for both"

@@ -59,24 +59,26 @@ def test_a_run_is_counted_and_timed(call, write_run, settings):
     work = {one["stage"]: one for one in cost["work"]}
     assert list(work) == ["cache_features", "pretrain", "finetune"]
     num_sub_images = work["cache_features"]["amount"]
-    assert work["cache_features"]["gpu_hours"] == num_sub_images / 2 / 3600
-    assert work["pretrain"]["gpu_hours"] == pytest.approx(work["pretrain"]["amount"] / (0.5 * 312e12) / 3600)
+    assert work["cache_features"]["hours"] == num_sub_images / 2 / 3600
+    assert work["pretrain"]["hours"] == pytest.approx(work["pretrain"]["amount"] / (0.5 * 312e12) / 3600)
     # The same samples, with another template; a trained weight costs 6 FLOPs a token, a frozen one 4.
     assert work["finetune"]["amount"] > 1.5 * work["pretrain"]["amount"]
     # Every image is shown twice in either stage.
     assert cost["avoided_sub_images"] == 2 * 2 * num_sub_images - num_sub_images
-    assert cost["usd"] == cost["gpu_hours"] * 10
-    text = call("plan", "--run", file)[1]
+    assert cost["usd"] == cost["hours"] * 10
+    text = call("plan", "--run", file, "runtime.gpus_per_worker=1")[1]
     assert "assumed: 40% of H100's peak" in text
     assert "hours on 4 GPUs" in text
+    # Workers on CPUs are not taken for GPUs.
+    assert "not known before a stage has finished" in call("plan", "--run", file)[1]
 
 
 def test_variants_share_what_they_agree_on(call, write_run, settings):
     cost = plan(call, write_run({**settings, "study": STUDY}))
-    runs = {one["stage"]: one["num_runs"] for one in cost["work"]}
+    runs = {one["stage"]: one["num_stages"] for one in cost["work"]}
     # `slow` trains stage 1 of `meteor`, and `small` reads other numbers.
     assert runs == {"cache_features": 2, "pretrain": 3, "finetune": 4}
-    assert sorted(cost["cache_bytes"]) == ["float16", "int8"]
+    assert sorted(cache["codec"] for cache in cost["caches"]) == ["float16", "int8"]
     one = plan(call, write_run(settings, "one.yaml"))
     # Another codec is converted, not encoded again.
     assert cost["work"][0]["amount"] == one["work"][0]["amount"]
@@ -91,11 +93,11 @@ def test_finished_runs_tell_the_rates(call, write_run, settings):
     leave(stored, "cache_features", counts, {})
     leave(stored, "pretrain", {}, {"training_seconds": 5.0, "totals": totals})
     after = {one["stage"]: one for one in plan(call, file)["work"]}
-    assert after["cache_features"]["rate"] == {"per_s": 30.0, "source": "measured by 1 runs"}
+    assert after["cache_features"]["rate"] == {"per_s": 30.0, "source": "measured by 1 finished stage"}
     # 4 FLOPs for each weight and token, over 5 seconds of 4 workers.
     per_token = before["pretrain"]["amount"] / num_tokens_of_stage_1(stored)
     assert after["pretrain"]["rate"]["per_s"] == pytest.approx(per_token * 50 / 20)
-    assert after["finetune"]["rate"] == before["finetune"]["rate"]
+    assert after["finetune"]["rate"] is before["finetune"]["rate"] is None
     # They ran on CPUs: of a GPU they say nothing.
     on_gpus = plan(call, file, "runtime.gpus_per_worker=1")["work"]
     assert all("measured" not in one["rate"]["source"] for one in on_gpus)

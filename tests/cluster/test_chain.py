@@ -13,7 +13,7 @@ from services import PASSWORD
 
 from meteor import storage
 from meteor.cache import FeatureCache
-from meteor.runs.reading import read_stage_run
+from meteor.runs.reading import read_stage
 
 OUTPUT = f"s3://{BUCKET}/outputs/demo"
 # Small files, many steps and checkpoints: there is a middle to be killed in.
@@ -42,7 +42,7 @@ def stage_folder(stage: str) -> str | None:
 
 def steps_done(stage: str) -> int:
     folder = stage_folder(stage)
-    rows = read_stage_run(folder).metrics if folder and files(f"{folder}/metrics/") else []
+    rows = read_stage(folder).metrics if folder and files(f"{folder}/metrics/") else []
     return max((row["step"] for row in rows), default=0)
 
 
@@ -125,7 +125,7 @@ def check_results() -> None:
     assert cache.verify() == []
     assert len(set(cache.keys())) == NUM_IMAGES
     for stage in ("pretrain", "finetune"):
-        steps = [row["step"] for row in read_stage_run(stage_folder(stage)).metrics]
+        steps = [row["step"] for row in read_stage(stage_folder(stage)).metrics]
         assert steps == list(range(1, num_steps(stage) + 1)), f"{stage}: {steps}"
     scores = storage.read_json(f"{stage_folder('evaluate')}/scores.json")
     assert scores["scenes"]["num_questions"] > 0

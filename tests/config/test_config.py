@@ -1,6 +1,6 @@
 import pytest
 
-from meteor.config import RunSettings, load_run, mathematical_settings, resolve_paths, settings_digest
+from meteor.config import RunSettings, expand_study, load_run, mathematical_settings, resolve_paths, settings_digest
 from meteor.config.settings import QuestionSetSettings
 from meteor.errors import SettingsError
 
@@ -30,6 +30,25 @@ def test_extends_and_overrides_merge_key_by_key(tmp_path):
     settings = load_run(run, ["pretrain.micro_batch_size=3", "projector.settings.window=5"])
     assert (settings.pretrain.lr, settings.pretrain.seed, settings.pretrain.micro_batch_size) == (2e-3, 7, 3)
     assert settings.projector.settings == {"k": 64, "window": 5}
+
+
+@pytest.mark.parametrize("text", ["2e-2", "2E-2", "+2.e-2", ".2e-1", "0.2e-1", "20e-3"])
+def test_a_number_with_an_exponent_is_one_wherever_it_stands(tmp_path, text):
+    """Projectors' settings have no types that would turn a text into a number."""
+    scale = "projector.settings.native_scale"
+    run = make_run(
+        tmp_path,
+        f"projector: {{name: meteor, settings: {{native_scale: {text}}}}}\n"
+        f"study: {{variants: {{a: {{{scale}: {text}}}}}, grid: {{projector.settings.visual_weight: [{text}]}}}}\n",
+    )
+    assert load_run(run).projector.settings == {"native_scale": 0.02}
+    assert load_run(make_run(tmp_path, "", "other.yaml"), [f"{scale}={text}"]).projector.settings == {
+        "native_scale": 0.02
+    }
+    assert load_run(run, [f"projector.settings={{native_scale: {text}}}"]).projector.settings == {"native_scale": 0.02}
+    [variant] = expand_study(load_run(run))
+    assert variant.settings.projector.settings == {"native_scale": 0.02, "visual_weight": 0.02}
+    assert load_run(run, ["name='2e2'"]).name == "2e2"
 
 
 def test_an_override_takes_the_whole_place_of_a_mapping(tmp_path):

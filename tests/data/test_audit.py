@@ -59,7 +59,7 @@ def test_the_same_numbers_pass_with_no_error_at_all(cache, images) -> None:
     assert "passed" in result.to_text()
 
 
-def test_a_image_that_differs_is_named_with_its_error(cache, images) -> None:
+def test_an_image_that_differs_is_named_with_its_error(cache, images) -> None:
     key = "b" * 64
     changed = replace(images[key], features=[part * 1.1 for part in images[key].features])
     result = audit(cache, {**images, key: changed})
@@ -77,7 +77,7 @@ def test_features_that_are_not_numbers_fail(cache, images) -> None:
     assert [one.image_key for one in audit(cache, {**images, key: broken}).failed] == [key]
 
 
-def test_a_image_that_is_gone_is_a_failure_with_its_reason(cache, images) -> None:
+def test_an_image_that_is_gone_is_a_failure_with_its_reason(cache, images) -> None:
     gone = {key: image for key, image in images.items() if key != "c" * 64}
     (failed,) = audit(cache, gone).failed
     assert "gone" in failed.problem

@@ -109,7 +109,7 @@ def test_placeholders_and_images_must_be_equally_many(num_layouts):
 
 @pytest.mark.parametrize("k", [1, 4, 144])
 @pytest.mark.parametrize("grid", [(), (2, 1), (2, 3)])
-def test_the_length_of_a_image_is_known_without_expanding_it(grid, k):
+def test_the_length_of_an_image_is_known_without_expanding_it(grid, k):
     layout = make_layout(*grid)
     longer, _ = expand_images(make_sample(V, 9, answer=1), [layout], at_most(k), SEPARATORS)
     assert num_image_tokens(layout, at_most(k)) == len(longer.input_ids) - 1
@@ -126,7 +126,7 @@ def test_the_length_of_a_image_is_known_without_expanding_it(grid, k):
         (-3, [V, V], [X, X]),
     ],
 )
-def test_cutting_text_drops_its_end_and_never_a_image(limit, ids, labels):
+def test_cutting_text_drops_its_end_and_never_an_image(limit, ids, labels):
     assert cut_text(make_sample(1, V, 5, 6, V, 7, 8), limit) == TokenisedSample(ids, labels)
 
 

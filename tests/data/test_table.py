@@ -172,6 +172,6 @@ def test_a_table_may_be_empty(tmp_path):
     assert (len(read), read.all_image_keys(), read.totals()["text_tokens"]) == (0, [], 0)
 
 
-def test_a_image_that_was_never_indexed_is_an_error():
+def test_an_image_that_was_never_indexed_is_an_error():
     with pytest.raises(DataError, match=r"sample 'a': image 'new' is not in the dataset index"):
         make_plan([make_sample("a", "new")])

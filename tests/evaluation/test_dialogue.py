@@ -52,7 +52,7 @@ def test_later_questions_know_what_was_said_and_shown(answerer, files):
     assert Dialogue(answerer).ask("and this?", max_new_tokens=4).num_prompt_tokens < first.num_prompt_tokens
 
 
-def test_a_image_shown_twice_is_encoded_once(answerer, files):
+def test_an_image_shown_twice_is_encoded_once(answerer, files):
     dialogue = Dialogue(answerer)
     assert dialogue.show(files[0]).features is dialogue.show(files[0]).features
 

@@ -34,8 +34,11 @@ def test_overrides_are_quoted_for_the_shell():
 def test_the_digest_is_of_what_is_computed_and_where_it_is_left():
     plain = make_job("pretrain", "demo").digest
     assert make_job("pretrain", "demo", ["runtime.num_workers=8", "pretrain.micro_batch_size=1"]).digest == plain
-    for change in ("pretrain.lr=1", "output=elsewhere", "data.pretrain=other.json", "llm.path=other", "name=other"):
+    for change in ("pretrain.lr=1", "output=elsewhere", "data.pretrain=other.json", "llm.path=other"):
         assert make_job("pretrain", "demo", [change]).digest != plain
+    # Under another name it is the same stage, and the same folder; a report has a folder of its own.
+    assert make_job("pretrain", "demo", ["name=other"]).digest == plain
+    assert make_job("report", "demo", ["name=other"]).digest != make_job("report", "demo").digest
 
 
 def test_a_running_job_is_joined(fake):
@@ -156,7 +159,7 @@ def test_exit_statuses(fake):
         (JobStatus.SUCCEEDED, 0, 0),
         (JobStatus.FAILED, 3, 3),
         (JobStatus.FAILED, None, 1),
-        (JobStatus.STOPPED, None, 2),
+        (JobStatus.STOPPED, None, 143),
     ]:
         fake.add(job.submission_id(1), status)
         details = fake.get_job_info(job.submission_id(1))
@@ -171,7 +174,7 @@ def test_a_run_file_that_does_not_travel_is_refused(tmp_path):
 
 
 def test_credentials_do_not_go_into_a_job(fake, capsys):
-    assert main(["pretrain", "--run", "demo", "tracking.uri=http://me:secret@host:5000"]) == 1
+    assert main(["pretrain", "--run", "demo", "tracking.uri=http://me:secret@host:5000"]) == 2
     assert "a URI with a password (http://...@) does not belong in a run" in capsys.readouterr().err
     assert not fake.submitted
 
@@ -186,5 +189,5 @@ def test_without_waiting_links_are_printed(fake, capsys):
 def test_a_cluster_that_is_not_there_is_said(capsys, monkeypatch):
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    assert main(["pretrain", "--run", "demo", "--address", "http://127.0.0.1:1"]) == 1
+    assert main(["pretrain", "--run", "demo", "--address", "http://127.0.0.1:1"]) == 2
     assert "no Ray cluster answers at http://127.0.0.1:1" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contrast import make_contrast_set
 
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
@@ -22,7 +23,6 @@ from meteor.evaluation.scoring import exact_match
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.model import MeteorProcessor
-from meteor.synthetic.contrast import make_contrast_set
 from meteor.synthetic.models import make_tiny_models
 from meteor.text.tokens import load_tokenizer, tokenise, visual_separators
 from meteor.train.build import build_model, freeze_for

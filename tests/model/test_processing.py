@@ -107,7 +107,7 @@ def test_a_question_without_images_runs_through_the_model(make_processor, make_m
     assert make_model(vision_tower=True).generate(**inputs, max_new_tokens=2, do_sample=False).shape == (1, 2)
 
 
-def test_a_image_of_a_refused_shape_is_refused(make_processor, make_image):
+def test_an_image_of_a_refused_shape_is_refused(make_processor, make_image):
     with pytest.raises(BadImageError, match="aspect ratio"):
         make_processor()("what?", [make_image(90, 10)])
 

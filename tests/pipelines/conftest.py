@@ -13,11 +13,11 @@ import pytest
 import ray
 
 from meteor.config import RunSettings, resolve_paths
+from meteor.runs.folder import Summary
 from meteor.synthetic.dataset import write_dataset
 from meteor.synthetic.models import make_tiny_models
 from pipelines import cache_features, evaluate, finetune, pretrain
 from pipelines.ray_parts.runtime import ray_session
-from pipelines.stage import Summary
 
 # What benchmarks/kills.py uses as well.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,15 +7,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from meteor.assembly import Inputs
+from meteor.assembly.study import StudyPins, hold_pins
 from meteor.config import expand_study, load_run
 from meteor.errors import SettingsError, TrainingError
+from meteor.planning.study import plan_study
 from meteor.projector import build_projector
+from meteor.runs.folder import Summary
 from meteor.runs.mlflow_log import study_run, tracking_uri
+from meteor.runs.tasks import make_tasks
 from meteor.tracking import Tracker
 from pipelines import ablate, cache_features, evaluate, finetune, report
+from pipelines.studies import caches
 from pipelines.studies.results import choose_variants, find_records, study_tables
-from pipelines.studies.tasks import Pins, distinct_caches, hold_pins, plan_tasks
-from pipelines.study_plan import plan_study
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
@@ -37,6 +41,14 @@ def make_study(make_settings):
     return make
 
 
+def plan_tasks(variants):
+    return make_tasks([variant.settings for variant in variants], Inputs())
+
+
+def plan_text(settings, variants):
+    return plan_study(settings, [variant.settings for variant in variants], Inputs()).to_text()
+
+
 def used_by(tasks):
     return {(task.stage, task.used_by) for task in tasks.values()}
 
@@ -45,6 +57,7 @@ def test_variants_share_what_they_agree_on(make_study):
     _, variants = make_study(variants=VARIANTS)
     tasks = plan_tasks(variants)
     assert used_by(tasks) == {
+        ("cache_features", ("plain", "quick", "pooled")),
         ("pretrain", ("plain", "quick")),
         ("pretrain", ("pooled",)),
         *((stage, (name,)) for stage in ("finetune", "evaluate") for name in VARIANTS),
@@ -53,8 +66,8 @@ def test_variants_share_what_they_agree_on(make_study):
     assert shared.settings.tracking.used_by == ("plain", "quick")
     assert shared.settings.name.startswith("shared-")
     chain = [task for task in tasks.values() if "quick" in task.used_by]
-    assert [task.stage for task in chain] == ["pretrain", "finetune", "evaluate"]
-    assert [task.needs for task in chain] == [(), (chain[0].key,), (chain[1].key,)]
+    assert [task.stage for task in chain] == ["cache_features", "pretrain", "finetune", "evaluate"]
+    assert [task.needs for task in chain] == [(), *((task.key,) for task in chain[:-1])]
 
 
 def test_answers_alone_may_differ_and_seeds_share_nothing(make_study):
@@ -65,24 +78,28 @@ def test_answers_alone_may_differ_and_seeds_share_nothing(make_study):
     assert counts == {"finetune": 2, "evaluate": 4}
 
 
-def test_every_cache_is_named_once_and_the_codec_that_others_are_made_from_comes_first(make_study):
+def test_every_cache_is_named_once_and_the_codec_that_others_are_made_from_comes_first(make_study, monkeypatch):
     _, variants = make_study(variants={"a": {"cache.codec": "int8"}, "b": {}, "c": {"finetune.lr": 1e-3}})
-    found = [(settings.cache.codec, users) for settings, users in distinct_caches(variants).values()]
-    assert found == [("float16", ("b", "c")), ("int8", ("a",))]
+    filled = []
+    done = Summary("cache_features", {"images_encoded": 0, "distinct_images": 0}, 0.0, {"cache": ""})
+    monkeypatch.setattr(caches.cache_features, "run", lambda run, inputs: filled.append(run) or done)
+    caches.fill_caches(plan_tasks(variants).values(), Inputs())
+    assert [(run.cache.codec, run.tracking.used_by) for run in filled] == [("float16", ("b", "c")), ("int8", ())]
 
 
 def test_the_plan_tells_what_is_shared_and_what_is_done(make_study, encode):
     settings, variants = make_study(variants=VARIANTS)
-    text = plan_study(settings, variants, plan_tasks(variants))
+    text = plan_text(settings, variants)
     assert "20 images, 20 to encode; read by 3 runs" in text
-    assert "2 to do once, 1 of them shared by several variants; 0 finished" in text
-    assert "known when the images are indexed" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert rows["pretrain"][1:4] == ["2", "1", "0"]
     encode(variants[0].settings)
-    text = plan_study(settings, variants, plan_tasks(variants))
+    text = plan_text(settings, variants)
     assert "nothing to encode" in text
-    assert "the time is known when one has finished" in text
+    assert "not known before a stage has finished" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-3:]}
-    assert rows["quick"] == ["with", "plain", "to", "do", "to", "do"]
+    assert rows["quick"] == ["with", "plain", "with", "plain", "to", "do", "to", "do"]
+    assert rows["pooled"][:2] == ["with", "plain"]
 
 
 def test_names_of_tables_and_variants_choose(make_study):
@@ -111,7 +128,7 @@ def test_names_of_tables_and_variants_choose(make_study):
 def test_as_many_variants_run_as_there_are_cpus_and_gpus_for(make_settings, monkeypatch, runtime, expected):
     monkeypatch.setattr(ablate.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
     settings = make_settings(runtime=runtime, study={"variants": {"a": {}, "b": {}}})
-    assert ablate.room(expand_study(settings)) == expected
+    assert ablate.room([variant.settings for variant in expand_study(settings)]) == expected
 
 
 def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, make_settings, small):
@@ -125,13 +142,13 @@ def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, make_
         update={"data": run.data.model_copy(update={"pretrain": None, "finetune": str(only), "evaluate": {}})}
     )
     cache_features.run(few)
-    first = hold_pins(settings, [type(variants[0])("a", None, {}, few)])
+    first = hold_pins(settings, [type(variants[0])("a", None, {}, few)], Inputs())
     cache_features.run(run)  # other images come
-    assert hold_pins(settings, [type(variants[0])("a", None, {}, few)]) == first
-    assert first.of(few).cache.index_version == first.index_version
-    newer = hold_pins(settings, variants)  # a variant that needs them
+    assert hold_pins(settings, [type(variants[0])("a", None, {}, few)], Inputs()) == first
+    assert first.apply(variants[0], Inputs()).settings.cache.index_version == first.index_version
+    newer = hold_pins(settings, variants, Inputs())  # a variant that needs them
     assert newer.index_version > first.index_version
-    assert isinstance(newer, Pins)
+    assert isinstance(newer, StudyPins)
 
 
 def test_every_variant_of_the_ready_made_studies_can_be_built():

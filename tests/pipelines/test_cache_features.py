@@ -10,7 +10,7 @@ from meteor.assembly import cache_identity, load_encoder
 from meteor.cache import FeatureCache, create_cache
 from meteor.errors import QuarantineLimitError
 from pipelines import cache_features
-from pipelines.stage import stage_main
+from pipelines.command import stage_main
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 

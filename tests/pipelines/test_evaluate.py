@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, CLIPVisionConfig
 
-from meteor.assembly import identity_of, load_encoder, pixel_settings
+from meteor.assembly import Inputs, load_encoder, pixel_settings
 from meteor.evaluation.benchmarks import BENCHMARKS
 from meteor.evaluation.questions import ask
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
@@ -37,7 +37,7 @@ def save_model(settings, folder):
         vision_config=CLIPVisionConfig.from_pretrained(settings.vision.path),
         projector={"name": settings.projector.name, **settings.projector.settings},
         select_layer=settings.vision.select_layer,
-        cache_identity=identity_of(settings).to_dict(),
+        cache_identity=Inputs().cache_identity(settings).to_dict(),
     )
     torch.manual_seed(0)
     MeteorForConditionalGeneration(config).save_pretrained(folder)
@@ -150,7 +150,7 @@ def test_a_prompt_is_what_its_answer_depends_on():
     assert len({prompt_digest(question, 17), *(prompt_digest(one, 16) for one in [question, *others])}) == 4
 
 
-def test_a_question_about_a_image_that_cannot_be_used_is_wrong_and_reported(make_evaluation, benchmarks, tmp_path):
+def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(make_evaluation, benchmarks, tmp_path):
     folder = tmp_path / "nlvr"
     (folder / "images").mkdir(parents=True)
     for path in (benchmarks / "nlvr").rglob("*.*"):

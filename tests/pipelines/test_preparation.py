@@ -5,16 +5,22 @@ import shutil
 
 import pytest
 
+from meteor.assembly import Inputs, make_recipe, training_stage
+from meteor.assembly.sample_tables import plan_held_out, plan_samples
 from meteor.cache import FeatureCache
 from meteor.data.order import Part
 from meteor.errors import CacheError, SettingsError
+from meteor.runs.folder import Summary
+from meteor.runs.pins import hold_pin
 from meteor.train.plan import StepPlan
 from pipelines import cache_features, pretrain
-from pipelines.preparation import hold_pin, plan_held_out, plan_samples, prepare
-from pipelines.recipe import make_recipe
-from pipelines.stage import Summary
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
+
+
+def prepare(settings, stage):
+    """A stage as a new command prepares it."""
+    return training_stage.prepare(settings, stage, Inputs())
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def global_batches(settings):
     """Sample ids by global batch, as a run of these settings lists them."""
     prepared = prepare(settings, "pretrain")
     plan = plan_samples(settings, "pretrain", prepared)
-    steps = StepPlan(plan.table, make_recipe(settings.pretrain, None), prepared.pin.index_digest)
+    steps = StepPlan(plan.table, make_recipe(settings.pretrain, None), prepared.versions.index_digest)
     return [[plan.table.sample_ids[i] for i in step.positions] for step in steps.steps()]
 
 
@@ -50,9 +56,9 @@ def test_a_mixture_is_the_same_run_wherever_its_files_are_and_in_any_order(mixtu
     turned = moved.model_copy(
         update={"data": moved.data.model_copy(update={"pretrain": dict(reversed(moved.data.pretrain.items()))})}
     )
-    assert prepare(turned, "pretrain").pin == first.pin
+    assert prepare(turned, "pretrain").identity == first.identity
     assert global_batches(turned) == global_batches(settings)
-    assert prepare(mixture(weights=(1, 0.25)), "pretrain").pin.run_digest != first.pin.run_digest
+    assert prepare(mixture(weights=(1, 0.25)), "pretrain").identity.digest != first.identity.digest
 
 
 def test_samples_of_a_mixture_are_named_by_their_file_and_come_as_often_as_it_weighs(mixture, encode):
@@ -91,10 +97,10 @@ def test_held_out_samples_change_no_run_and_are_counted_where_they_are_trained_o
     plain, settings = make_settings(), make_settings(data={"held_out": {"pretrain": str(tmp_path / "held_out.json")}})
     encode(settings)
     prepared = prepare(settings, "pretrain")
-    assert prepared.pin == prepare(plain, "pretrain").pin
-    assert plan_held_out(plain, "pretrain", prepared) is None
+    assert prepared.identity == prepare(plain, "pretrain").identity
+    assert plan_held_out(plain, "pretrain", prepared, Inputs()) is None
     with caplog.at_level("WARNING"):
-        assert len(plan_held_out(settings, "pretrain", prepared).table) == 3
+        assert len(plan_held_out(settings, "pretrain", prepared, Inputs()).table) == 3
     assert "3 of 3 held-out samples are trained on too" in caplog.text
 
 
@@ -104,7 +110,7 @@ def test_held_out_images_that_a_pinned_run_does_not_know_are_refused_with_the_re
     prepared = prepare(settings, "pretrain")
     late = make_settings(data={"finetune": None, "held_out": {"pretrain": str(small / "data/evaluate.json")}})
     with pytest.raises(CacheError, match="was pinned to at its first start"):
-        plan_held_out(late, "pretrain", prepared)
+        plan_held_out(late, "pretrain", prepared, Inputs())
 
 
 def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_changed_images(
@@ -114,15 +120,15 @@ def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_chang
     settings = make_settings(data={"roots": {"": str(tmp_path / "images")}})
     encode(settings, index=False)
     first = prepare(settings, "pretrain")
-    hold_pin(settings, first)
-    names = sorted(first.samples[0].image_names)
+    hold_pin(settings, first.identity, first.cache.uri)
+    names = sorted(first.sets[0].image_names)
     shutil.copy(tmp_path / "images" / names[-1], tmp_path / "images" / names[0])
     cache_features.run(settings)
-    assert prepare(settings, "pretrain").pin == first.pin
-    first.run.finish(Summary("pretrain", {}, 0.0, {}))
-    changed = prepare(settings, "pretrain").pin
-    assert changed.run_digest != first.pin.run_digest
-    assert changed.index_version == first.pin.index_version + 1
+    assert prepare(settings, "pretrain").identity == first.identity
+    first.folder.finish(Summary("pretrain", {}, 0.0, {}))
+    changed = prepare(settings, "pretrain")
+    assert changed.identity.digest != first.identity.digest
+    assert changed.versions.index_version == first.versions.index_version + 1
 
 
 def test_more_images_and_newly_quarantined_ones_change_no_batch_of_a_run_that_has_begun(make_settings, small, tmp_path):
@@ -131,10 +137,10 @@ def test_more_images_and_newly_quarantined_ones_change_no_batch_of_a_run_that_ha
     settings = make_settings(data={"roots": roots, "finetune": None, "evaluate": {}})
     cache_features.run(settings)
     begun = prepare(settings, "pretrain")
-    cache = hold_pin(settings, begun)
+    cache = hold_pin(settings, begun.identity, begun.cache.uri)
     expected = global_batches(settings)
     # The cache is extended by another stage's images, and one image has been damaged in the meantime.
-    bad = sorted(begun.samples[0].image_names)[0]
+    bad = sorted(begun.sets[0].image_names)[0]
     (tmp_path / "images" / bad).write_bytes(b"no image")
     cache_features.run(make_settings(data={"roots": roots}))
     assert FeatureCache.open(cache.uri).version > cache.version

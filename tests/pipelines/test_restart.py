@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.cache import FeatureCache
 from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
-from meteor.runs.reading import read_stage_run
+from meteor.runs.reading import read_stage
 
 
 def write_run(folder: Path, name: str, settings) -> Path:
@@ -92,7 +92,7 @@ def test_a_training_that_is_killed_in_every_way_ends_with_the_weights_of_an_undi
     train_through_kills(command("pretrain", killed), checkpoints, list(KILLS), seed=zero_stage, report=kills.append)
     assert len(kills) == len(KILLS)
     assert_same_state(checkpoints, str(undisturbed))
-    rows = [read_stage_run(str(Path(folder).parent)).metrics for folder in (undisturbed, checkpoints)]
+    rows = [read_stage(str(Path(folder).parent)).metrics for folder in (undisturbed, checkpoints)]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 

@@ -18,10 +18,12 @@ from meteor import storage
 from meteor.config import RunSettings
 from meteor.errors import TrackingError
 from meteor.runs import mlflow_log as stage_log
+from meteor.runs.folder import StageFolder, Summary
+from meteor.runs.identity import StageIdentity
 from meteor.runs.metrics import MetricsSegment
 from meteor.tracking import Tracker
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
-from pipelines.stage import StageRun, Summary
+from pipelines.ray_parts.tracked import reuse, tracked
 
 # MLflow's own way with SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -40,6 +42,21 @@ def database(migrated_database, tmp_path):
     return str(shutil.copy(migrated_database, tmp_path / "mlflow.db"))
 
 
+class Run:
+    """A stage of a run."""
+
+    def __init__(self, settings, stage, content):
+        self.settings, self.folder = settings, StageFolder(settings.output, StageIdentity(stage, content))
+        self.folder.start(settings)
+        self.uri, self.finish, self.finished = self.folder.uri, self.folder.finish, self.folder.finished
+
+    def tracked(self, params):
+        return tracked(self.settings, self.folder, params)
+
+    def reuse(self, summary):
+        return reuse(self.settings, self.folder, summary)
+
+
 @pytest.fixture
 def make_run(tmp_path):
     """A stage of a run, as it is again at each start of its command."""
@@ -48,9 +65,7 @@ def make_run(tmp_path):
         settings = RunSettings.model_validate(
             {"name": "r", "output": str(tmp_path / "out"), "tracking": {"uri": tracking_uri, "experiment": "e"}}
         )
-        run = StageRun(settings, "pretrain", "d" * 64)
-        run.start()
-        return run
+        return Run(settings, "pretrain", {})
 
     return make
 
@@ -98,7 +113,7 @@ def test_a_stage_without_a_server_finishes_and_is_logged_when_it_is_found_finish
         log.file("scores.json")
         log.tag("meteor.result", "/result")
     run.finish(Summary("pretrain", {}, 1.0, {}))
-    assert [record.message.partition(". ")[2][:9] for record in caplog.records] == ["The stage", "What MLfl"]
+    assert [record.message.partition(". ")[2][:9] for record in caplog.records] == ["The stage", "The MLflo"]
 
     again = make_run(uri)
     found = again.finished()
@@ -143,7 +158,7 @@ def test_a_server_that_comes_in_the_middle_gets_what_it_missed_and_goes_on(make_
         report(4)
         assert len(points(uri, runs_of(uri)["pretrain"], "loss")) == 4
     assert points(uri, runs_of(uri)["pretrain"], "loss") == [(step, 1 / step) for step in (1, 2, 3, 4)]
-    assert stage_log.StageLog.unsent(run.settings, "pretrain", run.digest, run.uri) is None
+    assert stage_log.StageLog.unsent(run.settings, run.folder) is None
 
 
 def test_the_callback_in_ray_s_controller_logs_to_the_same_run(make_run, database):
@@ -256,9 +271,7 @@ def test_a_variants_stage_is_below_the_variant_and_a_shared_one_below_the_study(
     def track(name, stage, digest, used_by=()):
         tracking = {"uri": f"sqlite:///{database}", "experiment": "e", "study": "s", "used_by": list(used_by)}
         content = {"name": name, "output": str(tmp_path / "out"), "tracking": tracking}
-        run = StageRun(RunSettings.model_validate(content), stage, digest * 64)
-        run.start()
-        with run.tracked({"projector": {"k": 8}}):
+        with Run(RunSettings.model_validate(content), stage, {"samples": digest}).tracked({"projector": {"k": 8}}):
             pass
 
     track("shared-1", "pretrain", "a", used_by=("one", "two"))

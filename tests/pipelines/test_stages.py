@@ -10,14 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from meteor.assembly import Inputs
+from meteor.assembly.training_stage import prepare
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingError
 from meteor.evaluation.answer import Answerer
+from meteor.report.tables import NOT_RECORDED, cache_table
 from meteor.runs.mlflow_log import tracking_uri
-from meteor.runs.reading import read_stage_run
+from meteor.runs.reading import read_stage
 from meteor.tracking import Tracker
 from pipelines import cache_features, evaluate, finetune, pretrain, report
-from pipelines.preparation import prepare
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
@@ -28,7 +30,7 @@ def test_all_stages_run_once_and_then_find_their_work(chain):
     assert not any(summary.reused for summary in first)
     _, stage_1, stage_2, answers = first
     assert stage_1.counts["steps"] == 2
-    rows = read_stage_run(stage_2.results["run"]).metrics
+    rows = read_stage(stage_2.results["run"]).metrics
     assert [row["step"] for row in rows] == list(range(1, stage_2.counts["steps"] + 1))
     assert all(row["loss"] > 0 for row in rows)
 
@@ -46,6 +48,10 @@ def test_all_stages_run_once_and_then_find_their_work(chain):
     written = report.run(settings)
     page = Path(written.results["html"]).read_text()
     assert "data:image/png;base64" in page
+    # Stages leave every number that the tables ask for but one: only a study measures how fast answers come.
+    assert page.count(NOT_RECORDED) == 1
+    facts = dict(cache_table(report.cache_facts(settings)).rows)
+    assert (facts["distinct images"], facts["codec"]) == (str(first[0].counts["distinct_images"]), "float16")
 
     tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
     runs = tracker._client.search_runs([tracker.experiment_id])
@@ -120,7 +126,7 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(make_setti
     summary = pretrain.run(settings)
     losses = {
         row["step"]: row["held_out_loss"]
-        for row in read_stage_run(summary.results["run"]).metrics
+        for row in read_stage(summary.results["run"]).metrics
         if "held_out_loss" in row
     }
     assert sorted(losses) == [2, 4, 6, 8, 10, 12]
@@ -147,7 +153,7 @@ def test_training_without_a_tracking_server_finishes_and_is_logged_when_it_is_st
     tracker = Tracker(tracking_database, settings.tracking.experiment)
     runs = tracker._client.search_runs([tracker.experiment_id], filter_string="tags.`meteor.stage` = 'pretrain'")
     assert [run.info.status for run in runs] == ["FINISHED"]
-    rows = read_stage_run(first.results["run"]).metrics
+    rows = read_stage(first.results["run"]).metrics
     for name in ("loss", "memory_gb", "loader_wait_share"):
         history = tracker._client.get_metric_history(runs[0].info.run_id, name)
         assert [(one.step, one.value) for one in history] == [(row["step"], row[name]) for row in rows]
@@ -159,7 +165,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_ou
     encode(settings)
     with pytest.raises(TrainingError, match=r"failures/step_\d+\.json"):
         pretrain.run(settings)
-    run = prepare(settings, "pretrain").run
+    run = prepare(settings, "pretrain", Inputs()).folder
     (file,) = Path(run.uri, "failures").iterdir()
     failure = json.loads(file.read_text())
     table = pq.read_table(f"{run.uri}/samples.parquet").to_pylist()

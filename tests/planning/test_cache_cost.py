@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CachePlan, EncoderShape, StagePlan, plan_stage
+from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
 
 
 @pytest.mark.parametrize("patches", [(4, 4), (2, 7)])
@@ -36,9 +36,10 @@ def test_llm_operations_are_those_that_torch_counts_for_its_linear_layers(stage:
     with FlopCounterMode(display=False) as counter:
         model(inputs_embeds=inputs).logits.sum().backward()
     linear = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    plan = plan_stage(
+    plan = estimate_stage(
         stage,
-        [[[(2, 2)]]],
+        {(2, 2): 1},
+        num_samples=1,
         encoder=EncoderShape(8, 8, 1, 14),
         epochs=3,
         flops_per_parameter=FLOPS_PER_PARAMETER[stage],
@@ -49,12 +50,12 @@ def test_llm_operations_are_those_that_torch_counts_for_its_linear_layers(stage:
     assert plan.llm_flops == 3 * linear
 
 
-def test_a_stage_counts_a_image_as_often_as_samples_show_it() -> None:
+def test_a_stage_counts_an_image_as_often_as_samples_show_it() -> None:
     shape = EncoderShape(8, 16, 2, 14)
-    image = [(2, 2), (1, 3)]
-    stage = plan_stage(
+    stage = estimate_stage(
         "pretrain",
-        [[image], [image, image], []],
+        {(2, 2): 3, (1, 3): 3},
+        num_samples=3,
         encoder=shape,
         epochs=2,
         flops_per_parameter=FLOPS_PER_PARAMETER["pretrain"],
@@ -67,7 +68,7 @@ def test_a_stage_counts_a_image_as_often_as_samples_show_it() -> None:
     assert stage.encoder_share == stage.encoder_flops / (stage.encoder_flops + 2 * 4 * 10 * 30)
 
 
-def make_plan(**changes: object) -> CachePlan:
+def make_plan(**changes: object) -> CacheCost:
     fields = {
         "num_images": 12,
         "num_distinct": 10,
@@ -80,9 +81,9 @@ def make_plan(**changes: object) -> CachePlan:
         "codec": "float16",
         "cache_uri": "/caches/0/float16",
         "size_bytes": {"float16": 2_000_000_000, "int8": 1_000_000_000},
-        "stages": (StagePlan("pretrain", 20, 100, 1, 4e12, 16e12), StagePlan("finetune", 20, 100, 1, 4e12, 36e12)),
+        "stages": (StageCost("pretrain", 20, 100, 1, 4e12, 16e12), StageCost("finetune", 20, 100, 1, 4e12, 36e12)),
     }
-    return CachePlan(**{**fields, **changes})
+    return CacheCost(**{**fields, **changes})
 
 
 def test_costs_and_what_is_avoided_by_hand() -> None:

@@ -150,7 +150,7 @@ def test_the_same_bytes_under_two_names_are_duplicates(tmp_path):
     assert check(samples, roots).duplicates is None
 
 
-def test_a_image_of_many_samples_and_sets_is_read_once(tmp_path):
+def test_an_image_of_many_samples_and_sets_is_read_once(tmp_path):
     roots = make_folder(tmp_path, {"1.png": make_image()})
     samples = [make_sample("a", "1.png"), make_sample("b", "1.png", "1.png")]
     progress = []

@@ -1,6 +1,5 @@
 """LLaVA-UHD's resampler against loops over queries and their windows, and its properties in a batch."""
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from meteor.errors import SettingsError
-from meteor.image.budget import visual_token_budget
 from meteor.projector import Projector, ProjectorOutput, build_projector
 
 Array = np.ndarray
@@ -94,39 +92,6 @@ def test_tokens_are_those_of_loops_over_queries_and_their_windows(
         torch.testing.assert_close(output.tokens[number].detach().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_mixed_batch_equals_each_sub_image_alone(make_sub_images: Callable[..., Any]) -> None:
-    projector = make_projector()
-    batch = make_sub_images(*GRIDS)
-    together = project(projector, batch).tokens
-    for number in range(len(GRIDS)):
-        alone = project(projector, batch.alone(number)).tokens[0]
-        torch.testing.assert_close(together[number], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_what_stands_at_padding_changes_neither_results_nor_gradients(make_sub_images: Callable[..., Any]) -> None:
-    projector = make_projector()
-    batch = make_sub_images((2, 2), (3, 4), (1, 1), max_patches=15)
-    results = []
-    for value in (0.0, math.nan, math.inf):
-        projector.zero_grad()
-        output = project(projector, batch.with_padding(value))
-        output.tokens.square().sum().backward()
-        results.append([output.tokens, *(p.grad for p in projector.parameters() if p.requires_grad)])
-    assert all(torch.equal(mine, theirs) for one in results[1:] for mine, theirs in zip(results[0], one, strict=True))
-
-
-@pytest.mark.parametrize("max_patches", [0, 6])
-def test_an_empty_batch_gives_every_trainable_parameter_a_zero_gradient(max_patches: int) -> None:
-    projector = make_projector()
-    output = projector(
-        torch.zeros(0, max_patches, 16), torch.zeros(0, max_patches), torch.zeros(0, 2, dtype=torch.long)
-    )
-    assert output.tokens.shape == (0, 6, 24)
-    assert output.mask.shape == (0, 6)
-    output.tokens.sum().backward()
-    assert all((parameter.grad == 0).all() for parameter in projector.parameters() if parameter.requires_grad)
-
-
 def test_all_but_the_position_table_learns_whatever_a_stage_unfreezes(make_sub_images: Callable[..., Any]) -> None:
     projector = make_projector().requires_grad_(False).requires_grad_(True)
     assert not projector.positions.requires_grad
@@ -153,38 +118,6 @@ def test_it_has_llava_uhds_number_of_parameters_frozen_table_included(k: int, nu
         projector = build_projector("resampler", vision_width=1024, llm_width=5120, k=k)
     assert sum(parameter.numel() for parameter in projector.parameters()) == num_parameters
     assert projector.attention.num_heads == 40
-
-
-@pytest.mark.parametrize("k", [144, 64, 32])
-def test_the_budget_is_k_for_any_sub_image(k: int, make_sub_images: Callable[..., Any]) -> None:
-    output = project(make_projector(k), make_sub_images(*GRIDS))
-    assert output.mask.sum(dim=1).tolist() == visual_token_budget("resampler", {"k": k})(GRIDS)
-
-
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("features", [torch.bfloat16, torch.float32])
-def test_low_precision_gives_finite_tokens_near_those_of_float32(
-    weights: torch.dtype, features: torch.dtype, make_sub_images: Callable[..., Any]
-) -> None:
-    projector = make_projector()
-    batch = make_sub_images(*GRIDS, dtype=features)
-    expected = project(projector, batch).tokens.detach()
-    output = project(low := copy.deepcopy(projector).to(weights), batch)
-    output.tokens.float().square().sum().backward()
-    assert output.tokens.dtype == weights
-    torch.testing.assert_close(output.tokens.float(), expected, rtol=0.1, atol=0.2)
-    assert all(parameter.grad.isfinite().all() for parameter in low.parameters() if parameter.requires_grad)
-
-
-def test_autocast_gives_finite_tokens(make_sub_images: Callable[..., Any]) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert project(make_projector(), make_sub_images(*GRIDS)).tokens.isfinite().all()
-
-
-def test_it_compiles_into_one_graph(make_sub_images: Callable[..., Any]) -> None:
-    projector, batch = make_projector(), make_sub_images(*GRIDS)
-    compiled = torch.compile(projector, backend="eager", fullgraph=True)
-    assert torch.equal(project(compiled, batch).tokens, project(projector, batch).tokens)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from PIL import Image
 
 from meteor.image.slicing import plan_slices
 from meteor.report import SelectionPanel, SubImageScores, VariantResult
-from meteor.runs.reading import StageRun
+from meteor.runs.reading import StageRecord
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def make_run():
             for step, loss in enumerate(losses, start=1)
         ]
         summary = {"stage": stage, "seconds": 99.0} if finished else None
-        return StageRun(stage, f"runs/{stage}", settings or {}, summary, metrics, {"digest": "d1", **identity})
+        return StageRecord(stage, f"runs/{stage}", settings or {}, summary, metrics, {"digest": "d1", **identity})
 
     return make
 

@@ -45,7 +45,7 @@ def full_report(folder, make_run, make_variant, make_score, make_prediction, mak
             make_variant("mlp", stages=make_stages(576), scores={"shapes": score}, predictions=predictions),
         ],
         panels=[make_panel(question=NASTY)],
-        cache={"num_distinct": 1250881, "codec": "float16", "quarantine_reasons": {"truncated": 12}},
+        cache={"num_distinct_images": 1250881, "codec": "float16", "quarantine_reasons": {"truncated": 12}},
         notes=["Made-up numbers.", NASTY],
         thumbnails={"a.png": Image.new("RGB", (300, 200))},
     )

@@ -18,7 +18,7 @@ def test_dropped_patches_are_grey_and_dark_and_kept_ones_untouched():
     np.testing.assert_array_equal(dropped, np.full_like(dropped, 28))
 
 
-def test_patches_cover_a_image_whose_sides_they_do_not_divide():
+def test_patches_cover_an_image_whose_sides_they_do_not_divide():
     pixels = np.full((10, 7, 3), 255, dtype=np.uint8)
     dimmed = dim(pixels, np.eye(3, dtype=bool))
     # Slow truth: pixel p of n lies in patch floor(p * 3 / n).

@@ -5,20 +5,17 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from meteor.report import ImportancePanel, StudyTable, write_report
+from meteor.report import StudyTable, write_report
 from meteor.report.canvas import variant_looks
 from meteor.report.seeds import merge_seeds
 from meteor.report.study import cost_table, numbers, results_table
 from meteor.report.study_figures import (
     frontier,
-    importance_figure,
     kept_by_variants_figure,
     pareto_figure,
-    some_layers,
 )
 
 MEASURED = {
@@ -180,20 +177,3 @@ def test_the_pages_of_a_study_hold_tables_differences_files_and_the_papers_rows(
     assert (tmp_path / "figures/pareto.png").exists()
     assert (tmp_path / "figures/kept_01.png").exists()
     assert not (tmp_path / "figures/kept_02.png").exists()
-
-
-def test_importance_is_drawn_for_the_deciding_layer_and_some_others():
-    panel = ImportancePanel(
-        variant="focus",
-        title="a.png",
-        question="What?",
-        image=Image.new("RGB", (60, 40)),
-        grid=(2, 3),
-        patches=np.array([0, 2, 5]),
-        scores=np.random.default_rng(0).random((32, 3)),
-        layer=15,
-    )
-    assert importance_figure(panel, "importance").png
-    assert "What?" in importance_figure(panel, "importance").caption
-    assert some_layers(3, 1) == [0, 1, 2]
-    assert some_layers(32, 15) == [0, 4, 9, 13, 15, 18, 22, 27, 31]

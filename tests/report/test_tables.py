@@ -9,7 +9,6 @@ from meteor.report.tables import (
     NOT_RUN,
     cache_table,
     difference_table,
-    flatten,
     headline_table,
     score_table,
     stage_table,
@@ -72,10 +71,6 @@ def test_scores_are_laid_out_by_type(make_variant, make_score):
     )
 
 
-def test_settings_are_flattened_to_dotted_keys():
-    assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "e": [1]}
-
-
 def make_settings(name, **projector):
     return {"name": name, "seed": 0, "projector": projector}
 
@@ -121,15 +116,15 @@ def test_many_variants_with_few_differences_stand_below_each_other(make_run, mak
 
 def test_the_cache_is_told_in_readable_units():
     cache = {
-        "num_images": 1312004,
-        "size_bytes": 5_912_000_000,
+        "num_distinct_images": 1312004,
+        "payload_bytes": 5_912_000_000,
         "codec": "float16",
         "cache_key": None,
         "quarantine_reasons": {"truncated": 12000},
     }
     assert cache_table(cache).rows == (
-        ("images named by the samples", "1,312,004"),
-        ("size", "5.91 GB"),
+        ("distinct images", "1,312,004"),
+        ("payload", "5.91 GB"),
         ("codec", "float16"),
         ("cache key", "none"),
         ("quarantine reasons: truncated", "12,000"),

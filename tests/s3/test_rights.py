@@ -46,7 +46,6 @@ def test_a_run_may_do_what_it_does(as_worker, make_features, make_model, tmp_pat
     storage.create_bytes(f"{output}/one", b"1")
     with pytest.raises(AlreadyExistsError):
         storage.create_bytes(f"{output}/one", b"2")
-    assert storage.supports_create(output)
     assert storage.now_s(output) > 0
     (tmp_path / "large").write_bytes(bytes(20 << 20))  # in parts
     storage.upload_file(str(tmp_path / "large"), f"{output}/large")

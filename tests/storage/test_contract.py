@@ -149,11 +149,6 @@ def test_files_are_dated_by_the_clock_that_now_reads(root: str) -> None:
     assert storage.list_objects(root)[0].modified_s == pytest.approx(storage.stat(uri).modified_s, abs=1)
 
 
-def test_these_stores_have_one_winner_and_asking_leaves_nothing(root: str) -> None:
-    assert storage.supports_create(storage.join(root, "manifests/v1"))
-    assert storage.list_objects(root) == []
-
-
 def test_what_broken_writes_left_is_deleted_when_it_is_old(root: str) -> None:
     storage.write_bytes(storage.join(root, "data/file"), b"x")
     partial = storage.join(root, "data/.partial-123")

@@ -1,16 +1,14 @@
-"""Conditional puts: repeated when another is under way, and what is done on stores that do not know them."""
+"""Conditional puts: repeated when another is under way; stores that do not obey them are refused."""
 
 import itertools
-import logging
 from types import SimpleNamespace
 
 import pytest
 from botocore.exceptions import ClientError
 
-from meteor.errors import AlreadyExistsError
+from meteor.errors import StorageError
 from meteor.storage import s3_create
 
-ADDRESS = {"Bucket": "bucket", "Key": "manifests/v1"}
 _NUMBERS = itertools.count()
 
 
@@ -37,10 +35,6 @@ class Store:
             raise refusal(self.behaviour)
         self.objects[Key] = Body
 
-    def head_object(self, *, Bucket: str, Key: str) -> None:
-        if Key not in self.objects:
-            raise refusal("404")
-
     def delete_object(self, *, Bucket: str, Key: str) -> None:
         self.objects.pop(Key, None)
 
@@ -49,8 +43,8 @@ def refusal(code: str) -> ClientError:
     return ClientError({"Error": {"Code": code, "Message": "try again"}}, "PutObject")
 
 
-def create(store: Store, data: bytes) -> None:
-    s3_create.create(store, "s3://bucket/manifests/v1", ADDRESS, data, read=lambda: store.objects["manifests/v1"])
+def create(store: Store, data: bytes, key: str = "manifests/v1") -> None:
+    s3_create.create(store, {"Bucket": "bucket", "Key": key}, data)
 
 
 @pytest.fixture(autouse=True)
@@ -61,60 +55,52 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
-@pytest.mark.parametrize(
-    ("behaviour", "supported"),
-    [("obeys", True), ("ignores", False), ("NotImplemented", False), ("501", False), ("InvalidArgument", False)],
-)
-def test_what_a_store_can_do_is_tried_once(behaviour: str, supported: bool, caplog) -> None:
+@pytest.mark.parametrize("behaviour", ["ignores", "NotImplemented", "501", "InvalidArgument"])
+def test_a_store_without_conditional_puts_is_refused_and_left_as_it_was(behaviour: str) -> None:
     store = Store(behaviour)
-    with caplog.at_level(logging.WARNING):
-        assert s3_create.supports_create(store, "bucket", "manifests/v1") is supported
-        num_puts = store.num_puts
-        assert s3_create.supports_create(store, "bucket", "elsewhere/v2") is supported
-    assert store.num_puts == num_puts
+    for _ in range(2):
+        with pytest.raises(
+            StorageError, match=r"^s3://bucket/manifests/v1: .*http://store-.*If-None-Match.*use a store"
+        ):
+            create(store, b"first")
     assert store.objects == {}
-    assert len(caplog.records) == (not supported)
-    assert all("one job at a time" in record.getMessage() for record in caplog.records)
+
+
+def test_what_a_store_can_do_is_tried_once_for_a_bucket() -> None:
+    store = Store("obeys")
+    create(store, b"first")
+    num_puts = store.num_puts
+    create(store, b"other", "elsewhere/v2")
+    assert store.num_puts == num_puts + 1
+    assert store.objects == {"manifests/v1": b"first", "elsewhere/v2": b"other"}
+
+
+def test_the_first_content_stays() -> None:
+    store = Store("obeys")
+    create(store, b"first")
+    with pytest.raises(ClientError, match="PreconditionFailed"):
+        create(store, b"second")
+    assert store.objects == {"manifests/v1": b"first"}
 
 
 def test_a_first_probe_that_loses_against_itself_counts_as_obeying() -> None:
     store = Store("ignores")
     store.answers = ["PreconditionFailed"]
-    assert s3_create.supports_create(store, "bucket", "file")
+    create(store, b"first")
 
 
 def test_an_error_while_trying_is_not_taken_for_an_answer() -> None:
     store = Store("obeys")
     store.answers = ["AccessDenied"]
     with pytest.raises(ClientError, match="AccessDenied"):
-        s3_create.supports_create(store, "bucket", "file")
-    assert s3_create.supports_create(store, "bucket", "file")
-
-
-@pytest.mark.parametrize("behaviour", ["obeys", "ignores", "NotImplemented"])
-def test_the_first_content_stays_on_every_store(behaviour: str, pauses: list[float]) -> None:
-    store = Store(behaviour)
+        create(store, b"first")
     create(store, b"first")
-    assert pauses == ([] if behaviour == "obeys" else [s3_create.SETTLE_S])
-    with pytest.raises((AlreadyExistsError, ClientError), match=r"v1 exists already|PreconditionFailed"):
-        create(store, b"second")
-    assert store.objects == {"manifests/v1": b"first"}
-
-
-def test_without_conditions_a_writer_that_was_overtaken_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store("ignores")
-
-    def overtaken(seconds: float) -> None:
-        store.objects["manifests/v1"] = b"of another"
-
-    monkeypatch.setattr(s3_create.time, "sleep", overtaken)
-    with pytest.raises(AlreadyExistsError, match="another writer was faster"):
-        create(store, b"mine")
 
 
 def test_a_conditional_put_is_repeated_when_another_is_under_way(pauses: list[float]) -> None:
     store = Store("obeys")
-    s3_create.supports_create(store, "bucket", "file")
+    create(store, b"", "file")
+    store.objects.clear()
     store.answers = ["ConditionalRequestConflict", "ConditionalRequestConflict", ""]
     create(store, b"x")
     assert store.objects == {"manifests/v1": b"x"}

@@ -61,6 +61,6 @@ def test_boxes_are_scaled_to_the_global_view_and_cut_at_slices() -> None:
     assert right == [(0, 10, 6, 20), (44, 50, 56, 56)]
 
 
-def test_a_image_without_slices_has_one_list_of_boxes() -> None:
+def test_an_image_without_slices_has_one_list_of_boxes() -> None:
     plan = SlicePlan(grid=None, global_size=(28, 28), slice_size=None, patch_grids=((2, 2),))
     assert sub_image_boxes(plan, 14, 14, [(1, 2, 3, 4)]) == [[(2, 4, 6, 8)]]

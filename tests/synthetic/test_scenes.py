@@ -103,7 +103,7 @@ def test_a_caption_names_every_thing_and_its_place() -> None:
     assert Scene(90, 20, (side,), 0).caption == "a red square on the left"
 
 
-def test_a_image_too_small_for_its_things_is_refused() -> None:
+def test_an_image_too_small_for_its_things_is_refused() -> None:
     wanted = [Wanted("text", "black", word="cat")] * 6
     with pytest.raises(SettingsError, match="6 things do not fit into 40 x 40"):
         place_all(np.random.default_rng(0), 40, 40, wanted, (0.3, 0.5))

@@ -20,7 +20,7 @@ def test_the_image_moves_to_the_front_of_its_turn_and_the_text_is_stripped(value
     assert parse(make_record(value, "A cat."), 1).turns == (Turn("human", "What?", 1), Turn("gpt", "A cat.", 0))
 
 
-def test_text_without_a_image_keeps_its_white_space():
+def test_text_without_an_image_keeps_its_white_space():
     assert parse(make_record("  code:\n", " x ")).turns == (Turn("human", "  code:\n"), Turn("gpt", " x "))
 
 

@@ -54,7 +54,7 @@ def test_vicuna_v1_is_written_as_fastchat_writes_it():
     assert answers == [" A cat.", "</s>", " No.", "</s>"]
 
 
-def test_a_image_without_words_has_no_newline_after_it():
+def test_an_image_without_words_has_no_newline_after_it():
     assert flatten(render(make_conversation("", "A cat."), "vicuna_v1"))[0].endswith(
         "USER: <image> ASSISTANT: A cat.</s>"
     )

@@ -222,7 +222,7 @@ def test_a_missing_sentencepiece_is_named(tmp_path, monkeypatch):
         load_tokenizer(str(tmp_path))
 
 
-def test_text_before_a_image_is_a_chunk_of_its_own(vicuna):
+def test_text_before_an_image_is_a_chunk_of_its_own(vicuna):
     conversation = make_conversation("is?", "the", num_images=2, system="a")
     ids = tokenise(conversation, vicuna, "vicuna_v1").input_ids
     chunks = [segment.text for segment in render(conversation, "vicuna_v1") if hasattr(segment, "text")]
@@ -234,7 +234,7 @@ def test_text_before_a_image_is_a_chunk_of_its_own(vicuna):
 
 
 @pytest.mark.parametrize("tokenizer_name", ["vicuna", "byte_level"])
-def test_words_after_a_image_belong_to_its_turn_and_nothing_else_does(tokenizer_name, request):
+def test_words_after_an_image_belong_to_its_turn_and_nothing_else_does(tokenizer_name, request):
     tokenizer = request.getfixturevalue(tokenizer_name)
     turns = (
         Turn("human", "what is it?", 2),

@@ -2,14 +2,18 @@
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from saving import save_checkpoint
 
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import CheckpointError, SettingsError
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import freeze_for
-from meteor.train.checkpoints import save_checkpoint
 from meteor.train.engine import make_engine
 
 

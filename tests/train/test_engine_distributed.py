@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from saving import save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
@@ -15,7 +16,6 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.model import MeteorForConditionalGeneration
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, freeze_for
-from meteor.train.checkpoints import save_checkpoint
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.lora import Lora, add_lora
 

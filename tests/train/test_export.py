@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from saving import save_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from meteor import storage
@@ -16,7 +17,6 @@ from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.trained_projector import load_trained_projector, projector_metadata
 from meteor.text.tokens import TokenisedSample, load_tokenizer
 from meteor.train.build import build_model, freeze_for, load_projector
-from meteor.train.checkpoints import save_checkpoint
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.vision.encoder import FrozenClip, read_vision_config

@@ -95,7 +95,7 @@ def test_no_samples_at_all_make_an_empty_batch_and_read_nothing():
     assert source.asked == []
 
 
-def test_an_error_of_a_image_comes_with_its_batch():
+def test_an_error_of_an_image_comes_with_its_batch():
     class Broken(SlowSource):
         def get(self, image_key):
             if image_key == "k4":

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from saving import save_checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
@@ -13,7 +14,6 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import SettingsError
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, freeze_for
-from meteor.train.checkpoints import save_checkpoint
 from meteor.train.engine import make_engine
 from meteor.train.export import LLM_PREFIX, export_adapter
 from meteor.train.lora import Lora, add_lora, merge_lora

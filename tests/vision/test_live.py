@@ -99,7 +99,7 @@ def test_cached_features_equal_live_ones_within_half_precision(encoder, make_ima
     assert torch.equal(cached.cls, live.cls)
 
 
-def test_a_image_that_is_gone_or_has_changed_since_it_was_indexed_is_an_error(encoder, make_image, png, tmp_path):
+def test_an_image_that_is_gone_or_has_changed_since_it_was_indexed_is_an_error(encoder, make_image, png, tmp_path):
     data, file = png(make_image(56, 56)), tmp_path / "a.png"
     live = LiveFeatures(encoder, {make_key(data): str(file)}, PIXELS)
     with pytest.raises(DataError, match=r"a\.png was readable when it was indexed"):
@@ -109,7 +109,7 @@ def test_a_image_that_is_gone_or_has_changed_since_it_was_indexed_is_an_error(en
         live.get(make_key(data))
 
 
-def test_a_image_that_other_settings_refuse_is_an_error(encoder, make_image, png, tmp_path):
+def test_an_image_that_other_settings_refuse_is_an_error(encoder, make_image, png, tmp_path):
     data, file = png(make_image(90, 10)), tmp_path / "a.png"
     file.write_bytes(data)
     with pytest.raises(DataError, match="aspect ratio"):
@@ -124,7 +124,7 @@ def test_sliced_images_survive_as_one_run_of_bytes(make_image, png):
         assert all((one == other).all() for one, other in zip(again.sub_images, sliced.sub_images, strict=True))
 
 
-def test_a_image_that_is_not_finite_is_told_apart_from_its_neighbours(encoder, make_image, png, monkeypatch):
+def test_an_image_that_is_not_finite_is_told_apart_from_its_neighbours(encoder, make_image, png, monkeypatch):
     sliced = [slice_bytes(png(make_image(112, 56, seed=i)), f"k{i}", PIXELS) for i in range(3)]
     expected, encode = encode_sliced(sliced, encoder), encoder.encode
 

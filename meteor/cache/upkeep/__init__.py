@@ -1,7 +1,6 @@
-"""Upkeep of feature caches: listing, comparing, converting, exporting, repairing and cleaning them."""
+"""Upkeep of feature caches: listing, comparing, converting, repairing and cleaning them."""
 
 from meteor.cache.upkeep.compare import CacheDiff, diff_caches
-from meteor.cache.upkeep.export import export_images
 from meteor.cache.upkeep.gc import plan_gc, run_gc
 from meteor.cache.upkeep.gc_plan import GcPlan, GcReport
 from meteor.cache.upkeep.listing import CacheListing, list_caches
@@ -15,7 +14,6 @@ __all__ = [
     "GcReport",
     "Repair",
     "diff_caches",
-    "export_images",
     "list_caches",
     "plan_gc",
     "repair",

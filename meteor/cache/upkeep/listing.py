@@ -13,6 +13,7 @@ from meteor.cache.folder import IDENTITY, MANIFESTS, PINS, read_cache_info
 from meteor.cache.identity import CacheIdentity
 from meteor.cache.manifest import Manifest, read_keys, read_manifest, read_quarantine
 from meteor.errors import CacheError, StorageError
+from meteor.formatting import format_bytes
 
 # <cache key>/<codec>/<file>
 _FILE = re.compile(r"([0-9a-f]{64})/([^/]+)/(.+)")
@@ -60,7 +61,7 @@ class CacheListing:
         written = datetime.fromtimestamp(self.modified_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
         line = (
             f"{self.uri}  version {self.version}, {self.num_images:,} images, {self.num_sub_images:,} sub-images, "
-            f"{self.stored_bytes / 1e9:,.2f} GB, {self.num_quarantined:,} quarantined, {self.num_pins} pins, written {written}"
+            f"{format_bytes(self.stored_bytes)}, {self.num_quarantined:,} quarantined, {self.num_pins} pins, written {written}"
         )
         return f"{line}\n  {self.error}" if self.error else line
 

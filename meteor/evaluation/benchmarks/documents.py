@@ -1,5 +1,8 @@
 """DocVQA and InfoVQA (ANLS), ChartQA (relaxed accuracy), GQA (exact match)."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from meteor.evaluation.benchmarks.folder import Folder
 from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, with_suffix
 from meteor.evaluation.questions import LoadedQuestions, ask
@@ -10,17 +13,7 @@ def load_docvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     records = folder.json(*_with_subfolders("spdocvqa_qas", f"{split}_v1.0_withQT.json", f"{split}_v1.0.json"))["data"]
     names = [record["image"].rpartition("/")[2] for record in records]
     place = folder.image_folder("documents", "spdocvqa_images", f"{split}/documents", embedded=names)
-    questions = [
-        ask(
-            str(record["questionId"]),
-            with_suffix(record["question"], SHORT_ANSWER),
-            [f"{place}{name}"],
-            record.get("answers", ()),
-            type=next(iter(record.get("question_types", ())), ""),
-        )
-        for record, name in zip(records, names, strict=True)
-    ]
-    return LoadedQuestions(questions)
+    return _about_pages(records, [f"{place}{name}" for name in names], type_key="question_types")
 
 
 def load_infovqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
@@ -29,17 +22,23 @@ def load_infovqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     records = folder.json(*_with_subfolders("infographicsvqa_qas", f"{stem}_withQT.json", f"{stem}.json"))["data"]
     names = [record["image_local_name"] for record in records]
     place = folder.image_folder("infographicsvqa_images", "images", embedded=names)
-    questions = [
-        ask(
-            str(record["questionId"]),
-            with_suffix(record["question"], SHORT_ANSWER),
-            [f"{place}{name}"],
-            record.get("answers", ()),
-            type=next(iter(record.get("answer_type", ())), ""),
-        )
-        for record, name in zip(records, names, strict=True)
-    ]
-    return LoadedQuestions(questions)
+    return _about_pages(records, [f"{place}{name}" for name in names], type_key="answer_type")
+
+
+def _about_pages(records: Sequence[Mapping[str, Any]], images: Sequence[str], *, type_key: str) -> LoadedQuestions:
+    """One question a record, about one image; the first of its types counts."""
+    return LoadedQuestions(
+        [
+            ask(
+                str(record["questionId"]),
+                with_suffix(record["question"], SHORT_ANSWER),
+                [image],
+                record.get("answers", ()),
+                type=next(iter(record.get(type_key, ())), ""),
+            )
+            for record, image in zip(records, images, strict=True)
+        ]
+    )
 
 
 def load_chartqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:

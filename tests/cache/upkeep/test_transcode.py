@@ -143,7 +143,7 @@ def test_new_images_and_new_layers_of_the_source_come_along(make_cache, make_ima
     assert num_files(variant.uri, "data") == 2
 
 
-def test_a_image_that_the_codec_cannot_hold_is_quarantined(make_cache, make_image) -> None:
+def test_an_image_that_the_codec_cannot_hold_is_quarantined(make_cache, make_image) -> None:
     good, large = make_image("good"), make_image("large")
     large.features[0][0, 0] = 1e5
     variant = FeatureCache.open(transcode(make_cache([good, large], "float32"), "float16"))

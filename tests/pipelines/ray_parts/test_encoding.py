@@ -73,7 +73,7 @@ def test_the_actor_writes_what_it_says_it_wrote(run, batch, cache_uri):
             torch.testing.assert_close(one.float(), other, rtol=2**-10, atol=2**-20)
 
 
-def test_a_image_whose_features_are_not_finite_leaves_its_neighbours_alone(run, batch, cache_uri, monkeypatch):
+def test_an_image_whose_features_are_not_finite_leaves_its_neighbours_alone(run, batch, cache_uri, monkeypatch):
     actor = Encoder(run, cache_uri)
     table, calls = slice_batch(batch, pixel_settings(run)), []
     tower = actor._device._encoder

@@ -4,8 +4,8 @@ import pytest
 
 from meteor import storage
 from meteor.assembly import index_uri
+from meteor.assembly.sample_sets import SampleSet
 from meteor.cache import DatasetIndex
-from pipelines.inputs import SampleSet
 from pipelines.ray_parts import indexing
 from pipelines.ray_parts.image_facts import read_image
 
@@ -65,12 +65,12 @@ def test_a_first_pass_that_ends_early_keeps_what_it_had_published(make_settings,
 
     monkeypatch.setattr(indexing, "read_images", lambda *given: read(*given, until=4))
     with pytest.raises(KeyboardInterrupt):
-        indexing.update_index(settings, sets)
+        indexing.update_index(settings, sets, settings.data.roots)
     assert len(DatasetIndex.latest(index_uri(settings))) == 4
     monkeypatch.setattr(indexing, "read_images", read)
-    index, num_read = indexing.update_index(settings, sets)
+    index, num_read = indexing.update_index(settings, sets, settings.data.roots)
     assert (len(index), num_read) == (6, 2)
-    assert indexing.update_index(settings, sets)[1] == 0
+    assert indexing.update_index(settings, sets, settings.data.roots)[1] == 0
 
 
 def test_a_file_that_samples_name_otherwise_now_is_found_under_both_names(make_settings, tmp_path, monkeypatch):
@@ -84,5 +84,5 @@ def test_a_file_that_samples_name_otherwise_now_is_found_under_both_names(make_s
     )
     indexing.update_index(make_settings(data={"roots": {"": str(folder)}}), [make_set("1.png")])
     settings = make_settings(data={"roots": {"coco/": str(folder)}})
-    index, num_read = indexing.update_index(settings, [make_set("coco/1.png")])
+    index, num_read = indexing.update_index(settings, [make_set("coco/1.png")], settings.data.roots)
     assert ([row.name for row in index.rows()], num_read) == (["1.png", "coco/1.png"], 0)

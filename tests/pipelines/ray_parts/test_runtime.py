@@ -61,3 +61,21 @@ def test_lines_are_logged_while_the_block_runs(caplog):
     assert lines[0] == "images read: 8 of 10, 1 bad"
     assert all(line.startswith("images read: 9 of 10, ") and line.endswith(" left, 1 bad") for line in lines[1:])
     assert not [thread for thread in threading.enumerate() if thread.name == "progress of images read:"]
+
+
+def test_until_the_first_step_the_lines_say_that_workers_start(caplog):
+    caplog.set_level(logging.INFO, logger="pipelines.ray_parts.runtime")
+    # Resumed at step 120: the count is not 0 before workers run.
+    looked, counts = threading.Event(), iter([120, 120, 120, 121])
+
+    def count():
+        done = next(counts, 122)
+        if done == 122:
+            looked.set()
+        return done
+
+    with progress("pretrain: step", 200, count, starting="pretrain: starting 2 workers", every_s=0.01):
+        assert looked.wait(10)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[:2] == ["pretrain: starting 2 workers"] * 2
+    assert lines[2].startswith("pretrain: step 121 of 200")

@@ -6,12 +6,12 @@ import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meteor.runs.reading import StageRun
+from meteor.runs.reading import StageRecord
 from pipelines.studies.results import read_result
 
 
 def test_scores_of_an_earlier_release_are_left_out_and_said(tmp_path, caplog):
-    run = StageRun("evaluate", str(tmp_path), {}, {"counts": {}}, [])
+    run = StageRecord("evaluate", str(tmp_path), {}, {"counts": {}}, [])
     pq.write_table(pa.table({"id": ["1"]}), tmp_path / "predictions.parquet")
     (tmp_path / "scores.json").write_text(json.dumps({"scenes": {"exact_match": 0.5}}))
     with caplog.at_level(logging.WARNING):

@@ -1,13 +1,11 @@
-"""Importance maps against the attention weights of transformers' own layers; and efficiency, as far as counts go."""
+"""Efficiency, as far as counts go."""
 
-import numpy as np
 import pytest
 import torch
 
 from meteor.data.samples import Sample
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.efficiency import measure_answers
-from meteor.evaluation.importance import importance_maps
 from meteor.evaluation.questions import Question
 from meteor.image.pixels import PixelSettings
 from meteor.model import MeteorProcessor
@@ -17,10 +15,8 @@ from meteor.text.tokens import load_tokenizer
 
 @pytest.fixture
 def make_answerer(make_model, tokenizer_folder, tmp_path):
-    def make(projector=None, text_sampler=None):
-        model = make_model(
-            projector or {"name": "meteor", "k": 4}, vision_tower=True, text_sampler=text_sampler, num_hidden_layers=3
-        )
+    def make(projector=None):
+        model = make_model(projector or {"name": "meteor", "k": 4}, vision_tower=True)
         folder = str(tmp_path / "model")
         model.save_pretrained(folder)
         settings = {"pixels": PixelSettings(resolution=56), "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -33,39 +29,6 @@ def make_answerer(make_model, tokenizer_folder, tmp_path):
 
 def make_question(key, text="what is it?"):
     return Question("q", Sample("q", ("a.png",), (Turn("human", text, 1),)), image_keys=(key,))
-
-
-@pytest.mark.parametrize("text_sampler", [None, {"layer": 1, "keep": 0.5}])
-def test_maps_are_the_mean_attention_of_the_questions_words(make_answerer, make_cache, text_sampler):
-    answerer, cache = make_answerer(text_sampler=text_sampler), make_cache()
-    question = make_question(cache.keys()[1])
-    found = importance_maps(answerer, question, cache)
-
-    model, batch = answerer.model, answerer.batch([question], cache)
-    inputs = {
-        name: value for name, value in batch.as_inputs().items() if name not in ("labels", "turns", "image_numbers")
-    }
-    with torch.no_grad():
-        embeds, _, output = model.embed(**inputs)
-        if model.text_sampler is not None:
-            model.text_sampler.begin(None)
-        model.language_model.set_attn_implementation("eager")
-        weights = model.language_model(inputs_embeds=embeds, output_attentions=True).attentions
-    words = ((batch.turns[0] == 1) & (batch.image_numbers[0] == 0)).nonzero().squeeze(-1)
-    slots = (batch.image_numbers[0] == 1).nonzero().squeeze(-1)[: int(batch.num_slots[0])]
-    assert len(words) >= len("what is it?") - 2
-    expected = torch.stack([one[0].mean(dim=0)[words][:, slots].mean(dim=0) for one in weights])
-    np.testing.assert_allclose(found.scores, expected.numpy(), rtol=1e-4, atol=1e-6)
-    assert found.patches.tolist() == output.indices[0].tolist()
-    assert found.grid == tuple(batch.grids[0].tolist())
-    assert model.text_sampler is None or model.text_sampler.keep == 0.5
-
-
-def test_there_are_no_maps_without_words_or_without_patches(make_answerer, make_cache):
-    cache = make_cache()
-    assert importance_maps(make_answerer(), make_question(cache.keys()[0], ""), cache) is None
-    pooled = make_answerer({"name": "avg_pool", "grid": 2})
-    assert importance_maps(pooled, make_question(cache.keys()[0]), cache) is None
 
 
 def test_slots_that_an_adaptive_projector_leaves_unused_are_not_counted(make_answerer, make_cache):

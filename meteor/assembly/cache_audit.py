@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from meteor.assembly import cache_identity, cache_uri, index_uri, load_encoder, pixel_settings
+from meteor.assembly.encoders import cache_identity, load_encoder
+from meteor.assembly.places import cache_uri, index_uri, pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings
 from meteor.data.audit import CacheAudit, audit_cache

@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from contrast import ContrastSet, make_contrast_set
 from PIL import Image
 
 from meteor.errors import SettingsError
 from meteor.image.slicing import plan_slices
-from meteor.synthetic.contrast import ContrastSet, make_contrast_set
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,52 @@
+"""The feature source of a worker, and what the dataset index says about a stage's images."""
+
+from collections.abc import Iterable, Mapping
+
+from meteor.assembly.encoders import load_encoder
+from meteor.assembly.places import pixel_settings
+from meteor.cache import DatasetIndex, FeatureCache, IndexRow
+from meteor.cache.disk_tier import DiskTier
+from meteor.config import RunSettings
+from meteor.data.table import IndexedImage
+from meteor.vision.live import LiveFeatures
+
+
+def open_features(
+    settings: RunSettings, source: str, *, cache: str, version: int, uris: Mapping[str, str], device: str
+) -> FeatureCache | LiveFeatures:
+    """Open the feature source of a worker: the pinned cache version, or the encoder itself."""
+    if source == "cache":
+        options = settings.cache
+        # In front of a local cache it would keep the same bytes twice.
+        tier = (
+            DiskTier(options.disk_tier, int(options.disk_tier_gb * 10**9))
+            if options.disk_tier and cache.startswith("s3://")
+            else None
+        )
+        return FeatureCache.open(cache, version=version, disk_tier=tier)
+    return LiveFeatures(load_encoder(settings, device=device), uris, pixel_settings(settings))
+
+
+def uris_by_key(rows: Iterable[IndexRow]) -> dict[str, str]:
+    """Image key -> URI of a file with that content, for good images."""
+    return {row.image_key: row.uri for row in rows if row.status == "ok"}
+
+
+def indexed_images(index: DatasetIndex, names: Iterable[str]) -> dict[str, IndexedImage]:
+    """Look up images in the index by name; names that it lacks are left out."""
+    wanted = set(names)
+    return {
+        row.name: IndexedImage(row.image_key, row.width, row.height, row.reason)
+        for row in index.rows()
+        if row.name in wanted
+    }
+
+
+def quarantine_into(images: Mapping[str, IndexedImage], quarantined: Mapping[str, str]) -> dict[str, IndexedImage]:
+    """Return the images with the reasons of those that the encoder refused."""
+    return {
+        name: IndexedImage(
+            image.image_key, image.width, image.height, image.reason or quarantined.get(image.image_key, "")
+        )
+        for name, image in images.items()
+    }

@@ -1,0 +1,229 @@
+"""Everything that run settings name, each file read once per command."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from meteor import storage
+from meteor.assembly.encoders import cache_identity, load_encoder
+from meteor.assembly.places import SampleFile, cache_uri, index_uri, sample_files, training_files
+from meteor.assembly.sample_sets import SampleSet, as_samples, load_set, mix, mixture_digest, names_of_images
+from meteor.cache import CacheIdentity, DatasetIndex, FeatureCache
+from meteor.cache.manifest import latest_manifest
+from meteor.config import RunSettings, settings_digest
+from meteor.errors import CacheError, SettingsError
+from meteor.evaluation.question_set import QuestionSet, load_question_set
+from meteor.projector.file import projector_digest
+from meteor.runs import pins
+from meteor.runs.identity import Versions
+from meteor.stages import TrainingStage
+from meteor.train.build import llm_fingerprint
+from meteor.vision.encoder import FrozenClip
+
+T = TypeVar("T")
+
+
+class Inputs:
+    """Files, versions and fingerprints behind the names in run settings; the `Facts` of `meteor.runs.identity`.
+
+    A command makes one and hands it down, so that nothing is read or hashed twice, however many stages and variants ask.
+    Threads may share it. What a stage publishes meanwhile is seen after `refresh`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._known: dict[tuple[Any, ...], Any] = {}
+        self._published: dict[tuple[Any, ...], Any] = {}
+
+    def refresh(self) -> None:
+        """Look for newer versions of indexes and caches from now on."""
+        with self._lock:
+            self._published.clear()
+
+    # Samples and questions
+
+    def sample_set(self, name: str, uri: str) -> SampleSet:
+        """An annotation file; errors as `meteor.data.samples.load_samples`."""
+        return replace(self.once(("samples", uri), lambda: load_set(name, uri)), name=name)
+
+    def training_sets(self, settings: RunSettings, stage: TrainingStage) -> list[SampleSet]:
+        """The files that a stage trains on, in an order that depends on their content alone.
+
+        Raises:
+            SettingsError: the run names none, or names one file twice.
+        """
+        files = training_files(settings, stage)
+        if not files:
+            raise SettingsError(f"data.{stage} is not set: name the LLaVA JSON of this stage")
+        key = ("mixture", tuple((file.uri, file.weight) for file in files))
+        sets = self.once(key, lambda: mix(stage, [self._weighted(file) for file in files]))
+        return [replace(found, name=file.name) for found in sets for file in files if file.uri == found.uri]
+
+    def _weighted(self, file: SampleFile) -> SampleSet:
+        return replace(self.sample_set(file.name, file.uri), weight=file.weight)
+
+    def all_sets(self, settings: RunSettings) -> list[SampleSet]:
+        """All sample sets of the run, the questions' samples included.
+
+        Raises:
+            SettingsError: the run names none.
+        """
+        files = [file for file in sample_files(settings) if file.stage is not None]
+        sets = [self.sample_set(file.name, file.uri) for file in files]
+        return sets + [as_samples(questions) for questions in self.question_sets(settings)]
+
+    def question_sets(self, settings: RunSettings) -> list[QuestionSet]:
+        """All question sets of the run; empty if it names none."""
+        return [self.question_set(settings, name) for name in settings.data.evaluate]
+
+    def question_set(self, settings: RunSettings, name: str) -> QuestionSet:
+        """A question set of the run; errors as `meteor.evaluation.question_set.load_question_set`."""
+        wanted = settings.data.evaluate[name]
+        arguments = {
+            **wanted.model_dump(exclude={"path"}),
+            "uri": wanted.path,
+            "embedded_root": storage.join(settings.cache_root, "question_images"),
+            "long_side": settings.evaluate.long_side,
+        }
+        key = ("questions", name, settings_digest(arguments))
+        return self.once(key, lambda: load_question_set(name, **arguments))
+
+    def image_roots(self, settings: RunSettings) -> dict[str, str]:
+        """The run's image roots, and the folders that ``@<question set>/`` stands for."""
+        sets = self.question_sets(settings)
+        own = {questions.prefix: questions.image_root for questions in sets if questions.image_root is not None}
+        return {**settings.data.roots, **own}
+
+    # Encoder, index and cache
+
+    def encoder(self, settings: RunSettings) -> FrozenClip:
+        """The frozen tower, on the CPU; errors as `load_encoder`."""
+        key = ("encoder", settings.vision.model_dump_json(), settings.slicing.patch_size)
+        return self.once(key, lambda: load_encoder(settings))
+
+    def cache_identity(self, settings: RunSettings) -> CacheIdentity:
+        """The identity of the run's feature cache."""
+        key = ("cache", settings.vision.model_dump_json(), settings.slicing.model_dump_json())
+        return self.once(key, lambda: cache_identity(settings, self.encoder(settings)))
+
+    def cache_uri(self, settings: RunSettings) -> str:
+        """The cache, in the run's codec, that the run reads and fills."""
+        return cache_uri(settings, self.cache_identity(settings))
+
+    def index(self, settings: RunSettings) -> DatasetIndex:
+        """The version of the dataset index that a stage reads when it starts now.
+
+        Raises:
+            CacheError: cache_features has not run.
+        """
+        uri, version = index_uri(settings), settings.cache.index_version
+        if version is None:
+            version = self.once(("latest index", uri), lambda: DatasetIndex.latest_version(uri), self._published)
+        if not version:
+            raise CacheError(f"there is no dataset index at {uri}: run cache_features first")
+        return self.index_version(settings, version)
+
+    def index_version(self, settings: RunSettings, version: int) -> DatasetIndex:
+        """A published version of the dataset index."""
+        uri = index_uri(settings)
+        return self.once(("index", uri, version), lambda: DatasetIndex.open(uri, version))
+
+    def cache_version(self, settings: RunSettings) -> int:
+        """The version of the cache that a stage reads when it starts now.
+
+        Raises:
+            CacheError: cache_features has not run.
+        """
+        uri = self.cache_uri(settings)
+        version = settings.cache.version
+        if version is None:
+            version = self.once(("latest cache", uri), lambda: latest_manifest(uri), self._published)
+        if not version:
+            raise CacheError(f"there is no feature cache at {uri}: run cache_features with these settings first")
+        return version
+
+    def cache(self, settings: RunSettings) -> FeatureCache:
+        """The feature cache at that version."""
+        return self.cache_at(settings, self.cache_version(settings))
+
+    def cache_at(self, settings: RunSettings, version: int) -> FeatureCache:
+        """A published version of the run's feature cache."""
+        uri = self.cache_uri(settings)
+        return self.once(("open cache", uri, version), lambda: FeatureCache.open(uri, version=version))
+
+    def index_digest(self, index: DatasetIndex, sets: Sequence[SampleSet]) -> str:
+        """Digest of the sets' images in a version of the index; errors as `DatasetIndex.digest`."""
+        key = ("index digest", index.uri, index.version, *sorted({file.digest for file in sets}))
+        return self.once(key, lambda: index.digest(names_of_images(sets)))
+
+    # Facts, for `meteor.runs.identity.identify`
+
+    def all_samples(self, settings: RunSettings) -> list[str]:
+        return sorted(file.digest for file in self.all_sets(settings))
+
+    def training_samples(self, settings: RunSettings, stage: TrainingStage) -> str:
+        return mixture_digest(self.training_sets(settings, stage))
+
+    def questions(self, settings: RunSettings) -> dict[str, str]:
+        return {questions.name: questions.scoring_digest for questions in self.question_sets(settings)}
+
+    def cache_key(self, settings: RunSettings) -> str:
+        return self.cache_identity(settings).key
+
+    def llm(self, path: str) -> str:
+        return self.once(("llm", path), lambda: llm_fingerprint(path))
+
+    def projector(self, uri: str) -> str:
+        return self.once(("projector", uri), lambda: projector_digest(uri))
+
+    def model(self, uri: str) -> str:
+        return self.once(("model", uri), lambda: _model_digest(uri))
+
+    def choose_versions(
+        self, settings: RunSettings, stage: TrainingStage, content: Mapping[str, Any]
+    ) -> Versions | None:
+        try:
+            current = self.current_versions(settings, stage)
+        except CacheError:
+            return None
+        return pins.choose_versions(settings, stage, content, current)
+
+    def current_versions(self, settings: RunSettings, stage: TrainingStage) -> Versions:
+        """The versions that a training stage reads when it starts now and has no pin.
+
+        Raises:
+            CacheError: cache_features has not run, or not over all of the stage's images.
+        """
+        index = self.index(settings)
+        digest = self.index_digest(index, self.training_sets(settings, stage))
+        return Versions(index.version, digest, self.cache_version(settings))
+
+    def question_images(self, settings: RunSettings) -> dict[str, str] | None:
+        try:
+            index = self.index(settings)
+            sets = [as_samples(questions) for questions in self.question_sets(settings)]
+            return {questions.name: self.index_digest(index, [questions]) for questions in sets}
+        except CacheError:
+            return None
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], T], known: dict[tuple[Any, ...], Any] | None = None) -> T:
+        """The value of a key, made at the first call.
+
+        Args:
+            key: what the value is, and all that it depends on.
+            make: makes the value.
+            known: the store; values that `refresh` forgets have a store of their own.
+        """
+        known = self._known if known is None else known
+        with self._lock:
+            if key not in known:
+                known[key] = make()
+            return known[key]
+
+
+def _model_digest(uri: str) -> str:
+    files = {info.uri.removeprefix(uri): [info.size_bytes, info.etag] for info in storage.list_objects(uri)}
+    if not files:
+        raise SettingsError(f"evaluate.model={uri!r} holds no model: give the directory that finetune leaves")
+    return settings_digest(files)

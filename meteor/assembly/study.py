@@ -1,0 +1,96 @@
+"""A study's variants, its folder, and the versions of index and caches that all variants read."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from meteor import storage
+from meteor.assembly.inputs import Inputs
+from meteor.assembly.sample_sets import names_of_images
+from meteor.cache import FeatureCache
+from meteor.config import RunSettings, Variant, expand_study, resolve_paths, settings_digest
+from meteor.errors import NotFoundError
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StudyPins:
+    """Versions that all variants read, whatever is published later.
+
+    Attributes:
+        index_version: version of the dataset index.
+        caches: cache URI -> version.
+    """
+
+    index_version: int
+    caches: dict[str, int]
+
+    def apply(self, variant: Variant, inputs: Inputs) -> Variant:
+        """Return the variant with settings that name these versions."""
+        settings = variant.settings
+        versions = {"index_version": self.index_version, "version": self.caches.get(inputs.cache_uri(settings))}
+        cache = settings.cache.model_copy(update=versions)
+        return replace(variant, settings=settings.model_copy(update={"cache": cache}))
+
+
+def study_variants(settings: RunSettings) -> list[Variant]:
+    """All variants of a run's study, with absolute paths; errors as `expand_study`."""
+    return [replace(variant, settings=resolve_paths(variant.settings)) for variant in expand_study(settings)]
+
+
+def pinned_variants(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs) -> list[Variant]:
+    """The variants as the study reads them: on its pinned versions, or before its first start on the newest."""
+    pins = read_pins(settings)
+    return [pins.apply(variant, inputs) for variant in variants] if pins else list(variants)
+
+
+def study_uri(settings: RunSettings, *parts: str) -> str:
+    """The study's folder, or a file in it."""
+    return storage.join(settings.output, "studies", settings.name, *parts)
+
+
+def read_pins(settings: RunSettings) -> StudyPins | None:
+    """The study's pins; None before its first start."""
+    try:
+        return StudyPins(**storage.read_json(study_uri(settings, "pins.json")))
+    except NotFoundError:
+        return None
+
+
+def hold_pins(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs) -> StudyPins:
+    """Make the study's pins at its first start, and again if they lack an image of a variant that was added later.
+
+    New pins may make other stages of variants whose images have changed: results of different images are never compared.
+
+    Raises:
+        CacheError: cache_features has not run for all variants.
+    """
+    runs = {inputs.cache_uri(variant.settings): variant.settings for variant in variants}
+    pins = read_pins(settings)
+    if pins is None or not _holds_all(settings, pins, runs, inputs):
+        if pins is not None:
+            _LOG.info("%s: images or caches are new; its runs are planned on the newest versions", settings.name)
+        newest = {uri: inputs.cache_version(run) for uri, run in runs.items()}
+        pins = StudyPins(inputs.index(settings).version, newest)
+        storage.write_json(study_uri(settings, "pins.json"), vars(pins))
+    for uri, version in pins.caches.items():
+        holder = settings_digest({"study": settings.name, "output": settings.output, "version": version})
+        FeatureCache.open(uri, version=version).pin(holder, {"name": settings.name, "study": study_uri(settings)})
+    return pins
+
+
+def _holds_all(settings: RunSettings, pins: StudyPins, runs: dict[str, RunSettings], inputs: Inputs) -> bool:
+    """Whether index and caches at the pinned versions hold every image of every variant."""
+    if not runs.keys() <= pins.caches.keys():
+        return False
+    rows = {row.name: row for row in inputs.index_version(settings, pins.index_version).rows()}
+    for uri, run in runs.items():
+        names = names_of_images(inputs.all_sets(run))
+        if not names <= rows.keys():
+            return False
+        cache = inputs.cache_at(run, pins.caches[uri])
+        known = set(cache.keys()) | set(cache.quarantined())
+        if any(rows[name].status == "ok" and rows[name].image_key not in known for name in names):
+            return False
+    return True

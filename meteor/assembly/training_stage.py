@@ -1,0 +1,91 @@
+"""A training stage before its workers start: its identity, folder, samples, and the projector that it starts from."""
+
+from dataclasses import dataclass
+
+from meteor.assembly.inputs import Inputs
+from meteor.assembly.sample_sets import SampleSet
+from meteor.cache import DatasetIndex, FeatureCache
+from meteor.config import RunSettings
+from meteor.errors import SettingsError
+from meteor.runs.folder import StageFolder
+from meteor.runs.identity import StageIdentity, Versions, identify
+from meteor.stages import TrainingStage
+
+
+@dataclass(frozen=True)
+class PreparedStage:
+    """A training stage that may start.
+
+    Attributes:
+        folder: the stage's folder, finished or not.
+        versions: versions of index and cache that the stage reads.
+        sets: sample sets that the stage trains on.
+        index: the dataset index at that version.
+        cache: the feature cache at that version.
+        parent: URI and digest of the projector that stage 2 starts from; None for stage 1.
+    """
+
+    folder: StageFolder
+    versions: Versions
+    sets: list[SampleSet]
+    index: DatasetIndex
+    cache: FeatureCache
+    parent: dict[str, str] | None
+
+    @property
+    def identity(self) -> StageIdentity:
+        return self.folder.identity
+
+
+def prepare(settings: RunSettings, stage: TrainingStage, inputs: Inputs) -> PreparedStage:
+    """Find everything that a training stage starts with.
+
+    Raises:
+        SettingsError: the stage has no samples, or stage 2 has no stage 1 that has finished.
+        CacheError: cache_features has not run over all of the stage's images.
+    """
+    sets = inputs.training_sets(settings, stage)
+    parent = _parent(settings, inputs) if stage == "finetune" else None
+    identity = identify(settings, stage, inputs)
+    # Without versions the same question says what is missing.
+    versions = identity.versions or inputs.current_versions(settings, stage)
+    return PreparedStage(
+        folder=StageFolder(settings.output, identity),
+        versions=versions,
+        sets=sets,
+        index=inputs.index_version(settings, versions.index_version),
+        cache=inputs.cache_at(settings, versions.cache_version),
+        parent=parent,
+    )
+
+
+def _parent(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
+    """URI and digest of stage 1: the projector that the settings name, or the result of the run's own stage 1."""
+    named = settings.finetune.pretrained
+    if named:
+        return {"uri": named, "digest": inputs.projector(named)}
+    if not settings.data.sources("pretrain"):
+        raise SettingsError("stage 2 needs a projector: set finetune.pretrained, or data.pretrain and run pretrain")
+    own = StageFolder(settings.output, identify(settings, "pretrain", inputs))
+    summary = own.finished()
+    if summary is None:
+        raise SettingsError(
+            "stage 1 of this run has not finished: run pretrain with the same settings first, or set finetune.pretrained"
+        )
+    return {"uri": summary.results["projector"], "digest": own.digest}
+
+
+def find_model(settings: RunSettings, inputs: Inputs) -> tuple[str, str]:
+    """URI and digest of the model to evaluate: the one that the settings name, or the result of the run's own stage 2.
+
+    Raises:
+        SettingsError: stage 2 has not finished.
+    """
+    named = settings.evaluate.model
+    if named:
+        return named, inputs.model(named)
+    own = StageFolder(settings.output, identify(settings, "finetune", inputs))
+    summary = own.finished()
+    if summary is None:
+        raise SettingsError("stage 2 of this run has not finished: run finetune first, or set evaluate.model")
+    return summary.results["model"], own.digest

@@ -1,0 +1,50 @@
+"""Conventions of all command lines: run files and overrides, exit statuses, one line per error.
+
+Exit statuses: 0 all is well; 1 a check failed, or two things that were compared differ; 2 an error, whose message is on
+standard error, or a wrong command line.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from meteor.config import RunSettings, load_run, resolve_paths
+from meteor.errors import MeteorError
+
+OK, DIFFERS, ERROR = 0, 1, 2
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add ``--run FILE`` and overrides, which may stand before and after any option."""
+    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line. Overrides are collected from everywhere: argparse takes them from one place only."""
+    arguments, rest = parser.parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def read_run(arguments: argparse.Namespace) -> RunSettings:
+    """The run file of the command line with its overrides; local paths become absolute."""
+    return resolve_paths(load_run(arguments.run, arguments.overrides))
+
+
+def run_command(act: Callable[[], int]) -> int:
+    """Call ``act`` and return its exit status, or `ERROR` after printing the message of an error of ours."""
+    try:
+        return act()
+    except MeteorError as error:
+        print_error(type(error).__name__, str(error))
+        return ERROR
+
+
+def print_error(kind: str, message: str) -> None:
+    """Print one error on standard error."""
+    print(f"{kind}: {message}", file=sys.stderr)

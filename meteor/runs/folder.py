@@ -1,0 +1,123 @@
+"""A stage's folder: what it was started with, and the summary that says it has finished."""
+
+import importlib.metadata
+import subprocess
+from dataclasses import dataclass, field
+from typing import Any
+
+import meteor
+from meteor import storage
+from meteor.config import RunSettings
+from meteor.errors import NotFoundError
+from meteor.formatting import format_duration
+from meteor.runs.identity import StageIdentity
+
+_PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "mlflow-skinny")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Result of a finished stage.
+
+    Attributes:
+        stage: name of the stage.
+        counts: numbers for the terminal and MLflow, in the order shown.
+        seconds: duration of the last start.
+        results: name -> URI of what the stage leaves.
+        reused: whether an earlier start had finished the stage.
+        extra: more numbers, for the report and later plans.
+    """
+
+    stage: str
+    counts: dict[str, Any]
+    seconds: float
+    results: dict[str, str]
+    reused: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """A few aligned lines for the terminal."""
+        head = "finished before, nothing to do" if self.reused else f"finished in {format_duration(self.seconds)}"
+        rows = [*self.counts.items(), *self.results.items()]
+        width = max((len(key) for key, _ in rows), default=0)
+        lines = [f"  {key.replace('_', ' '):<{width}}  {_number(value)}" for key, value in rows]
+        return "\n".join([f"{self.stage}: {head}", *lines])
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+class StageFolder:
+    """The folder of one stage below ``<output>/runs``, named by the stage's identity.
+
+    Args:
+        output: root of everything the run writes.
+        identity: identity of the stage.
+    """
+
+    def __init__(self, output: str, identity: StageIdentity) -> None:
+        self.identity = identity
+        self.uri = storage.join(output, "runs", identity.name)
+
+    @property
+    def stage(self) -> str:
+        return self.identity.stage
+
+    @property
+    def digest(self) -> str:
+        return self.identity.digest
+
+    def started(self) -> bool:
+        """Whether ``run.json`` is there."""
+        return storage.exists(storage.join(self.uri, "run.json"))
+
+    def finished(self) -> Summary | None:
+        """The summary of an earlier start; None if no start has finished."""
+        try:
+            content = storage.read_json(storage.join(self.uri, "summary.json"))
+        except NotFoundError:
+            return None
+        return Summary(**{**content, "reused": True})
+
+    def start(self, settings: RunSettings, **facts: Any) -> None:
+        """Write ``run.json``: everything that is needed to repeat the stage."""
+        content = {
+            "stage": self.stage,
+            "name": settings.name,
+            "digest": self.digest,
+            "settings": settings.model_dump(mode="json"),
+            "git_commit": git_commit(),
+            "versions": installed_versions(),
+            **facts,
+        }
+        storage.write_json(storage.join(self.uri, "run.json"), content)
+
+    def finish(self, summary: Summary) -> Summary:
+        """Write ``summary.json``, last: its existence means that the stage is complete."""
+        content = {"stage": summary.stage, "counts": summary.counts, "seconds": summary.seconds}
+        content |= {"results": summary.results, "extra": summary.extra}
+        storage.write_json(storage.join(self.uri, "summary.json"), content)
+        return summary
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory; None outside a checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def installed_versions() -> dict[str, str]:
+    """Package -> version of this project and of the packages that compute; absent packages are left out."""
+    found = {"meteor": meteor.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,63 @@
+"""Pins: the versions of index and cache that a run read at its first start, and reads at every later one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from meteor import storage
+from meteor.cache import FeatureCache
+from meteor.config import RunSettings, settings_digest
+from meteor.errors import NotFoundError
+from meteor.runs.folder import StageFolder
+from meteor.runs.identity import StageIdentity, Versions
+from meteor.stages import TrainingStage
+
+
+def choose_versions(
+    settings: RunSettings, stage: TrainingStage, content: Mapping[str, Any], current: Versions
+) -> Versions:
+    """The versions that a stage reads: those of its pin, or the current ones.
+
+    An unfinished stage keeps its pin while index and cache grow. A finished stage whose images have changed since is another
+    stage, on the current versions. Versions that the settings name go before any pin.
+
+    Args:
+        settings: settings of the run.
+        stage: name of the stage.
+        content: the stage's identity without its images.
+        current: the newest versions, or those that the settings name.
+    """
+    if settings.cache.version is not None and settings.cache.index_version is not None:
+        return current
+    pinned = _read(_uri(settings, stage, content))
+    if pinned is None or pinned.index_digest == current.index_digest:
+        return pinned or current
+    pinned_stage = StageIdentity(stage, {**content, "images": pinned.index_digest})
+    return current if StageFolder(settings.output, pinned_stage).finished() else pinned
+
+
+def hold_pin(settings: RunSettings, identity: StageIdentity, cache_uri: str) -> FeatureCache:
+    """Write the pin twice: for the next start of this stage, and in the cache, whose clean-up then spares the version.
+
+    Returns:
+        The pinned version of the cache.
+    """
+    versions = identity.versions
+    assert versions is not None
+    content = {name: value for name, value in identity.content.items() if name != "images"}
+    pin = {"run_digest": identity.digest, **vars(versions)}
+    storage.write_json(_uri(settings, identity.stage, content), pin)
+    cache = FeatureCache.open(cache_uri, version=versions.cache_version)
+    cache.pin(identity.digest, {"name": settings.name, "stage": identity.stage, "output": settings.output})
+    return cache
+
+
+def _uri(settings: RunSettings, stage: str, content: Mapping[str, Any]) -> str:
+    return storage.join(settings.output, "pins", f"{stage}-{settings_digest(content)[:16]}.json")
+
+
+def _read(uri: str) -> Versions | None:
+    try:
+        content = storage.read_json(uri)
+    except NotFoundError:
+        return None
+    return Versions(content["index_version"], content["index_digest"], content["cache_version"])

@@ -1,0 +1,75 @@
+"""Stages of several runs as tasks: each stage that runs agree on becomes one task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from meteor.config import RunSettings
+from meteor.runs.folder import StageFolder
+from meteor.runs.identity import Facts, StageIdentity, identify_all
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage, for all runs that agree on it.
+
+    Attributes:
+        identity: identity of the stage.
+        settings: settings of the first run; a shared stage has a name of its own, as it belongs to no single variant.
+        used_by: names of the runs that need the stage.
+        needs: keys of the tasks before it.
+    """
+
+    identity: StageIdentity
+    settings: RunSettings
+    used_by: tuple[str, ...]
+    needs: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The same for stages that are the same."""
+        return self.identity.digest
+
+    @property
+    def stage(self) -> str:
+        return self.identity.stage
+
+    @property
+    def folder(self) -> StageFolder:
+        return StageFolder(self.settings.output, self.identity)
+
+    @property
+    def label(self) -> str:
+        """The task's name in messages."""
+        if len(self.used_by) == 1:
+            return f"{self.used_by[0]}, {self.stage}"
+        return f"{self.stage} of {self.used_by[0]} and {len(self.used_by) - 1} more"
+
+
+def make_tasks(runs: Sequence[RunSettings], facts: Facts) -> dict[str, Task]:
+    """Key -> task, in the order of the runs, each run's own chain in a row.
+
+    Args:
+        runs: settings of the runs; their names differ.
+        facts: content behind the names in the settings.
+    """
+    chains = {run.name: list(identify_all(run, facts).values()) for run in runs}
+    users: dict[str, list[str]] = {}
+    for name, chain in chains.items():
+        for identity in chain:
+            users.setdefault(identity.digest, []).append(name)
+    tasks: dict[str, Task] = {}
+    for run in runs:
+        needs: tuple[str, ...] = ()
+        for identity in chains[run.name]:
+            used_by = tuple(users[identity.digest])
+            tasks.setdefault(identity.digest, Task(identity, _shared(run, identity, used_by), used_by, needs))
+            needs = (identity.digest,)
+    return tasks
+
+
+def _shared(settings: RunSettings, identity: StageIdentity, used_by: tuple[str, ...]) -> RunSettings:
+    """Give a stage that several runs share a name of its own."""
+    if len(used_by) == 1:
+        return settings
+    tracking = settings.tracking.model_copy(update={"used_by": used_by})
+    return settings.model_copy(update={"tracking": tracking, "name": f"shared-{identity.digest[:6]}"})

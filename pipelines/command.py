@@ -1,0 +1,88 @@
+"""The command line that all stages share."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import ray.exceptions
+
+from meteor.assembly import Inputs
+from meteor.command_line import DIFFERS, ERROR, OK, add_run, parse, print_error, read_run, run_command
+from meteor.config import RunSettings
+from meteor.planning.run_check import check_run
+from meteor.runs.folder import Summary
+from pipelines.ray_parts.logs import configure_logging
+from pipelines.ray_parts.runtime import error_of_ours, ray_session
+
+
+def stage_main(
+    stage: str,
+    description: str,
+    run: Callable[[RunSettings, Inputs], Summary],
+    plan: Callable[[RunSettings, Inputs], str],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run the command line of a stage.
+
+    Args:
+        stage: name of the module below `pipelines`.
+        description: text of ``--help``.
+        run: the stage.
+        plan: text of ``--dry-run``.
+        argv: words of the command line.
+
+    Returns:
+        The exit status, see `meteor.command_line`; with ``--dry-run`` 1 if the data check finds something.
+    """
+    arguments = parse(stage_parser(stage, description), argv)
+
+    def act() -> int:
+        settings, inputs = read_run(arguments), Inputs()
+        if arguments.dry_run:
+            report = check_run(settings, inputs)
+            print(report.to_text(), end="\n\n")
+            print(plan(settings, inputs))
+            return OK if report.ok else DIFFERS
+        with ray_session(settings.runtime):
+            print(run(settings, inputs).to_text())
+        return OK
+
+    return guarded(act)
+
+
+def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """The options that all stages have."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{stage}",
+        description=description,
+        epilog="All settings with their meaning: meteor config explain",
+    )
+    add_run(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check the data, print the plan, change nothing")
+    return parser
+
+
+def guarded(act: Callable[[], int]) -> int:
+    """Call ``act`` with this project's logging and return its exit status.
+
+    Errors of this project become one line and status 2, also when a remote task raised them. Unexpected errors keep their
+    traceback.
+    """
+    configure_logging()
+    try:
+        return run_command(act)
+    # An error that a remote task raised has Ray's class and Ray's text.
+    except ray.exceptions.RayError as error:
+        line = error_of_ours(error)
+        if line is None:
+            raise
+        print_error(*line.split(": ", 1))
+        return ERROR
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+    """Give a function that returns the seconds since the start of the block."""
+    started = time.perf_counter()
+    yield lambda: time.perf_counter() - started

@@ -1,0 +1,70 @@
+"""Waiting for a cluster that is large enough for a stage's workers."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from meteor.config.settings import RuntimeSettings
+from meteor.errors import ClusterError
+from meteor.formatting import format_duration
+from meteor.planning.workers import WorkerRequest, describe_nodes
+from pipelines.ray_parts.runtime import session_is_local
+
+_LOG = logging.getLogger(__name__)
+_POLL_S = 2.0
+_LINE_EVERY_S = 60.0
+
+
+def wait_for_room(request: WorkerRequest, runtime: RuntimeSettings, *, at_least: int | None = None) -> None:
+    """Return when the cluster's nodes have room for a stage's workers.
+
+    Workers of other jobs are not looked at: what they use comes free again. A cluster with an autoscaler is asked to grow.
+
+    Args:
+        request: the workers.
+        runtime: ``wait_for_nodes_minutes`` limits the waiting. A local Ray never grows: there is no waiting.
+        at_least: number of workers that is enough to start; all if not given.
+
+    Raises:
+        ClusterError: the cluster is too small, and did not grow in time.
+    """
+    enough = request.num if at_least is None else at_least
+    limit_s = 0.0 if session_is_local() else 60 * runtime.wait_for_nodes_minutes
+    started, next_line_s = time.monotonic(), 0.0
+    is_asked = False
+    while (room := request.room(nodes := alive_nodes())) < enough:
+        waited_s = time.monotonic() - started
+        there = f"the cluster has {describe_nodes(nodes)}, room for {room}"
+        if waited_s >= limit_s:
+            raise ClusterError(f"{request.to_text()} are asked for, and {there}. {_advice(request, limit_s)}")
+        if not is_asked:
+            bundle = {"CPU": request.cpus, **({"GPU": request.gpus} if request.gpus else {})}
+            request_resources(bundles=[bundle] * request.num)
+            is_asked = True
+        if waited_s >= next_line_s:
+            left = format_duration(limit_s - waited_s)
+            _LOG.warning("waiting for nodes: %s are asked for, %s; %s left", request.to_text(), there, left)
+            next_line_s += _LINE_EVERY_S
+        time.sleep(_POLL_S)
+    if is_asked:
+        request_resources(bundles=[])
+    if room < request.num:
+        _LOG.warning(
+            "%s are asked for, and the cluster has %s: room for %d", request.to_text(), describe_nodes(nodes), room
+        )
+
+
+def _advice(request: WorkerRequest, limit_s: float) -> str:
+    if session_is_local():
+        return f"Lower {request.settings}, or name a larger cluster by RAY_ADDRESS"
+    waited = f"; waited {format_duration(limit_s)}" if limit_s else ""
+    return f"Add nodes, lower {request.settings}, or raise runtime.wait_for_nodes_minutes{waited}"
+
+
+def alive_nodes() -> list[Mapping[str, Any]]:
+    """The resources of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,57 @@
+"""The caches that a study's variants read: each encoded once, or converted from another codec."""
+
+import logging
+from collections.abc import Iterable
+
+from meteor.assembly import Inputs
+from meteor.cache.manifest import latest_manifest
+from meteor.cache.upkeep import transcode
+from meteor.config import RunSettings
+from meteor.runs.tasks import Task
+from pipelines import cache_features
+
+_LOG = logging.getLogger(__name__)
+# Codecs that lose nothing of the encoder's numbers are filled first: the others can be made from them.
+_LOSSLESS = ("float32", "bfloat16", "float16")
+
+
+def fill_caches(tasks: Iterable[Task], inputs: Inputs) -> None:
+    """Run every cache_features task; features that a cache in another codec holds are converted, not encoded."""
+    caches = [task for task in tasks if task.stage == "cache_features"]
+    for task in sorted(caches, key=lambda task: task.settings.cache.codec not in _LOSSLESS):
+        source = other_codec(task.settings, inputs)
+        if source is not None:
+            _convert(source, task.settings.cache.codec)
+            inputs.refresh()
+        summary = cache_features.run(task.settings, inputs)
+        _LOG.info(
+            "cache for %d runs: %s of %s images encoded now, %s",
+            len(task.used_by),
+            summary.counts["images_encoded"] if not summary.reused else 0,
+            summary.counts["distinct_images"],
+            summary.results["cache"],
+        )
+
+
+def other_codec(settings: RunSettings, inputs: Inputs) -> str | None:
+    """URI of a cache of these features in a codec that the run's codec can be made from; None if there is none."""
+    for codec in _LOSSLESS:
+        if codec != settings.cache.codec:
+            cache = settings.cache.model_copy(update={"codec": codec})
+            uri = inputs.cache_uri(settings.model_copy(update={"cache": cache}))
+            if latest_manifest(uri):
+                return uri
+    return None
+
+
+def _convert(source: str, codec: str) -> None:
+    """Make a cache in one codec from a cache in another."""
+    is_logged = False
+
+    def log_once(num_done: int, num_images: int) -> None:
+        nonlocal is_logged
+        if not is_logged:
+            _LOG.info("cache in %s: made from %s, without the encoder", codec, source)
+            is_logged = True
+
+    transcode(source, codec, on_progress=log_once)
