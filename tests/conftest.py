@@ -59,6 +59,7 @@ IDENTITY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group tests for pytest-xdist: a file's tests stay together, and so do all that share the Ray session.
 
