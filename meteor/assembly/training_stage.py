@@ -79,7 +79,7 @@ def find_model(settings: RunSettings, inputs: Inputs) -> tuple[str, str]:
     """URI and digest of the model to evaluate: the one that the settings name, or the result of the run's own stage 2.
 
     Raises:
-        SettingsError: stage 2 has not finished.
+        SettingsError: stage 1 or stage 2 has not finished.
     """
     named = settings.evaluate.model
     if named:
@@ -87,5 +87,6 @@ def find_model(settings: RunSettings, inputs: Inputs) -> tuple[str, str]:
     own = StageFolder(settings.output, identify(settings, "finetune", inputs))
     summary = own.finished()
     if summary is None:
+        _parent(settings, inputs)  # raises if it is stage 1 that has to run first
         raise SettingsError("stage 2 of this run has not finished: run finetune first, or set evaluate.model")
     return summary.results["model"], own.digest

@@ -98,8 +98,8 @@ def test_the_plan_tells_what_is_shared_and_what_is_done(make_study, encode):
     assert "nothing to encode" in text
     assert "not known before a stage has finished" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-3:]}
-    assert rows["quick"] == ["with", "plain", "with", "plain", "to", "do", "to", "do"]
-    assert rows["pooled"][:2] == ["with", "plain"]
+    assert rows["quick"] == ["finished", "with", "plain", "to", "do", "to", "do"]
+    assert rows["pooled"] == ["finished", *["to", "do"] * 3]
 
 
 def test_names_of_tables_and_variants_choose(make_study):

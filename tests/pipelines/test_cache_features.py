@@ -116,7 +116,7 @@ def test_an_error_inside_an_actor_is_told_in_one_line(make_settings, tmp_path, i
     (Path(uri) / "data").write_text("a file where a folder should be")
     run_file = tmp_path / "run.yaml"
     run_file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
-    assert stage_main("cache_features", "", cache_features.run, cache_features.plan, ["--run", str(run_file)]) == 1
+    assert stage_main("cache_features", "", cache_features.run, cache_features.plan, ["--run", str(run_file)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"StorageError: {uri}/data/")
     assert "a file stands where its folder" in last

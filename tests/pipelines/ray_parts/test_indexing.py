@@ -82,7 +82,8 @@ def test_a_file_that_samples_name_otherwise_now_is_found_under_both_names(make_s
         "read_images",
         lambda places, limit: [indexing.IndexRow(**read_image(one, max_pixels=limit)) for one in places],
     )
-    indexing.update_index(make_settings(data={"roots": {"": str(folder)}}), [make_set("1.png")])
+    flat = make_settings(data={"roots": {"": str(folder)}})
+    indexing.update_index(flat, [make_set("1.png")], flat.data.roots)
     settings = make_settings(data={"roots": {"coco/": str(folder)}})
     index, num_read = indexing.update_index(settings, [make_set("coco/1.png")], settings.data.roots)
     assert ([row.name for row in index.rows()], num_read) == (["1.png", "coco/1.png"], 0)
