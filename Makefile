@@ -21,8 +21,9 @@ demo: install
 	$(BIN)/meteor synthetic models outputs/demo/models
 	$(BIN)/python -m pipelines.all --run jobs/runs/demo.yaml
 
+# Two processes; tests/conftest.py says which tests stay together.
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # Learning, restarts, several processes: minutes on two cores.
 test-slow: install

@@ -59,6 +59,19 @@ IDENTITY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for pytest-xdist: a file's tests stay together, and so do all that share the Ray session.
+
+    Ray's group comes first, as it takes longest. It is one group because a second session costs more than it gains: starting
+    its processes keeps two cores busy.
+    """
+    groups = {item: "ray" if "ray_once" in item.fixturenames else item.nodeid.partition("::")[0] for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: groups[item] != "ray")
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., MeteorForConditionalGeneration]:
     def make(

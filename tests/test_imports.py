@@ -30,6 +30,15 @@ def test_the_library_imports_without_the_packages_of_the_pipelines():
     assert done.returncode == 0, done.stderr
 
 
+def test_tasks_on_every_cpu_and_the_training_controller_import_no_model():
+    # Each costs seconds and hundreds of megabytes in every process of the cluster that runs such a task.
+    lines = ["import sys", "import pipelines.ray_parts.image_facts", "assert 'torch' not in sys.modules"]
+    lines += ["import pipelines.ray_parts.slicing", "assert 'ray' not in sys.modules"]
+    lines += ["import pipelines.ray_parts.log_to_mlflow", "assert 'transformers' not in sys.modules"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_nothing_that_is_read_is_unpickled():
     # Checkpoints are safetensors and JSON, features Parquet; transformers reads `.bin` weights with `weights_only`.
     root = Path(__file__).parents[1]

@@ -26,7 +26,7 @@ from pipelines.ray_parts.answers import AnswerStore, prompt_digest
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging
 from pipelines.ray_parts.resources import wait_for_room
-from pipelines.ray_parts.runtime import make_counter, num_blocks, progress, worker_environment
+from pipelines.ray_parts.runtime import num_blocks, progress, worker_environment
 
 _LOG = logging.getLogger(__name__)
 # Changes when prompts are answered otherwise: older answers are not taken then.
@@ -108,9 +108,9 @@ def _ask(
     lengths = _lengths(settings, missing, index)
     ordered = sorted(missing.items(), key=lambda item: (item[1][0], lengths[item[0]]), reverse=True)
     wait_for_room(answering_request(runtime), runtime, at_least=1)
-    counter = make_counter()
+    num_done = 0
     shared = ray.put([one for _, one in ordered])
-    with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: ray.get(counter.count.remote())):
+    with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: num_done):
         dataset = ray.data.from_items(
             [{"position": i} for i in range(len(ordered))],
             override_num_blocks=num_blocks(len(ordered), options.batch_size),
@@ -122,7 +122,6 @@ def _ask(
                 "cache": (cache.uri, cache.version),
                 "image_uris": uris_by_key(index.rows()) if options.features == "live" else {},
                 "questions": shared,
-                "counter": counter,
             },
             batch_size=options.batch_size,
             batch_format="pyarrow",
@@ -132,6 +131,7 @@ def _ask(
             runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
         )
         for row in dataset.iter_rows():
+            num_done += 1
             yield {ordered[row["position"]][0]: row["prediction"]}
 
 
@@ -158,11 +158,9 @@ class AnswerActor:
         cache: tuple[str, int],
         image_uris: dict[str, str],
         questions: Any,
-        counter: Any,
     ) -> None:
         configure_worker_logging(variant=settings.name, stage="evaluate")
         self._questions: list[tuple[int, Question]] = ray.get(questions)
-        self._counter = counter
         device = "cuda" if settings.runtime.gpus_per_worker else "cpu"
         if device == "cpu":
             torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
@@ -179,5 +177,4 @@ class AnswerActor:
         for longest, group in groupby((self._questions[i] for i in positions), key=lambda one: one[0]):
             questions = [question for _, question in group]
             answers += self._answerer.answer(questions, self._source, max_new_tokens=longest)
-        ray.get(self._counter.add.remote(len(positions)))
         return pa.table({"position": positions, "prediction": answers})

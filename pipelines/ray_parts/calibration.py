@@ -12,8 +12,9 @@ from meteor.config import RunSettings
 from meteor.errors import BadImageError
 from meteor.features import ImageFeatures
 from meteor.image.pixels import PixelSettings, SlicedImage, slice_bytes
-from pipelines.ray_parts.encoder import DeviceEncoder, read_unchanged
+from pipelines.ray_parts.encoder import DeviceEncoder
 from pipelines.ray_parts.runtime import worker_environment
+from pipelines.ray_parts.slicing import read_unchanged
 
 _LOG = logging.getLogger(__name__)
 _NUM_THREADS = 4

@@ -1,41 +1,26 @@
-"""The two operators of the encoding pass: tasks that read and slice images, actors that encode them and write the files."""
+"""The second operator of the encoding pass: actors that encode sliced images and write the files."""
 
-import hashlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from meteor import storage
 from meteor.assembly import load_encoder, pixel_settings
 from meteor.cache import encode_row, open_codec, write_feature_file
 from meteor.cache.row import PAYLOAD_COLUMNS
 from meteor.config import RunSettings
-from meteor.errors import BadImageError, NotFoundError
+from meteor.errors import BadImageError
 from meteor.features import ImageFeatures
-from meteor.image.pixels import PixelSettings, SlicedImage, slice_bytes
+from meteor.image.pixels import PixelSettings, SlicedImage
 from meteor.vision.encode_images import encode_each, load_pixels
 from pipelines.ray_parts.logs import configure_worker_logging
 
 # Files stay small enough to be held a few times in memory and to be sent again when an upload fails.
 MAX_FILE_BYTES = 128 << 20
-_NUM_READERS = 8
-_SLICED_SCHEMA = pa.schema(
-    [
-        ("image_key", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        # Of all sub-images; which is which follows from the size. More than 2 GB may come together.
-        ("pixels", pa.large_binary()),
-        ("reason", pa.string()),
-        ("message", pa.string()),
-    ]
-)
 OUTCOME_SCHEMA = pa.schema(
     [
         ("image_key", pa.string()),
@@ -48,47 +33,6 @@ OUTCOME_SCHEMA = pa.schema(
         ("device_s", pa.float64()),
     ]
 )
-
-
-def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
-    """Read and slice images; one that cannot be becomes a row with a reason.
-
-    Args:
-        batch: columns ``image_key`` and ``uri``.
-        pixels: slicing and limits.
-    """
-    keys, uris = batch["image_key"].to_pylist(), batch["uri"].to_pylist()
-    rows = []
-    # Object stores answer late: the next images are on their way while one is decoded.
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        reads = [pool.submit(read_unchanged, uri, key) for uri, key in zip(uris, keys, strict=True)]
-        for key, read in zip(keys, reads, strict=True):
-            row: dict[str, Any] = {
-                "image_key": key,
-                "reason": "",
-                "message": "",
-                "pixels": b"",
-                "width": 0,
-                "height": 0,
-            }
-            try:
-                image = slice_bytes(read.result(), key, pixels)
-                row |= {"width": image.width, "height": image.height, "pixels": image.to_bytes()}
-            except BadImageError as error:
-                row |= {"reason": error.reason, "message": str(error)}
-            rows.append(row)
-    return pa.Table.from_pylist(rows, schema=_SLICED_SCHEMA)
-
-
-def read_unchanged(uri: str, image_key: str) -> bytes:
-    """The image's bytes. Raises BadImageError when they are gone or others than were indexed."""
-    try:
-        data = storage.read_bytes(uri)
-    except NotFoundError as error:
-        raise BadImageError("missing", f"{uri} was indexed and is gone") from error
-    if hashlib.sha256(data).hexdigest() != image_key:
-        raise BadImageError("changed", f"{uri} has changed since it was indexed; run cache_features again")
-    return data
 
 
 class DeviceEncoder:

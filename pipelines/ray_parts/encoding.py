@@ -12,11 +12,12 @@ from meteor.assembly import pixel_settings
 from meteor.cache import IndexRow, QuarantineRow, commit, record_quarantine
 from meteor.config import RunSettings
 from meteor.planning.workers import encoding_request
-from pipelines.ray_parts.encoder import Encoder, slice_batch
+from pipelines.ray_parts.encoder import Encoder
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.meter import EncodingMeter
 from pipelines.ray_parts.resources import wait_for_room
 from pipelines.ray_parts.runtime import progress, worker_environment
+from pipelines.ray_parts.slicing import slice_batch
 
 # Batches are repeated when their actor dies, which Ray would do for ever with one that kills it each time. When a whole node
 # goes, Ray tries after 0.1 s, then twice as long each time up to 5 s, and knows only after some 20 s that the node is gone: 15

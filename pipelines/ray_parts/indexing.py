@@ -1,13 +1,11 @@
 """First pass of cache_features: every image file is read, hashed and decoded once, and the dataset index published."""
 
-import hashlib
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import ray
 
@@ -18,8 +16,8 @@ from meteor.cache import DatasetIndex, IndexRow
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
 from meteor.data.sample_sets import SampleSet
-from meteor.errors import BadImageError, ImagePathError, NotFoundError
-from meteor.image.decode import decode_image
+from meteor.errors import ImagePathError, NotFoundError
+from pipelines.ray_parts.image_facts import read_image
 from pipelines.ray_parts.runtime import num_blocks, progress
 
 _LOG = logging.getLogger(__name__)
@@ -108,7 +106,7 @@ def read_images(places: list[dict[str, str]], max_pixels: int) -> Iterator[Index
     if not places:
         return
     dataset = ray.data.from_items(places, override_num_blocks=num_blocks(len(places), 16)).map(
-        _read_image, fn_kwargs={"max_pixels": max_pixels}
+        read_image, fn_kwargs={"max_pixels": max_pixels}
     )
     num_done = 0
     with progress("images indexed:", len(places), lambda: num_done):
@@ -130,18 +128,6 @@ def _is_place(uri: str) -> bool:
 
 def _reason(uri: str) -> str:
     return "missing" if _is_place(uri) else "outside_roots"
-
-
-def _read_image(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
-    info = storage.stat(row["uri"])
-    data = storage.read_bytes(row["uri"])
-    fields = {"name": row["name"], "uri": row["uri"], "size_bytes": info.size_bytes, "etag": info.etag}
-    fields["image_key"] = hashlib.sha256(data).hexdigest()
-    try:
-        image = decode_image(data, max_pixels=max_pixels)
-    except BadImageError as error:
-        return {**fields, "width": 0, "height": 0, "status": "bad", "reason": error.reason}
-    return {**fields, "width": image.width, "height": image.height, "status": "ok", "reason": ""}
 
 
 def _places(sets: list[SampleSet], roots: Mapping[str, str]) -> dict[str, str]:

@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from meteor.config.settings import RuntimeSettings
 from meteor.progress import Pace, progress_line
@@ -120,25 +118,6 @@ def error_of_ours(error: ray.exceptions.RayError) -> str | None:
 def job_metadata() -> dict[str, str]:
     """Of the Ray job that started this process: its submission id, and what the submitter said of it; empty elsewhere."""
     return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
-
-
-class _Counter:
-    """How many items the workers of a job have finished."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def add(self, number: int) -> None:
-        self._count += number
-
-    def count(self) -> int:
-        return self._count
-
-
-def make_counter() -> Any:
-    """A counter actor on this process's own node: on another one it would go when that node goes."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Counter).remote()
 
 
 def num_blocks(num_items: int, items_per_block: int) -> int:

@@ -1,15 +1,13 @@
 """Stages 1 and 2 on the driver: pin the data, plan the samples, run the workers, record what came out."""
 
 import logging
-import queue
-import threading
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ray
 import ray.exceptions
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from meteor import storage
@@ -32,6 +30,7 @@ from meteor.runs.reading import read_stage
 from meteor.stages import TrainingStage
 from meteor.text.tokens import load_tokenizer, visual_separators
 from pipelines.command import timed
+from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 from pipelines.ray_parts.resources import wait_for_room
 from pipelines.ray_parts.runtime import progress, worker_environment
 from pipelines.ray_parts.tracked import reuse, tracked
@@ -113,8 +112,8 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
     name = f"{task.stage}-{task.run_uri[-12:]}-{len(attempts)}"
     storage.write_json(storage.join(task.run_uri, "attempts", f"{len(attempts):04d}.json"), {"name": name})
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"task": task},
+        # The task is bound here: as a `train_loop_config` it would reach the controller too, with all that a worker imports.
+        partial(train_worker, task),
         scaling_config=ScalingConfig(
             num_workers=runtime.num_workers,
             use_gpu=runtime.gpus_per_worker > 0,
@@ -154,32 +153,6 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
 
 def _resources(cpus: float, gpus: float) -> dict[str, float]:
     return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-
-
-class LogToMlflow(UserCallback):
-    """Lives in Ray Train's controller, so that one MLflow run goes on through restarts of the workers.
-
-    A thread sends: a server that does not answer holds nobody up. What it has not sent at the end, `StageLog.close` does.
-    """
-
-    def __init__(self, log: StageLog) -> None:
-        self._log = log
-        self._rows: queue.SimpleQueue[Mapping[str, Any]] | None = None
-
-    def after_report(self, run_context: Any, metrics: list[Mapping[str, Any]], checkpoint: Any) -> None:
-        if self._rows is None:
-            self._rows = queue.SimpleQueue()
-            threading.Thread(target=self._send, name="log to MLflow", daemon=True).start()
-        for row in metrics[0]["rows"]:
-            self._rows.put(row)
-
-    def _send(self) -> None:
-        assert self._rows is not None
-        while True:
-            rows = [self._rows.get()]
-            while not self._rows.empty():
-                rows.append(self._rows.get())
-            self._log.live(rows)
 
 
 def _summary(task: WorkerTask, plan: TablePlan, num_steps: int, seconds: float) -> Summary:

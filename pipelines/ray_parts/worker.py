@@ -76,9 +76,8 @@ class WorkerTask:
         return storage.join(model, "projector.safetensors") if self.stage == "pretrain" else model
 
 
-def train_worker(config: dict[str, Any]) -> None:
+def train_worker(task: WorkerTask) -> None:
     """Entry point of `ray.train.torch.TorchTrainer`."""
-    task: WorkerTask = config["task"]
     configure_worker_logging(
         variant=task.settings.name,
         stage=task.stage,

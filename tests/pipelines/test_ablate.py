@@ -87,13 +87,13 @@ def test_every_cache_is_named_once_and_the_codec_that_others_are_made_from_comes
     assert [(run.cache.codec, run.tracking.used_by) for run in filled] == [("float16", ("b", "c")), ("int8", ())]
 
 
-def test_the_plan_tells_what_is_shared_and_what_is_done(make_study):
+def test_the_plan_tells_what_is_shared_and_what_is_done(make_study, encode):
     settings, variants = make_study(variants=VARIANTS)
     text = plan_text(settings, variants)
     assert "20 images, 20 to encode; read by 3 runs" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert rows["pretrain"][1:4] == ["2", "1", "0"]
-    cache_features.run(variants[0].settings)
+    encode(variants[0].settings)
     text = plan_text(settings, variants)
     assert "nothing to encode" in text
     assert "not known before a stage has finished" in text

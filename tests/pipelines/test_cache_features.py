@@ -55,10 +55,24 @@ def test_each_distinct_image_is_encoded_once_and_a_second_run_reads_nothing(make
     assert second.counts == first.counts
 
 
-def test_a_larger_data_set_encodes_only_what_is_new(make_settings, tmp_path, images):
-    cache_features.run(make_run(make_settings, tmp_path, images, ["0.png", "1.png"]))
-    more = cache_features.run(make_run(make_settings, tmp_path, images, ["0.png", "1.png", "2.png", "again.png"]))
-    assert (more.counts["images_read"], more.counts["images_encoded"], more.counts["images_cached"]) == (2, 1, 3)
+@pytest.fixture
+def make_larger(make_settings, tmp_path, small, images):
+    """A run over two images of the small run and those named."""
+    folder = small / "data/images/train"
+    known = [f"small/{path.name}" for path in sorted(folder.iterdir())[:2]]
+
+    def make(*names):
+        roots = {"small/": str(folder), "": str(images)}
+        return make_run(make_settings, tmp_path, images, [*known, *names], roots=roots)
+
+    return make
+
+
+def test_a_larger_data_set_encodes_only_what_is_new(make_settings, make_larger, encode):
+    before = encode(make_settings()).counts["images_cached"]
+    more = cache_features.run(make_larger("0.png", "again.png"))
+    counts = ("images", "images_read", "images_encoded", "images_cached")
+    assert [more.counts[name] for name in counts] == [4, 2, 1, before + 1]
 
 
 def test_bad_images_are_quarantined_with_their_reasons_and_good_ones_published(make_settings, tmp_path, images):
@@ -85,16 +99,14 @@ def test_too_many_bad_images_fail_the_job_after_the_good_ones_are_published(make
     assert len(FeatureCache.open(str(identity))) == 1
 
 
-def test_a_repaired_image_is_encoded_by_the_next_run(make_settings, tmp_path, images):
-    settings = make_run(make_settings, tmp_path, images, ["0.png", "cut.png"])
-    assert cache_features.run(settings).counts["quarantined"] == 1
+def test_a_repaired_image_is_encoded_by_the_next_run(make_larger, encode, images):
+    settings = make_larger("cut.png")
+    damaged = encode(settings).counts
+    assert (damaged["quarantined"], damaged["images_encoded"]) == (1, 0)
     shutil.copy(images / "2.png", images / "cut.png")
-    repaired = cache_features.run(settings)
-    assert (
-        repaired.counts["quarantined"],
-        repaired.counts["images_encoded"],
-        repaired.counts["images_cached"],
-    ) == (0, 1, 2)
+    repaired = cache_features.run(settings).counts
+    assert (repaired["quarantined"], repaired["images_encoded"]) == (0, 1)
+    assert repaired["images_cached"] == damaged["images_cached"] + 1
 
 
 def test_an_error_inside_an_actor_is_told_in_one_line(make_settings, tmp_path, images, capsys):

@@ -119,9 +119,9 @@ def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, s
     assert (again.counts["answered_now"], read_scores(again)["mmvet"]["score"]) == (0, 0.5)
 
 
-def test_what_was_answered_before_a_crash_is_not_asked_again(make_evaluation, small, monkeypatch):
+def test_what_was_answered_before_a_crash_is_not_asked_again(make_evaluation, encode, small, monkeypatch):
     settings = make_evaluation({"scenes": str(small / "data/evaluate.json")}, limit=6, batch_size=1)
-    cache_features.run(settings)
+    encode(settings)
     real = answering._ask
 
     def crash(*arguments):

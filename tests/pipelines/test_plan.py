@@ -9,7 +9,7 @@ from meteor.config import RunSettings, load_run
 from meteor.errors import SettingsError
 from meteor.planning import stage_memory as memory_plan
 from meteor.planning.stage_memory import Needs, StageMemory
-from pipelines import cache_features, pretrain
+from pipelines import pretrain
 
 RUNS = sorted(Path("jobs/runs").glob("*.yaml"))
 SHAPES = {
@@ -102,9 +102,9 @@ def test_the_advice_can_be_put_on_the_command_line(from_the_hub):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("ray_once")
-def test_a_dry_run_prints_the_memory_and_a_stage_that_will_not_fit_is_refused_before_it_starts(make_settings):
+def test_a_dry_run_prints_the_memory_and_a_stage_that_will_not_fit_is_refused_before_it_starts(make_settings, encode):
     settings = make_settings()
-    cache_features.run(settings)
+    encode(settings)
     text = pretrain.plan(settings)
     assert "a step             " in text
     assert "memory of a worker " in text

@@ -48,9 +48,9 @@ def global_batches(settings):
     return [[plan.table.sample_ids[i] for i in step.positions] for step in steps.steps()]
 
 
-def test_a_mixture_is_the_same_run_wherever_its_files_are_and_in_any_order(mixture):
+def test_a_mixture_is_the_same_run_wherever_its_files_are_and_in_any_order(mixture, encode):
     settings = mixture()
-    cache_features.run(settings)
+    encode(settings)
     first = prepare(settings, "pretrain")
     moved = mixture(folder="other")
     turned = moved.model_copy(
@@ -61,9 +61,9 @@ def test_a_mixture_is_the_same_run_wherever_its_files_are_and_in_any_order(mixtu
     assert prepare(mixture(weights=(1, 0.25)), "pretrain").identity.digest != first.identity.digest
 
 
-def test_samples_of_a_mixture_are_named_by_their_file_and_come_as_often_as_it_weighs(mixture):
+def test_samples_of_a_mixture_are_named_by_their_file_and_come_as_often_as_it_weighs(mixture, encode):
     settings = mixture(weights=(2, 0.5))
-    cache_features.run(settings)
+    encode(settings)
     plan = plan_samples(settings, "pretrain", prepare(settings, "pretrain"))
     assert sorted(plan.table.parts, key=lambda part: part.weight) == [Part(6, 0.5), Part(6, 2.0)]
     ids = [name for batch in global_batches(settings) for name in batch]
@@ -90,12 +90,12 @@ def test_two_files_that_cannot_be_told_apart_are_refused(mixture, make_settings,
 
 
 def test_held_out_samples_change_no_run_and_are_counted_where_they_are_trained_on(
-    make_settings, small, tmp_path, caplog
+    make_settings, encode, small, tmp_path, caplog
 ):
     records = json.loads((small / "data/pretrain.json").read_text())
     (tmp_path / "held_out.json").write_text(json.dumps(records[:3]))
     plain, settings = make_settings(), make_settings(data={"held_out": {"pretrain": str(tmp_path / "held_out.json")}})
-    cache_features.run(settings)
+    encode(settings)
     prepared = prepare(settings, "pretrain")
     assert prepared.identity == prepare(plain, "pretrain").identity
     assert plan_held_out(plain, "pretrain", prepared, Inputs()) is None
@@ -104,9 +104,9 @@ def test_held_out_samples_change_no_run_and_are_counted_where_they_are_trained_o
     assert "3 of 3 held-out samples are trained on too" in caplog.text
 
 
-def test_held_out_images_that_a_pinned_run_does_not_know_are_refused_with_the_reason(make_settings, small, tmp_path):
+def test_held_out_images_that_a_pinned_run_does_not_know_are_refused_with_the_reason(make_settings, encode, small):
     settings = make_settings(data={"finetune": None, "evaluate": {}})
-    cache_features.run(settings)
+    encode(settings, index=False)
     prepared = prepare(settings, "pretrain")
     late = make_settings(data={"finetune": None, "held_out": {"pretrain": str(small / "data/evaluate.json")}})
     with pytest.raises(CacheError, match="was pinned to at its first start"):
@@ -114,11 +114,11 @@ def test_held_out_images_that_a_pinned_run_does_not_know_are_refused_with_the_re
 
 
 def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_changed_images(
-    make_settings, small, tmp_path
+    make_settings, encode, small, tmp_path
 ):
     shutil.copytree(small / "data/images", tmp_path / "images")
     settings = make_settings(data={"roots": {"": str(tmp_path / "images")}})
-    cache_features.run(settings)
+    encode(settings, index=False)
     first = prepare(settings, "pretrain")
     hold_pin(settings, first.identity, first.cache.uri)
     names = sorted(first.sets[0].image_names)

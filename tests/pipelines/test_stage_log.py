@@ -22,8 +22,8 @@ from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import StageIdentity
 from meteor.runs.metrics import MetricsSegment
 from meteor.tracking import Tracker
+from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 from pipelines.ray_parts.tracked import reuse, tracked
-from pipelines.ray_parts.training import LogToMlflow
 
 # MLflow's own way with SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -24,9 +24,9 @@ from pipelines import cache_features, evaluate, finetune, pretrain, report
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
 
-def test_all_stages_run_once_and_then_find_their_work(make_settings):
-    settings = make_settings()
-    first = [stage.run(settings) for stage in (cache_features, pretrain, finetune, evaluate)]
+def test_all_stages_run_once_and_then_find_their_work(chain):
+    settings = chain.settings
+    first = [chain.encoded, chain.pretrained, chain.finetuned, chain.evaluated]
     assert not any(summary.reused for summary in first)
     _, stage_1, stage_2, answers = first
     assert stage_1.counts["steps"] == 2
@@ -76,9 +76,9 @@ def test_live_features_train_like_cached_ones(make_settings):
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_neither_run_nor_loss(make_settings, tmp_path):
+def test_the_number_of_workers_changes_neither_run_nor_loss(make_settings, encode, tmp_path):
     one = make_settings()
-    cache_features.run(one)
+    encode(one)
     first = pretrain.run(one)
     two = make_settings(
         output=str(tmp_path / "second"),
@@ -91,7 +91,7 @@ def test_the_number_of_workers_changes_neither_run_nor_loss(make_settings, tmp_p
 
 
 @pytest.mark.slow
-def test_a_stage_of_adapters_leaves_a_whole_model_and_the_adapters_by_themselves(make_settings):
+def test_a_stage_of_adapters_leaves_a_whole_model_and_the_adapters_by_themselves(make_settings, encode):
     settings = make_settings(
         finetune={
             "global_batch_size": 8,
@@ -102,7 +102,7 @@ def test_a_stage_of_adapters_leaves_a_whole_model_and_the_adapters_by_themselves
             "lora": {"rank": 2, "alpha": 4, "dropout": 0.1},
         }
     )
-    cache_features.run(settings)
+    encode(settings)
     pretrain.run(settings)
     summary = finetune.run(settings)
     model = Answerer(summary.results["model"], device="cpu", dtype=torch.float32).model
@@ -117,11 +117,11 @@ def test_a_stage_of_adapters_leaves_a_whole_model_and_the_adapters_by_themselves
 
 
 @pytest.mark.slow
-def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(make_settings, small):
+def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(make_settings, encode, small):
     file = small / "data/evaluate.json"
     stage = {"epochs": 6, "checkpoint_every_steps": 2, "keep_checkpoints": 1}
     settings = make_settings(data={"held_out": {"pretrain": str(file)}}, pretrain={**stage, "zero_stage": 0})
-    cache_features.run(settings)
+    encode(settings)
     assert "held out           37, 1 excluded" in pretrain.plan(settings)
     summary = pretrain.run(settings)
     losses = {
@@ -139,10 +139,10 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(make_setti
 
 @pytest.mark.slow
 def test_training_without_a_tracking_server_finishes_and_is_logged_when_it_is_started_again(
-    make_settings, tracking_database, monkeypatch
+    make_settings, encode, tracking_database, monkeypatch
 ):
     settings = make_settings()
-    cache_features.run(settings)
+    encode(settings)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -160,9 +160,9 @@ def test_training_without_a_tracking_server_finishes_and_is_logged_when_it_is_st
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_out(make_settings):
+def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_out(make_settings, encode):
     settings = make_settings(pretrain={"lr": 1e30, "warmup_ratio": 0.0}, runtime={"max_failures": 0})
-    cache_features.run(settings)
+    encode(settings)
     with pytest.raises(TrainingError, match=r"failures/step_\d+\.json"):
         pretrain.run(settings)
     run = prepare(settings, "pretrain", Inputs()).folder
@@ -175,33 +175,31 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_ou
     assert file.name == "step_00000002.json"
 
 
-def test_stages_say_what_must_run_before_them(make_settings, tmp_path):
+def test_stages_say_what_must_run_before_them(make_settings, encode):
     settings = make_settings()
     with pytest.raises(CacheError, match="run cache_features"):
         pretrain.run(settings)
-    cache_features.run(settings)
+    encode(settings)
     with pytest.raises(SettingsError, match="run pretrain"):
         finetune.run(settings)
     with pytest.raises(SettingsError, match="run pretrain"):
         evaluate.run(settings)
 
 
-def test_a_stage_1_checkpoint_of_another_projector_is_refused(make_settings):
-    settings = make_settings()
-    cache_features.run(settings)
-    projector = pretrain.run(settings).results["projector"]
+def test_a_stage_1_checkpoint_of_another_projector_is_refused(make_settings, chain, encode):
     other = make_settings(
         projector={"settings": {"k": 6, "state_size": 2}},
-        finetune={"pretrained": projector},
+        finetune={"pretrained": chain.pretrained.results["projector"]},
         runtime={"max_failures": 0},
     )
+    encode(other)
     with pytest.raises((CheckpointError, TrainingError), match="does not fit this run: projector"):
         finetune.run(other)
 
 
-def test_a_dry_run_writes_nothing(make_settings, digest_of, tmp_path):
+def test_a_dry_run_writes_nothing(make_settings, encode, digest_of, tmp_path):
     settings = make_settings()
-    cache_features.run(settings)
+    encode(settings)
     before = digest_of(tmp_path / "out")
     assert "2 of 8 samples" in pretrain.plan(settings)
     cache_features.plan(settings)

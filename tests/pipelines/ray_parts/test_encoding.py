@@ -12,8 +12,9 @@ from meteor.image.pixels import slice_bytes
 from meteor.vision.encode_images import encode_sliced
 from pipelines.ray_parts import encoder as encoder_module
 from pipelines.ray_parts.calibration import encode_places
-from pipelines.ray_parts.encoder import DeviceEncoder, Encoder, cut_by_size, slice_batch, unpack_sliced
+from pipelines.ray_parts.encoder import DeviceEncoder, Encoder, cut_by_size, unpack_sliced
 from pipelines.ray_parts.meter import EncodingMeter
+from pipelines.ray_parts.slicing import slice_batch
 
 SIZES = [(50, 50), (200, 90), (90, 200), (56, 120)]
 

@@ -7,6 +7,7 @@ from meteor.assembly import index_uri
 from meteor.cache import DatasetIndex
 from meteor.data.sample_sets import SampleSet
 from pipelines.ray_parts import indexing
+from pipelines.ray_parts.image_facts import read_image
 
 BELOW = ["many/below/1.png", "many/below/2.png", "many/below/3.png"]
 
@@ -60,7 +61,7 @@ def test_a_first_pass_that_ends_early_keeps_what_it_had_published(make_settings,
         for number, place in enumerate(places):
             if number == until:
                 raise KeyboardInterrupt
-            yield indexing.IndexRow(**indexing._read_image(place, max_pixels=max_pixels))
+            yield indexing.IndexRow(**read_image(place, max_pixels=max_pixels))
 
     monkeypatch.setattr(indexing, "read_images", lambda *given: read(*given, until=4))
     with pytest.raises(KeyboardInterrupt):
@@ -79,7 +80,7 @@ def test_a_file_that_samples_name_otherwise_now_is_found_under_both_names(make_s
     monkeypatch.setattr(
         indexing,
         "read_images",
-        lambda places, limit: [indexing.IndexRow(**indexing._read_image(one, max_pixels=limit)) for one in places],
+        lambda places, limit: [indexing.IndexRow(**read_image(one, max_pixels=limit)) for one in places],
     )
     flat = make_settings(data={"roots": {"": str(folder)}})
     indexing.update_index(flat, [make_set("1.png")], flat.data.roots)

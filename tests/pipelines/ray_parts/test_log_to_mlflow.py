@@ -2,7 +2,7 @@
 
 import threading
 
-from pipelines.ray_parts.training import LogToMlflow
+from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 
 
 class SlowLog:
