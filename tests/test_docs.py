@@ -11,11 +11,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+import ray
 import ray.scripts.scripts
 
 from meteor.cli.main import main
@@ -101,18 +103,42 @@ def refuse(message: str) -> Refused:
     return (Incomplete if incomplete else Refused)(message)
 
 
+class Unread(argparse.Namespace):
+    """Arguments of a command line. Parsers may complete the overrides; whoever reads another one is about to act."""
+
+    def __getattribute__(self, name):
+        if name.startswith("__") or name == "overrides":
+            return super().__getattribute__(name)
+        raise Parsed(argparse.Namespace(**vars(self)))
+
+
 @pytest.fixture
 def parse(monkeypatch, capsys):
-    """Run a program up to the point where its own parser has read the command line."""
+    """Run a program up to the point where its own parser has read the command line, and never further."""
+    parse_known_args, depth = argparse.ArgumentParser.parse_known_args, 0
 
-    def stop_after(method):
-        def wrapped(self, args=None, namespace=None):
-            raise Parsed(method(self, args, namespace))
+    def parse_and_wrap(self, args=None, namespace=None):
+        nonlocal depth
+        depth += 1
+        try:
+            found, rest = parse_known_args(self, args, namespace)
+        finally:
+            depth -= 1
+        return (found if depth else Unread(**vars(found))), rest  # deeper are the parsers of subcommands
 
-        return wrapped
+    def parse_and_stop(self, args=None, namespace=None):
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        raise Parsed(argparse.Namespace(**vars(found)))
 
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, stop_after(getattr(argparse.ArgumentParser, name)))
+    def refuse_to_start(*_, **__):
+        raise AssertionError("a command of a page was about to run")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_wrap)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(ray, "init", refuse_to_start)
+    monkeypatch.setattr(subprocess, "Popen", refuse_to_start)
 
     def parse(program, words):
         monkeypatch.setattr(sys, "argv", [str(program), *words])
@@ -311,6 +337,12 @@ def test_named_settings_exist(name):
     annotation = RunSettings.model_fields[section].annotation
     models = [part for part in (annotation, *getattr(annotation, "__args__", ())) if hasattr(part, "model_fields")]
     assert field in models[0].model_fields
+
+
+def test_the_design_page_shows_the_floors_that_are_checked():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    floors = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert "\n".join(["```text", *floors, "```"]) in TEXT["docs/design.md"]
 
 
 def test_the_settings_page_is_what_the_settings_say():
