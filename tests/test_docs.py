@@ -20,6 +20,13 @@ import pytest
 import ray
 import ray.scripts.scripts
 
+import jobs.client
+import jobs.preflight
+import jobs.submit
+import meteor.cli.main
+import pipelines.ablate
+import pipelines.command
+from meteor import command_line
 from meteor.cli.main import main
 from meteor.config import RunSettings, load_run
 from meteor.config.reference import settings_page
@@ -103,42 +110,29 @@ def refuse(message: str) -> Refused:
     return (Incomplete if incomplete else Refused)(message)
 
 
-class Unread(argparse.Namespace):
-    """Arguments of a command line. Parsers may complete the overrides; whoever reads another one is about to act."""
-
-    def __getattribute__(self, name):
-        if name.startswith("__") or name == "overrides":
-            return super().__getattribute__(name)
-        raise Parsed(argparse.Namespace(**vars(self)))
-
-
 @pytest.fixture
 def parse(monkeypatch, capsys):
     """Run a program up to the point where its own parser has read the command line, and never further."""
-    parse_known_args, depth = argparse.ArgumentParser.parse_known_args, 0
+    parse_fully = command_line.parse
 
-    def parse_and_wrap(self, args=None, namespace=None):
-        nonlocal depth
-        depth += 1
-        try:
-            found, rest = parse_known_args(self, args, namespace)
-        finally:
-            depth -= 1
-        return (found if depth else Unread(**vars(found))), rest  # deeper are the parsers of subcommands
+    def parse_and_stop(parser, argv=None):
+        raise Parsed(parse_fully(parser, argv))
 
-    def parse_and_stop(self, args=None, namespace=None):
-        found, rest = self.parse_known_args(args, namespace)
+    def parse_args_and_stop(parser, args=None, namespace=None):
+        found, rest = parser.parse_known_args(args, namespace)
         if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
-        raise Parsed(argparse.Namespace(**vars(found)))
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        raise Parsed(found)
 
-    def refuse_to_start(*_, **__):
+    def refuse_to_run(*_, **__):
         raise AssertionError("a command of a page was about to run")
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_wrap)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(ray, "init", refuse_to_start)
-    monkeypatch.setattr(subprocess, "Popen", refuse_to_start)
+    for module in (command_line, meteor.cli.main, pipelines.command, pipelines.ablate, jobs.submit, jobs.preflight):
+        monkeypatch.setattr(module, "parse", parse_and_stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args_and_stop)
+    monkeypatch.setattr(ray, "init", refuse_to_run)
+    monkeypatch.setattr(subprocess, "Popen", refuse_to_run)
+    monkeypatch.setattr(jobs.client, "JobSubmissionClient", refuse_to_run)
 
     def parse(program, words):
         monkeypatch.setattr(sys, "argv", [str(program), *words])
