@@ -2,8 +2,8 @@
 
 Each measurement is a process of its own. The first plan of a file parses the records, computes the tokens, and keeps both. The
 plan of a later command finds both. For the sizes of ``--one-by-one`` a third one plans as was done before there were columns:
-all samples are Python objects, and each is tokenised and laid out by itself. The steps are those of `pipelines.preparation`:
-records, tokens, the index and its digest, the table, the check that the cache has every image, and the table's file.
+all samples are Python objects, and each is tokenised and laid out by itself. The steps are those of
+`meteor.assembly.sample_tables`: records, tokens, the index and its digest, the table, the check that the cache has every image, and the table's file.
 
 Samples have the shape of LLaVA's 665K mixture; see `mixture_shape` for what stands in for its words, images and tokenizer.
 """
@@ -22,10 +22,10 @@ from typing import Any
 import mixture_shape
 import pyarrow as pa
 import pyarrow.compute as pc
-from pipelines.inputs import indexed_images
 from side_by_side import print_table
 
 from meteor import storage
+from meteor.assembly.features import indexed_images
 from meteor.cache import DatasetIndex
 from meteor.cache.table import table_bytes
 from meteor.data.collate import ImageLayout, num_image_tokens
@@ -160,7 +160,7 @@ def plan_one_by_one(folder: Path, num_samples: int) -> dict[str, Any]:
     index = steps("index", lambda: DatasetIndex.open(str(folder / f"index-{num_samples}"), 1))
     names = {name for sample in samples for name in sample.images}
     steps("digest", lambda: index.digest(names))
-    images = steps("images", lambda: indexed_images(index, names))
+    images = steps("images", lambda: indexed_images(index, pa.array(names, pa.string()), {}))
 
     def plan() -> pa.Table:
         rows = []
