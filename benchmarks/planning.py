@@ -1,9 +1,10 @@
 """Planning a training stage, by the number of samples: `python benchmarks/planning.py`.
 
 Each measurement is a process of its own. The first plan of a file parses the records, computes the tokens, and keeps both. The
-plan of a later command finds both. For the sizes of ``--one-by-one`` a third one plans as was done before there were columns:
-all samples are Python objects, and each is tokenised and laid out by itself. The steps are those of
-`meteor.assembly.sample_tables`: records, tokens, the index and its digest, the table, the check that the cache has every image, and the table's file.
+plan of a later command finds both. For the sizes of ``--one-by-one`` a third process plans as was done before there were
+columns: all samples are Python objects, and each is tokenised and laid out by itself. The steps are those of
+`meteor.assembly.sample_tables`: records, tokens, the index and its digest, the table, the check that the cache has every
+image, and the table's file.
 
 Samples have the shape of LLaVA's 665K mixture; see `mixture_shape` for what stands in for its words, images and tokenizer.
 """
