@@ -1,10 +1,10 @@
-# make install | demo | test | test-slow | test-s3 | test-cluster | lint | clean
+# make install | demo | test | test-slow | test-s3 | test-cluster | lint | docs | clean
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-s3 test-cluster ceph cluster-tools lint clean
+.PHONY: install demo test test-slow test-s3 test-cluster ceph cluster-tools lint docs clean
 
 install: $(STAMP)
 
@@ -58,6 +58,14 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The documentation, in build/docs. Its packages are installed beside the others; the build itself needs no network.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.installed-docs: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

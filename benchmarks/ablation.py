@@ -1,8 +1,8 @@
-"""Six variants over one cache against each encoding for itself: `python benchmarks/ablation.py`.
+"""Time of six variants over one cache against variants with a cache each: `python benchmarks/ablation.py`.
 
-The demo's study with one seed on part of its samples, six of its variants, one at a time on both sides, whole commands timed:
-`pipelines.ablate` for all of them, and then for each by itself with an output folder, and so a cache, of its own. Needs the
-demo's data and models (`make demo`).
+The demo's study runs with one seed, on part of its samples, with six of its variants, one at a time. Whole commands are timed:
+`pipelines.ablate` for all variants, then for each variant alone with an output folder, and thus a cache, of its own. The
+benchmark needs the demo's data and models (`make demo`).
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
         [
             ["six variants over one cache", f"{together[0]:.0f} s", "1", f"{together[1]:,}"],
             [
-                "each encoding for itself",
+                "six variants with a cache each",
                 f"{whole:.0f} s",
                 f"{whole / together[0]:.2f}",
                 f"{sum(images for _, images in alone.values()):,}",
@@ -48,9 +48,9 @@ def main() -> None:
 
 
 def ablate(output: str, names: list[str]) -> tuple[float, int]:
-    """Seconds of the command, and images that it encoded."""
+    """Run variants of the study; return the command's duration in seconds and the number of images it encoded."""
     options = [word for name in names for word in ("--only", name)]
-    # A table that names a variant which is left out would be refused.
+    # The study's tables are dropped, because a table that names a missing variant is refused.
     command = [
         sys.executable,
         "-m",
@@ -71,7 +71,7 @@ def ablate(output: str, names: list[str]) -> tuple[float, int]:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="for the runs, which are deleted afterwards; the system's temporary one")
+    parser.add_argument("--folder", help="folder for temporary runs (default: the system's temporary folder)")
     return parser.parse_args()
 
 

@@ -1,12 +1,12 @@
-"""Reading features from local disk, ours against raw files and other formats: `python benchmarks/cache_reading.py`.
+"""Reading of features from local disk, against raw files and other formats: `python benchmarks/cache_reading.py`.
 
-The same images (random numbers of the paper's shapes) lie in every format; each round reads all of them with every reader
-in turn, so that what slows the machine down slows all. A ratio is the median over the rounds of the time that raw files
-took (same order, same number of threads) over the reader's. Warm: the files are in the page cache, unless --cold.
+Every format holds equal images (random numbers of the paper's shapes). Each round reads all images with every reader in
+turn, so that a slow moment of the machine affects all readers. A ratio is the median over the rounds of raw files' time
+(equal order, equal number of threads) divided by the reader's time. The files are in the page cache, unless --cold is given.
 
-random      our get() and prefetch(), raw files, MDS and .pt files read any image; WebDataset cannot, its users get
-            shuffled shards and a shuffle buffer, which is what stands in this column
-sequential  the order in which the images were written
+random      get() and prefetch() of the feature cache, raw files, MDS and .pt files can read any image. WebDataset cannot:
+            its column shows shuffled shards with a shuffle buffer, which its users get instead.
+sequential  Images are read in the order in which they were written.
 """
 
 import argparse
@@ -39,7 +39,7 @@ GRIDS = (None, (2, 2), (2, 2), (2, 3), (2, 3))
 
 @dataclass(frozen=True)
 class Reader:
-    """One way to read: all images of the keys, in their order; its time is compared with that of ``baseline``."""
+    """Reader that reads all images of the given keys in order; its time is compared with that of ``baseline``."""
 
     name: str
     num_threads: int
@@ -52,7 +52,7 @@ class Reader:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--folder", help="where the files go for the time of the run; default: the system's")
+    parser.add_argument("--folder", help="folder for temporary files (default: the system's)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each reading")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -70,14 +70,14 @@ def main() -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--width", type=int, default=1024, help="numbers for each of the 576 patches of a sub-image")
-    parser.add_argument("--codec", default="float16")
-    parser.add_argument("--rounds", type=int, default=5, help="counted ones; one more comes first, to warm up")
+    parser.add_argument("--images", type=int, default=200, help="number of images")
+    parser.add_argument("--width", type=int, default=1024, help="values per patch; a sub-image has 576 patches")
+    parser.add_argument("--codec", default="float16", help="codec of the feature cache")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds, after a warm-up round")
 
 
 def make_image(i: int, width: int) -> ImageFeatures:
-    """Of five images one is not sliced, two have four slices and two six: five sub-images on average, 576 patches each."""
+    """Make image number ``i``: of five images, one has no slices, two have four and two have six, of 576 patches each."""
     numbers = torch.Generator().manual_seed(i)
     grid = GRIDS[i % len(GRIDS)]
     num_sub_images = 1 + (grid[0] * grid[1] if grid else 0)
@@ -96,7 +96,7 @@ def make_image(i: int, width: int) -> ImageFeatures:
 
 
 def write(root_uri: str, arguments: argparse.Namespace, peers: Sequence[Peer]) -> dict[str, int]:
-    """The images into a cache below the root and into every peer's files; checksum of the payload by image key."""
+    """Write the images into a cache below the root and into every peer's files; return each payload's crc32 by key."""
     identity = CacheIdentity(
         encoder_digest="0" * 64,
         encoder_dtype="float16",
@@ -124,7 +124,7 @@ def write(root_uri: str, arguments: argparse.Namespace, peers: Sequence[Peer]) -
 
 
 class RawFiles(Peer):
-    """A file for each image, with its payload and nothing else."""
+    """Raw files, one per image, with nothing but the payload."""
 
     name, checksum = "raw files", "crc32"
 
@@ -141,19 +141,19 @@ def local_readers(cache: FeatureCache, raw: Path, checksums: dict[str, int], pee
         with open(raw / key, "rb", buffering=0) as file:
             check(key, file.read(), checksums)
 
-    one, many = "raw files, 1 thread", f"raw files, {NUM_THREADS} threads"
-    yield Reader(one, 1, "crc32", one, partial(one_by_one, read_raw))
+    single, many = "raw files, 1 thread", f"raw files, {NUM_THREADS} threads"
+    yield Reader(single, 1, "crc32", single, partial(one_by_one, read_raw))
     yield Reader(many, NUM_THREADS, "crc32", many, partial(in_threads, NUM_THREADS, read_raw))
-    yield Reader("ours, get()", 1, "crc32", one, partial(one_by_one, cache.get))
+    yield Reader("ours, get()", 1, "crc32", single, partial(one_by_one, cache.get))
     yield Reader("ours, prefetch()", NUM_THREADS, "crc32", many, partial(prefetch, cache, NUM_THREADS))
     for peer in peers:
         read, read_sequentially = peer.readers(partial(check, checksums=checksums))
-        yield Reader(peer.name, 1, peer.checksum, one, read, read_sequentially)
+        yield Reader(peer.name, 1, peer.checksum, single, read, read_sequentially)
 
 
 def check(key: str, payload: Any, checksums: dict[str, int]) -> None:
     if zlib.crc32(payload) != checksums[key]:
-        raise SystemExit(f"{key}: other bytes than were written; the comparison is worth nothing")
+        raise SystemExit(f"{key}: other bytes were read than written; the comparison is invalid")
 
 
 def one_by_one(read: Callable[[str], Any], keys: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ def one_by_one(read: Callable[[str], Any], keys: Sequence[str]) -> None:
 
 def in_threads(num_threads: int, read: Callable[[str], Any], keys: Sequence[str]) -> None:
     with ThreadPoolExecutor(num_threads) as pool:
-        # Its answers are let go of at once: a list of all images would not fit into memory.
+        # The lambda returns None instead of the image, because a list of all images would not fit into memory.
         for pending in [pool.submit(lambda key: read(key) and None, key) for key in keys]:
             pending.result()
 
@@ -176,7 +176,7 @@ def prefetch(cache: FeatureCache, num_threads: int, keys: Sequence[str]) -> None
 def measure(
     readers: Sequence[Reader], keys: Sequence[str], num_rounds: int, *, before_each: Callable[[], None] = lambda: None
 ) -> list[dict[tuple[str, str], float]]:
-    """Seconds by (reader, order), for each round after the first."""
+    """Measure seconds by (reader, order), for each round after the warm-up."""
     rounds = []
     for i in range(1 + num_rounds):
         shuffled = random.Random(i).sample(keys, len(keys))
@@ -198,8 +198,10 @@ def print_table(readers: Sequence[Reader], rounds: Sequence[dict[tuple[str, str]
     for reader in readers:
         cells = [reader.name, str(reader.num_threads), reader.checksum]
         for order in ("random", "sequential"):
-            ratio = statistics.median(one[reader.baseline, order] / one[reader.name, order] for one in rounds)
-            rate = num_images / statistics.median(one[reader.name, order] for one in rounds)
+            ratio = statistics.median(
+                seconds[reader.baseline, order] / seconds[reader.name, order] for seconds in rounds
+            )
+            rate = num_images / statistics.median(seconds[reader.name, order] for seconds in rounds)
             cells += [f"{rate:.0f}", f"{ratio:.2f}" + ("" if reader.baseline != reader.name else " (baseline)")]
         print(f"| {' | '.join(cells)} |")
 
@@ -207,7 +209,7 @@ def print_table(readers: Sequence[Reader], rounds: Sequence[dict[tuple[str, str]
 def describe(cache: FeatureCache, checksums: dict[str, int]) -> None:
     print(
         f"{len(checksums)} images, {cache.num_sub_images / len(cache):.1f} sub-images each, codec {cache.codec}, "
-        f"{cache.num_bytes / 1e6:.0f} MB ({cache.num_bytes / len(cache) / 1e6:.2f} MB an image), "
+        f"{cache.num_bytes / 1e6:.0f} MB ({cache.num_bytes / len(cache) / 1e6:.2f} MB per image), "
         f"{os.cpu_count()} CPU cores\n"
     )
 

@@ -1,10 +1,10 @@
-"""Reading features from S3, ours against plain parallel GETs: `python benchmarks/cache_reading_s3.py --server ceph`.
+"""Reading of features from S3, against plain parallel GETs: `python benchmarks/cache_reading_s3.py --server ceph`.
 
-The cache is written to the store; then every reader asks for the same byte ranges, in random and in written order, with
-equally many threads and the same crc32 over what arrives. Rounds and ratios are those of `cache_reading.py`.
+The cache is written to the store. Then every reader requests equal byte ranges, in random and in written order, with an equal
+number of threads and a crc32 over the received bytes. `cache_reading.py` describes rounds and ratios.
 
---server environment   the store that the AWS_* variables name; --root says where in it
---server ceph          a Ceph gateway on this machine, with its objects in memory, for the time of the run
+--server environment   uses the store that the AWS_* variables name, below --root.
+--server ceph          starts a Ceph gateway on this machine for the run, with its objects in memory.
 """
 
 import argparse
@@ -42,16 +42,16 @@ from meteor.cache.manifest import read_keys
 from meteor.cache.row import PAYLOAD_COLUMNS, payload_crc32
 
 _CEPH = Path(__file__).parent.parent / "tests" / "s3" / "ceph.py"
-# URI, start and size, and where the payload's three parts begin in it, with their sizes.
+# URI, start and size of a byte range, and start and size of the payload's three parts within the range.
 Range = tuple[str, int, int, list[tuple[int, int]]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--server", choices=["environment", "ceph"], default="environment")
-    parser.add_argument("--root", default="s3://benchmark", help="a bucket, made if it is not there, and a prefix")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 8], help="one block of readers for each number")
+    parser.add_argument("--server", choices=["environment", "ceph"], default="environment", help="store to read from")
+    parser.add_argument("--root", default="s3://benchmark", help="bucket, created if absent, and prefix")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 8], help="numbers of threads to measure with")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with _server(arguments.server), tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def main() -> None:
         make_bucket(client, urlsplit(root).netloc)
         try:
             checksums = write(root, arguments, [])
-            [identity] = [one.uri for one in storage.list_objects(root) if one.uri.endswith("/identity.json")]
+            [identity] = [info.uri for info in storage.list_objects(root) if info.uri.endswith("/identity.json")]
             cache = FeatureCache.open(identity.rpartition("/")[0])
             tiered = FeatureCache.open(cache.uri, disk_tier=DiskTier(folder, 1 << 40))
             describe(cache, checksums)
@@ -69,8 +69,8 @@ def main() -> None:
             ]
             print_table(readers, measure(readers, list(checksums), arguments.rounds), len(checksums))
         finally:
-            for one in storage.list_objects(root):
-                storage.delete(one.uri)
+            for info in storage.list_objects(root):
+                storage.delete(info.uri)
 
 
 def s3_readers(
@@ -81,7 +81,7 @@ def s3_readers(
     bucket = urlsplit(cache.uri).netloc
     urls = {
         uri: client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": urlsplit(uri).path[1:]})
-        for uri in {one[0] for one in ranges.values()}
+        for uri in {uri for uri, *_ in ranges.values()}
     }
 
     def get_plain(key: str) -> None:
@@ -102,7 +102,7 @@ def s3_readers(
     yield Reader(f"ours, get(), {num_threads} threads", num_threads, "crc32", plain, partial(all_of, cache.get))
     read_ahead = partial(prefetch, cache, num_threads)
     yield Reader(f"ours, prefetch(), {num_threads} threads", num_threads, "crc32", plain, read_ahead)
-    # The first, uncounted round fills it.
+    # The warm-up round, which does not count, fills the disk tier.
     tier = partial(prefetch, tiered, num_threads)
     yield Reader(f"ours, prefetch(), {num_threads} threads, disk tier", num_threads, "crc32", plain, tier)
 
@@ -110,11 +110,11 @@ def s3_readers(
 def check_parts(key: str, data: bytes, parts: list[tuple[int, int]], checksums: dict[str, int]) -> None:
     view = memoryview(data)
     if payload_crc32(*(view[start : start + size] for start, size in parts)) != checksums[key]:
-        raise SystemExit(f"{key}: other bytes than were written; the comparison is worth nothing")
+        raise SystemExit(f"{key}: other bytes were read than written; the comparison is invalid")
 
 
 def read_ranges(cache: FeatureCache) -> dict[str, Range]:
-    """What `FeatureCache.get` asks for, by image key."""
+    """Return the byte range that `FeatureCache.get` requests for each image key."""
     ranges = {}
     for row in read_keys(cache.uri, cache.manifest).to_pylist():
         start = row["features_offset"]
@@ -135,7 +135,7 @@ def make_client(num_threads: int) -> Any:
 
 
 def make_bucket(client: Any, bucket: str) -> None:
-    if bucket not in {one["Name"] for one in client.list_buckets()["Buckets"]}:
+    if bucket not in {description["Name"] for description in client.list_buckets()["Buckets"]}:
         client.create_bucket(Bucket=bucket)
 
 
@@ -158,8 +158,8 @@ def _server(name: str) -> Iterator[None]:
             "AWS_ACCESS_KEY_ID": ceph.ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": ceph.SECRET_KEY,
         }
-        for one in [one for one in os.environ if one.startswith("AWS_")]:
-            del os.environ[one]
+        for variable in [variable for variable in os.environ if variable.startswith("AWS_")]:
+            del os.environ[variable]
         os.environ.update(settings)
         yield
 

@@ -1,9 +1,9 @@
-"""The encoding pass of cache_features against a bare encoder loop over the same images: `python benchmarks/encoding.py`.
+"""Encoding pass of cache_features against a bare encoder loop over equal images: `python benchmarks/encoding.py`.
 
-Both use one encoder thread, and a CLIP so large that the encoder is the bottleneck. The bare loop holds the sliced images in
-memory and throws the features away; the pass reads files, decodes, slices, encodes, writes features and publishes them.
-Two ratios: the steady rate, from the first finished batch on, and everything from the call to the last commit (processes
-started, model loaded). Rounds are interleaved.
+Both use one encoder thread, and a CLIP large enough to make the encoder the bottleneck. The bare loop holds sliced images in
+memory and discards the features. The pass reads files, decodes, slices, encodes, writes features and publishes them. Two ratios
+are printed: the steady rate from the first finished batch, and the rate from the call to the last commit, which includes
+starting processes and loading the model. Rounds are interleaved.
 """
 
 import argparse
@@ -35,9 +35,9 @@ SIZES = [(1000, 700), (640, 480), (700, 1000), (1280, 960), (500, 375), (480, 64
 
 def main() -> None:
     options = read_options()
-    # Before Ray starts: its workers get the same.
+    # Set before Ray starts, so that its workers inherit the variable.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Ray's workers are nice by default, and the bare loop is not.
+    # Ray gives its workers a lower priority by default, which the bare loop does not have.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray spells it so)
     torch.set_num_threads(1)
     configure_logging()
@@ -45,21 +45,21 @@ def main() -> None:
         settings = make_run(Path(folder), options)
         rows = make_images(Path(folder) / "images", options.images)
         sliced = [slice_bytes(Path(row.uri).read_bytes(), row.image_key, pixel_settings(settings)) for row in rows]
-        num_sub_images = sum(len(one.sub_images) for one in sliced)
+        num_sub_images = sum(len(image.sub_images) for image in sliced)
         print(
             f"{len(rows)} images, {num_sub_images} sub-images, {options.width} wide, {options.layers} blocks, 1 thread"
         )
         with ray_session(settings.runtime):
             ratios = [run_round(settings, rows, sliced, number) for number in range(options.rounds)]
-    steady, total = (statistics.median(one) for one in zip(*ratios, strict=True))
+    steady, total = (statistics.median(column) for column in zip(*ratios, strict=True))
     print(f"pipeline / bare loop, median of {options.rounds}: steady {steady:.2f}, with start and end {total:.2f}")
 
 
 def run_round(
     settings: RunSettings, rows: list[IndexRow], sliced: list[SlicedImage], number: int
 ) -> tuple[float, float]:
-    """Sub-images a second of the pass over those of the bare loop: steady, and from start to end."""
-    num_sub_images = sum(len(one.sub_images) for one in sliced)
+    """Measure the pass's rate relative to the bare loop's: steady, and from start to end."""
+    num_sub_images = sum(len(image.sub_images) for image in sliced)
     encoder = load_encoder(settings)
     batch_size = settings.cache.rows_per_file
     encode_each(sliced[:1], encoder)
@@ -110,7 +110,7 @@ def make_run(folder: Path, options: argparse.Namespace) -> RunSettings:
 
 
 def make_images(folder: Path, num_images: int) -> list[IndexRow]:
-    """JPEGs with some structure: noise alone would take longer to decode than photographs."""
+    """Write JPEG images of coarse noise, because fine noise would take longer to decode than photographs."""
     folder.mkdir()
     rows = []
     for number in range(num_images):
@@ -126,11 +126,11 @@ def make_images(folder: Path, num_images: int) -> list[IndexRow]:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=72)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rows-per-file", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=72, help="number of images (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="width of the encoder (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="blocks of the encoder (default: %(default)s)")
+    parser.add_argument("--rows-per-file", type=int, default=4, help="images per batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: %(default)s)")
     return parser.parse_args()
 
 

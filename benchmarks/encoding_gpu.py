@@ -1,13 +1,12 @@
 """Encoding speed on a GPU, without Ray: `python benchmarks/encoding_gpu.py` (`--tiny` tries the script on a CPU).
 
-CLIP ViT-L/14-336 with random weights in bfloat16, over the sub-images of a mix of image sizes as LLaVA's data have them.
-Printed are sub-images a second, TFLOP/s and their share of this device's own bfloat16 matrix product, memory, and the ratios
-between
+The encoder is CLIP ViT-L/14-336 with random weights in bfloat16. The image sizes are mixed like those of LLaVA's data. Printed
+are sub-images per second, TFLOP/s and their share of this device's bfloat16 matrix product, memory, and the ratios between
 
-- packed: `FrozenClip.encode`, pixels on the device already;
-- packed from bytes: the same from uint8 in the CPU's memory, uploaded and normalised on the device;
-- grouped sdpa: transformers' tower with sdpa, all sub-images of a batch that are equally large at once;
-- usual way: transformers' tower, eager, attentions of all blocks, one image at a time (LLaVA-UHD, VisionZip).
+- packed: `FrozenClip.encode` with pixels that are on the device already;
+- packed from bytes: `FrozenClip.encode` from uint8 in the CPU's memory, uploaded and normalised on the device;
+- grouped sdpa: transformers' tower with sdpa, in groups of all sub-images of a batch with equal size;
+- usual way: transformers' tower with eager attention of all blocks, one image at a time (LLaVA-UHD, VisionZip).
 """
 
 import argparse
@@ -27,7 +26,7 @@ from meteor.image.slicing import plan_slices
 from meteor.image.transform import normalise_batch
 from meteor.vision.encoder import FrozenClip
 
-# Width, height, share: COCO and GQA, then documents, book covers, web images and screens.
+# Width, height and weight of image sizes: COCO and GQA, then documents, book covers, web images and screenshots.
 IMAGES = [
     (640, 480, 20), (480, 640, 8), (640, 427, 14), (427, 640, 6), (500, 375, 10), (375, 500, 4), (612, 612, 3),
     (1024, 768, 8), (768, 1024, 5), (1024, 683, 6), (325, 500, 6), (336, 336, 3), (800, 600, 4), (1920, 1080, 2), (400, 100, 1),
@@ -39,7 +38,7 @@ LAYER = -2
 
 @dataclass(frozen=True)
 class Workload:
-    """Sub-images of each image as bytes on the CPU, and normalised on the device."""
+    """Sub-images of each image, as uint8 on the CPU and normalised on the device."""
 
     on_cpu: list[list[np.ndarray]]
     on_device: list[list[torch.Tensor]]
@@ -71,10 +70,10 @@ def main() -> None:
     }
     peak = matmul_peak(device, dtype, 512 if options.tiny else 8192)
     name = "CPU" if options.tiny else torch.cuda.get_device_name()
-    sides = sorted({tuple(one.shape[1:]) for shown in work.on_device for one in shown})
+    sides = sorted({tuple(sub_image.shape[1:]) for image in work.on_device for sub_image in image})
     print(f"{name}, {dtype}, torch {torch.__version__}: matrix product {peak / 1e12:.1f} TFLOP/s")
     print(
-        f"{len(work.on_cpu)} images, {work.num_sub_images} sub-images of {len(sides)} sizes, {options.batch} images a batch"
+        f"{len(work.on_cpu)} images, {work.num_sub_images} sub-images of {len(sides)} sizes, {options.batch} images per batch"
     )
     report(measure(ways, options.rounds, device), work, few, config, peak)
     print(f"tokens at once: {clip.max_tokens}")
@@ -83,7 +82,7 @@ def main() -> None:
 def measure(
     ways: dict[str, tuple[Callable[[Workload], None], Workload]], rounds: int, device: torch.device
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds and peak gigabytes beside the towers and the pixels, rounds interleaved after one to warm up."""
+    """Measure median seconds, and peak gigabytes beyond towers and pixels, in interleaved rounds after a warm-up."""
     seconds: dict[str, list[float]] = defaultdict(list)
     gigabytes: dict[str, float] = {}
     for number in range(rounds + 1):
@@ -105,7 +104,7 @@ def report(
     for name, (seconds, gigabytes) in measured.items():
         given = few if name == "usual way" else work
         rates[name] = given.num_sub_images / seconds
-        flops = sum(needed_flops(one, config) for shown in given.on_device for one in shown) / seconds
+        flops = sum(needed_flops(sub_image, config) for image in given.on_device for sub_image in image) / seconds
         print(
             f"{name:<18} {rates[name]:8.1f} sub-images/s  {flops / 1e12:7.2f} TFLOP/s  {flops / peak:6.1%} of the product"
             f"  {gigabytes:6.2f} GB"
@@ -117,13 +116,13 @@ def report(
 @torch.inference_mode()
 def packed(clip: FrozenClip, work: Workload, batch: int) -> None:
     for part in work.batches(batch):
-        clip.encode([one for shown in work.on_device[part] for one in shown])
+        clip.encode([sub_image for image in work.on_device[part] for sub_image in image])
 
 
 @torch.inference_mode()
 def packed_from_bytes(clip: FrozenClip, work: Workload, batch: int) -> None:
     for part in work.batches(batch):
-        sub_images = [one for shown in work.on_cpu[part] for one in shown]
+        sub_images = [sub_image for image in work.on_cpu[part] for sub_image in image]
         clip.encode(normalise_batch(sub_images, clip.mean, clip.std, device=clip.device, dtype=clip.dtype))
 
 
@@ -131,9 +130,9 @@ def packed_from_bytes(clip: FrozenClip, work: Workload, batch: int) -> None:
 def grouped(tower: CLIPVisionModel, work: Workload, batch: int) -> None:
     for part in work.batches(batch):
         by_size: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
-        for shown in work.on_device[part]:
-            for one in shown:
-                by_size[one.shape].append(one)
+        for image in work.on_device[part]:
+            for sub_image in image:
+                by_size[sub_image.shape].append(sub_image)
         for equal in by_size.values():
             states = tower(torch.stack(equal), interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
             _ = states[LAYER][:, 1:]
@@ -141,9 +140,9 @@ def grouped(tower: CLIPVisionModel, work: Workload, batch: int) -> None:
 
 @torch.inference_mode()
 def usual(tower: CLIPVisionModel, work: Workload) -> None:
-    for shown in work.on_device:
-        # The global view and the slices differ in size.
-        for equal in filter(None, (shown[:1], shown[1:])):
+    for image in work.on_device:
+        # The global view and the slices differ in size and cannot share a batch.
+        for equal in filter(None, (image[:1], image[1:])):
             given = {"interpolate_pos_encoding": True, "output_hidden_states": True, "output_attentions": True}
             output = tower(torch.stack(equal), **given)
             _ = output.hidden_states[LAYER][:, 1:], output.attentions[LAYER][:, :, 0, 1:].mean(1)
@@ -166,7 +165,7 @@ def make_workload(num_images: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 def needed_flops(pixels_3HW: torch.Tensor, config: CLIPVisionConfig) -> float:
-    """Of one sub-image up to the selected layer, nothing more: what every way must compute."""
+    """Return the FLOPs of a sub-image up to the selected layer, which every way must compute."""
     num_patches = pixels_3HW.shape[1] * pixels_3HW.shape[2] // 14**2
     tokens, width, inner = num_patches + 1, config.hidden_size, config.intermediate_size
     block = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width
@@ -174,7 +173,7 @@ def needed_flops(pixels_3HW: torch.Tensor, config: CLIPVisionConfig) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """FLOP/s of the best of many square products."""
+    """Measure the FLOP/s of the fastest of many square matrix products."""
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(20):
@@ -188,7 +187,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, side: int) -> float:
 
 
 def start_watching(device: torch.device) -> int:
-    """Bytes in use now; the peak counts from here."""
+    """Reset the peak memory statistics and return the bytes in use."""
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
@@ -205,11 +204,11 @@ def synchronise(device: torch.device) -> None:
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny tower in float32 on the CPU")
-    parser.add_argument("--images", type=int, default=None, help="384; 6 with --tiny")
-    parser.add_argument("--usual-images", type=int, default=48, help="images that the usual way encodes")
-    parser.add_argument("--batch", type=int, default=32, help="images encoded together")
-    parser.add_argument("--max-tokens", type=int, default=None, help="tokens at once; by free memory if not given")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=None, help="number of images (384; 6 with --tiny)")
+    parser.add_argument("--usual-images", type=int, default=48, help="number of images that the usual way encodes")
+    parser.add_argument("--batch", type=int, default=32, help="number of images that are encoded together")
+    parser.add_argument("--max-tokens", type=int, default=None, help="most tokens per pass (default: by free memory)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
     options = parser.parse_args()
     options.images = options.images or (6 if options.tiny else 384)
     return options

@@ -1,8 +1,8 @@
-"""The feature cache on Ceph's object gateway under faults: `python benchmarks/faults.py` prints what was lost.
+"""Feature cache on Ceph's object gateway under faults: `python benchmarks/faults.py` prints lost and duplicated rows.
 
-Each run has two writers with images in common and a reader, each through a proxy that injects faults of one kind into some
-of their requests (tests/s3/proxy.py); in the last two rows the writers are also killed (SIGKILL) and started again. Needs
-the packages that `make test-s3` installs.
+Each run has two writers with common images and a reader. A proxy injects faults of one kind into some of their requests
+(tests/s3/proxy.py). In the last two rows the writers are also killed (SIGKILL) and restarted. The benchmark needs the packages
+that `make test-s3` installs.
 """
 
 import argparse
@@ -20,10 +20,12 @@ _HEAD = ("fault kind", "runs", "faults injected", "rows written", "rows lost", "
 
 
 def main() -> None:
-    """Print a row for each kind of fault; exit with 1 if anything was lost or duplicated."""
+    """Print a row per kind of fault; exit with status 1 if anything was lost or duplicated."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=2, help="of each kind (2: about three minutes on two cores)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run (0)")
+    parser.add_argument(
+        "--runs", type=int, default=2, help="runs per kind of fault (2: about three minutes on two cores)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run (0)")
     arguments = parser.parse_args()
     seeds = range(arguments.seed, arguments.seed + arguments.runs)
     failed = False

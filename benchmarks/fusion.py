@@ -1,12 +1,14 @@
-"""The selective scan and whole projectors, side by side: `python benchmarks/fusion.py` (CPU) or `--device cuda`.
+"""Selective scan and whole projectors, side by side: `python benchmarks/fusion.py` (CPU) or `--device cuda`.
 
-First table: the scan's backends at the size of one full sub-image pair, against autograd through the reference loop, and the
-forward steps that mamba publishes as its reference (`selective_scan_ref`: every step's decay and input written to memory
-first), by the package itself where it is installed. "Unbound" is the reference's loop made kind to autograd: sequences are
-unbound into steps first, so that a step's gradient does not go through a tensor of all steps. Memory is the most beyond inputs.
-Second: projectors in training, 7 sub-images (an image in six slices and its global view) of 24 x 24 patches, vision width
-1024, LLM width 5120: Meteor's fusion, selection and MLP, LLaVA-UHD's resampler, TokenPacker, and the plain MLP. Memory is the
-most beyond weights and inputs, gradients included.
+The first table compares the scan's backends, at the size of two full sub-images, with autograd through the reference loop. It
+also shows the forward steps that mamba publishes as its reference (`selective_scan_ref`), which first write every step's decay
+and input to memory; the package's own function runs if it is installed. "Unbound" is a reference loop that suits autograd:
+sequences are unbound into steps first, so that a step's gradient does not pass through a tensor of all steps. Memory is the
+peak beyond the inputs.
+
+The second table shows projectors in training, on 7 sub-images (six slices and the global view) of 24 x 24 patches, with vision
+width 1024 and LLM width 5120. The projectors are Meteor's fusion, selection and MLP, LLaVA-UHD's resampler, TokenPacker, and
+the plain MLP. Memory is the peak beyond weights and inputs, gradients included.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from meteor.ssm import resolve_backend, selective_scan
 BATCH, CHANNELS, LENGTH, STATES = 2, 1024, 1153, 16
 SUB_IMAGES, SIDE, VISION_WIDTH, LLM_WIDTH = 7, 24, 1024, 5120
 BUDGETS = (144, 64, 32)
-# TokenPacker keeps a token of every 2 x 2, 3 x 3 or 4 x 4 patches: 144, 64 and 36 of 576.
+# TokenPacker makes a token of every 2 x 2, 3 x 3 or 4 x 4 patches: 144, 64 and 36 tokens of 576 patches.
 SCALE_FACTORS = {144: 2, 64: 3, 32: 4}
 COMPRESSORS = ("meteor", "meteor_37m", "resampler", "tokenpacker")
 PUBLISHED, UNBOUND = "mamba's published steps", "reference, unbound"
@@ -64,7 +66,7 @@ def compare_scans(device: torch.device, rounds: int, num_steps: int) -> None:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
         torch.autograd.grad(scan(**leaves).sum(), list(leaves.values()))
 
-    # The steps mamba publishes are for the forward pass: autograd makes a tensor of all steps for each step of them.
+    # mamba's published steps suit only the forward pass: for each step, autograd would make a tensor of all steps.
     trained = {name: scan for name, scan in scans.items() if name != PUBLISHED}
     forwards = compare({name: partial(forward, scan) for name, scan in scans.items()}, device, rounds)
     boths = compare({name: partial(both, scan) for name, scan in trained.items()}, device, rounds)
@@ -86,7 +88,7 @@ def cells(name: str, figures: dict[str, Figures]) -> list[str]:
 
 
 def make_inputs(device: torch.device, num_steps: int) -> dict[str, Tensor]:
-    """Of the sizes that training has: steps of 0.001 to 0.1 after softplus, decays of -1 to -n."""
+    """Make inputs with values as in training: step sizes of 0.001 to 0.1 after softplus, decays of -1 to -n."""
     u, delta = (torch.randn(BATCH, CHANNELS, num_steps, device=device) for _ in range(2))
     B, C = (torch.randn(BATCH, STATES, num_steps, device=device) for _ in range(2))
     A = -torch.arange(1.0, STATES + 1, device=device).repeat(CHANNELS, 1)
@@ -94,7 +96,7 @@ def make_inputs(device: torch.device, num_steps: int) -> dict[str, Tensor]:
 
 
 def published_steps() -> Callable[..., Tensor]:
-    """mamba_ssm's own function, or the same steps."""
+    """Return mamba_ssm's own reference function or, without the package, a copy of its steps."""
     try:
         interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     except ImportError:
@@ -134,7 +136,7 @@ def is_usable(backend: str, tensor: Tensor) -> bool:
 
 
 def check(scans: dict[str, Callable[..., Tensor]], inputs: dict[str, Tensor]) -> None:
-    """What is compared does the same."""
+    """Check that all scans give equal results."""
     with torch.no_grad():
         truth = scans["reference"](**inputs)
         for scan in scans.values():
@@ -152,8 +154,12 @@ def compare_projectors(device: torch.device, rounds: int, side: int) -> None:
     for budget in BUDGETS:
         names = COMPRESSORS if budget != BUDGETS[0] else (*COMPRESSORS, "mlp")
         projectors = {name: make_projector(name, budget, device, dtype) for name in names}
-        forwards = compare({name: partial(project, one, inputs) for name, one in projectors.items()}, device, rounds)
-        boths = compare({name: partial(train, one, inputs) for name, one in projectors.items()}, device, rounds)
+        forwards = compare(
+            {name: partial(project, projector, inputs) for name, projector in projectors.items()}, device, rounds
+        )
+        boths = compare(
+            {name: partial(train, projector, inputs) for name, projector in projectors.items()}, device, rounds
+        )
         for name, projector in projectors.items():
             count = sum(parameter.numel() for parameter in projector.parameters())
             times = [
@@ -165,7 +171,7 @@ def compare_projectors(device: torch.device, rounds: int, side: int) -> None:
             rows.append([name, str(tokens), *times, format_megabytes(boths[name].peak_bytes), f"{count / 1e6:.2f} M"])
     print(
         f"\nProjectors, {SUB_IMAGES} sub-images of {side} x {side} patches, {dtype}, {place(device)}, medians of {rounds} "
-        "rounds; time relative to meteor's with as many tokens (mlp: with 144)\n"
+        "rounds; time relative to meteor's at an equal number of tokens (mlp: at 144)\n"
     )
     header = ["projector", "tokens", "forward", "ratio", "with backward", "ratio", "memory in training", "parameters"]
     print_table(header, rows)
@@ -183,7 +189,7 @@ def project(projector: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def train(projector: torch.nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """A step's gradients, as an optimizer would find them, dropped afterwards."""
+    """Compute the gradients that an optimizer would use in a step, and drop them."""
     parameters = [parameter for parameter in projector.parameters() if parameter.requires_grad]
     return torch.autograd.grad(projector(*inputs).tokens.float().square().sum(), parameters)
 
@@ -195,10 +201,10 @@ def place(device: torch.device) -> str:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--only", choices=["scan", "projectors"], help="one of the tables")
-    parser.add_argument("--tiny", action="store_true", help="short sequences and small maps: tries the script")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: %(default)s)")
+    parser.add_argument("--only", choices=["scan", "projectors"], help="the only table to print")
+    parser.add_argument("--tiny", action="store_true", help="use short sequences and small maps, to try the script")
     return parser.parse_args()
 
 

@@ -1,14 +1,16 @@
-"""The fused scan on a GPU, against two launches and against the hardware: `python benchmarks/fusion_gpu.py`.
+"""Fused scan on a GPU, against two launches and against hardware limits: `python benchmarks/fusion_gpu.py`.
 
-64 sub-images of 24 x 24 patches, 1024 channels, 16 states, bfloat16. `--tiny` tries the script on a CPU (interpreted).
+The input has 64 sub-images of 24 x 24 patches, 1024 channels and 16 states in bfloat16. `--tiny` tries the script on a CPU, in
+Triton's interpreter.
 
-First table: everything between the input projection and the gate, forward and with backward. "Fused" is what training runs:
-one launch that makes the interleaved sequence on the spot, one scan of both directions that writes only the rows read.
-"Two launches" writes the window means and the interleaved sequence of each direction to memory, convolves it with torch, and
-scans each direction by itself: by mamba_ssm's `selective_scan_fn` where it is installed, and by this project's scan.
-Second: each kernel by itself against its floors, bytes that must move over the measured bandwidth of a copy, and
-exponentials that must be taken (one for each state, channel, direction and step; with backward two) over the measured rate
-of a kernel that does nothing else. The share is the larger floor over the time.
+The first table measures all steps between the input projection and the gate, forward and with backward. "Fused" is used in
+training: a launch that makes the interleaved sequence while reading it, and a scan of both directions that writes only the rows
+that are read. "Two launches" writes the window means and each direction's interleaved sequence to memory, convolves them with
+torch, and scans each direction separately. Its scans are mamba_ssm's `selective_scan_fn`, if installed, and this project's.
+
+The second table compares each kernel with two lower bounds of its time. The first is the bytes that must move, divided by the
+measured bandwidth of a copy. The second is the number of exponentials (one per state, channel, direction and step; two with
+backward), divided by the measured rate of a kernel that computes nothing else. The share is the larger bound over the time.
 """
 
 import argparse
@@ -38,13 +40,13 @@ from meteor.ssm.triton_visit import visit_windows
 from meteor.ssm.windows import PatchMaps, WindowMean
 
 WINDOW = 3
-# Of the exponential kernel: values a thread holds, so that one exponential need not wait for another.
+# Independent values per thread of the exponential kernel, so that an exponential need not wait for the previous one.
 IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
 class Work:
-    """A batch before the scan: (B, M, E) rows, its maps and orders, and the module with the weights."""
+    """Batch before the scan: rows (B, M, E), patch grids and visiting orders, and the module with the weights."""
 
     scan: BidirectionalScan
     row_BMX: Tensor
@@ -90,7 +92,7 @@ def compare_layouts(work: Work, device: torch.device, rounds: int) -> None:
     with torch.no_grad():
         truth = layouts["fused"]().float()
         for run in layouts.values():
-            # Two roundings to bfloat16 lie between them.
+            # The layouts differ by two roundings to bfloat16.
             assert (run().float() - truth).abs().max() <= 5e-2 * truth.abs().max()
 
     def forward(run: Callable[[], Tensor]) -> None:
@@ -116,7 +118,7 @@ def cells(name: str, figures: dict[str, Figures]) -> list[str]:
 
 
 def in_two_launches(work: Work, backend: str) -> Tensor:
-    """The same as `BidirectionalScan.forward`, with every sequence in memory; (B, M, 2, E)."""
+    """Compute `BidirectionalScan.forward` with every sequence in memory, (B, M, 2, E)."""
     scan, row_BMX = work.scan, work.row_BMX
     token_BPX = row_BMX[:, :-1]
     maps = PatchMaps.of(work.grids, token_BPX.shape[1], token_BPX.device)
@@ -152,7 +154,7 @@ def compare_with_floors(work: Work, device: torch.device, options: argparse.Name
     two = (2, -1)
     leaves = [
         tensor.detach().contiguous().requires_grad_()
-        for tensor in (u_BLW.unflatten(2, two), *(one.permute(1, 2, 0, 3) for one in (delta_GBLE, B_GBLN, C_GBLN)))
+        for tensor in (u_BLW.unflatten(2, two), *(part.permute(1, 2, 0, 3) for part in (delta_GBLE, B_GBLN, C_GBLN)))
     ]
     constants = [
         tensor.detach().float().unflatten(0, two) for tensor in (-torch.exp(scan.A_log.float()), scan.D, scan.dt_bias)
@@ -167,7 +169,7 @@ def compare_with_floors(work: Work, device: torch.device, options: argparse.Name
             first_row=num_rows - 1, num_rows=num_rows,
         )  # fmt: skip
 
-    channels, matrices = (sum(one.nbytes for one in pair) for pair in (leaves[:2], leaves[2:]))
+    channels, matrices = (sum(leaf.nbytes for leaf in pair) for pair in (leaves[:2], leaves[2:]))
     result, rows = channels // 2 * num_rows // u_BLW.shape[1], work.row_BMX.nbytes
     num_exponentials = leaves[0].numel() * options.states
     kernels = {
@@ -185,7 +187,7 @@ def compare_with_floors(work: Work, device: torch.device, options: argparse.Name
         def both(run: Callable[[], Tensor] = run, inputs: list[Tensor] = inputs, gradient: Tensor = gradient) -> None:
             torch.autograd.grad(run(), inputs, gradient)
 
-        # Backward reads what forward read and the result's gradient, and writes a gradient of each input.
+        # The backward pass reads the inputs again and the result's gradient, and writes a gradient of each input.
         both_bytes = 3 * (channels + matrices) + 2 * result if name == "scan" else 3 * rows + channels
         for part, step, moved, taken in (
             ("", forward, num_bytes, num_exp),
@@ -205,14 +207,14 @@ def visit(work: Work, row_BMX: Tensor) -> Tensor:
 
 
 def measure_bandwidth(device: torch.device, tiny: bool) -> float:
-    """Bytes read and written a second by a large copy."""
+    """Measure the bandwidth of a large copy: bytes read and written, per second."""
     source = torch.empty((1 << 20) if tiny else (1 << 31), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_of(lambda: target.copy_(source), device)
 
 
 def measure_exponentials(device: torch.device, tiny: bool) -> float:
-    """Exponentials a second of a kernel that takes nothing but them."""
+    """Measure the exponentials per second of a kernel that computes nothing else."""
     num_programs, num_rounds, block = (2, 2, 32) if tiny else (132 * 64, 4096, 128)
     result = torch.empty(num_programs * block, device=device)
     seconds = best_of(
@@ -255,12 +257,14 @@ def describe(work: Work, device: torch.device) -> str:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="2 sub-images of 2 x 2 patches in Triton's interpreter")
-    parser.add_argument("--sub-images", type=int, default=None, metavar="N", help="64; 2 with --tiny")
-    parser.add_argument("--side", type=int, default=None, metavar="N", help="patches along a side; 24, or 2")
-    parser.add_argument("--width", type=int, default=None, metavar="N", help="channels of a direction; 1024, or 32")
-    parser.add_argument("--states", type=int, default=None, metavar="N", help="16, or 4")
-    parser.add_argument("--rounds", type=int, default=None, metavar="N", help="20, or 1")
+    parser.add_argument("--tiny", action="store_true", help="use 2 sub-images of 2 x 2 patches in Triton's interpreter")
+    parser.add_argument("--sub-images", type=int, default=None, metavar="N", help="sub-images (64; 2 with --tiny)")
+    parser.add_argument("--side", type=int, default=None, metavar="N", help="patches per side (24; 2 with --tiny)")
+    parser.add_argument(
+        "--width", type=int, default=None, metavar="N", help="channels per direction (1024; 32 with --tiny)"
+    )
+    parser.add_argument("--states", type=int, default=None, metavar="N", help="size of the state (16; 4 with --tiny)")
+    parser.add_argument("--rounds", type=int, default=None, metavar="N", help="number of rounds (20; 1 with --tiny)")
     options = parser.parse_args()
     usual = {"sub_images": (64, 2), "side": (24, 2), "width": (1024, 32), "states": (16, 4), "rounds": (20, 1)}
     for name, (full, tiny) in usual.items():

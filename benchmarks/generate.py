@@ -1,9 +1,10 @@
-"""How fast answers come: `python benchmarks/generate.py` (a small LLM on CPU); `--device cuda --shape 7b` or `13b` on a GPU.
+"""Speed of answers: `python benchmarks/generate.py` (small LLM, CPU), or `--device cuda --shape 7b` or `13b` on a GPU.
 
-One language model of random weights behind LLaVA-Meteor's projector with K = 144, 64 and 32 tokens a sub-image, and behind
-LLaVA-UHD's resampler with 144: an image of five sub-images (640 x 480) and a question, one prompt at a time and several
-together. The prompt's pass, projector included and features at hand, and the tokens after it are timed apart, all projectors in
-turn; medians, ratios to the resampler (the paper's Table 4: 28.4 tokens/s, then 29.1, 31.3 and 32.9 with Vicuna-13B).
+A language model with random weights answers behind LLaVA-Meteor's projector with K = 144, 64 and 32 tokens per sub-image, and
+behind LLaVA-UHD's resampler with 144. The prompt is an image of five sub-images (640 x 480) and a question, alone and in
+batches. The prompt's pass (with projector, from ready features) and the following tokens are timed separately, with all
+projectors in turn. Printed are medians and ratios to the resampler. The paper's Table 4 reports 28.4 tokens/s for the resampler
+and 29.1, 31.3 and 32.9 for Meteor, with Vicuna-13B.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             for name, model in models.items():
                 measured = measure(model, inputs[name], options.new_tokens, device)
-                if number:  # the first round loads kernels and grows the allocator
+                if number:  # the first round, which loads kernels and grows the allocator, does not count
                     passes[name].append(measured)
         base: tuple[float, ...] = ()
         for name, measured in passes.items():
@@ -69,7 +70,7 @@ def main() -> None:
     print(
         f"\n{options.shape}, {options.sub_images} sub-images, {options.new_tokens} new tokens, {dtype}, {place(device)}\n"
     )
-    header = ["batch", "projector", "prompt", "its pass (ratio)", "of it the projector", "prefill tokens/s"]
+    header = ["batch", "projector", "prompt", "prompt's pass (ratio)", "projector's part", "prefill tokens/s"]
     print_table([*header, "decode tokens/s (ratio)", "answers/s (ratio)"], rows)
 
 
@@ -77,7 +78,7 @@ def main() -> None:
 def measure(
     model: MeteorForConditionalGeneration, inputs: dict[str, torch.Tensor], new_tokens: int, device: torch.device
 ) -> tuple[float, float, float]:
-    """Seconds of the projector by itself, of the prompt's pass with it, and of the tokens after the first."""
+    """Measure the seconds of the projector alone, of the prompt's pass with it, and of the tokens after the first."""
     synchronise(device)
     started = time.perf_counter()
     model.projector(inputs["features"], inputs["cls_attention"], inputs["grids"], None)
@@ -95,7 +96,7 @@ def synchronise(device: torch.device) -> None:
 def make_models(
     shape: dict[str, int], device: torch.device, dtype: torch.dtype
 ) -> dict[str, MeteorForConditionalGeneration]:
-    """One language model behind every projector: 13B fit once."""
+    """Make a model per projector around one shared language model, because a 13B model fits into memory only once."""
     torch.manual_seed(0)
     text = LlamaConfig(vocab_size=32000, **shape)
     vision = CLIPVisionConfig(hidden_size=1024, num_attention_heads=16, num_hidden_layers=1)
@@ -135,12 +136,18 @@ def make_inputs(
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="default: %(default)s")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
-    parser.add_argument("--sub-images", type=int, default=5, metavar="N", help="of each image; default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=33, metavar="N", help="of each answer; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="size of the LLM (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8], metavar="N", help="batch sizes (default: 1 8)"
+    )
+    parser.add_argument(
+        "--sub-images", type=int, default=5, metavar="N", help="sub-images per image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=33, metavar="N", help="tokens per answer (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
-"""Kill a training at random moments and compare where it ends: `python benchmarks/kills.py` prints a table.
+"""Training that is killed at random moments, against an undisturbed one: `python benchmarks/kills.py` prints a table.
 
-Generated images and tiny models; a stage is trained once undisturbed and once through kills (SIGKILL) of a worker, of Ray
-Train's controller, of the command, of the node's raylet and of the whole cluster. At the end the fp32 masters, both moments and
-every reported loss must be the same bits.
+A stage trains on generated images and tiny models, once undisturbed and once through kills (SIGKILL) of a worker, Ray Train's
+controller, the command, the node's raylet and the whole cluster. At the end the fp32 master weights, both moments and every
+reported loss must be equal bit for bit.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from kills import KILLS, Kill, command, train_through_kills
 
 
 def main() -> None:
-    """Exit with 1 where anything differs."""
+    """Run the comparison; exit with status 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="(20: about ten minutes on two cores)")
-    parser.add_argument("--stage", choices=["pretrain", "finetune"], default="pretrain")
-    parser.add_argument("--zero-stage", type=int, default=2, choices=range(4))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=300, help="two or three steps each (300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (20: about ten minutes on two cores)")
+    parser.add_argument("--stage", choices=["pretrain", "finetune"], default="pretrain", help="stage to train")
+    parser.add_argument("--zero-stage", type=int, default=2, choices=range(4), help="ZeRO stage")
+    parser.add_argument("--workers", type=int, default=2, help="number of training workers")
+    parser.add_argument("--epochs", type=int, default=300, help="number of epochs of two or three steps each (300)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (0)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(0 if _run(Path(folder), arguments) else 1)
@@ -42,9 +42,9 @@ def main() -> None:
 def _run(folder: Path, arguments: argparse.Namespace) -> bool:
     stage, (straight, killed) = arguments.stage, _write_runs(folder, arguments)
     earlier = ["cache_features", *(["pretrain"] if stage == "finetune" else [])]
-    for one, stages in ((straight, [*earlier, stage]), (killed, earlier[1:])):
+    for run_file, stages in ((straight, [*earlier, stage]), (killed, earlier[1:])):
         for name in stages:
-            subprocess.run(command(name, one), check=True, stderr=subprocess.DEVNULL)
+            subprocess.run(command(name, run_file), check=True, stderr=subprocess.DEVNULL)
     (undisturbed,) = (folder / "straight").glob(f"runs/{stage}-*/checkpoints")
     checkpoints = str(folder / "killed" / undisturbed.relative_to(folder / "straight"))
     kills: list[Kill] = []
@@ -64,19 +64,19 @@ def _run(folder: Path, arguments: argparse.Namespace) -> bool:
 
 
 def _compare(undisturbed: str, checkpoints: str) -> bool:
-    one, other = (Checkpoint(complete_checkpoints(root)[-1]) for root in (undisturbed, checkpoints))
-    tensors = [(kind, name) for kind in KINDS for name in one.shapes]
-    same = sum(torch.equal(one.read(*tensor), other.read(*tensor)) for tensor in tensors)
+    expected, found = (Checkpoint(complete_checkpoints(root)[-1]) for root in (undisturbed, checkpoints))
+    tensors = [(kind, name) for kind in KINDS for name in expected.shapes]
+    same = sum(torch.equal(expected.read(*tensor), found.read(*tensor)) for tensor in tensors)
     losses = [
         [row["loss"] for row in read_stage(str(Path(root).parent)).metrics] for root in (undisturbed, checkpoints)
     ]
     same_losses = losses[0] == losses[1]
     print(
-        f"\nstep {one.state['step']} and {other.state['step']}; {same} of {len(tensors)} tensors are the same bits; ",
+        f"\nstep {expected.state['step']} and {found.state['step']}; {same} of {len(tensors)} tensors are equal; ",
         end="",
     )
-    print(f"{len(losses[0])} and {len(losses[1])} losses reported, {'the same' if same_losses else 'NOT the same'}")
-    return one.state == other.state and same == len(tensors) and same_losses
+    print(f"{len(losses[0])} and {len(losses[1])} losses reported, {'equal' if same_losses else 'NOT equal'}")
+    return expected.state == found.state and same == len(tensors) and same_losses
 
 
 def _write_runs(folder: Path, arguments: argparse.Namespace) -> tuple[Path, Path]:

@@ -1,8 +1,8 @@
-"""The memory plan against a GPU's own count: `python benchmarks/memory_gpu.py` (`--tiny` tries the script on a CPU).
+"""Planned memory against measured memory on a GPU: `python benchmarks/memory_gpu.py` (`--tiny` tries the script on a CPU).
 
-Llama's shapes with random weights, plain torch on one GPU, packed rows without padding. For each shape and with and without
-activation checkpointing: what was planned, what `torch.cuda.max_memory_allocated` says after a step, and both by part. The
-plan's allowance for CUDA's context is left out: the count does not see it.
+Models have Llama's shapes and random weights; plain torch trains them on one GPU, on packed rows without padding. For each
+shape, with and without activation checkpointing, the plan is compared with `torch.cuda.max_memory_allocated` after a step. The
+plan's allowance for CUDA's context is left out, because the measurement does not include it.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
 def measure(
     shape: str, stage: str, checkpointing: bool, options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> list[str]:
-    """State between steps and peak of a step, planned and measured."""
+    """Plan and measure the state between steps and the peak of a step, in bytes."""
     projector = {"name": "meteor", "k": options.k}
     model = make_model(shape, projector, device, dtype)
     model.vision_tower = None
@@ -93,7 +93,7 @@ def measure(
 
 
 def make_batch(options: argparse.Namespace, vision_width: int, dtype: torch.dtype) -> Batch:
-    """Full rows: sub-images of 24 x 24 patches, and as much text, half of it answers."""
+    """Make full rows: half visual tokens (sub-images of 24 x 24 patches), a quarter questions, a quarter answers."""
     per_row = max(options.length // 2 // options.k, 1)
     num_visual = per_row * options.k
     ids_BL = torch.randint(3, 1000, (options.rows, options.length))
@@ -106,7 +106,7 @@ def make_batch(options: argparse.Namespace, vision_width: int, dtype: torch.dtyp
         attention_mask=torch.ones_like(ids_BL),
         labels=labels_BL,
         turns=torch.zeros_like(ids_BL),
-        images=torch.zeros_like(ids_BL),
+        image_numbers=torch.zeros_like(ids_BL),
         features=torch.randn(num_sub_images, 576, vision_width).to(dtype),
         cls_attention=torch.rand(num_sub_images, 576) / 576,
         grids=torch.tensor([[24, 24]] * num_sub_images),
@@ -117,11 +117,11 @@ def make_batch(options: argparse.Namespace, vision_width: int, dtype: torch.dtyp
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="on a CPU, to try the script")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "7b"])
-    parser.add_argument("--rows", type=int, default=2, help="of a micro batch (2)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row (2048)")
-    parser.add_argument("--k", type=int, default=144, help="tokens of a sub-image (144)")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model on a CPU, to try the script")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "7b"], help="shapes of models")
+    parser.add_argument("--rows", type=int, default=2, help="rows per micro batch (2)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row (2048)")
+    parser.add_argument("--k", type=int, default=144, help="tokens per sub-image (144)")
     return parser.parse_args()
 
 

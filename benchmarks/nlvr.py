@@ -1,7 +1,7 @@
-"""Prepares the NLVR images for a run of all stages: `python benchmarks/nlvr.py --source DIR --out outputs/nlvr`.
+"""Preparation of NLVR's images for a run of all stages: `python benchmarks/nlvr.py --source DIR --out outputs/nlvr`.
 
-DIR holds ``nlvr_llava.json`` (LLaVA's format, a statement an image, answered true or false) and ``images/``. Every second
-image is enlarged to 1200 x 300, so that it slices; statements of one scene stay on one side of the split.
+DIR holds ``nlvr_llava.json`` (LLaVA's format, with a statement per image and the answer true or false) and ``images/``. Every
+second image is enlarged to 1200 x 300, so that it is sliced. Statements about one scene stay on one side of the split.
 """
 
 import argparse
@@ -19,8 +19,8 @@ _QUESTION = "\nIs this statement true of the image? Answer with true or false."
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--source", type=Path, required=True, help="folder with NLVR's records and images")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the prepared images and samples")
     arguments = parser.parse_args()
     records = json.loads((arguments.source / "nlvr_llava.json").read_text())
     images = arguments.out / "images"
@@ -54,13 +54,13 @@ def statement(record: dict[str, Any]) -> str:
 
 
 def caption(record: dict[str, Any]) -> dict[str, Any]:
-    """A true statement is a caption."""
+    """Make a caption sample of a true statement."""
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": statement(record)}]
     return {"id": record["id"], "image": record["image"], "conversations": turns}
 
 
 def two_images(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A statement about the first of two images."""
+    """Make samples with two images and a statement about the first."""
     pairs = []
     for record, other in itertools.pairwise(records):
         text = f"<image>\n<image>\n{statement(record)}\nIs this statement true of the first image? Answer with true or false."

@@ -1,8 +1,9 @@
 """All projectors side by side: `python benchmarks/projectors.py` (CPU) or `--device cuda`.
 
-7 sub-images (an image in six slices and its global view) of 24 x 24 patches, vision width 1024, LLM width 5120, settings
-as they are by default: parameters, tokens out, forward pass, forward and backward pass, the most memory of the latter beyond
-weights and inputs, gradients included. Times are medians of rounds in which all take turns, and ratios to the plain MLP's.
+Projectors with default settings run on 7 sub-images (six slices and the global view) of 24 x 24 patches, with vision width 1024
+and LLM width 5120. Printed are parameters, output tokens, and the times of the forward pass alone and with the backward pass.
+Memory is the training pass's peak beyond weights and inputs, gradients included. Times are medians of rounds in which all
+projectors take turns; ratios are relative to the plain MLP.
 """
 
 import argparse
@@ -31,13 +32,15 @@ def main() -> None:
     widths = {"vision_width": VISION_WIDTH, "llm_width": LLM_WIDTH}
     with device:
         projectors = {name: build_projector(name, **widths).to(dtype) for name in PROJECTORS}
-    # The global view is one of the seven: what it is given in training.
-    given = {name: tuple(one[:1] for one in inputs) if name == "global_view" else inputs for name in projectors}
+    # The projector `global_view` gets only the global view in training, a single sub-image of the seven.
+    given = {name: tuple(part[:1] for part in inputs) if name == "global_view" else inputs for name in projectors}
     forwards = compare(
-        {name: partial(project, one, given[name]) for name, one in projectors.items()}, device, options.rounds
+        {name: partial(project, projector, given[name]) for name, projector in projectors.items()},
+        device,
+        options.rounds,
     )
     boths = compare(
-        {name: partial(train, one, given[name]) for name, one in projectors.items()}, device, options.rounds
+        {name: partial(train, projector, given[name]) for name, projector in projectors.items()}, device, options.rounds
     )
     rows = []
     for name, projector in projectors.items():
@@ -62,9 +65,9 @@ def main() -> None:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="small maps: tries the script")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="use small maps, to try the script")
     return parser.parse_args()
 
 

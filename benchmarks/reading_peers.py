@@ -1,4 +1,4 @@
-"""Other formats that hold the same images, for `cache_reading.py`: WebDataset, Mosaic MDS, a .pt file for each image."""
+"""Other formats for the images of `cache_reading.py`: WebDataset, Mosaic MDS, and a .pt file per image."""
 
 import importlib
 import importlib.util
@@ -16,31 +16,31 @@ Check = Callable[[str, Any], None]
 Read = Callable[[Sequence[str]], None]
 INSTALL = {
     "webdataset": "pip install --no-deps webdataset braceexpand",
-    # It declares older numpy and transformers than ours, and runs with ours.
+    # The package declares older versions of numpy and transformers, but works with newer ones.
     "streaming": "pip install --no-deps mosaicml-streaming Brotli python-snappy cramjam xxhash zstd catalogue",
 }
 
 
 class Peer:
-    """A format: images are written one by one, then read."""
+    """Format whose images are written one by one and then read."""
 
     name: ClassVar[str]
     checksum: ClassVar[str]
 
     def write(self, image: ImageFeatures, payload: bytes) -> None:
-        """Add an image; ``payload`` is what our cache stores of it."""
+        """Add an image; ``payload`` is the bytes that the feature cache stores for it."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """All have been written."""
+        """Close the files after the last image."""
 
     def readers(self, check: Check) -> tuple[Read, Read]:
-        """Reads the images in random order, and in the order in which they were written."""
+        """Return a reader in random order and a reader in the order in which the images were written."""
         raise NotImplementedError
 
 
 def open_peers(folder: Path, images_per_file: int) -> Iterator[Peer]:
-    """Those whose packages are there; of others one line is printed."""
+    """Yield the formats whose packages are installed; print a line for each of the others."""
     yield PtFiles(folder / "pt")
     for package, make in (("webdataset", WebDatasetTar), ("streaming", MosaicMds)):
         if importlib.util.find_spec(package) is None:
@@ -50,7 +50,7 @@ def open_peers(folder: Path, images_per_file: int) -> Iterator[Peer]:
 
 
 class PtFiles(Peer):
-    """What SimpleTuner and others do: `torch.save` for each image. The file has no checksum that torch looks at."""
+    """Files of `torch.save`, one per image, as SimpleTuner and others use; torch verifies no checksum."""
 
     name, checksum = "a .pt file each", "none"
 
@@ -110,7 +110,7 @@ class WebDatasetTar(Peer):
 
 
 class MosaicMds(Peer):
-    """Mosaic's shards (64 MB, its default) without their own hashes, which it looks at only when it downloads."""
+    """Mosaic's shards of 64 MB (the default), without their hashes, which are checked only after downloads."""
 
     name, checksum = "Mosaic MDS", "crc32"
 
@@ -137,7 +137,7 @@ class MosaicMds(Peer):
 
 
 def _import_streaming() -> Any:
-    """`streaming.base` without `streaming.vision`, which needs torchvision."""
+    """Import `streaming.base` without `streaming.vision`, which needs torchvision."""
     spec = importlib.util.find_spec("streaming")
     assert spec is not None
     assert spec.submodule_search_locations is not None

@@ -1,4 +1,4 @@
-"""Things to compare, timed in turn in one process, so that what slows the machine slows all of them; and their memory."""
+"""Comparison of functions in one process: timed in turn, so that a slow moment affects all; and their memory."""
 
 import ctypes
 import gc
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-# glibc's, from malloc.h.
+# Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one thing.
+    """Time and memory of a function.
 
     Attributes:
-        seconds: median of the rounds.
-        peak_bytes: most memory at a time beyond what was there before.
+        seconds: median duration over the rounds.
+        peak_bytes: peak memory in bytes, beyond the memory in use before the call.
     """
 
     seconds: float
@@ -28,9 +28,9 @@ class Figures:
 
 
 def compare(runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, Figures]:
-    """Warm each up, time all in turn ``rounds`` times, then take the memory of each by itself."""
+    """Warm up each function, time all in turn for ``rounds`` rounds, then measure the memory of each alone."""
     if device.type == "cpu":
-        # Where glibc's own adaptation ends after a few large tensors.
+        # glibc adapts its thresholds to these values after a few large tensors; setting them makes all rounds alike.
         _set_allocator(mmap_threshold=32 << 20, trim_threshold=64 << 20)
     for run in runs.values():
         run()
@@ -46,7 +46,7 @@ def compare(runs: Mapping[str, Callable[[], object]], device: torch.device, roun
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """As Markdown."""
+    """Print a table as Markdown."""
     for cells in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(cells)} |")
 
@@ -66,10 +66,10 @@ def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    # Every tensor has pages of its own, given back when it is freed: the allocator hoards nothing.
+    # With low thresholds every tensor has its own pages, which are returned to the system when the tensor is freed.
     _set_allocator(mmap_threshold=64 << 10, trim_threshold=64 << 10)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current resident size
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before

@@ -1,8 +1,9 @@
-"""What the text-guided sampler saves: `python benchmarks/text_sampler.py` (a small LLM on CPU), `--shape 7b` on a GPU.
+"""Savings by the text-guided sampler: `python benchmarks/text_sampler.py` (small LLM, CPU), `--shape 7b` on a GPU.
 
-One prompt of seven sub-images and a question, by the same language model of random weights without a sampler and with one that
-keeps 0.75 and 0.25 of the visual tokens after half of the layers: the prompt's pass, and the tokens after it, timed apart, in
-turn; then a training step's forward and backward pass. Times are medians, ratios are to the model without a sampler.
+A language model with random weights processes a prompt of seven sub-images and a question, without a sampler and with samplers
+that keep 0.75 and 0.25 of the visual tokens after half of the layers. The prompt's pass, the pass with 32 new tokens, and a
+training step's forward and backward pass are timed in turn. Times are medians; ratios are relative to the model without a
+sampler.
 """
 
 import argparse
@@ -51,8 +52,8 @@ def main() -> None:
     for task, run in tasks.items():
         figures = compare({name: partial(run, model) for name, model in models.items()}, device, options.rounds)
         rows += [
-            [task, name, format_seconds(one.seconds), f"{one.seconds / figures['none'].seconds:.2f}"]
-            for name, one in figures.items()
+            [task, name, format_seconds(figure.seconds), f"{figure.seconds / figures['none'].seconds:.2f}"]
+            for name, figure in figures.items()
         ]
     num_visual = SUB_IMAGES * k
     print(f"\n{options.shape}, {num_visual} visual tokens and {NUM_WORDS} words, {dtype}, {place(device)}\n")
@@ -71,7 +72,7 @@ def make_inputs(k: int) -> dict[str, torch.Tensor]:
         "attention_mask": torch.ones_like(ids),
         "labels": labels,
         "turns": ((place_L > 0) & (place_L <= num_visual + NUM_WORDS)).long()[None],
-        "images": visual.long()[None],
+        "image_numbers": visual.long()[None],
         "features": torch.randn(SUB_IMAGES, 576, 1024),
         "cls_attention": torch.rand(SUB_IMAGES, 576),
         "grids": torch.tensor([[24, 24]] * SUB_IMAGES),
@@ -98,7 +99,7 @@ def make_model(
 
 def answer(inputs: dict[str, torch.Tensor], new_tokens: int, model: MeteorForConditionalGeneration) -> None:
     end = inputs["input_ids"].shape[1] - NUM_ANSWER
-    cut = {"input_ids", "attention_mask", "turns", "images"}
+    cut = {"input_ids", "attention_mask", "turns", "image_numbers"}
     prompt = {name: value[:, :end] if name in cut else value for name, value in inputs.items() if name != "labels"}
     model.generate(**prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
 
@@ -110,10 +111,10 @@ def train(inputs: dict[str, torch.Tensor], model: MeteorForConditionalGeneration
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="few tokens: tries the script")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="size of the LLM (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="use few tokens, to try the script")
     return parser.parse_args()
 
 

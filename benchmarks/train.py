@@ -1,15 +1,16 @@
-"""Training steps from cached features against the usual way, on the same samples: `python benchmarks/train.py`.
+"""Training steps from cached features against the usual way, on equal samples: `python benchmarks/train.py`.
 
-Three ways, taken in turn in one process by one engine (plain torch, one worker), so that weights, masters and moments are the
-same memory for all:
+Three ways take turns in one process with one engine (plain torch, one worker), so that they share weights, master weights and
+moments:
 
-- usual: images decoded and sliced by loader threads, the frozen CLIP inside the step, a sample a row, padded; all logits;
-- cached: features from a cache on disk, otherwise the same;
-- packed: features from the cache, several samples a row without padding in between, logits of answers alone, in chunks. This
-  is what the stages run by default.
+- usual: loader threads decode and slice images, the frozen CLIP runs inside the step, each sample has a padded row, and all
+  logits are computed;
+- cached: features come from a cache on disk, everything else is as in "usual";
+- packed: features come from the cache, a row holds several samples without padding in between, and only the logits of answers
+  are computed, in chunks. The stages use this way by default.
 
-`--shape small` is for a CPU; `1b` and `7b` are Llama's shapes with CLIP ViT-L/14-336, random weights, bfloat16, for a GPU.
-Memory is what a step takes beyond the engine's state. MFU leaves out CLIP's FLOPs and recomputed activations.
+`--shape small` is for a CPU. `1b` and `7b` are Llama's shapes with CLIP ViT-L/14-336, random weights and bfloat16, for a GPU.
+Memory is the peak of a step beyond the engine's state. MFU does not count CLIP's FLOPs or recomputed activations.
 """
 
 import argparse
@@ -40,14 +41,15 @@ MAX_LENGTH = 2048
 
 @dataclass
 class Way:
-    """A way to train, and the metrics of its steps.
+    """Way to train, with the metrics of its steps.
 
     Attributes:
-        load: its batches.
-        batching: how samples share rows.
-        rows_at_once: of a forward pass.
-        all_logits: the loss by transformers, from logits of all tokens.
-        attention: the language model's.
+        load: loader of the batches.
+        batching: layout of samples in rows.
+        rows_at_once: number of rows of a forward pass.
+        all_logits: whether the loss is transformers' own, from the logits of all tokens.
+        attention: attention of the language model.
+        metrics: metrics of the steps so far.
     """
 
     load: LoadBatches
@@ -59,7 +61,7 @@ class Way:
 
 
 class Unsaved:
-    """An engine that has nothing to save: checkpoints have a benchmark of their own."""
+    """Engine without state to save, because this benchmark does not measure checkpoints."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -116,7 +118,7 @@ def make_ways(work: Work, device: torch.device, dtype: torch.dtype, options: arg
 
 
 def run(work: Work, engine: Any, way: Way, options: argparse.Namespace, folder: str, flops: ModelFlops | None) -> None:
-    """All steps of the plan, by the real loop."""
+    """Run all steps of the plan through the stages' training loop."""
     recipe = Recipe(
         lr=1e-5,
         global_batch_size=options.batch,
@@ -158,9 +160,11 @@ def prepared(model: Any, way: Way) -> Iterator[None]:
         model.__dict__.pop("_answer_loss", None)
 
 
-def loss_of_all_logits(self: Any, embeds: Any, layout: Any, labels: Any, num_items: Any, **kwargs: Any) -> Any:
-    """transformers' own: logits of every token, in float32, shifted against the labels."""
-    inputs, _ = self._inputs(embeds, layout)
+def loss_of_all_logits(
+    self: Any, embeds: Any, layout: Any, groups: Any, labels: Any, num_items: Any, **kwargs: Any
+) -> Any:
+    """Compute transformers' own loss: logits of every token in float32, shifted against the labels."""
+    inputs, _ = self._inputs(embeds, layout, groups)
     return self.language_model(**inputs, labels=labels, num_items_in_batch=num_items, use_cache=False).loss
 
 
@@ -171,7 +175,10 @@ def describe(work: Work, device: torch.device, options: argparse.Namespace) -> N
         "projector": work.model.projector,
         "CLIP": work.model.vision_tower,
     }
-    sizes = ", ".join(f"{part} {sum(p.numel() for p in one.parameters()) / 1e6:,.1f} M" for part, one in parts.items())
+    sizes = ", ".join(
+        f"{part} {sum(parameter.numel() for parameter in module.parameters()) / 1e6:,.1f} M"
+        for part, module in parts.items()
+    )
     totals = work.table.totals()
     print(f"{name}, torch {torch.__version__}; {sizes} parameters")
     print(
@@ -203,7 +210,7 @@ def report(figures: dict[str, Figures], ways: dict[str, Way], options: argparse.
     print_table(
         [
             "way",
-            "a step",
+            "time per step",
             "ratio",
             "memory beyond the state",
             "ratio",
@@ -217,18 +224,22 @@ def report(figures: dict[str, Figures], ways: dict[str, Way], options: argparse.
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--stage", choices=["pretrain", "finetune"], default="finetune")
-    parser.add_argument("--ways", nargs="+", default=["usual", "cached", "packed"], help="the first is the measure")
-    parser.add_argument("--k", type=int, default=64, help="visual tokens a sub-image (64)")
-    parser.add_argument("--batch", type=int, default=16, help="samples of a step (16)")
-    parser.add_argument("--steps", type=int, default=3, help="of a round (3)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples-at-once", type=int, default=4, help="of a forward pass where rows are padded (4)")
-    parser.add_argument("--rows-at-once", type=int, default=1, help=f"of {MAX_LENGTH} tokens, where packed (1)")
-    parser.add_argument("--threads", type=int, default=2, help="of the loader (2)")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="size of the model (small)")
+    parser.add_argument("--stage", choices=["pretrain", "finetune"], default="finetune", help="stage (finetune)")
+    parser.add_argument(
+        "--ways", nargs="+", default=["usual", "cached", "packed"], help="ways; ratios are to the first"
+    )
+    parser.add_argument("--k", type=int, default=64, help="visual tokens per sub-image (64)")
+    parser.add_argument("--batch", type=int, default=16, help="samples per step (16)")
+    parser.add_argument("--steps", type=int, default=3, help="steps per round (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (3)")
+    parser.add_argument("--samples-at-once", type=int, default=4, help="samples per forward pass of padded rows (4)")
+    parser.add_argument(
+        "--rows-at-once", type=int, default=1, help=f"packed rows of {MAX_LENGTH} tokens per forward pass (1)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of the loader (2)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/train.py trains: images and samples as LLaVA's mixture has them, a cache, a model of a known shape."""
+"""Workload of benchmarks/train.py: images and samples like those of LLaVA's mixture, a cache, and a model."""
 
 import hashlib
 import io
@@ -20,23 +20,27 @@ from meteor.cache.calibration import open_codec
 from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import Batch, collate
 from meteor.data.order import MicroBatch
+from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample
-from meteor.data.table import IndexedImage, SampleTable, plan_table
+from meteor.data.table import SampleTable
+from meteor.data.table_plan import IndexedImage, IndexedImages, plan_table
+from meteor.data.token_table import TokenTable
 from meteor.features import ImageFeatures
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise_batch
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+from meteor.text.batches import TokenBatch
 from meteor.text.tokens import Separators, TokenisedSample
 from meteor.vision.encode_images import encode_sliced
 from meteor.vision.encoder import FrozenClip
 
-# Width and height of COCO's, GQA's and TextVQA's usual images.
+# Widths and heights of typical images of COCO, GQA and TextVQA.
 SIZES = [(640, 480), (640, 427), (500, 375), (480, 640), (1024, 768), (427, 640), (640, 480), (336, 336)]
 SEPARATORS = Separators(slice_id=29892, row_id=13)
 PIXELS = PixelSettings()
 
-# (language model, vision encoder): Llama's shapes, and CLIP's.
+# Shapes of the language model (Llama's) and of the vision encoder (CLIP's), by name.
 _CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _CLIP_SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
 SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -67,7 +71,7 @@ SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """Samples of a stage, their images as files and as a cache, and the model."""
+    """Samples of a stage, their images as file bytes and as a feature cache, and the model."""
 
     table: SampleTable
     cache: FeatureCache
@@ -89,7 +93,7 @@ def make_identity(dtype: torch.dtype) -> CacheIdentity:
 def make_model(
     shape: str, projector: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> MeteorForConditionalGeneration:
-    """Random weights, made on the device; with its vision tower."""
+    """Make a model with random weights and a vision tower on the device."""
     torch.manual_seed(0)
     llm, clip = SHAPES[shape]
     config = MeteorConfig(
@@ -106,7 +110,7 @@ def make_model(
 
 
 def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: int, device: torch.device) -> Work:
-    """In bfloat16 on a GPU, float32 on a CPU."""
+    """Make the workload, in bfloat16 on a GPU and in float32 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = make_model(shape, projector, device, dtype)
     shown_images = {hashlib.sha256(data).hexdigest(): data for data in map(_jpeg, range(num_samples))}
@@ -130,7 +134,7 @@ def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: 
 
 
 def _jpeg(number: int) -> bytes:
-    """An image of coarse noise: its file is about as large as a photo's."""
+    """Make a JPEG of coarse noise, whose file is about as large as a photo's."""
     width, height = SIZES[number % len(SIZES)]
     noise = np.random.default_rng(number).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -153,10 +157,10 @@ def _fill_cache(
 
 
 def _make_table(shown_images: dict[str, bytes], budget: Callable[..., list[int]]) -> SampleTable:
-    """A sample an image: a few turns, of which the answers are about half the text, as in LLaVA's mixture."""
+    """Make a sample per image, with a few turns whose answers are about half the text, as in LLaVA's mixture."""
     chance = random.Random(0)
 
-    def tokens(sample: Sample) -> TokenisedSample:
+    def make_tokens() -> TokenisedSample:
         ids, labels = [1, IMAGE_TOKEN_ID, *(chance.randrange(3, 32000) for _ in range(40))], [IGNORE_INDEX] * 42
         for _ in range(chance.choice([1, 1, 2, 3, 5, 8])):
             for length, is_answer in (
@@ -170,12 +174,15 @@ def _make_table(shown_images: dict[str, bytes], budget: Callable[..., list[int]]
 
     images = {key: IndexedImage(key, *Image.open(io.BytesIO(data)).size, "") for key, data in shown_images.items()}
     samples = [Sample(key[:12], (key,), ()) for key in shown_images]
-    return plan_table(samples, [], images, tokenise=tokens, budget=budget, pixels=PIXELS, max_length=2048).table
+    tokens = TokenTable.of([TokenBatch.of([make_tokens() for _ in samples])])
+    sample_set = SampleSet.of("generated", samples)
+    plan = plan_table(sample_set, tokens, IndexedImages.of(images), budget=budget, pixels=PIXELS, max_length=2048)
+    return plan.table
 
 
 @dataclass(frozen=True)
 class PixelBatch:
-    """A batch with pixels in the place of features: the encoder runs inside the step."""
+    """Batch with pixels instead of features, whose encoder runs inside the step."""
 
     batch: Batch
     pixels: list[torch.Tensor]
@@ -184,7 +191,7 @@ class PixelBatch:
         return getattr(self.batch, name)
 
     def to(self, device: torch.device) -> "PixelBatch":
-        return PixelBatch(self.batch.to(device), [one.to(device, non_blocking=True) for one in self.pixels])
+        return PixelBatch(self.batch.to(device), [sub_image.to(device, non_blocking=True) for sub_image in self.pixels])
 
     def as_inputs(self) -> dict[str, Any]:
         inputs = self.batch.as_inputs()
@@ -195,13 +202,13 @@ class PixelBatch:
 def load_pixels(
     micro_batches: Iterable[MicroBatch], *, work: Work, num_threads: int, dtype: torch.dtype
 ) -> Generator[PixelBatch, None, None]:
-    """The usual loader: decodes, slices, resizes and normalises each sample's image, several at a time."""
+    """Yield batches as usual loaders do: decode, slice, resize and normalise several samples' images at a time."""
 
     def prepare(position: int) -> tuple[tuple[TokenisedSample, list[ImageFeatures]], list[torch.Tensor]]:
         [key] = work.table.image_keys(position)
         sliced = slice_bytes(work.shown_images[key], key, PIXELS)
         grids = sliced.plan.patch_grids
-        # Only the layout of it is used.
+        # Collating uses only the layout of these features; the values are never read.
         stand_in = ImageFeatures(
             image_key=key,
             width=sliced.width,
@@ -221,5 +228,5 @@ def load_pixels(
             prepared = list(pool.map(prepare, [position for row in rows for position in row]))
             yield PixelBatch(
                 work.collate([[sample] for sample, _ in prepared], vision_width=1),
-                [one for _, pixels in prepared for one in pixels],
+                [sub_image for _, pixels in prepared for sub_image in pixels],
             )

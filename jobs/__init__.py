@@ -1,1 +1,1 @@
-"""What to run where: run files in jobs/runs/, what each stage's job needs, and how jobs are submitted."""
+"""Jobs on a cluster: run files in jobs/runs/, resources of each stage, submission and checks before a run."""

@@ -1,4 +1,4 @@
-"""Ray's job server: one job for a stage of a run at a time, followed until it ends, over broken connections too."""
+"""Client of Ray's job server: a stage of a run has one job at a time, which is followed even over broken connections."""
 
 import asyncio
 import time
@@ -12,21 +12,21 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.spec import Job
 from meteor.errors import ClusterError, SettingsError
 
-# A head that restarts, or a laptop that wakes up, is back within minutes.
+# Seconds without an answer before a cluster is given up; a restarted head or a laptop after sleep is back in minutes.
 _PATIENCE_S = 600.0
 _PAUSE_S = 2.0
-# Everything that a lost connection shows as.
+# Exceptions by which Ray's client and aiohttp report a lost connection.
 _LOST = (aiohttp.ClientError, ConnectionError, OSError, RuntimeError, TimeoutError)
 
 
 class JobServer:
-    """The jobs of a cluster.
+    """Job server of a cluster.
 
     Args:
-        address: of the dashboard; RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine's cluster if None.
+        address: address of the dashboard; RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine's cluster if None.
 
     Raises:
-        ClusterError: nothing answers there, or it wants another token.
+        ClusterError: nothing answers at the address, or the server requires another token.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -35,48 +35,51 @@ class JobServer:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"no Ray cluster answers at {address or 'the default address'}: {error}\nGive --address http://HOST:8265; for "
-                "a cluster on Kubernetes first `kubectl port-forward service/NAME-head-svc 8265`. Where it asks for a "
-                "token, put it into RAY_AUTH_TOKEN or ~/.ray/auth_token."
+                "a cluster on Kubernetes first run `kubectl port-forward service/NAME-head-svc 8265`. If the cluster requires "
+                "a token, put it into RAY_AUTH_TOKEN or ~/.ray/auth_token."
             ) from error
         self.address = self._client.get_address()
 
     def page(self, submission_id: str) -> str:
-        """The job's page in the dashboard."""
+        """Return the address of a job's page in the dashboard."""
         return f"{self.address}/#/jobs/{submission_id}"
 
     def submit(self, job: Job) -> tuple[str, bool]:
-        """Submit a job; or find it where it runs already.
+        """Submit a job, or find it if it is running already.
 
         Returns:
-            The submission id, and whether it is new.
+            The submission id, and whether the job is new.
+
+        Raises:
+            SettingsError: the cluster refuses the job.
         """
         while True:
             attempts = self._attempts(job)
-            running = [one for one in attempts.values() if not one.status.is_terminal()]
+            running = [details for details in attempts.values() if not details.status.is_terminal()]
             if running:
                 return str(running[-1].submission_id), False
             submission_id = job.submission_id(max(attempts, default=0) + 1)
             try:
                 return self._submit(job, submission_id), True
             except RuntimeError as error:
-                # Somebody else was faster by a moment: theirs is running now.
+                # Another user submitted the same id a moment earlier; the next round finds that job running.
                 if "already exists" not in str(error):
                     raise SettingsError(f"the cluster refuses {submission_id}: {error}") from error
 
     def _attempts(self, job: Job) -> dict[int, JobDetails]:
-        """Attempt -> job, in order."""
+        """Return the job's attempts on the cluster by number, in order."""
         prefix, found = job.submission_id(0)[:-1], {}
-        for one in self._client.list_jobs():
-            number = (one.submission_id or "").removeprefix(prefix)
+        for details in self._client.list_jobs():
+            number = (details.submission_id or "").removeprefix(prefix)
             if number.isdecimal():
-                found[int(number)] = one
+                found[int(number)] = details
         return dict(sorted(found.items()))
 
     def _submit(self, job: Job, submission_id: str) -> str:
         resources = vars(job.resources).copy()
         env_vars = resources.pop("env_vars")
         metadata = {
-            "job_name": f"{job.settings.name} {job.stage}",  # a column of the dashboard's list
+            "job_name": f"{job.settings.name} {job.stage}",  # shown as a column in the dashboard's list of jobs
             "run": job.settings.name,
             "stage": job.stage,
             "digest": job.digest,
@@ -93,10 +96,17 @@ class JobServer:
         )
 
     def follow(self, submission_id: str, write: Callable[[str], Any]) -> JobDetails:
-        """Pass the job's log on as it grows until the job ends; each character once, over broken connections too.
+        """Pass the job's log on until the job ends, each character once, even over broken connections.
+
+        Args:
+            submission_id: id of the job.
+            write: callback for parts of the log.
+
+        Returns:
+            Details of the ended job.
 
         Raises:
-            ClusterError: the cluster has not answered for ten minutes, or has forgotten the job.
+            ClusterError: the cluster has not answered for ten minutes, or does not know the job any more.
         """
         num_written, lost_since = 0, None
 
@@ -107,14 +117,14 @@ class JobServer:
                 num_written = start + len(text)
 
         async def tail() -> None:
-            # Each connection starts at the log's beginning.
+            # Ray sends the log from its beginning on each connection.
             position = 0
             async for text in self._client.tail_job_logs(submission_id):
                 pass_on(text, position)
                 position += len(text)
 
         while True:
-            # Proxies cut connections on which nothing is said; whether the cluster is there is asked below.
+            # Proxies cut idle connections, so a lost connection alone means nothing; the query below checks the cluster.
             with suppress(*_LOST):
                 asyncio.run(tail())
             try:
@@ -126,23 +136,23 @@ class JobServer:
             except _LOST as error:
                 if "does not exist" in str(error):
                     raise ClusterError(
-                        f"{self.address} does not know {submission_id} any more: its head has started anew. The same command "
-                        "goes on where the job stopped"
+                        f"{self.address} does not know {submission_id} any more: its head has restarted. Run the command again "
+                        "to continue where the job stopped"
                     ) from error
                 now_s = time.monotonic()
                 if lost_since is None:
                     lost_since = now_s
-                    write(f"[{self.address} does not answer ({error}); the job goes on, trying again]\n")
+                    write(f"[{self.address} does not answer ({error}); the job continues, trying again]\n")
                 if now_s - lost_since >= _PATIENCE_S:
                     raise ClusterError(
-                        f"{self.address} has not answered for {_PATIENCE_S / 60:.0f} minutes. The same command looks for "
-                        f"the job {submission_id} again"
+                        f"{self.address} has not answered for {_PATIENCE_S / 60:.0f} minutes. Run the command again to look "
+                        f"for the job {submission_id}"
                     ) from error
             time.sleep(_PAUSE_S)
 
 
 def exit_status(details: JobDetails) -> int:
-    """0 if the job succeeded; its driver's own status, or 1, if it failed; 143 (128 + SIGTERM) if it was stopped."""
+    """Return 0 if the job succeeded, 143 (128 + SIGTERM) if it was stopped, and its driver's status (or 1) if it failed."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:

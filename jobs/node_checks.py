@@ -1,4 +1,4 @@
-"""What must be so on every node before hours of GPU time are spent: each check says what it found, or what to do."""
+"""Checks on every node before hours of GPU time are spent: each reports its result, or the problem and its solution."""
 
 import importlib.metadata
 import os
@@ -28,12 +28,12 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSW
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        check: its name.
-        ok: whether a run can go on.
-        text: what was found, or what is wrong and what to do.
+        check: name of the check.
+        ok: whether a run can start.
+        text: result, or the problem and what to do.
     """
 
     check: str
@@ -42,13 +42,13 @@ class Finding:
 
 
 def check_node(settings: RunSettings, num_nodes: int, marker: str, *, is_driver: bool) -> list[Finding]:
-    """All checks on this node.
+    """Run all checks on this node.
 
     Args:
-        settings: of the run, with absolute paths.
-        num_nodes: of the cluster: to one alone its own loopback and disk are enough.
-        marker: a file that the driver wrote below the run's output.
-        is_driver: on the node where stages start: samples and images are looked at as well.
+        settings: settings of the run, with absolute paths.
+        num_nodes: number of nodes of the cluster; a single node may use its loopback address and its own disk.
+        marker: URI of a file that the driver wrote below the run's output.
+        is_driver: whether stages start on this node; if so, samples and images are checked too.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("name", lambda: _name(num_nodes)),
@@ -64,7 +64,7 @@ def check_node(settings: RunSettings, num_nodes: int, marker: str, *, is_driver:
 
 
 def versions() -> dict[str, str]:
-    """Of what must be the same on all nodes."""
+    """Return the versions of Python and of the packages that must be equal on all nodes."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def differing(found: dict[str, dict[str, str]]) -> list[str]:
-    """What is not the same on all nodes, by node."""
+    """List the packages whose versions differ, with the nodes of each version."""
     lines = []
     for package in sorted({package for node in found.values() for package in node}):
         by_version: dict[str, list[str]] = {}
@@ -83,13 +83,13 @@ def differing(found: dict[str, dict[str, str]]) -> list[str]:
             by_version.setdefault(packages.get(package, "absent"), []).append(node)
         if len(by_version) > 1:
             lines.append(
-                f"{package}: " + "; ".join(f"{one} on {', '.join(nodes)}" for one, nodes in by_version.items())
+                f"{package}: " + "; ".join(f"{version} on {', '.join(nodes)}" for version, nodes in by_version.items())
             )
     return lines
 
 
 def gpus() -> list[str]:
-    """Of this node, by name."""
+    """List the names of this node's GPUs."""
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -105,7 +105,7 @@ def _found(name: str, check: Callable[[], str]) -> Finding:
 
 
 class _Problem(Exception):
-    """Something that is not as it must be."""
+    """Problem that a check found; the message says what to do."""
 
 
 def _without_secrets(text: str) -> str:
@@ -120,25 +120,25 @@ def _name(num_nodes: int) -> str:
     address = socket.gethostbyname(name)
     if num_nodes > 1 and address.startswith("127."):
         raise _Problem(
-            f"{name} leads to {address}: torch's gloo would offer that to other nodes. Give the name the node's own address in "
-            "/etc/hosts, or set GLOO_SOCKET_IFNAME to its network interface"
+            f"{name} resolves to {address}, which torch's gloo would announce to other nodes. Map the name to the node's own "
+            "address in /etc/hosts, or set GLOO_SOCKET_IFNAME to its network interface"
         )
     return f"{name} is {address}"
 
 
 def _storage(output: str, marker: str) -> str:
-    """Written, read, created once, listed, deleted: as runs and caches do; and what the driver wrote is seen here."""
+    """Check the output's store by the operations of runs and caches, and that the driver's file is visible."""
     if not storage.exists(marker):
         raise _Problem(
-            f"what the driver's node wrote to output={output} is not seen here: name an s3:// prefix, or a folder that all "
-            "nodes share"
+            f"a file that the driver's node wrote to output={output} is not visible here: give an s3:// prefix, or a folder "
+            "that all nodes share"
         )
     uri = storage.join(output, "preflight", uuid.uuid4().hex)
     data = os.urandom(1 << 16)
     try:
         storage.write_bytes(uri, data)
         if storage.read_bytes(uri) != data or storage.read_range(uri, 100, 50) != data[100:150]:
-            raise _Problem(f"{uri} does not hold what was written to it")
+            raise _Problem(f"{uri} returns other bytes than were written")
         created = f"{uri}-created"
         storage.create_bytes(created, b"1")
         try:
@@ -170,7 +170,7 @@ def _llm(settings: RunSettings) -> str:
         else None
     )
     if weights == []:
-        raise _Problem(f"{settings.llm.path} has a tokenizer, and no weights (.safetensors or .bin)")
+        raise _Problem(f"{settings.llm.path} has a tokenizer, but no weights (.safetensors or .bin)")
     return f"{settings.llm.path}: {len(tokenizer):,} tokens" + (
         "" if weights is None else f", {len(weights)} weight files"
     )
@@ -188,11 +188,11 @@ def _mlflow(settings: RunSettings, num_nodes: int) -> str:
     if uri is None:
         if num_nodes > 1:
             raise _Problem("no server: set MLFLOW_TRACKING_URI on all nodes, or tracking.uri in the run file")
-        return "no server: runs go to SQLite beside the results"
+        return "no server: runs are tracked in SQLite beside the results"
     try:
         Tracker(uri, settings.tracking.experiment)
     except TrackingError as error:
-        raise _Problem(f"{error}. Runs would go on without it, and send what it missed later") from error
+        raise _Problem(f"{error}. Runs would continue without the server, and send missing metrics later") from error
     return f"{public_uri(uri)}, experiment {settings.tracking.experiment}"
 
 
@@ -211,12 +211,12 @@ def _images(settings: RunSettings) -> str:
     missing = [uri for uri in uris if not storage.exists(uri)]
     if missing:
         raise _Problem(
-            f"{len(missing)} of {len(uris)} looked for are missing, for example {missing[0]}: check data.roots"
+            f"{len(missing)} of {len(uris)} sampled images are missing, for example {missing[0]}: check data.roots"
         )
-    return f"{len(uris)} looked for, all there"
+    return f"{len(uris)} sampled images, all found"
 
 
 def _first(samples: Iterable) -> list[str]:
-    """Images of a few samples, evenly spread."""
+    """Return the images of a few samples, evenly spread."""
     shown = [sample.images[0] for sample in samples if sample.images]
     return shown[:: max(1, len(shown) // _NUM_IMAGES)][:_NUM_IMAGES]

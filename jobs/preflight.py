@@ -1,4 +1,4 @@
-"""Look before a long run: storage, models, data, MLflow, GPUs and versions, on every node of the cluster."""
+"""Checks before a long run: storage, models, data, MLflow, GPUs and versions, on every node of the cluster."""
 
 import argparse
 import logging
@@ -17,16 +17,17 @@ from meteor.command_line import DIFFERS, OK, add_run, parse, read_run, run_comma
 from meteor.config import RunSettings
 from meteor.planning.workers import answering_request, describe_nodes, encoding_request, training_request
 
-_DESCRIPTION = """Look at everything that a run needs, on every node of the cluster: storage (write, read, conditional put),
-models, data, MLflow, GPUs, versions. Nothing is trained, and nothing is left behind."""
+_DESCRIPTION = """Check everything that a run needs, on every node of the cluster: storage (write, read, conditional put),
+models, data, MLflow, GPUs, versions. Nothing is trained, and temporary files are deleted."""
 _EPILOG = """On a cluster: ray job submit --working-dir . -- python -m jobs.preflight --run RUN, or python -m jobs.submit
-preflight --run RUN --wait. Without one it looks at this machine. Exit status: 0 all is well, 1 a check failed, 2 an error."""
-# Copying a model of 26 GB to a node's disk takes minutes.
+preflight --run RUN --wait. Without a cluster, this machine is checked. Exit status: 0 if all checks pass, 1 if a check
+failed, 2 after an error."""
+# The checks copy the language model to the node's disk, which takes minutes for 26 GB.
 _NODE_TIMEOUT_S = 1800.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser("python -m jobs.preflight", description=_DESCRIPTION, epilog=_EPILOG)
     add_run(parser)
     arguments = parse(parser, argv)
@@ -45,21 +46,21 @@ def check_cluster(settings: RunSettings) -> int:
 
 
 def look(settings: RunSettings) -> dict[str, dict[str, Any]]:
-    """Node -> its findings, GPUs, versions and resources; the node that this process is on comes first."""
+    """Return findings, GPUs, versions and resources by node; this process's node comes first."""
     here = ray.get_runtime_context().get_node_id()
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
     marker = storage.join(settings.output, "preflight", f"marker-{uuid.uuid4().hex}")
     storage.write_bytes(marker, b"")
     try:
-        asked = {}
+        started = {}
         for node in nodes:
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = _look.options(num_cpus=0, scheduling_strategy=strategy)
-            asked[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = (
+            started[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = (
                 task.remote(settings, len(nodes), marker, is_driver=node["NodeID"] == here),
                 node["Resources"],
             )
-        return {name: {**_answer(reference), "resources": has} for name, (reference, has) in asked.items()}
+        return {name: {**_answer(reference), "resources": has} for name, (reference, has) in started.items()}
     finally:
         storage.delete(marker)
 
@@ -71,16 +72,16 @@ def _look(settings: RunSettings, num_nodes: int, marker: str, *, is_driver: bool
 
 
 def _answer(reference: Any) -> dict[str, Any]:
-    """A node's; one that does not answer is a finding too."""
+    """Return a node's results; if the node does not answer, that is a finding too."""
     try:
         return ray.get(reference, timeout=_NODE_TIMEOUT_S)
     except ray.exceptions.RayError as error:
         text = str(error).strip().splitlines()[-1]
-        return {"findings": [Finding("node", False, f"cannot be looked at: {text}")], "gpus": [], "versions": {}}
+        return {"findings": [Finding("node", False, f"cannot be checked: {text}")], "gpus": [], "versions": {}}
 
 
 def report(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> int:
-    """Print everything; 0 where all is well."""
+    """Print all results and return the exit status: 0 if all checks passed, otherwise 1."""
     num_wrong = 0
     for name, node in nodes.items():
         has = node["resources"]
@@ -103,7 +104,7 @@ def report(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> int:
 
 
 def wanting(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> list[str]:
-    """Workers that the run asks for and the cluster has no room for now; an autoscaler may still bring nodes."""
+    """List the workers that the run asks for and the cluster has no room for now; an autoscaler may still add nodes."""
     there = [node["resources"] for node in nodes.values()]
     requests = [make(settings.runtime) for make in (encoding_request, training_request, answering_request)]
     return [

@@ -1,4 +1,4 @@
-"""From a stage and a run to a job: its command, what it needs, and an id that tells it from all others."""
+"""Jobs of a run's stages: command, resources, and an id that identifies what is computed."""
 
 import os
 import shlex
@@ -16,6 +16,7 @@ from meteor.runs.identity import NamesAlone, identify, identify_all, stages_of
 from meteor.stages import STAGES
 from meteor.tracking import experiment_page
 
+# Stages in the order in which a run executes them.
 CHAIN = (*STAGES, "report")
 _SPECS = Path(__file__).with_name("stages.yaml")
 _MODULES = {"preflight": "jobs.preflight"}
@@ -23,12 +24,13 @@ _MODULES = {"preflight": "jobs.preflight"}
 
 @dataclass(frozen=True)
 class Resources:
-    """What the driver of a stage's job asks for (`jobs/stages.yaml`).
+    """Resources for the driver of a stage's job (`jobs/stages.yaml`).
 
     Attributes:
-        entrypoint_num_cpus, entrypoint_num_gpus, entrypoint_memory: logical resources; memory in bytes. All 0: the head node.
-        entrypoint_resources: custom resources, for example of a group of nodes.
-        env_vars: of the driver and all workers. Never a secret.
+        entrypoint_num_cpus, entrypoint_num_gpus, entrypoint_memory: logical resources, memory in bytes. If all are 0, the
+            driver runs on the head node.
+        entrypoint_resources: custom resources, for example those of a group of nodes.
+        env_vars: environment variables of the driver and all workers; never secrets.
     """
 
     entrypoint_num_cpus: float = 0
@@ -40,14 +42,14 @@ class Resources:
 
 @dataclass(frozen=True)
 class Job:
-    """One stage of one run.
+    """Job of one stage of one run.
 
     Attributes:
-        stage: its name.
-        run: run file, or the name of one, as it was given.
-        overrides: ``a.b=value``.
-        settings: all of it resolved.
-        resources: of the driver.
+        stage: name of the stage.
+        run: run file, or the name of a run file in jobs/runs/, as given by the user.
+        overrides: changed settings of the form ``a.b=value``.
+        settings: resolved settings of the run.
+        resources: resources of the driver.
     """
 
     stage: str
@@ -58,7 +60,7 @@ class Job:
 
     @property
     def entrypoint(self) -> str:
-        """The command, as it would be typed in the working directory."""
+        """Command of the driver, as typed in the working directory."""
         module = _MODULES.get(self.stage, f"pipelines.{self.stage}")
         return shlex.join(["python", "-m", module, "--run", self.run, *self.overrides])
 
@@ -79,20 +81,26 @@ class Job:
         return settings_digest([self.stage, content, settings.output, settings.cache_root])[:12]
 
     def tracking_page(self, submission_id: str) -> str | None:
-        """Where MLflow has the job's run: found by the tag that the stage puts on it; None where no server answers here."""
+        """Return the MLflow page of the job's run, found by a tag that the stage sets; None if no server answers."""
         uri = self.settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         return experiment_page(uri, self.settings.tracking.experiment, {"ray.submission_id": submission_id})
 
     def submission_id(self, attempt: int) -> str:
-        """Ray takes each id once, also after a failure: every attempt has its own."""
+        """Return the id of an attempt; Ray accepts each id only once, even after a failure."""
         return f"{self.stage}-{self.digest}-{attempt}"
 
 
 def make_job(stage: str, run: str, overrides: Sequence[str] = ()) -> Job:
-    """The job of a stage.
+    """Make the job of a stage.
+
+    Args:
+        stage: name of the stage.
+        run: run file, or the name of a run file in jobs/runs/.
+        overrides: changed settings of the form ``a.b=value``.
 
     Raises:
-        SettingsError: no such stage or run file, or the run file does not travel with the working directory.
+        SettingsError: the stage or run file does not exist, or the run file lies outside the working directory, which is all
+            that the cluster gets.
     """
     specs = read_specs()
     if stage not in specs:
@@ -100,8 +108,8 @@ def make_job(stage: str, run: str, overrides: Sequence[str] = ()) -> Job:
     file = Path(run)
     if file.is_file() and not file.resolve().is_relative_to(Path.cwd().resolve()):
         raise SettingsError(
-            f"the run file {run} lies outside the working directory {Path.cwd()}, which is all that the cluster gets: copy it "
-            "below jobs/runs/"
+            f"the run file {run} lies outside the working directory {Path.cwd()}, and the cluster gets only that directory: "
+            "copy the file below jobs/runs/"
         )
     if file.is_file():
         run = str(file.resolve().relative_to(Path.cwd().resolve()))
@@ -118,7 +126,11 @@ def make_chain(run: str, overrides: Sequence[str] = ()) -> list[Job]:
 
 
 def read_specs() -> dict[str, Resources]:
-    """Stage -> resources. Raises SettingsError where the file has something that is none."""
+    """Read the resources of each stage.
+
+    Raises:
+        SettingsError: the file is malformed.
+    """
     try:
         return TypeAdapter(dict[str, Resources]).validate_python(yaml.safe_load(_SPECS.read_text()))
     except (ValidationError, yaml.YAMLError) as error:

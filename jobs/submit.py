@@ -1,4 +1,4 @@
-"""Submit a stage of a run, or all of them, to a Ray cluster."""
+"""Submission of a run's stages to a Ray cluster."""
 
 import argparse
 import logging
@@ -9,31 +9,32 @@ from jobs.client import JobServer, exit_status
 from jobs.spec import CHAIN, Job, make_chain, make_job, read_specs
 from meteor.command_line import add_run, parse, run_command
 
-_DESCRIPTION = """Submit a stage of a run to a Ray cluster, with the working directory's code. Where it runs already, its log is
-shown; after a failure a new attempt goes on where the last one stopped."""
-_EPILOG = """The same by Ray's own command: ray job submit --working-dir . -- python -m pipelines.STAGE --run RUN.
-Exit status: 0 the job succeeded (or, without --wait, was submitted), 143 it was stopped, else the job's own; 2 an error."""
+_DESCRIPTION = """Submit a stage of a run to a Ray cluster, with the working directory's code. If the stage is running already,
+its log is shown. After a failure, a new attempt continues where the last attempt stopped."""
+_EPILOG = """Ray's own command for this is: ray job submit --working-dir . -- python -m pipelines.STAGE --run RUN.
+Exit status: 0 if the job succeeded (without --wait: was submitted), 143 if it was stopped, otherwise
+the status of the job; 2 after an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser("python -m jobs.submit", description=_DESCRIPTION, epilog=_EPILOG)
     names = [*read_specs(), "all"]
     parser.add_argument(
         "stage",
         choices=names,
         metavar="STAGE",
-        help=f"one of {', '.join(names)}; all is {', '.join(CHAIN)}, one by one",
+        help=f"stage to submit: {', '.join(names)}; `all` means {', '.join(CHAIN)}, one after the other",
     )
     add_run(parser)
     parser.add_argument(
         "--address",
         metavar="URL",
-        help="of the cluster's dashboard; RAY_API_SERVER_ADDRESS or this machine's if not given",
+        help="address of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, or this machine's dashboard)",
     )
-    parser.add_argument("--wait", action="store_true", help="show the log, wait for the end; `all` always does")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
-    # Which files it leaves out, five times; that it uploads, and hangs up.
+    parser.add_argument("--wait", action="store_true", help="show the log until the job ends; `all` always does so")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs instead of submitting them")
+    # Ray's client logs uploads, every ignored file and each connection at INFO and WARNING.
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     arguments = parse(parser, argv)
@@ -53,7 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def submit(jobs: Sequence[Job], server: JobServer, *, wait: bool, write: Callable[[str], object] | None = None) -> int:
-    """Submit jobs one by one, each when the one before it has succeeded; the exit status of the last that was submitted."""
+    """Submit jobs one by one, each after the previous job has succeeded.
+
+    Args:
+        jobs: jobs in order.
+        server: job server of the cluster.
+        wait: whether to follow each job until it ends; without, all jobs are submitted at once.
+        write: callback for output; standard output if None.
+
+    Returns:
+        The exit status of the last submitted job.
+    """
     write = write or _write
     status = 0
     for number, job in enumerate(jobs, 1):
@@ -70,15 +81,15 @@ def submit(jobs: Sequence[Job], server: JobServer, *, wait: bool, write: Callabl
         try:
             details = server.follow(submission_id, write)
         except KeyboardInterrupt:
-            write(f"\nThe job goes on. The same command shows it again; ray job stop {submission_id} stops it.\n")
+            write(f"\nThe job continues. Run the command again to follow it; ray job stop {submission_id} stops it.\n")
             return 130
         status = exit_status(details)
         write(
             f"{submission_id}: {details.status.value}{f', {details.message}' if status and details.message else ''}\n"
         )
         if status:
-            left = ", ".join(one.stage for one in jobs[number:])
-            write(f"Not started: {left}. The same command goes on here.\n" if left else "")
+            left = ", ".join(job.stage for job in jobs[number:])
+            write(f"Not started: {left}. Run the command again to continue here.\n" if left else "")
             return status
     return status
 

@@ -1,3 +1,3 @@
-"""LLaVA-Meteor's library: slicing, frozen encoder, feature cache, projectors, model, training, scoring. Never imports Ray."""
+"""LLaVA-Meteor's library: slicing, frozen encoder, feature cache, projectors, model, training, scoring; without Ray."""
 
 __version__ = "0.1.0"

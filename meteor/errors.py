@@ -1,4 +1,4 @@
-"""Every error of the project that a user can meet, in one tree.
+"""Errors that a user of the project can meet, in one tree.
 
 MeteorError
 ├── SettingsError            a setting is unknown, of the wrong type, or contradicts another
@@ -16,16 +16,17 @@ MeteorError
 │   ├── CacheMismatchError   the cache was made with other settings than the model wants
 │   └── CorruptPayloadError  a checksum does not match
 ├── CheckpointError          a checkpoint is incomplete, damaged, or does not fit
-├── TrainingError            training cannot go on
+├── TrainingError            training cannot continue
 │   └── FailedStepError      a step's loss or gradient is not finite; carries the samples of its batch
-└── TrackingError            the tracking server refused
+├── TrackingError            the tracking server cannot be reached, or refused
+└── ClusterError             a cluster does not answer, or is in a wrong state
 """
 
 from typing import Any
 
 
 class MeteorError(Exception):
-    """Base of all errors of this project. The message says what is wrong, the value, and what to do."""
+    """Base of all errors of this project; the message says what is wrong, the value, and what to do."""
 
 
 class SettingsError(MeteorError):
@@ -65,16 +66,17 @@ class ImagePathError(DataError):
 
 
 class BadImageError(MeteorError):
-    """An image that cannot be used.
+    """Error for an image that cannot be used.
 
     Attributes:
-        reason: a short stable code for the quarantine table, for example ``"truncated"``.
+        reason: short stable code for the quarantine table, for example ``"truncated"``.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
+    # Ray sends errors between processes by pickling; the default would call the class with the message alone.
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.reason, str(self))
 
@@ -104,12 +106,13 @@ class TrainingError(MeteorError):
 
 
 class FailedStepError(TrainingError):
-    """A step that was stopped before the weights changed.
+    """Error for a training step that was stopped before the weights changed.
 
     Attributes:
-        failure: as JSON: ``step``, ``epoch``, ``problem``, ``lr``, ``loss`` and ``grad_norm`` (None where it did not come to
-            them, a text where they are not finite), and ``samples``: of the global batch, each with its ``id``, its ``row``
-            in the sample table, its ``worker``, ``micro_batch`` and ``micro_batch_loss``.
+        failure: details of the step as JSON values: ``step``, ``epoch``, ``problem``, ``lr``, ``loss``, ``grad_norm`` and
+            ``samples``. The loss and the norm are None if they were not computed, and text if they are not finite. The
+            samples are those of the global batch, each with its ``id``, its ``row`` in the sample table, its ``worker``,
+            ``micro_batch`` and ``micro_batch_loss``.
     """
 
     def __init__(self, message: str, failure: dict[str, Any]) -> None:
@@ -125,4 +128,4 @@ class TrackingError(MeteorError):
 
 
 class ClusterError(MeteorError):
-    """A cluster does not answer, or is not as it must be."""
+    """Error for a cluster that does not answer, or is in a wrong state."""

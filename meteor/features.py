@@ -1,4 +1,4 @@
-"""Value types that vision, cache, data and model hand one another: the features of one image, and a source of them.
+"""Value types that vision, cache, data and model share: the features of an image, and a source of features.
 
 Letters: P patches of a sub-image, C vision width, A attention layers, S sub-images of the image.
 """
@@ -14,17 +14,17 @@ from meteor.errors import CacheError
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """What the frozen encoder sees in one image. Sub-images: the global view first, then the slices row by row.
+    """Features of one image from the frozen encoder; sub-images are the global view, then the slices row by row.
 
     Attributes:
         image_key: sha256 of the image file's bytes.
         width, height: pixels of the image as a viewer shows it.
-        grid: (columns, rows) of slices, None when there are none.
-        patch_grids: (Hu, Wu) of each sub-image.
-        attention_layers: the hidden states whose block's attention ``cls_attention`` holds.
-        features: (P_u, C) for each sub-image.
-        cls_attention: (A, P_u) float32 for each sub-image.
-        cls: (S, C), the class tokens.
+        grid: columns and rows of the slices; None without slices.
+        patch_grids: patch rows and columns (Hu, Wu) of each sub-image.
+        attention_layers: indices of the hidden states whose block's attention is in ``cls_attention``.
+        features: patch features of each sub-image, (P, C).
+        cls_attention: attention of the class token over the patches of each sub-image, (A, P) float32.
+        cls: class tokens of all sub-images, (S, C).
 
     Raises:
         CacheError: the shapes contradict each other.
@@ -56,11 +56,11 @@ class ImageFeatures:
 
     @property
     def num_sub_images(self) -> int:
-        """S."""
+        """Number of sub-images, S."""
         return len(self.patch_grids)
 
     def with_attention(self, layers: Sequence[int]) -> "ImageFeatures":
-        """The same image with the attention of ``layers`` alone, in that order.
+        """Return a copy with the attention of ``layers`` alone, in that order.
 
         Raises:
             CacheError: a layer was not cached.
@@ -76,7 +76,7 @@ class ImageFeatures:
 
 
 class FeatureSource(Protocol):
-    """Where training and evaluation get features from: a `FeatureCache` or `LiveFeatures`."""
+    """Source of features for training and evaluation: a `FeatureCache` or `LiveFeatures`."""
 
     def get(self, image_key: str) -> ImageFeatures: ...
 

@@ -1,4 +1,4 @@
-"""Values as people read them: numbers with units and no more digits than mean something, settings by dotted name."""
+"""Formatting of values for people: numbers with units and significant digits, settings by dotted name."""
 
 import json
 from collections.abc import Mapping
@@ -6,26 +6,27 @@ from typing import Any
 
 
 def format_count(count: int) -> str:
+    """Format a whole number with thousands separators: 1,234."""
     return f"{count:,}"
 
 
 def format_number(value: float) -> str:
-    """Three or more significant digits: 1,234 / 12.0 / 0.0123."""
+    """Format a number with three or more significant digits: 1,234 / 12.0 / 0.0123."""
     if abs(value) >= 99.95 or value == 0:
         return f"{value:,.0f}"
     return f"{value:#.3g}"
 
 
 def format_parameters(count: int) -> str:
-    """In millions from a million on, as the paper's Table 4 does."""
+    """Format a number of parameters, in millions from one million, as the paper's Table 4 does."""
     return f"{count / 1e6:,.2f} M" if count >= 1_000_000 else format_count(count)
 
 
 def format_bytes(size_bytes: int) -> str:
-    """Decimal units, as disks and object stores are sold."""
+    """Format bytes in decimal units, as disks and object stores are sold."""
     size = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        # From here on three digits would round up to 1e+03.
+        # From 999.5 on, three significant digits would be printed as 1e+03.
         if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
@@ -33,7 +34,7 @@ def format_bytes(size_bytes: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Two units at most: 0.42 s, 42 s, 3 min 20 s, 2 h 05 min."""
+    """Format a duration in at most two units: 0.42 s, 42 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
@@ -44,15 +45,17 @@ def format_duration(seconds: float) -> str:
 
 
 def format_share(share: float) -> str:
+    """Format a share in [0, 1] as percent: 12.3 %."""
     return f"{100 * share:.1f} %"
 
 
 def format_interval(low: float, high: float) -> str:
+    """Format an interval of shares in percent, without the unit: 12.3 – 45.6."""
     return f"{100 * low:.1f} – {100 * high:.1f}"
 
 
 def format_value(value: Any) -> str:
-    """A setting's or record's value of any JSON type, on one line; a text is not quoted, null is "none"."""
+    """Format a JSON value of any type on one line; text is not quoted, and null is "none"."""
     if value is None:
         return "none"
     if isinstance(value, str):
@@ -72,5 +75,5 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def humanise(key: str) -> str:
-    """``num_sub_images`` -> "sub images": a name the code uses, as a label."""
+    """Turn a name from the code into a label: ``num_sub_images`` -> "sub images"."""
     return key.removeprefix("num_").replace("_", " ")

@@ -1,7 +1,7 @@
-"""95 % intervals of scores whose questions share images: answers about one image are not independent.
+"""Intervals of 95 % for scores whose questions share images: answers about one image are not independent.
 
-The variance of an estimate is that of clusters (Miller, "Adding Error Bars to Evals", arXiv 2411.00640): each question has an
-influence on the estimate, (score - mean) / n for a mean; influences of one image are summed before they are squared.
+The variance is that of clusters (Miller, "Adding Error Bars to Evals", arXiv 2411.00640). Each question has an influence on
+the estimate, which is (score - mean) / n for a mean. Influences of one image are summed before they are squared.
 """
 
 import math
@@ -10,11 +10,11 @@ from collections.abc import Hashable, Iterable, Sequence
 
 
 def standard_error(influences: Sequence[float], clusters: Iterable[Hashable]) -> float | None:
-    """sqrt(G / (G - 1) sum_g (sum_{i in g} influence_i)^2) over G clusters; None for fewer than two.
+    """Return sqrt(G / (G - 1) sum_g (sum_{i in g} influence_i)^2) over G clusters; None for fewer than two.
 
     Args:
-        influences: one a question; they sum to 0.
-        clusters: of each question, for example its image.
+        influences: influence of each question; their sum is 0.
+        clusters: cluster of each question, for example its image.
     """
     sums: dict[Hashable, float] = defaultdict(float)
     for influence, cluster in zip(influences, clusters, strict=True):
@@ -26,28 +26,34 @@ def standard_error(influences: Sequence[float], clusters: Iterable[Hashable]) ->
 
 
 def mean_influences(values: Sequence[float]) -> list[float]:
-    """Of the mean of ``values``."""
+    """Return the influence of each value on the mean of all."""
     centre = sum(values) / len(values)
     return [(value - centre) / len(values) for value in values]
 
 
 def student_interval(estimate: float, error: float, num_clusters: int) -> tuple[float, float]:
-    """For differences, which may be anything: symmetric, with Student's quantile of clusters - 1 degrees of freedom."""
+    """Return the symmetric interval of a difference, with Student's quantile at ``num_clusters`` - 1 degrees of freedom.
+
+    Args:
+        estimate: the difference.
+        error: result of `standard_error`.
+        num_clusters: number of clusters, at least 2.
+    """
     reach = _quantile(num_clusters) * error
     return estimate - reach, estimate + reach
 
 
 def share_interval(share: float, error: float, num_clusters: int) -> tuple[float, float]:
-    """For scores in [0, 1], in which it stays: Wilson's interval with the effective number of questions.
+    """Return Wilson's interval of a score in [0, 1], with the effective number of questions; it stays in [0, 1].
 
-    That is share (1 - share) / error^2, the number of independent right-or-wrong questions that would be as uncertain; at 0
-    and 1, where the error is 0, the number of clusters. Independent questions give Wilson's own interval, but for
-    Student's quantile, which tends to the normal one.
+    The effective number is share (1 - share) / error^2, the number of independent right-or-wrong questions with an equal
+    uncertainty. At 0 and 1, with an error of 0, it is the number of clusters. For independent questions the result is
+    Wilson's own interval with Student's quantile, which tends to the normal quantile.
 
     Args:
-        share: in [0, 1].
-        error: `standard_error`.
-        num_clusters: at least 2.
+        share: score in [0, 1].
+        error: result of `standard_error`.
+        num_clusters: number of clusters, at least 2.
     """
     spread = share * (1 - share)
     number = spread / error**2 if error > 0 and spread > 0 else num_clusters
@@ -58,6 +64,6 @@ def share_interval(share: float, error: float, num_clusters: int) -> tuple[float
 
 
 def _quantile(num_clusters: int) -> float:
-    from scipy.stats import t as student  # half a second; most of the library does without
+    from scipy.stats import t as student  # imported here because it takes 0.5 s, and few commands need it
 
     return float(student.ppf(0.975, num_clusters - 1))

@@ -1,4 +1,4 @@
-"""The one way to import a package that may be absent: the error says what to install."""
+"""Import of packages that may be absent, with an error that contains the install command."""
 
 import importlib
 from types import ModuleType
@@ -7,10 +7,15 @@ from meteor.errors import MissingPackageError
 
 
 def import_optional(module: str, *, needed_for: str, install: str) -> ModuleType:
-    """Import ``module`` or say what it is needed for and how to install it.
+    """Import an optional module, or explain how to install its package.
+
+    Args:
+        module: dotted name of the module.
+        needed_for: feature or setting that needs the module, for the error.
+        install: install command, for the error.
 
     Raises:
-        MissingPackageError: with the install line, and the import's own error as its cause.
+        MissingPackageError: the module cannot be imported; the import's own error is the cause.
     """
     try:
         return importlib.import_module(module)

@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints, from a folder, the hub or an object store; whole or not at all.
+"""Loading of Hugging Face checkpoints from a folder, the hub or an object store, with incomplete ones refused.
 
-transformers fills what is missing with random weights and goes on.
+The check is needed because transformers gives missing weights random values and only prints a warning.
 """
 
 import fcntl
@@ -27,14 +27,15 @@ _LOG = logging.getLogger(__name__)
 
 @functools.lru_cache(maxsize=64)
 def local_model(path: str | os.PathLike[str]) -> str:
-    """What transformers can open: the folder of a copy for an s3:// folder; a local path or a hub id as it is.
+    """Return a path that transformers can open: the local copy of an s3:// folder; other paths and hub ids unchanged.
 
-    A node copies a model once, whichever process asks first; the copy is named by the names, sizes and etags of the files,
-    and appears when it is complete. ``METEOR_MODELS`` names the folder of copies (``~/.cache/meteor/models`` if not set).
+    A node copies a model once, and its processes share the copy. The copy's name is a digest of the names, sizes and etags
+    of the files, and the copy appears only when it is complete. The environment variable ``METEOR_MODELS`` names the folder
+    of copies (default ``~/.cache/meteor/models``).
 
     Raises:
         SettingsError: there is no config.json below the s3:// folder.
-        StorageError: it cannot be read.
+        StorageError: the s3:// folder cannot be read.
     """
     path = os.fspath(path)
     if not path.startswith("s3://"):
@@ -43,37 +44,37 @@ def local_model(path: str | os.PathLike[str]) -> str:
     files = {info.uri.removeprefix(root + "/"): info for info in storage.list_objects(root)}
     if "config.json" not in files:
         raise SettingsError(f"{path} holds no model: there is no config.json among its {len(files)} files")
-    digest = hashlib.sha256(repr([(name, one.size_bytes, one.etag) for name, one in files.items()]).encode())
+    digest = hashlib.sha256(repr([(name, file.size_bytes, file.etag) for name, file in files.items()]).encode())
     folder = Path(os.environ.get("METEOR_MODELS", "~/.cache/meteor/models")).expanduser() / digest.hexdigest()[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the process ends, however it ends
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases the lock even if the process is killed
         if not folder.is_dir():
-            size = sum(one.size_bytes for one in files.values())
+            size = sum(file.size_bytes for file in files.values())
             _LOG.info("Copying the model %s (%s) to %s", path, format_bytes(size), folder)
             partial = Path(f"{folder}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            for name, one in files.items():
-                storage.download_file(one.uri, str(partial / name))
+            for name, file in files.items():
+                storage.download_file(file.uri, str(partial / name))
             partial.rename(folder)
     return str(folder)
 
 
 def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, **kwargs: Any) -> Any:
-    """``model_class.from_pretrained(path)``, refusing a checkpoint that lacks a weight; no repository's code is run.
+    """Load a model by ``model_class.from_pretrained``, and refuse a checkpoint that lacks weights.
 
-    Weights of other parts (the text half of CLIP, say) are left out without a word. ``.bin`` files are read with
-    ``weights_only``, transformers' default.
+    Code of the model's repository is never run. Weights of other parts, for example CLIP's text tower, are ignored. ``.bin``
+    files are read with ``weights_only``, the default of transformers.
 
     Args:
-        model_class: a transformers model or auto class.
+        model_class: model class or auto class of transformers.
         path: local directory, s3:// folder or hub id.
-        setting: what the path is called in the settings, for the error.
-        example: a hub id that would do, for the error.
-        **kwargs: of ``from_pretrained``.
+        setting: dotted name of the setting that holds the path, for the error.
+        example: hub id of a suitable model, for the error.
+        **kwargs: further arguments of ``from_pretrained``.
 
     Raises:
-        SettingsError: nothing loadable there, or tensors are missing or of another shape.
+        SettingsError: there is no loadable model, or tensors are missing or have another shape.
     """
     try:
         with _without_report():
@@ -96,7 +97,7 @@ def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Silence the table of tensors that were not used; missing ones are looked at above."""
+    """Silence transformers' table of unused tensors; `load_pretrained` itself checks for missing tensors."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

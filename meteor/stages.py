@@ -1,4 +1,4 @@
-"""Names of the stages, in the order in which a run goes through them."""
+"""Names of the stages, in the order in which a run executes them."""
 
 from typing import Literal, get_args
 

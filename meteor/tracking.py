@@ -1,4 +1,4 @@
-"""MLflow, the one door to it: runs found by tag, metrics that never stop a job, lineage from caches to runs."""
+"""Experiment tracking in MLflow: runs found by tag, metrics that never stop a job, lineage from caches to runs."""
 
 import logging
 import os
@@ -19,26 +19,31 @@ from meteor.optional import import_optional
 _LOG = logging.getLogger(__name__)
 _DIGEST_TAG = "meteor.digest"
 _PARENT_TAG = "mlflow.parentRunId"
-# MLflow's own (7 retries of up to 120 s) would hold up training for minutes at every report while the server is away.
+# MLflow's defaults (7 retries of up to 120 s) would delay training for minutes at every report while the server is away.
 _HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+# Seconds without attempts to send metrics after the server could not be reached.
 _OUTAGE_PAUSE_S = 60.0
+# Limits of MLflow's API per request and per value.
 _MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
 _MAX_CHILDREN = 5000
 
 
 def public_uri(uri: str) -> str:
-    """The URI without user and password, for messages and files."""
+    """Remove user and password from a URI, for messages and files."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", uri)
 
 
 def experiment_page(uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
-    """The page of an experiment's runs that have these tags, in a server's interface; None without a server that answers.
+    """Return the address of the web page that lists an experiment's runs with certain tags.
 
     Args:
-        uri: of the server.
-        experiment: its name.
-        tags: what all shown runs have.
+        uri: URI of the tracking server.
+        experiment: name of the experiment.
+        tags: tags that the listed runs have.
+
+    Returns:
+        The address; None if the URI is not a server's, or the server does not answer.
     """
     if not uri.startswith("http"):
         return None
@@ -53,12 +58,12 @@ def experiment_page(uri: str, experiment: str, tags: Mapping[str, str]) -> str |
 
 @dataclass(frozen=True)
 class ChildRun:
-    """A run below another.
+    """Run that is the child of another run.
 
     Attributes:
-        name: of the run.
-        tags: by name, MLflow's own included.
-        metrics: name -> latest value.
+        name: name of the run.
+        tags: tags by name, MLflow's own tags included.
+        metrics: latest value of each metric by name.
     """
 
     name: str
@@ -67,25 +72,25 @@ class ChildRun:
 
 
 class Tracker:
-    """One experiment on one tracking server or database.
+    """Client of one experiment on a tracking server or in a database.
 
-    Runs are found by a digest tag, so that a stage that starts again continues its own run. An outage is logged once and
-    never raised while metrics are logged, and metrics are tried again once a minute: they are in the run's JSONL already,
-    and `backfill` adds what is missing.
+    Runs are found by a digest tag, so that a restarted stage continues its own run. While metrics are logged, an outage is
+    never raised: it is logged once, and sending is tried again after a minute. The metrics are in the run's JSONL file
+    already, and `backfill` sends the missing ones.
 
     Args:
-        uri: ``sqlite:///...``, ``http(s)://...``.
-        experiment: made if absent.
+        uri: ``sqlite:///...`` or ``http(s)://...``.
+        experiment: name of the experiment, which is created if absent.
 
     Raises:
-        TrackingError: the server cannot be reached when runs are made.
+        TrackingError: the server cannot be reached.
     """
 
     def __init__(self, uri: str, experiment: str) -> None:
         for name, value in {**_QUIET, **_HTTP_SETTINGS}.items():
             os.environ.setdefault(name, value)
         mlflow = import_optional("mlflow", needed_for="tracking", install="pip install mlflow")
-        # MLflow announces every database migration at INFO.
+        # MLflow logs every database migration at level INFO.
         for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self.uri, self.experiment = uri, experiment
@@ -96,7 +101,17 @@ class Tracker:
             self.experiment_id = self._experiment_id(experiment)
 
     def run(self, name: str, digest: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
-        """The id of the run with this digest tag; made if there is none, set to running if it had ended."""
+        """Return the id of the run with a digest tag; create the run if absent, and reopen it if it has ended.
+
+        Args:
+            name: name of a new run.
+            digest: value of the digest tag.
+            parent: id of a new run's parent run.
+            tags: further tags of a new run.
+
+        Raises:
+            TrackingError: the server cannot be reached.
+        """
         with self._reaching():
             found = self._client.search_runs(
                 [self.experiment_id], filter_string=f"tags.`{_DIGEST_TAG}` = '{digest}'", max_results=1
@@ -110,7 +125,7 @@ class Tracker:
             return run_id
 
     def children(self, run_id: str) -> list[ChildRun]:
-        """The runs below a run, the oldest first."""
+        """List a run's children, oldest first."""
         with self._reaching():
             found = self._client.search_runs(
                 [self.experiment_id],
@@ -121,7 +136,7 @@ class Tracker:
             return [ChildRun(run.info.run_name, run.data.tags, run.data.metrics) for run in found]
 
     def log_params(self, run_id: str, settings: Mapping[str, Any]) -> None:
-        """Log settings flattened with dots; those logged before keep their first value (MLflow's rule)."""
+        """Log settings with dotted names; settings logged before keep their first value, as MLflow requires."""
         with self._reaching():
             present = self._client.get_run(run_id).data.params
             flat = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in flatten(settings).items()}
@@ -131,7 +146,7 @@ class Tracker:
                 self._client.log_batch(run_id, params=params)
 
     def log_dataset(self, run_id: str, *, name: str, digest: str, source: str, context: str) -> None:
-        """Record a cache or sample file as an input of the run: ``dataset.digest = '...'`` then finds all its runs."""
+        """Record a cache or sample file as a run's input; the search ``dataset.digest = '...'`` then finds its runs."""
         dataset = self._entities.Dataset(
             name=name[:500], digest=digest[:_MAX_DATASET_DIGEST], source_type="local", source=source
         )
@@ -140,7 +155,7 @@ class Tracker:
             self._client.log_inputs(run_id, datasets=[self._entities.DatasetInput(dataset, tags=[tag])])
 
     def log_metrics(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log rows with a ``step`` and, as they like, ``time_ms``; numbers only. An outage is reported once and forgiven."""
+        """Log the numbers of rows with a ``step`` and an optional ``time_ms``; an outage is logged once, never raised."""
         if self._outage_until is not None and time.monotonic() < self._outage_until:
             return
         now_ms = int(time.time() * 1000)
@@ -157,15 +172,18 @@ class Tracker:
             self._outage_until = time.monotonic() + _OUTAGE_PAUSE_S
 
     def backfill(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Log what MLflow does not have of the rows; returns how many numbers that were.
+        """Log the numbers of rows that MLflow lacks.
 
-        A number is known by its name, step and time, as a row may have been sent in part. So a step that was done again
-        after a resume has both its points in MLflow, which cannot forget one: the later one is in the run's files too, and
-        is its latest value.
+        Numbers are compared by name, step and time, because a row may have been sent in part. A step that is repeated after a
+        resume therefore has two points in MLflow, which cannot delete points. The later point is in the run's files too, and
+        is the metric's latest value.
 
         Args:
-            run_id: of the run.
-            rows: as in `log_metrics`, each with ``time_ms``.
+            run_id: id of the run.
+            rows: rows for `log_metrics`, each with ``time_ms``.
+
+        Returns:
+            The number of logged values.
 
         Raises:
             TrackingError: the server cannot be reached.
@@ -199,7 +217,7 @@ class Tracker:
             self._client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
 
     def _metrics(self, row: Mapping[str, Any], time_ms: int) -> list[Any]:
-        """A row's numbers."""
+        """Return a row's numbers as MLflow's metrics."""
         return [
             self._entities.Metric(key, float(value), time_ms, int(row["step"]))
             for key, value in row.items()
@@ -214,7 +232,7 @@ class Tracker:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is not None:
             return experiment.experiment_id
-        # Artifacts of the default SQLite store belong beside the database, not in the caller's working directory.
+        # MLflow would put artifacts of a SQLite store into the working directory; they belong beside the database.
         folder = self.uri.removeprefix("sqlite:///")
         location = str(Path(folder).parent / "mlartifacts" / name) if folder != self.uri else None
         return self._client.create_experiment(name, artifact_location=location)
@@ -226,7 +244,7 @@ class Tracker:
         return MlflowException, RequestException, OSError
 
     def page(self, run_id: str) -> str | None:
-        """The run's page in a server's interface; None where there is no server."""
+        """Return the address of a run's web page; None without a server."""
         if not self.uri.startswith("http"):
             return None
         return f"{public_uri(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"

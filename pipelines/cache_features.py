@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 from meteor.assembly import Inputs, pixel_settings
-from meteor.assembly.sample_sets import SampleSet, as_samples, names_of_images
+from meteor.assembly.sample_sets import as_samples, names_of_images
 from meteor.cache import (
     DatasetIndex,
     FeatureCache,
@@ -20,6 +20,7 @@ from meteor.cache import (
 from meteor.cache.manifest import latest_manifest, read_keys
 from meteor.cache.quarantine import retryable
 from meteor.config import RunSettings, mathematical_settings
+from meteor.data.sample_sets import SampleSet
 from meteor.errors import BadImageError, QuarantineLimitError
 from meteor.evaluation.question_images import is_written, write_images
 from meteor.evaluation.question_set import QuestionSet
@@ -158,7 +159,7 @@ def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
     """Say what `run` would do, from the index and from headers of images that it does not have."""
     inputs = inputs or Inputs()
     lines = [
-        f"  {file.name}: {len(file.samples):,} samples, {len(file.image_names):,} images, {len(file.problems)} unusable"
+        f"  {file.name}: {len(file):,} samples, {len(file.image_names):,} images, {len(file.problems)} unusable"
         for file in inputs.all_sets(settings)
     ]
     return "\n".join(["cache_features: plan", *lines, estimate_cache(settings, inputs).to_text()])

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 
 from meteor import storage
 from meteor.assembly import Inputs, pixel_settings
-from meteor.assembly.features import indexed_images, quarantine_into
-from meteor.assembly.sample_sets import as_samples
+from meteor.assembly.features import indexed_images
+from meteor.assembly.sample_sets import as_samples, distinct_images
 from meteor.assembly.training_stage import find_model
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings
-from meteor.data.table import IndexedImage
+from meteor.data.table_plan import IndexedImage
 from meteor.errors import BadImageError, CacheError, SettingsError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question
@@ -137,8 +137,7 @@ def find_questions(
         CacheError: an image has not been indexed or encoded.
         SettingsError: records of a question set cannot be used.
     """
-    names = set().union(*(as_samples(one).image_names for one in sets))
-    images = quarantine_into(indexed_images(index, names), cache.quarantined())
+    images = indexed_images(index, distinct_images(map(as_samples, sets)), cache.quarantined())
     pixels, found = pixel_settings(settings), []
     for one in sets:
         if one.problems:

@@ -7,25 +7,25 @@ from pathlib import Path
 
 ABSENT = ("ray", "deepspeed", "mlflow", "boto3", "botocore", "mamba_ssm", "triton", "matplotlib", "pydantic", "scipy")
 # `config` and `cli` read settings (pydantic), `report` draws (matplotlib), `synthetic` trains tokenizers (sentencepiece).
-ROOMS = ("image", "vision", "cache", "text", "ssm", "checkpoint", "projector", "data", "model", "train", "evaluation")
-# Behind `triton_door`, which opens where triton is; and what lmms-eval imports, where that is installed.
-BEHIND_DOORS = ("triton_scan", "triton_scan_kernels", "triton_visit", "triton_visit_kernels", "lmms")
+FOLDERS = ("image", "vision", "cache", "text", "ssm", "checkpoint", "projector", "data", "model", "train", "evaluation")
+# Modules that `triton_backend` imports if triton is installed, and the module that lmms-eval imports.
+LAZILY_IMPORTED = ("triton_scan", "triton_scan_kernels", "triton_visit", "triton_visit_kernels", "lmms")
 SCRIPT = """
 import importlib, pkgutil, sys, warnings
 warnings.simplefilter("ignore")
-absent, rooms, doors = (argument.split(",") for argument in sys.argv[1:])
+absent, folders, lazy = (argument.split(",") for argument in sys.argv[1:])
 sys.modules.update(dict.fromkeys(absent))
 import meteor.storage, meteor.tracking
-for room in rooms:
-    package = importlib.import_module(f"meteor.{room}")
+for folder in folders:
+    package = importlib.import_module(f"meteor.{folder}")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in doors:
-            importlib.import_module(f"meteor.{room}.{module.name}")
+        if module.name not in lazy:
+            importlib.import_module(f"meteor.{folder}.{module.name}")
 """
 
 
 def test_the_library_imports_without_the_packages_of_the_pipelines():
-    command = [sys.executable, "-c", SCRIPT, ",".join(ABSENT), ",".join(ROOMS), ",".join(BEHIND_DOORS)]
+    command = [sys.executable, "-c", SCRIPT, ",".join(ABSENT), ",".join(FOLDERS), ",".join(LAZILY_IMPORTED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

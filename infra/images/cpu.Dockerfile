@@ -1,12 +1,12 @@
-# Everything a stage needs on CPUs: the demo, encoding on CPUs, the head of a cluster, MLflow's server.
+# Image for CPUs: the demo, encoding on CPUs, the head of a cluster, MLflow's server.
 #   docker build --file infra/images/cpu.Dockerfile --tag registry.example.com/meteor-cpu:0.1.0 .
-# By digest where builds must repeat: --build-arg BASE=python:3.11-slim-bookworm@sha256:...
+# For repeatable builds give the base by digest: --build-arg BASE=python:3.11-slim-bookworm@sha256:...
 ARG BASE=python:3.11-slim-bookworm
 # hadolint ignore=DL3006
 FROM ${BASE}
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# g++ and ninja: DeepSpeed compiles its communication op. wget: KubeRay's probes.
+# DeepSpeed compiles its communication op with g++ and ninja; KubeRay's probes use wget.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ ninja-build wget ca-certificates \
@@ -14,7 +14,7 @@ RUN apt-get update \
     && useradd --create-home --uid 1000 --shell /bin/bash ray
 
 WORKDIR /opt/meteor
-# Dependencies first: they stay in the layer cache while the code changes.
+# Dependencies are installed first, so that they stay in the layer cache when only the code changes.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir meteor pipelines jobs && touch meteor/__init__.py pipelines/__init__.py jobs/__init__.py \
     && pip install --no-cache-dir --constraint constraints.txt \
@@ -26,7 +26,7 @@ COPY jobs jobs
 RUN pip install --no-cache-dir --no-deps . && chown -R ray:ray /opt/meteor
 
 USER 1000
-# Compiled once here, not once a pod.
+# DeepSpeed's communication op is compiled here once, instead of in every pod.
 RUN python -m pipelines.warm_up
 ENV MLFLOW_DISABLE_TELEMETRY=true HF_HUB_OFFLINE=1 METEOR_LOG_FORMAT=json
 CMD ["bash"]

@@ -1,4 +1,4 @@
-# The same for GPUs, with mamba-ssm and causal-conv1d compiled for them.
+# Image for GPUs, with mamba-ssm and causal-conv1d compiled for them.
 #   docker build --file infra/images/gpu.Dockerfile --tag registry.example.com/meteor-gpu:0.1.0 .
 # ARCHITECTURES: 8.0 is A100, 9.0 H100 and H200, 10.0 B200. Each takes minutes of compilation.
 ARG BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
@@ -15,7 +15,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:${PATH}
-# Against the very torch that will load them: a wheel for another one crashes at import.
+# The packages are compiled against the torch that will load them; a wheel for another torch crashes at import.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir "torch==${TORCH}" "setuptools>=77" wheel packaging ninja \
     && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels \
@@ -25,12 +25,12 @@ RUN pip install --no-cache-dir "torch==${TORCH}" "setuptools>=77" wheel packagin
 FROM ${BASE}
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# The compiler stays: DeepSpeed and Triton compile for the GPU that they find. wget: KubeRay's probes.
+# The compiler stays in the image, because DeepSpeed and Triton compile for the GPU at run time. KubeRay's probes use wget.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-dev python3-venv g++ ninja-build wget ca-certificates \
     && rm -rf /var/lib/apt/lists/* \
-    # Ubuntu's image comes with a user of this number.
+    # Ubuntu's image already has a user with this id.
     && userdel --remove ubuntu \
     && useradd --create-home --uid 1000 --shell /bin/bash ray \
     && python3 -m venv /opt/venv \

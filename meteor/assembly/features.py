@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 
+import pyarrow as pa
+
 from meteor.assembly.encoders import load_encoder
 from meteor.assembly.places import pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache, IndexRow
 from meteor.cache.disk_tier import DiskTier
 from meteor.config import RunSettings
-from meteor.data.table import IndexedImage
+from meteor.data.table_plan import IndexedImage
 from meteor.vision.live import LiveFeatures
 
 
@@ -32,21 +34,19 @@ def uris_by_key(rows: Iterable[IndexRow]) -> dict[str, str]:
     return {row.image_key: row.uri for row in rows if row.status == "ok"}
 
 
-def indexed_images(index: DatasetIndex, names: Iterable[str]) -> dict[str, IndexedImage]:
-    """Look up images in the index by name; names that it lacks are left out."""
-    wanted = set(names)
-    return {
-        row.name: IndexedImage(row.image_key, row.width, row.height, row.reason)
-        for row in index.rows()
-        if row.name in wanted
-    }
+def indexed_images(
+    index: DatasetIndex, names: pa.StringArray, quarantined: Mapping[str, str]
+) -> dict[str, IndexedImage]:
+    """Look up images in the index by name; names that it lacks are left out.
 
-
-def quarantine_into(images: Mapping[str, IndexedImage], quarantined: Mapping[str, str]) -> dict[str, IndexedImage]:
-    """Return the images with the reasons of those that the encoder refused."""
+    Args:
+        index: the dataset index.
+        names: names of the images.
+        quarantined: image key -> why the encoder refused the image.
+    """
+    rows = index.rows_named(names)
+    columns = [rows[name].to_pylist() for name in ("name", "image_key", "width", "height", "reason")]
     return {
-        name: IndexedImage(
-            image.image_key, image.width, image.height, image.reason or quarantined.get(image.image_key, "")
-        )
-        for name, image in images.items()
+        name: IndexedImage(key, width, height, reason or quarantined.get(key, ""))
+        for name, key, width, height, reason in zip(*columns, strict=True)
     }

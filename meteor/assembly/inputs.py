@@ -7,13 +7,15 @@ from typing import Any, TypeVar
 
 from meteor import storage
 from meteor.assembly.encoders import cache_identity, load_encoder
-from meteor.assembly.places import SampleFile, cache_uri, index_uri, sample_files, training_files
-from meteor.assembly.sample_sets import SampleSet, as_samples, load_set, mix, mixture_digest, names_of_images
+from meteor.assembly.places import SampleFile, cache_uri, index_uri, sample_files, samples_uri, training_files
+from meteor.assembly.sample_sets import as_samples, distinct_images, mix, mixture_digest
 from meteor.cache import CacheIdentity, DatasetIndex, FeatureCache
 from meteor.cache.manifest import latest_manifest
 from meteor.config import RunSettings, settings_digest
+from meteor.data.sample_sets import SampleSet, load_set
 from meteor.errors import CacheError, SettingsError
 from meteor.evaluation.question_set import QuestionSet, load_question_set
+from meteor.progress import ProgressLog
 from meteor.projector.file import projector_digest
 from meteor.runs import pins
 from meteor.runs.identity import Versions
@@ -43,9 +45,15 @@ class Inputs:
 
     # Samples and questions
 
-    def sample_set(self, name: str, uri: str) -> SampleSet:
-        """An annotation file; errors as `meteor.data.samples.load_samples`."""
-        return replace(self.once(("samples", uri), lambda: load_set(name, uri)), name=name)
+    def sample_set(self, settings: RunSettings, name: str, uri: str) -> SampleSet:
+        """An annotation file; errors as `meteor.data.sample_sets.load_set`."""
+        folder = samples_uri(settings)
+
+        def read() -> SampleSet:
+            progress = ProgressLog(f"{name}: reading: samples")
+            return load_set(uri, name=name, folder=folder, on_progress=progress)
+
+        return replace(self.once(("samples", uri, folder), read), name=name)
 
     def training_sets(self, settings: RunSettings, stage: TrainingStage) -> list[SampleSet]:
         """The files that a stage trains on, in an order that depends on their content alone.
@@ -56,12 +64,11 @@ class Inputs:
         files = training_files(settings, stage)
         if not files:
             raise SettingsError(f"data.{stage} is not set: name the LLaVA JSON of this stage")
-        key = ("mixture", tuple((file.uri, file.weight) for file in files))
-        sets = self.once(key, lambda: mix(stage, [self._weighted(file) for file in files]))
-        return [replace(found, name=file.name) for found in sets for file in files if file.uri == found.uri]
+        key = ("mixture", stage, tuple((file.uri, file.weight) for file in files), samples_uri(settings))
+        return self.once(key, lambda: mix(stage, [self._weighted(settings, file) for file in files]))
 
-    def _weighted(self, file: SampleFile) -> SampleSet:
-        return replace(self.sample_set(file.name, file.uri), weight=file.weight)
+    def _weighted(self, settings: RunSettings, file: SampleFile) -> SampleSet:
+        return replace(self.sample_set(settings, file.name, file.uri), weight=file.weight)
 
     def all_sets(self, settings: RunSettings) -> list[SampleSet]:
         """All sample sets of the run, the questions' samples included.
@@ -70,7 +77,7 @@ class Inputs:
             SettingsError: the run names none.
         """
         files = [file for file in sample_files(settings) if file.stage is not None]
-        sets = [self.sample_set(file.name, file.uri) for file in files]
+        sets = [self.sample_set(settings, file.name, file.uri) for file in files]
         return sets + [as_samples(questions) for questions in self.question_sets(settings)]
 
     def question_sets(self, settings: RunSettings) -> list[QuestionSet]:
@@ -154,8 +161,9 @@ class Inputs:
 
     def index_digest(self, index: DatasetIndex, sets: Sequence[SampleSet]) -> str:
         """Digest of the sets' images in a version of the index; errors as `DatasetIndex.digest`."""
-        key = ("index digest", index.uri, index.version, *sorted({file.digest for file in sets}))
-        return self.once(key, lambda: index.digest(names_of_images(sets)))
+        # Names in a question set's own folder begin with the set's name.
+        key = ("index digest", index.uri, index.version, *sorted({(file.digest, file.uri) for file in sets}))
+        return self.once(key, lambda: index.digest(distinct_images(sets)))
 
     # Facts, for `meteor.runs.identity.identify`
 

@@ -76,6 +76,11 @@ def index_uri(settings: RunSettings) -> str:
     return storage.join(settings.cache_root, "index")
 
 
+def samples_uri(settings: RunSettings) -> str:
+    """The folder of records and tokens of annotation files, beside the dataset index."""
+    return storage.join(index_uri(settings), "samples")
+
+
 def cache_uri(settings: RunSettings, identity: CacheIdentity) -> str:
     """The cache, in the run's codec, that the run reads and fills."""
     return storage.join(settings.cache_root, identity.key, settings.cache.codec)

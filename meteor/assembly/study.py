@@ -4,9 +4,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import pyarrow.compute as pc
+
 from meteor import storage
 from meteor.assembly.inputs import Inputs
-from meteor.assembly.sample_sets import names_of_images
+from meteor.assembly.sample_sets import distinct_images
 from meteor.cache import FeatureCache
 from meteor.config import RunSettings, Variant, expand_study, resolve_paths, settings_digest
 from meteor.errors import NotFoundError
@@ -84,13 +86,14 @@ def _holds_all(settings: RunSettings, pins: StudyPins, runs: dict[str, RunSettin
     """Whether index and caches at the pinned versions hold every image of every variant."""
     if not runs.keys() <= pins.caches.keys():
         return False
-    rows = {row.name: row for row in inputs.index_version(settings, pins.index_version).rows()}
+    index = inputs.index_version(settings, pins.index_version)
     for uri, run in runs.items():
-        names = names_of_images(inputs.all_sets(run))
-        if not names <= rows.keys():
+        names = pc.unique(distinct_images(inputs.all_sets(run)))
+        rows = index.rows_named(names)
+        if len(rows) < len(names):
             return False
         cache = inputs.cache_at(run, pins.caches[uri])
-        known = set(cache.keys()) | set(cache.quarantined())
-        if any(rows[name].status == "ok" and rows[name].image_key not in known for name in names):
+        good = rows.filter(pc.equal(rows["status"], "ok"))
+        if set(cache.missing(good["image_key"].combine_chunks()).to_pylist()) - cache.quarantined().keys():
             return False
     return True

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from meteor.assembly.inputs import Inputs
-from meteor.assembly.sample_sets import SampleSet
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings
+from meteor.data.sample_sets import SampleSet
 from meteor.errors import SettingsError
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import StageIdentity, Versions, identify

@@ -4,9 +4,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,6 +26,7 @@ from meteor.errors import CacheError
 
 _SUFFIX = ".parquet"
 _NUM_SHOWN = 5
+_ROWS_PER_PIECE = 65_536
 _CONTENT = ("image_key", "width", "height", "status")
 _AMBIGUOUS = -1
 _ADVICE = "delete it: the version before it counts then, and cache_features reads what that lacks"
@@ -141,7 +143,7 @@ class DatasetIndex:
         row = None if position is None else IndexRow(**self._rows.row(position))
         return row if row and (row.size_bytes, row.etag) == (info.size_bytes, info.etag) else None
 
-    def digest(self, uris_or_names: Iterable[str]) -> str:
+    def digest(self, uris_or_names: Iterable[str] | pa.StringArray) -> str:
         """Fingerprint of these images as a data set: names, contents, sizes, and which are bad.
 
         The same for any order, repeated names, another place of the same files, and other modification times.
@@ -152,16 +154,35 @@ class DatasetIndex:
         Raises:
             CacheError: an image is not indexed.
         """
-        asked = sorted(set(uris_or_names))
-        found = [self.lookup(image) for image in asked]
-        if missing := [image for image, row in zip(asked, found, strict=True) if row is None]:
+        asked = uris_or_names if isinstance(uris_or_names, pa.Array) else pa.array(list(uris_or_names), pa.string())
+        asked = pc.unique(asked)
+        by_uri = _find_last(asked, self.table["uri"])
+        named = asked.filter(by_uri.is_null())
+        odd = named.filter(pc.is_in(named, value_set=self._ambiguous))
+        if len(odd):
+            self.lookup(odd[0].as_py())  # raises
+        places = pc.coalesce(by_uri, pc.index_in(asked, value_set=self.table["name"]))
+        if places.null_count:
+            missing = sorted(asked.filter(places.is_null()).to_pylist())
             raise CacheError(
                 f"{len(missing)} images are not in version {self.version} of the index {self.uri}, for example "
                 f"{missing[:_NUM_SHOWN]}; run cache_features over the data set"
             )
-        contents = sorted({(row.name, row.image_key, row.width, row.height, row.status) for row in found if row})
-        canonical = json.dumps(contents, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        contents = self.table.select(["name", *_CONTENT]).take(places)
+        distinct = contents.group_by(contents.column_names).aggregate([])
+        return _json_digest(distinct.sort_by([(name, "ascending") for name in distinct.column_names]))
+
+    def rows_named(self, names: pa.StringArray) -> pa.Table:
+        """The rows of the images with these names, without names that it does not hold; of several with one name the last."""
+        return self.table.take(pc.drop_null(_find_last(pc.unique(names), self.table["name"])))
+
+    @cached_property
+    def _ambiguous(self) -> pa.ChunkedArray:
+        """Names of several rows that differ in content."""
+        contents = self.table.select(_CONTENT)
+        first = contents.take(pc.index_in(self.table["name"], value_set=self.table["name"]))
+        differs = [pc.not_equal(one, other) for one, other in zip(contents.columns, first.columns, strict=True)]
+        return self.table["name"].filter(reduce(pc.or_, differs))
 
     @cached_property
     def _rows(self) -> RowReader:
@@ -180,6 +201,24 @@ class DatasetIndex:
             if first == _AMBIGUOUS or contents[first] != contents[position]:
                 by_name[name] = _AMBIGUOUS
         return by_name
+
+
+def _find_last(values: pa.Array, column: pa.ChunkedArray) -> pa.Array:
+    """The last row of the column that holds each value; null where none does."""
+    reverse = column.take(pa.array(np.arange(len(column) - 1, -1, -1)))
+    return pc.subtract(pa.scalar(len(column) - 1, pa.int32()), pc.index_in(values, value_set=reverse))
+
+
+def _json_digest(table: pa.Table) -> str:
+    """sha256 of the rows as a JSON list of lists, a piece at a time."""
+    digest = hashlib.sha256(b"[")
+    separator = b""
+    for batch in table.combine_chunks().to_batches(_ROWS_PER_PIECE):
+        rows = list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+        digest.update(separator + json.dumps(rows, separators=(",", ":"), ensure_ascii=True)[1:-1].encode())
+        separator = b","
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _merge(held: pa.Table, new: pa.Table) -> pa.Table:

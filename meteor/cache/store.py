@@ -4,6 +4,9 @@ import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from meteor import storage
 from meteor.cache.buffers import PAYLOAD_MEMORY
 from meteor.cache.calibration import codec_of
@@ -104,6 +107,11 @@ class FeatureCache:
     def keys(self) -> list[str]:
         """The image keys, sorted."""
         return self._index.column("image_key").to_pylist()
+
+    def missing(self, image_keys: pa.StringArray) -> pa.StringArray:
+        """The keys that are not in this version, each once."""
+        asked = pc.unique(image_keys)
+        return asked.filter(pc.invert(pc.is_in(asked, value_set=self._index.column("image_key"))))
 
     def __len__(self) -> int:
         return self.manifest.num_images

@@ -1,1 +1,1 @@
-"""Checkpoints free of world size: fp32 master weights and optimiser moments by parameter name, manifest last, no pickle."""
+"""Checkpoints that any world size can read: fp32 master weights and optimiser moments by parameter name, no pickle."""

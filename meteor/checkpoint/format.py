@@ -1,11 +1,11 @@
-"""Checkpoint files: fragments of named tensors as safetensors, one set of files a rank, and a manifest written last.
+"""Checkpoint files: fragments of named tensors as safetensors, a set of files per rank, and a manifest written last.
 
 Layout of one checkpoint:
     step_00000040/<attempt>/rank_00000_000.safetensors    tensors "weights/<name>@<offset>", "exp_avg/...", "exp_avg_sq/..."
-    step_00000040/<attempt>/rank_00000.json               what that rank wrote, last; a crc32 for every fragment
-    step_00000040/manifest.json                           its existence means: complete
+    step_00000040/<attempt>/rank_00000.json               list of the rank's fragments with crc32, written last by the rank
+    step_00000040/manifest.json                           exists only if the checkpoint is complete
 
-An attempt is one start of the workers: what a killed one left of the same step is never mixed with what the next one writes.
+An attempt is one start of the workers. Files of a killed attempt are never mixed with files of the next attempt at a step.
 """
 
 import zlib
@@ -23,19 +23,20 @@ from meteor.errors import CheckpointError, NotFoundError
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 _FILE_BYTES = 1 << 30
-# A reader of part of a tensor reads whole fragments, to check them: at most so much too much at either end.
+# Elements of a fragment, 64 MiB in fp32. A reader of part of a tensor reads whole fragments to check them, so it reads at
+# most this much in vain at either end.
 _FRAGMENT_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A contiguous piece of one flattened fp32 tensor.
+    """Contiguous piece of a flattened fp32 tensor.
 
     Attributes:
         kind: "weights", "exp_avg" or "exp_avg_sq".
-        name: the parameter.
-        offset: first element in the flattened parameter.
-        values: (n,) float32.
+        name: name of the parameter.
+        offset: index of the piece's first element in the flattened parameter.
+        values: elements of the piece, (n,) float32.
     """
 
     kind: str
@@ -45,11 +46,19 @@ class Fragment:
 
 
 def checkpoint_uri(root: str, step: int) -> str:
+    """Return the folder of a step's checkpoint; names sort in the order of steps."""
     return storage.join(root, f"step_{step:08d}")
 
 
 def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment], *, attempt: str = "0") -> None:
-    """Write this rank's share; files of about 1 GiB, so that a fragment is in memory once, not the whole state."""
+    """Write this rank's fragments to files of about 1 GiB, so that the whole state is never copied in memory.
+
+    Args:
+        uri: folder of the checkpoint.
+        rank: rank of this worker.
+        fragments: pieces that this rank owns; an iterator is consumed piece by piece.
+        attempt: name of this start of the workers.
+    """
     folder = storage.join(uri, attempt)
     parts: list[dict[str, Any]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -88,13 +97,14 @@ def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment], *, attem
 def _divided(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
     for fragment in fragments:
         flat = fragment.values.reshape(-1)
+        # An empty tensor gives an empty fragment, so that the manifest lists it.
         for start in range(0, max(flat.numel(), 1), _FRAGMENT_ELEMENTS):
             values = flat[start : start + _FRAGMENT_ELEMENTS]
             yield Fragment(fragment.kind, fragment.name, fragment.offset + start, values)
 
 
 def num_written(uri: str, *, attempt: str, world_size: int) -> int:
-    """How many ranks of an attempt have written all their fragments."""
+    """Count the ranks of an attempt that have written all their fragments."""
     return sum(storage.exists(_part(uri, attempt, rank)) for rank in range(world_size))
 
 
@@ -105,17 +115,17 @@ def _part(uri: str, attempt: str, rank: int) -> str:
 def publish(
     uri: str, *, world_size: int, shapes: dict[str, list[int]], state: dict[str, Any], attempt: str = "0"
 ) -> None:
-    """Write the manifest after every rank has written its fragments: from now on the checkpoint exists.
+    """Write the manifest, which makes the checkpoint complete, after every rank has written its fragments.
 
     Args:
-        uri: the checkpoint.
-        world_size: how many ranks wrote.
-        attempt: which files are meant.
-        shapes: parameter -> shape, all trained parameters.
-        state: order state, fingerprints; JSON.
+        uri: folder of the checkpoint.
+        world_size: number of ranks that wrote fragments.
+        shapes: name -> shape of every trained parameter.
+        state: order state and fingerprints as JSON values.
+        attempt: name of the workers' start whose files the manifest lists.
 
     Raises:
-        CheckpointError: a parameter is not covered by the fragments.
+        CheckpointError: the fragments do not cover a parameter.
     """
     fragments = [part for rank in range(world_size) for part in storage.read_json(_part(uri, attempt, rank))]
     spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -123,6 +133,7 @@ def publish(
         spans.setdefault((part["kind"], part["name"]), []).append((part["offset"], part["num_elements"]))
     for name, shape in shapes.items():
         for kind in KINDS:
+            # A rank that wrote too little would otherwise be noticed only when the checkpoint is needed.
             covered = _num_covered(spans.get((kind, name), []))
             if covered != torch.Size(shape).numel():
                 raise CheckpointError(f"{uri}: {kind} of {name} is whole up to element {covered}, its shape is {shape}")
@@ -137,7 +148,7 @@ def publish(
 
 
 def _num_covered(spans: list[tuple[int, int]]) -> int:
-    """Elements that (offset, length) spans cover from 0 on, up to the first gap or overlap."""
+    """Count the elements that (offset, length) spans cover from 0 up to the first gap or overlap."""
     end = 0
     for offset, num_elements in sorted(spans):
         if offset != end:
@@ -147,7 +158,10 @@ def _num_covered(spans: list[tuple[int, int]]) -> int:
 
 
 class Checkpoint:
-    """A complete checkpoint; reads tensors by range, only those asked for.
+    """A complete checkpoint whose tensors are read by range, and only on request.
+
+    Args:
+        uri: folder of the checkpoint.
 
     Raises:
         CheckpointError: there is no complete checkpoint at the URI.
@@ -171,18 +185,18 @@ class Checkpoint:
         self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
 
     def read(self, kind: str, name: str) -> torch.Tensor:
-        """One whole tensor, float32, in its shape.
+        """Read a whole tensor in its shape, float32.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor, or a checksum does not match.
+            CheckpointError: the checkpoint does not have the tensor, or a checksum does not match.
         """
         return self.read_range(kind, name, 0, torch.Size(self.shapes.get(name, ())).numel()).view(self.shapes[name])
 
     def read_range(self, kind: str, name: str, start: int, num_elements: int) -> torch.Tensor:
-        """(num_elements,) float32 of the flattened tensor, from element ``start`` on; no fragment beside them is read.
+        """Read elements of a flattened tensor from ``start``, (num_elements,) float32, and no fragment without them.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor, or a checksum does not match.
+            CheckpointError: the checkpoint does not have the tensor, or a checksum does not match.
         """
         if (kind, name) not in self._fragments:
             raise CheckpointError(f"{self.uri} has no {kind} of {name}")
@@ -201,6 +215,7 @@ class Checkpoint:
             start, end = header[part["key"]]["data_offsets"]
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{uri}: its header is damaged ({error}); use an older checkpoint") from error
+        # torch warns about buffers that are not writable, so the bytes are copied into a bytearray.
         data = bytearray(storage.read_range(uri, base + start, end - start)) if end > start else bytearray()
         if zlib.crc32(data) != part["crc32"]:
             raise CheckpointError(
@@ -209,32 +224,38 @@ class Checkpoint:
         return torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
 
     def _header(self, uri: str) -> tuple[int, dict[str, Any]]:
+        """Return the position of the tensors' first byte, and the header, of a safetensors file."""
         if uri not in self._headers:
             self._headers[uri] = read_header(uri)
         return self._headers[uri]
 
 
 def complete_checkpoints(root: str) -> list[str]:
-    """URIs of the complete checkpoints under ``root``, oldest first."""
+    """List the URIs of complete checkpoints under ``root``, oldest first."""
     suffix = "/manifest.json"
     return sorted(info.uri.removesuffix(suffix) for info in storage.list_objects(root) if info.uri.endswith(suffix))
 
 
 def best_checkpoint(root: str) -> str | None:
-    """The complete checkpoint of the lowest held-out loss; None where none has one."""
+    """Return the complete checkpoint with the lowest held-out loss; None if none was measured."""
     losses = [(Checkpoint(uri).state.get("held_out_loss"), uri) for uri in complete_checkpoints(root)]
     return min(((loss, uri) for loss, uri in losses if loss is not None), default=(None, None))[1]
 
 
 def prune(root: str, *, keep: int) -> list[str]:
-    """Delete all but the newest ``keep`` complete checkpoints and the best, and what crashed attempts older than those left.
+    """Delete old checkpoints: all but the newest ``keep`` complete checkpoints and the best.
 
-    The manifest goes first, so that a crash in between leaves an incomplete checkpoint, never a damaged one.
+    Incomplete checkpoints older than the newest complete one go too. A checkpoint's manifest is deleted first, so that a
+    crash leaves an incomplete checkpoint, never a damaged one.
+
+    Returns:
+        URIs of the deleted checkpoints.
     """
     root = storage.absolute(root)
     kept, best = complete_checkpoints(root)[-keep:], best_checkpoint(root)
     removed: list[str] = []
     for uri, files in _by_checkpoint(root):
+        # An incomplete checkpoint newer than the newest complete one may still be in the making.
         if not kept or uri in (*kept, best) or uri > kept[-1]:
             continue
         for file in sorted(files, key=lambda file: not file.endswith("manifest.json")):

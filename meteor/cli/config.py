@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from meteor.command_line import add_run, read_run
 from meteor.config import RunSettings, expand_study, load_run
+from meteor.config.reference import settings_page
 from meteor.formatting import flatten
 from meteor.image.budget import visual_token_budget
 from meteor.projector import build_projector
@@ -19,6 +20,7 @@ def add_commands(commands: Any) -> None:
     add_run(show)
     show.set_defaults(command=_show)
     explain = actions.add_parser("explain", help="print every setting with its default and meaning")
+    explain.add_argument("--markdown", action="store_true", help="print the reference page, docs/settings.md")
     explain.set_defaults(command=_explain)
     validate = actions.add_parser("validate", help="check a run file, its projector's settings included")
     add_run(validate)
@@ -34,7 +36,10 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _explain(_: argparse.Namespace) -> int:
+def _explain(arguments: argparse.Namespace) -> int:
+    if arguments.markdown:
+        print(settings_page(), end="")
+        return 0
     for line in explain(RunSettings):
         print(line)
     return 0

@@ -1,4 +1,4 @@
-"""Settings of a run: strict, frozen, from YAML with `extends` and dotted overrides."""
+"""Settings of a run: strict and frozen, read from YAML with `extends` and dotted overrides."""
 
 from meteor.config.digest import mathematical_settings, settings_digest
 from meteor.config.load import load_run, parse_overrides, resolve_paths

@@ -1,4 +1,4 @@
-"""Which settings change the mathematics, and one digest of them."""
+"""Separation of the settings that change the mathematics from the operational ones, and a digest."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 def mathematical_settings(settings: BaseModel) -> dict[str, Any]:
-    """The settings without the operational ones (no paths, worker counts, micro batch sizes, logging), as JSON values."""
+    """Return the settings without the operational ones (no paths, worker counts, logging), as JSON values."""
     values, result = settings.model_dump(mode="json"), {}
     for name, field in type(settings).model_fields.items():
         extra = field.json_schema_extra
@@ -20,6 +20,7 @@ def mathematical_settings(settings: BaseModel) -> dict[str, Any]:
 
 
 def settings_digest(content: Any) -> str:
-    """SHA-256 of the canonical JSON of ``content``: independent of key order, of machine and of process."""
+    """Return the SHA-256 of the canonical JSON of ``content``: independent of key order, machine and process."""
+    # NaN is refused, because it is no JSON and differs from itself.
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

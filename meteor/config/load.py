@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to `RunSettings`."""
+"""Loading of `RunSettings` from a YAML file and dotted overrides."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,12 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file, follow its ``extends``, apply overrides, validate.
 
     Args:
-        path: YAML file, or the bare name of one under jobs/runs/.
-        overrides: ``a.b=value``; the value is read as YAML (``train.lr=2e-5``, ``projector.settings={k: 64}``).
+        path: YAML file, or the bare name of a file under jobs/runs/.
+        overrides: changes of the form ``a.b=value``; the value is read as YAML (``finetune.lr=2e-5``,
+            ``projector.settings={k: 64}``).
 
     Raises:
-        SettingsError: the file is missing or malformed, a key is unknown, a type is wrong.
+        SettingsError: the file is missing or malformed, a key is unknown, or a type is wrong.
     """
     merged = _read(_find(path), ())
     for keys, value in parse_overrides(overrides):
@@ -32,7 +33,11 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunSettings:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
-    """``["a.b=1"]`` -> ``[(["a", "b"], 1)]``."""
+    """Split overrides into keys and values: ``["a.b=1"]`` -> ``[(["a", "b"], 1)]``.
+
+    Raises:
+        SettingsError: an override is not of the form ``a.b=value``, or its value is not valid YAML.
+    """
     result = []
     for override in overrides:
         dotted, equals, text = override.partition("=")
@@ -43,21 +48,25 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 def change_settings(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with some replaced, by dotted name; the projector's name first, as it empties the projector's settings."""
+    """Return the settings with those in ``changes`` replaced, by dotted name.
+
+    The projector's name is replaced first, because a new name empties ``projector.settings``.
+    """
     for dotted, value in sorted(changes.items(), key=lambda change: change[0] not in ("projector", "projector.name")):
         settings = _replace(settings, dotted.split("."), value)
     return settings
 
 
 def _replace(settings: dict[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
-    """``value`` takes the place of what is at ``keys``, mappings too: ``data.evaluate={}`` empties it."""
+    """Return the settings with ``value`` at ``keys``. Mappings are replaced as a whole: ``data.evaluate={}`` empties it."""
     if len(keys) == 1:
         change = {keys[0]: value}
     else:
         inner = settings.get(keys[0])
         change = {keys[0]: _replace(inner if isinstance(inner, dict) else {}, keys[1:], value)}
     if keys[0] == "projector" and _name(change) != _name(settings) and keys != ["projector"]:
-        change["projector"].pop("settings", None)  # another projector's do not linger
+        # The settings of the former projector are arguments that the new one may not have.
+        change["projector"].pop("settings", None)
     return settings | change
 
 
@@ -70,9 +79,10 @@ def _find(path: str) -> Path:
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    # Absolute paths, so that a circle is found however `extends` spells the names.
     file = file.resolve()
     if file in seen:
-        raise SettingsError(f"extends goes in a circle: {' -> '.join(str(f) for f in (*seen, file))}")
+        raise SettingsError(f"run files extend each other in a circle: {' -> '.join(str(f) for f in (*seen, file))}")
     try:
         content = _yaml(file.read_text(), str(file)) or {}
     except OSError as error:
@@ -100,7 +110,7 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` wins; mappings merge key by key, but `projector.settings` of another projector does not linger."""
+    """Merge two mappings key by key; ``over`` wins. Another projector's name drops the former `projector.settings`."""
     merged = dict(base)
     for key, value in over.items():
         if key == "projector" and isinstance(value, dict) and value.get("name", _name(base)) != _name(base):
@@ -118,7 +128,7 @@ def _name(settings: dict[str, Any]) -> Any:
 
 
 def explain_problems(error: ValidationError) -> str:
-    """What pydantic found, with the settings that there are where one is unknown."""
+    """Describe pydantic's findings on one line; an unknown setting is answered with the known ones."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"]) or "settings"
@@ -130,9 +140,10 @@ def explain_problems(error: ValidationError) -> str:
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
-    """The settings that exist at the place where an unknown one was given."""
+    """List the settings that exist beside an unknown one."""
     model: Any = RunSettings
     for part in location[:-1]:
+        # Optional parts (`LoraSettings | None`) are unions without fields, so they get no suggestion.
         field = model.model_fields.get(str(part)) if hasattr(model, "model_fields") else None
         if field is None:
             return ""
@@ -141,7 +152,7 @@ def _suggest(location: tuple[int | str, ...]) -> str:
 
 
 def resolve_paths(settings: RunSettings) -> RunSettings:
-    """Make every local path absolute: Ray's workers run in folders of their own."""
+    """Make every local path absolute, because Ray's workers run in working directories of their own."""
     data = settings.data
     update = {
         "output": _absolute(settings.output),
@@ -151,7 +162,7 @@ def resolve_paths(settings: RunSettings) -> RunSettings:
                 "pretrain": _absolute_sources(data.pretrain),
                 "finetune": _absolute_sources(data.finetune),
                 "held_out": {stage: _absolute(uri) for stage, uri in data.held_out.items()},
-                "evaluate": {name: _absolute_questions(one) for name, one in data.evaluate.items()},
+                "evaluate": {name: _absolute_questions(questions) for name, questions in data.evaluate.items()},
             }
         ),
         "cache": settings.cache.model_copy(update={"uri": settings.cache.uri and _absolute(settings.cache.uri)}),
@@ -179,7 +190,7 @@ def _absolute_questions(questions: QuestionSetSettings) -> QuestionSetSettings:
 
 
 def _model_path(path: str) -> str:
-    """A local directory becomes absolute; a hub id stays as it is."""
+    """Make a local directory absolute; leave a hub id as it is."""
     return _absolute(path) if Path(path).expanduser().is_dir() else path
 
 

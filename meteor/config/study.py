@@ -1,4 +1,4 @@
-"""Variants of a run: named changes, a grid of values, seeds; each becomes a run of its own."""
+"""Expansion of a study: named changes, a grid of values and seeds become runs of their own."""
 
 import itertools
 import re
@@ -15,13 +15,13 @@ from meteor.errors import SettingsError
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant with one seed.
+    """A variant of a study with one of the study's seeds.
 
     Attributes:
-        name: of the variant, the same for all its seeds.
-        seed: of both stages; None where the study names no seeds, and the run's own are taken.
-        changes: dotted setting -> value, what tells it from the study's run.
-        settings: the whole run, called ``name`` or, of several seeds, ``name.s<seed>``.
+        name: name of the variant, shared by all its seeds.
+        seed: seed of both training stages; None if the study names no seeds and the run's own seeds hold.
+        changes: dotted setting -> value, for each setting that differs from the study's run.
+        settings: the whole run, called ``name`` or, if the study has several seeds, ``name.s<seed>``.
     """
 
     name: str
@@ -31,12 +31,13 @@ class Variant:
 
 
 def expand_study(run: RunSettings) -> list[Variant]:
-    """Every variant of a run's study with every seed, variants in the order of the file.
+    """List every variant of a run's study with every seed, in the order of the run file.
 
-    Named variants and the grid multiply; a run without either is its own only variant.
+    Every named variant is combined with every point of the grid. A study with neither has one variant, the run itself.
 
     Raises:
-        SettingsError: the run has no study, a change is no setting or has a wrong value, or two variants have one name.
+        SettingsError: the run has no study, a changed setting does not exist or has a wrong value, or two variants get
+            one name.
     """
     study = run.study
     if study is None:
@@ -50,7 +51,7 @@ def expand_study(run: RunSettings) -> list[Variant]:
             variants.append(_variant(run.name, base, full_name or run.name, seed, {**changes, **point}, study.seeds))
     names = [variant.settings.name for variant in variants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise SettingsError(f"two variants of the study are called {twice[0]!r}: name them otherwise")
+        raise SettingsError(f"two variants of the study are called {twice[0]!r}: give them different names")
     return variants
 
 

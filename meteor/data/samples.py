@@ -1,14 +1,12 @@
 """Samples, read from LLaVA's JSON or JSONL: what cannot be used is listed with its reason, never dropped in silence."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from meteor import storage
-from meteor.errors import DataError
-from meteor.text.conversation import Conversation, Turn, find_problem, parse_conversation
+from meteor.data.records import read_records
+from meteor.text.conversation import Conversation, ConversationProblem, Turn, read_conversation
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class SampleProblem:
     message: str
 
 
-def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample], list[SampleProblem]]:
-    """Read an annotation file.
+def iter_samples(uri: str, *, for_generation: bool = False) -> Iterator[Sample | SampleProblem]:
+    """Read an annotation file record by record.
 
     A record has ``conversations`` and, as it likes, ``id`` (default: its position), ``image`` (a name or a list of
     names; absent, null or "" for text alone) and ``type`` or ``category``. Of records with the same id the second
@@ -60,55 +58,22 @@ def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample
         uri: local path or s3://, ending in ``.json`` (one list) or ``.jsonl`` (one record a line).
         for_generation: the last turn may be a question without its answer.
 
-    Returns:
-        The samples in the order of the file, and the records that cannot be used.
+    Yields:
+        For each record, in the order of the file, its sample or why it cannot be used.
 
     Raises:
         NotFoundError: no such file.
         DataError: the file is not JSON (with the line and column), or not a list of records.
     """
-    samples: list[Sample] = []
-    problems: list[SampleProblem] = []
     ids = _UniqueIds()
     for position, record in enumerate(read_records(uri)):
-        sample_id = ids.take(_stated_id(record, position))
-        sample = _read_record(record, sample_id, for_generation)
-        if isinstance(sample, Sample):
-            samples.append(sample)
-        else:
-            problems.append(sample)
-    return samples, problems
+        yield _read_record(record, ids.take(_stated_id(record, position)), for_generation)
 
 
-def read_records(uri: str) -> Iterator[Any]:
-    """What a ``.json`` (one list) or ``.jsonl`` (one record a line) file holds; errors as `load_samples`'s."""
-    try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{uri} is not UTF-8 text ({error}): is it an annotation file?") from error
-    if uri.endswith(".jsonl"):
-        # Not splitlines(): JSON texts may hold other line separators (U+2028) unescaped.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield _parse(line, uri, first_line=number)
-        return
-    if not uri.endswith(".json"):
-        raise DataError(f"{uri} is neither .json nor .jsonl: give LLaVA's annotation file in one of these forms.")
-    records = _parse(text, uri, first_line=1)
-    if not isinstance(records, list):
-        raise DataError(
-            f"{uri} holds a {type(records).__name__}, not a list of records: give LLaVA's form, or .jsonl with one "
-            f"record a line."
-        )
-    yield from records
-
-
-def _parse(text: str, uri: str, *, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{uri}, line {line}, column {error.colno}: not valid JSON ({error.msg}).") from error
+def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample], list[SampleProblem]]:
+    """Read a file that is small enough for lists: its samples, and its records that cannot be used; see `iter_samples`."""
+    read = list(iter_samples(uri, for_generation=for_generation))
+    return [one for one in read if isinstance(one, Sample)], [one for one in read if isinstance(one, SampleProblem)]
 
 
 def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | SampleProblem:
@@ -118,12 +83,23 @@ def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | 
     if images is None:
         message = f"'image' must be a name or a list of names, and is {record['image']!r}"
         return SampleProblem(sample_id, "bad_image_field", message)
-    turns = record.get("conversations")
-    problem = find_problem(turns, num_images=len(images), for_generation=for_generation)
-    if problem is not None:
-        return SampleProblem(sample_id, problem.reason, problem.message)
-    conversation = parse_conversation(turns, num_images=len(images), sample_id=sample_id, for_generation=for_generation)
-    return Sample(sample_id, images, conversation.turns, _sample_type(record), conversation.system)
+    found = read_conversation(record.get("conversations"), num_images=len(images), for_generation=for_generation)
+    if isinstance(found, ConversationProblem):
+        return SampleProblem(sample_id, found.reason, found.message)
+    sample = Sample(sample_id, images, found.turns, _sample_type(record), found.system)
+    if not _is_text(sample):
+        return SampleProblem(sample_id, "bad_text", "a text holds half of a surrogate pair, which is no character")
+    return sample
+
+
+def _is_text(sample: Sample) -> bool:
+    """Whether UTF-8 can hold it: JSON can write half of a surrogate pair, and no tokenizer or table takes one."""
+    words = "".join([sample.type, sample.system or "", *sample.images, *(turn.text for turn in sample.turns)])
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _image_names(record: dict[str, Any]) -> tuple[str, ...] | None:
@@ -140,7 +116,8 @@ def _sample_type(record: dict[str, Any]) -> str:
 
 def _stated_id(record: Any, position: int) -> str:
     stated = record.get("id") if isinstance(record, dict) else None
-    return str(position) if stated is None or stated == "" else str(stated)
+    # Half of a surrogate pair, which JSON can write, becomes a question mark.
+    return str(position) if stated is None or stated == "" else str(stated).encode(errors="replace").decode()
 
 
 class _UniqueIds:

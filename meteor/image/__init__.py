@@ -1,1 +1,1 @@
-"""From image bytes to the pixels of its sub-images: decoding, slicing, resizing, token budgets."""
+"""Image bytes to pixels of sub-images: decoding, slicing, resizing; and token budgets."""

@@ -1,4 +1,4 @@
-"""How many visual tokens each projector makes of each sub-image at most, from patch grids alone (no torch here)."""
+"""Token budgets: the most visual tokens per sub-image for each projector, from patch grids alone, without torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,19 +13,20 @@ Budget = Callable[[PatchGrids], list[int]]
 
 
 def visual_token_budget(projector: str, settings: Mapping[str, object]) -> Budget:
-    """The token count of a projector as a function of an image's patch grids.
+    """Return a projector's token budget, a function of an image's patch grids.
 
     Args:
-        projector: its name, as in the projector registry.
-        settings: the projector's own settings; those that do not change the count are ignored.
+        projector: name in the projector registry.
+        settings: settings of the projector; settings that do not change the number of tokens are ignored.
 
     Returns:
-        A function, picklable, from the patch grids of one image, ``[(Hu, Wu), ...]``, to the largest number of visual
-        tokens each of these sub-images can become, in the same order. Exact but for ``focus`` and ``prumerge_plus``, which
-        may make fewer: their unused slots are masked. A sub-image of none is left out of the batch.
+        A picklable function from the patch grids of one image, ``[(Hu, Wu), ...]``, to the largest number of visual tokens
+        of each sub-image, in the order of the grids. The number is exact for all projectors but ``focus`` and
+        ``prumerge_plus``, which may make fewer tokens and mask the unused slots. A sub-image with a budget of 0 is left out
+        of the batch.
 
     Raises:
-        SettingsError: no such projector, or a setting that makes no sense.
+        SettingsError: the projector does not exist, or a setting is out of range.
     """
     if projector not in _BUDGETS:
         raise SettingsError(f"no projector is called {projector!r}; the names known are {', '.join(sorted(_BUDGETS))}")
@@ -95,7 +96,7 @@ def _keep_at_most(patch_grids: PatchGrids, *, k: int) -> list[int]:
 
 
 def _make_k(patch_grids: PatchGrids, *, k: int) -> list[int]:
-    """Learned queries: k tokens whatever the map, one of fewer than k patches too."""
+    """Give every sub-image k tokens, even if it has fewer patches, as projectors with learned queries do."""
     return [k for _ in patch_grids]
 
 

@@ -1,4 +1,4 @@
-"""Decodes an image file to RGB as a viewer shows it, or says with a reason code why it cannot be used."""
+"""Decoding of image files to RGB as a viewer shows them; unusable files get a reason code."""
 
 import io
 import struct
@@ -15,12 +15,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from meteor.errors import BadImageError, SettingsError
 
-# A closed list: other plugins of Pillow start programs (EPS) or guess without a signature (TGA).
+# A closed list, because other plugins of Pillow start programs (EPS) or guess without a signature (TGA).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 _END_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82", b"GIF8": b";"}
 
-# What Pillow's decoders of these formats raise on damaged files.
+# Exceptions that Pillow's decoders of these formats raise on damaged files.
 _DECODING_ERRORS = (
     OSError,
     EOFError,
@@ -48,21 +48,21 @@ _TRANSPOSE_OF_ORIENTATION = {
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     """Decode an image file to RGB, oriented and coloured as a viewer shows it.
 
-    EXIF orientation is applied; transparency is laid over white; of an animation the first frame is taken; greyscale
-    of more than 8 bits is scaled to 8. Colour profiles are not applied, as in CLIP's and LLaVA's own preprocessing.
+    EXIF orientation is applied. Transparency is laid over white. An animation gives its first frame. Greyscale with more
+    than 8 bits is scaled to 8 bits. Colour profiles are not applied, as in CLIP's and LLaVA's own preprocessing.
 
     Args:
-        data: the file's bytes (JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000, AVIF).
-        max_pixels: most pixels (width x height) accepted, read from the header before anything is decoded. Pillow's
+        data: bytes of the file (JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or AVIF).
+        max_pixels: most pixels (width x height) of an image, checked in the header before anything is decoded. Pillow's
             own limit (`PIL.Image.MAX_IMAGE_PIXELS`) holds as well.
 
     Returns:
         An image of mode RGB, fully loaded.
 
     Raises:
-        BadImageError: with the reason ``"empty"`` (no bytes), ``"not_an_image"`` (none of the formats),
-            ``"truncated"`` (the file ends early; never decoded by half), ``"too_many_pixels"``, or ``"unreadable"``
-            (damaged in another way, or of a kind that cannot be shown).
+        BadImageError: the image cannot be used. The reason is ``"empty"`` (no bytes), ``"not_an_image"`` (no known
+            format), ``"truncated"`` (the file ends early), ``"too_many_pixels"``, or ``"unreadable"`` (damaged in another
+            way, or a variant that cannot be decoded).
         SettingsError: max_pixels is below 1.
     """
     if max_pixels < 1:
@@ -81,21 +81,21 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """An open image of any mode as a viewer shows it: upright, transparency on white, deep greyscale scaled.
+    """Convert an open image of any mode to RGB as a viewer shows it.
 
     Returns:
-        A new image of mode RGB.
+        A new image of mode RGB: upright, transparency on white, deep greyscale scaled to 8 bits.
     """
     transpose = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
     rgb = _to_rgb(image)
     upright = rgb if transpose is None else rgb.transpose(transpose)
-    # The EXIF block would make the next reader turn the image a second time.
+    # The EXIF block would make the next reader rotate the image again.
     upright.info.clear()
     return upright
 
 
 def _open(data: bytes) -> Image.Image:
-    # AVIF is known to Pillow from 11.3 on only; naming an unknown format ends in a KeyError.
+    # Pillow knows AVIF only from version 11.3, and raises KeyError for the name of an unknown format.
     Image.init()
     return Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN])
 
@@ -111,14 +111,14 @@ def _check_num_pixels(image: Image.Image, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """The EXIF orientation, 1 when there is none.
+    """Return the EXIF orientation, 1 if there is none.
 
-    Not `PIL.ImageOps.exif_transpose`: that one writes the whole EXIF block anew, and fails where one tag is odd.
+    `PIL.ImageOps.exif_transpose` is not used: it rewrites the whole EXIF block, and fails if a single tag is malformed.
     """
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, OSError, struct.error):
-        return 1  # A damaged EXIF block says nothing about the pixels; viewers show them as stored.
+        return 1  # The pixels of an image with a damaged EXIF block are sound; viewers show them as stored.
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -131,7 +131,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Greyscale of more than 8 bits, scaled: Pillow's own conversion clips it at 255."""
+    """Scale greyscale of more than 8 bits to 8 bits, because Pillow's own conversion clips it at 255."""
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     values_HW = np.asarray(image).astype(np.float64)
     grey_HW = np.rint(_scale_to_255(values_HW, is_16_bit=is_16_bit))
@@ -142,7 +142,7 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_255(values_HW: npt.NDArray[np.float64], *, is_16_bit: bool) -> npt.NDArray[np.float64]:
-    """Scale to [0, 255] by the full scale of the format or, where it has none (32-bit TIFF), of the values."""
+    """Scale values to [0, 255] by the format's full scale or, if it has none (32-bit TIFF), by the values' range."""
     lowest, highest = float(values_HW.min()), float(values_HW.max())
     if is_16_bit:
         return values_HW * (255 / 65535)
@@ -156,7 +156,7 @@ def _scale_to_255(values_HW: npt.NDArray[np.float64], *, is_16_bit: bool) -> npt
 
 
 def _refuse(data: bytes, error: Exception) -> NoReturn:
-    # Pillow's own text for an unidentified image is the address of the buffer.
+    # Pillow's own message for an unidentified image contains only the memory address of the buffer.
     details = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else str(error)
     if _is_cut_short(data, error):
         raise BadImageError(
@@ -178,20 +178,21 @@ def _has_known_signature(data: bytes) -> bool:
 
 
 def _is_cut_short(data: bytes, error: Exception) -> bool:
-    """Whether a file that could not be decoded ends before its format says it does."""
+    """Return whether a file that could not be decoded ends earlier than its format says."""
     if "truncated" in str(error).lower():
         return True
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    # Some programs append zeros or line ends after the end marker.
     tail = data[-64:].rstrip(b"\0\r\n ")
     return any(data.startswith(start) and not tail.endswith(end) for start, end in _END_MARKERS.items())
 
 
 class _PillowWarnings:
-    """Silences Pillow's warnings about odd files, and makes its warning about decompression bombs an error.
+    """Warning filters that silence Pillow on odd files and turn its decompression bomb warning into an error.
 
-    Python's warning filters belong to the process: the first thread to enter sets them and the last to leave restores
-    them. Each thread on its own would restore what another had set, and silence Pillow for good.
+    Python's warning filters belong to the process. The first thread to enter sets them, and the last to leave restores
+    them. If each thread did both, a thread could restore filters that another had set, and silence Pillow for good.
     """
 
     def __init__(self) -> None:

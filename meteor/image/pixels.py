@@ -1,4 +1,4 @@
-"""From a file's bytes to the pixels of an image's sub-images."""
+"""Sub-images of an image file as pixels: decoding, slicing plan and resizing in one step."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,15 @@ from meteor.image.transform import slice_image
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """What decides which pixels the encoder gets, and which images it refuses."""
+    """Settings that determine the encoder's pixels and the images that are refused.
+
+    Attributes:
+        max_slices: most slices of an image; the global view is not counted.
+        resolution: side in pixels of the square whose area a sub-image has.
+        patch_size: side of a patch in pixels.
+        max_aspect_ratio: largest ratio of the longer to the shorter side.
+        max_pixels: most pixels of an image.
+    """
 
     max_slices: int = 6
     resolution: int = 336
@@ -21,7 +29,11 @@ class PixelSettings:
     max_pixels: int = 178_956_970
 
     def plan(self, width: int, height: int) -> SlicePlan:
-        """The slices of an image of this size; `BadImageError` where its aspect ratio is refused."""
+        """Plan the slices of an image of ``width`` x ``height`` pixels.
+
+        Raises:
+            BadImageError: the aspect ratio is above the limit.
+        """
         check_aspect_ratio(width, height, self.max_aspect_ratio)
         return plan_slices(
             width, height, max_slices=self.max_slices, resolution=self.resolution, patch_size=self.patch_size
@@ -30,7 +42,14 @@ class PixelSettings:
 
 @dataclass(frozen=True)
 class SlicedImage:
-    """A decoded image, ready for the encoder: sub-images as uint8 (h, w, 3), the global view first."""
+    """A decoded image, ready for the encoder.
+
+    Attributes:
+        image_key: sha256 of the image file's bytes.
+        width, height: pixels of the image as a viewer shows it.
+        plan: slicing plan of the image.
+        sub_images: uint8 arrays (h, w, 3), the global view first.
+    """
 
     image_key: str
     width: int
@@ -39,14 +58,14 @@ class SlicedImage:
     sub_images: tuple[np.ndarray, ...]
 
     def to_bytes(self) -> bytes:
-        """The pixels of all sub-images, one after the other; `from_bytes` reads them."""
+        """Return the pixels of all sub-images in order; `from_bytes` reads them."""
         return np.concatenate([sub_image.reshape(-1) for sub_image in self.sub_images]).tobytes()
 
     @classmethod
     def from_bytes(
         cls, image_key: str, width: int, height: int, pixels: bytes | memoryview, settings: "PixelSettings"
     ) -> "SlicedImage":
-        """The inverse: the plan follows from the image's size, and the sub-images share the memory of ``pixels``."""
+        """Undo `to_bytes`: the plan follows from the image's size, and sub-images share the memory of ``pixels``."""
         plan, side = settings.plan(width, height), settings.patch_size
         shapes = [(rows * side, columns * side, 3) for rows, columns in plan.patch_grids]
         ends = np.cumsum([math.prod(shape) for shape in shapes])
@@ -56,10 +75,10 @@ class SlicedImage:
 
 
 def slice_bytes(data: bytes, image_key: str, settings: PixelSettings) -> SlicedImage:
-    """From a file's bytes to sub-images (spec: slicing rule, steps 1 to 7).
+    """Decode and slice an image file (LLaVA-UHD's slicing rule).
 
     Raises:
-        BadImageError: not an image, truncated, too large, or too long.
+        BadImageError: the file is not an image or truncated, or the image is too large or too elongated.
     """
     image = decode_image(data, max_pixels=settings.max_pixels)
     plan = settings.plan(image.width, image.height)

@@ -1,4 +1,4 @@
-"""Plans, from an image's size alone, its global view and slices (LLaVA-UHD v1's rule; integers in, integers out)."""
+"""Slicing plan: global view and slices of an image, from its size alone (LLaVA-UHD v1's rule, integers only)."""
 
 import math
 import operator
@@ -9,14 +9,13 @@ from meteor.errors import BadImageError, SettingsError
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """How one image becomes sub-images.
+    """Sub-images of one image.
 
     Attributes:
-        grid: (columns, rows) of the slices, or None when the global view is the only sub-image.
-        global_size: (width, height) in pixels the global view is resized to.
-        slice_size: (width, height) in pixels of each slice, or None without slices.
-        patch_grids: (Hu, Wu), patch rows and patch columns, of each sub-image: the global view first, then the slices
-            row by row.
+        grid: columns and rows of the slices; None if the global view is the only sub-image.
+        global_size: width and height of the resized global view in pixels.
+        slice_size: width and height of each resized slice in pixels; None without slices.
+        patch_grids: patch rows and columns (Hu, Wu) of each sub-image, the global view first, then the slices row by row.
     """
 
     grid: tuple[int, int] | None
@@ -34,21 +33,19 @@ def plan_slices(
 ) -> SlicePlan:
     """Plan the sub-images of an image of ``width`` x ``height`` pixels (as displayed, after EXIF orientation).
 
-    A sub-image of an image of ordinary shape (`check_aspect_ratio`) has at most (resolution / patch_size)^2 patches,
-    and there are at most max_slices + 1 sub-images.
+    The rule is LLaVA-UHD v1's; LLaVA-Meteor, section 4.1, limits it to 6 slices. There are at most max_slices + 1
+    sub-images. If the image passes `check_aspect_ratio`, each has at most (resolution / patch_size)^2 patches.
 
     Args:
-        width: in pixels, at least 1.
-        height: in pixels, at least 1.
-        max_slices: cap on the slices, the global view not counted (the paper's 6); 0 or 1 means no slices.
-        resolution: side in pixels of the square the encoder was trained on.
-        patch_size: side in pixels of one patch; every size planned is a multiple of it.
+        width: width of the image in pixels, at least 1.
+        height: height of the image in pixels, at least 1.
+        max_slices: most slices, the global view not counted (6 in the paper); 0 or 1 means no slices.
+        resolution: side in pixels of the square images on which the encoder was trained.
+        patch_size: side of a patch in pixels; every planned size is a multiple.
 
     Raises:
         ValueError: width or height is not a positive integer.
         SettingsError: another argument is not an integer in its range.
-
-    Source: LLaVA-UHD v1's slicing rule; LLaVA-Meteor, section 4.1, caps it at 6 slices.
     """
     width = _size_argument("width", width)
     height = _size_argument("height", height)
@@ -56,6 +53,7 @@ def plan_slices(
     patch_size = _setting("patch_size", patch_size, minimum=1)
     resolution = _setting("resolution", resolution, minimum=patch_size)
 
+    # Ceiling division in whole numbers: floats would round large areas.
     ideal_num_slices = -(-width * height // resolution**2)
     multiple = min(ideal_num_slices, max_slices)
     global_size = _fit(width, height, resolution, patch_size)
@@ -70,21 +68,21 @@ def plan_slices(
 
 
 def check_aspect_ratio(width: int, height: int, max_aspect_ratio: float) -> None:
-    """Refuse an image so long and thin that slicing it gives nonsense: one patch, or more than the encoder knows.
+    """Refuse an image too elongated to slice: it would give a single patch, or more patches than the encoder allows.
 
     Args:
-        width: in pixels.
-        height: in pixels.
-        max_aspect_ratio: largest ratio of the longer to the shorter side that is accepted, either way round.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        max_aspect_ratio: largest accepted ratio of the longer to the shorter side.
 
     Raises:
-        BadImageError: with the reason ``"aspect_ratio"``.
+        BadImageError: the ratio is above the limit; the reason is ``"aspect_ratio"``.
         SettingsError: the limit is not a number of at least 1.
         ValueError: width or height is not a positive integer.
     """
     if not max_aspect_ratio >= 1:
         raise SettingsError(
-            f"max_aspect_ratio is {max_aspect_ratio!r}; it is longer side / shorter side: give at least 1"
+            f"max_aspect_ratio is {max_aspect_ratio!r}; as the ratio longer side / shorter side it must be at least 1"
         )
     width = _size_argument("width", width)
     height = _size_argument("height", height)
@@ -98,25 +96,25 @@ def check_aspect_ratio(width: int, height: int, max_aspect_ratio: float) -> None
 
 
 def _choose_grid(width: int, height: int, multiple: int, max_slices: int) -> tuple[int, int]:
-    """The (columns, rows) whose shape is nearest to the image's; on equal errors the first candidate."""
+    """Return the (columns, rows) with the shape nearest to the image's; ties go to the first candidate."""
     counts = [count for count in (multiple - 1, multiple, multiple + 1) if 1 < count <= max_slices]
     candidates = [
         (columns, count // columns) for count in counts for columns in range(1, count + 1) if count % columns == 0
     ]
     log_aspect_ratio = math.log(width / height)
-    # The difference of two float64 logarithms, not the logarithm of a quotient: on square images 1x2 and 2x1 tie up to
-    # the last bit, and features cached elsewhere by the same rule must agree.
+    # The published rule subtracts two float64 logarithms. The logarithm of a quotient could differ in the last bit, and
+    # the tie of 1x2 and 2x1 on square images would be decided otherwise.
     return min(candidates, key=lambda grid: abs(log_aspect_ratio - math.log(grid[0] / grid[1])))
 
 
 def _fit(width: int, height: int, resolution: int, patch_size: int) -> tuple[int, int]:
-    """The (width, height) of about ``resolution`` squared pixels with this shape, in whole patches.
+    """Return the (width, height) of about ``resolution`` squared pixels with this shape, in whole patches.
 
-    Always rescales: an image without slices is scaled up where it is smaller, and one with slices is never smaller.
+    Sizes are always rescaled, so small images are scaled up. Only images without slices can be smaller than the target.
     """
     aspect_ratio = width / height
     height = int(resolution / math.sqrt(aspect_ratio))
-    # From the height already truncated: so the rule goes, and the last patch column depends on it.
+    # The rule computes the width from the truncated height, and the last column of patches can depend on that.
     width = int(height * aspect_ratio)
     return max(width // patch_size, 1) * patch_size, max(height // patch_size, 1) * patch_size
 
@@ -127,7 +125,7 @@ def _patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def _size_argument(name: str, value: int) -> int:
-    # Through index(): a NumPy integer of 32 bits would overflow in width * height.
+    # operator.index() makes a Python integer: NumPy's 32-bit integers would overflow in width * height.
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} is {value!r}; an image's {name} is a whole number of pixels, at least 1")
     return operator.index(value)

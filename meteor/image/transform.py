@@ -1,4 +1,4 @@
-"""Turns an image and its slice plan into pixels: resized and cut sub-images, normalised for the encoder."""
+"""Pixels of an image's sub-images: resized and cut by the slice plan, normalised for the encoder."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,20 @@ from meteor.image.slicing import SlicePlan
 
 
 def slice_image(image: Image.Image, plan: SlicePlan) -> list[npt.NDArray[np.uint8]]:
-    """Cut an image into the sub-images of its plan.
+    """Cut an image into the sub-images of its plan (LLaVA-UHD v1's rule).
 
-    The whole image is resized (bicubic, no padding) twice: to the global view, and to the grid of slices, which is
-    then cut row by row. The aspect ratio changes by less than a patch.
+    The whole image is resized twice (bicubic, no padding): to the global view, and to the grid of slices, which is then
+    cut row by row. The aspect ratio changes by less than a patch.
 
     Args:
-        image: mode RGB, of the size the plan was made for.
-        plan: from `plan_slices`.
+        image: image of mode RGB, of the size for which the plan was made.
+        plan: slicing plan from `plan_slices`.
 
     Returns:
-        Arrays (h, w, 3), uint8, contiguous: the global view first, then the slices row by row.
+        Contiguous uint8 arrays (h, w, 3): the global view first, then the slices row by row.
 
     Raises:
         ValueError: the image is not RGB.
-
-    Source: LLaVA-UHD v1.
     """
     if image.mode != "RGB":
         raise ValueError(f"the image has mode {image.mode!r}; decode it with decode_image, which gives RGB")
@@ -46,12 +44,12 @@ def normalise(pixels_HW3: npt.NDArray[np.uint8], mean: Sequence[float], std: Seq
     """Rescale to [0, 1], subtract the mean and divide by the standard deviation of each colour channel.
 
     Args:
-        pixels_HW3: (h, w, 3), uint8.
-        mean: of red, green and blue, in [0, 1] (`meteor.constants.CLIP_MEAN`).
-        std: of red, green and blue, positive.
+        pixels_HW3: pixels of a sub-image, (h, w, 3) uint8.
+        mean: mean of red, green and blue, each in [0, 1] (`meteor.constants.CLIP_MEAN`).
+        std: standard deviation of red, green and blue, each above 0.
 
     Returns:
-        (3, h, w), float32, contiguous.
+        Normalised pixels, (3, h, w) float32, contiguous.
 
     Raises:
         ValueError: the pixels are not (h, w, 3) of uint8, or mean and std are not three numbers each.
@@ -71,10 +69,17 @@ def normalise_batch(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
-    """Move sub-images (h, w, 3) to a device as the bytes they are and normalise them there, all at once.
+    """Move sub-images (h, w, 3) to a device as uint8 and normalise them there, all at once.
 
-    ``(pixels / 255 - mean) / std`` is three float32 operations, each of which IEEE 754 rounds in one way: every device gives
-    the same bits. From pinned memory, and without waiting for the device.
+    ``(pixels / 255 - mean) / std`` has three float32 operations, and IEEE 754 defines how each is rounded: every device gives
+    equal bits. The copy to a GPU uses pinned memory and does not wait for the device.
+
+    Args:
+        sub_images: pixels of each sub-image, (h, w, 3) uint8.
+        mean: mean of red, green and blue, each in [0, 1].
+        std: standard deviation of red, green and blue, each above 0.
+        device: device of the result.
+        dtype: dtype of the result; the computation is in float32.
 
     Returns:
         Views (3, h, w) of one tensor in ``dtype``.
@@ -85,8 +90,8 @@ def normalise_batch(
     for part, sub_image in zip(packed.split(sizes), sub_images, strict=True):
         part.numpy()[:] = sub_image.reshape(-1)
     values_X3 = packed.to(device, non_blocking=True).view(-1, 3).float()
-    # 255 as a tensor: CUDA would multiply by the reciprocal of a plain number, which rounds otherwise.
-    full, mean_3, std_3 = (torch.tensor(one, dtype=torch.float32, device=device) for one in (255.0, mean, std))
+    # 255 is a tensor, because CUDA divides by a plain number as a product with its reciprocal, which rounds differently.
+    full, mean_3, std_3 = (torch.tensor(value, dtype=torch.float32, device=device) for value in (255.0, mean, std))
     values_X3.div_(full).sub_(mean_3).div_(std_3)
     parts = values_X3.to(dtype).view(-1).split(sizes)
-    return [part.view(one.shape).permute(2, 0, 1) for part, one in zip(parts, sub_images, strict=True)]
+    return [part.view(pixels.shape).permute(2, 0, 1) for part, pixels in zip(parts, sub_images, strict=True)]

@@ -1,4 +1,4 @@
-"""The loss of answer tokens without ever holding all their logits: (tokens x vocabulary) a chunk at a time.
+"""Loss of answer tokens whose logits (tokens x vocabulary) are computed chunk by chunk and never held as a whole.
 
 Letters: N answer tokens, D LLM width, V vocabulary.
 """
@@ -9,32 +9,42 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# 1,024 x 32,000 fp32 logits are 131 MB; of 16,384 answer tokens they would be 2.1 GB, and their gradient as much again.
+# The fp32 logits of 1,024 tokens and 32,000 words are 131 MB. Those of 16,384 answer tokens would be 2.1 GB, and their
+# gradient as much again.
 CHUNK_TOKENS = 1024
 
 
 class AnswerHead(nn.Linear):
-    """A language model's output layer that can also give the loss.
+    """Output layer of a language model that can also compute the loss.
 
-    It is a module's call, not a function of its weight, so that ZeRO-3 gathers the weight before it.
+    The loss is computed by calling the module, not by a function of its weight, because ZeRO-3 gathers a module's weight
+    when the module is called.
     """
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of ``hidden``; with ``labels`` (N,) of ``hidden`` (N, D) the 0-d float32 *sum* of cross-entropies."""
+        """Return logits or, if labels are given, the summed cross-entropy.
+
+        Args:
+            hidden: hidden states, (..., D); (N, D) with labels.
+            labels: token ids, (N,) long; None for logits.
+
+        Returns:
+            Logits (..., V), or the *sum* of cross-entropies, 0-d float32.
+        """
         if labels is None:
             return super().forward(hidden)
         return _AnswerLoss.apply(hidden, self.weight, self.bias, labels)
 
     @classmethod
     def around(cls, head: nn.Linear) -> "AnswerHead":
-        """The same layer with the same parameters."""
+        """Wrap an output layer: the new layer shares its parameters."""
         answer_head = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         answer_head.weight, answer_head.bias = head.weight, head.bias
         return answer_head
 
 
 class _AnswerLoss(torch.autograd.Function):
-    """Cross-entropy whose gradients are computed in the forward pass, while a chunk's logits are there."""
+    """Cross-entropy that computes its gradients in the forward pass, while a chunk's logits are in memory."""
 
     @staticmethod
     def forward(
@@ -57,7 +67,7 @@ class _AnswerLoss(torch.autograd.Function):
             loss += (normaliser_n1 - logits_nV.gather(-1, labels_n1)).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            # d loss / d logits = softmax - one at the label; in place, so that one fp32 chunk is alive.
+            # d loss / d logits = softmax - 1 at the label. Computed in place, so that a single fp32 chunk is alive.
             logits_nV.sub_(normaliser_n1).exp_()
             logits_nV.scatter_add_(-1, labels_n1, torch.full_like(labels_n1, -1.0, dtype=torch.float32))
             slope_nV = logits_nV.to(hidden_ND.dtype)
@@ -84,7 +94,7 @@ class _AnswerLoss(torch.autograd.Function):
 
 
 def answer_head(language_model: Any) -> AnswerHead | None:
-    """Put an `AnswerHead` in the place of the output layer; None where logits are not the output layer's alone.
+    """Replace the output layer by an `AnswerHead`; return None if the model changes the output layer's logits.
 
     Gemma caps its logits, Granite and Cohere scale them: their loss needs the model's own forward pass.
     """

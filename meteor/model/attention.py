@@ -1,7 +1,7 @@
-"""Attention in which a token sees the earlier tokens of its own sample and nothing else, for several samples in a row.
+"""Attention over rows of several samples, in which a token sees only earlier tokens of its own sample.
 
-Libraries find packed rows by themselves, and not always: logits of one sample then depend on another's, in silence. Here the
-mask, or the lengths of the samples, are always given.
+Libraries try to detect packed rows, and sometimes fail: the logits of a sample then depend on another sample, without any
+error. Here the mask, or the lengths of the samples, are always given.
 
 Letters: B rows, L sequence, N tokens of all samples without padding, H heads, d head width.
 """
@@ -23,11 +23,11 @@ IMPLEMENTATIONS = ("eager", "sdpa", VARLEN)
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens belong together.
+    """Sample and position of each token in a batch of rows.
 
     Attributes:
-        sample_BL: long, number of each token's sample in its row; 0 at padding and at visual slots without a token.
-        position_BL: long, place of each token in its sample.
+        sample_BL: number of each token's sample within its row, (B, L) long; 0 at padding and at empty visual slots.
+        position_BL: position of each token in its sample, (B, L) long.
     """
 
     sample_BL: torch.Tensor
@@ -35,9 +35,11 @@ class Layout:
 
     @classmethod
     def of(cls, sample_BL: torch.Tensor, attended_BL: torch.Tensor) -> "Layout":
-        """Args:
-        sample_BL: sample numbers, 0 at padding.
-        attended_BL: bool, False at tokens that nothing attends to; they take no position.
+        """Compute positions from sample numbers.
+
+        Args:
+            sample_BL: number of each token's sample within its row, (B, L) long; 0 at padding.
+            attended_BL: mask, (B, L) bool, False at tokens that no token attends to; they take no position.
         """
         starts_BL = torch.ones_like(attended_BL)
         starts_BL[:, 1:] = sample_BL[:, 1:] != sample_BL[:, :-1]
@@ -46,17 +48,17 @@ class Layout:
         return cls(sample_BL * attended_BL, before_BL - first_BL)
 
     def mask(self, config: PretrainedConfig, dtype: torch.dtype) -> torch.Tensor:
-        """The explicit block mask: (B, 1, L, L), bool for ``sdpa``, additive for ``eager``.
+        """Build the explicit block mask, (B, 1, L, L), bool for ``sdpa``, additive for ``eager``.
 
-        Padding sees padding, so that no softmax is over nothing; no sample sees it.
+        Padding sees padding, because a softmax over nothing would be NaN; no sample sees padding.
 
         Raises:
-            SettingsError: rows are longer than a window the language model attends in, which this mask does not have.
+            SettingsError: rows are longer than the language model's sliding window, which this mask does not model.
         """
         length, window = self.sample_BL.shape[1], _window(config)
         if window is not None and length > window:
             raise SettingsError(
-                f"rows of {length} tokens, and the language model attends within {window}: lower max_length"
+                f"rows have {length} tokens, but the language model attends within {window}: lower max_length"
             )
         same_BLL = self.sample_BL[:, :, None] == self.sample_BL[:, None, :]
         mask_B1LL = same_BLL.tril().unsqueeze(1)
@@ -70,13 +72,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Unpadded:
-    """All samples one after the other, without padding.
+    """All samples of a batch in a single row, without padding.
 
     Attributes:
-        kept_N: long, index of each token in the flattened (B x L).
-        position_1N: long.
-        bounds: (samples + 1,) int32, where each sample starts, and the end.
-        longest: tokens of the longest sample.
+        kept_N: index of each token in the flattened (B x L) batch, (N,) long.
+        position_1N: position of each token in its sample, (1, N) long.
+        bounds: index of each sample's first token, then N, (samples + 1,) int32.
+        longest: number of tokens of the longest sample.
     """
 
     kept_N: torch.Tensor
@@ -88,7 +90,7 @@ class Unpadded:
     def of(cls, layout: Layout) -> "Unpadded":
         sample_M, length = layout.sample_BL.flatten(), layout.sample_BL.shape[1]
         kept_N = sample_M.nonzero().squeeze(-1)
-        # Rows count their samples anew, so row and number together tell two samples apart.
+        # Every row numbers its samples from 1, so only row and number together identify a sample.
         _, lengths = torch.unique_consecutive(
             torch.stack([kept_N // length, sample_M[kept_N]]), dim=1, return_counts=True
         )
@@ -96,23 +98,23 @@ class Unpadded:
         return cls(kept_N, layout.position_BL.flatten()[kept_N][None], bounds, int(lengths.max()))
 
     def next_labels(self, labels_BL: torch.Tensor) -> torch.Tensor:
-        """(N,) what each token predicts: the label of the following one; the last token of a sample predicts nothing."""
+        """Return the label of each token's successor, (N,) long; `IGNORE_INDEX` for the last token of a sample."""
         next_N = F.pad(labels_BL.flatten()[self.kept_N][1:], (0, 1), value=IGNORE_INDEX)
         next_N[self.bounds[1:].long() - 1] = IGNORE_INDEX
         return next_N
 
     def take(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, L, ...) -> (1, N, ...)."""
+        """Remove padding: (B, L, ...) -> (1, N, ...)."""
         return values.flatten(0, 1)[self.kept_N][None]
 
     def restore(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """(1, N, ...) -> (B, L, ...), zero at padding."""
+        """Undo `take`: (1, N, ...) -> (B, L, ...), zero at padding."""
         flat = values.new_zeros(shape[0] * shape[1], *values.shape[2:])
         flat[self.kept_N] = values[0]
         return flat.view(*shape, *values.shape[2:])
 
     def attention_arguments(self) -> dict[str, Any]:
-        """What transformers hands down to the attention of every layer, under its own names."""
+        """Return the keyword arguments, in transformers' names, that reach the attention of every layer."""
         return {
             "cu_seq_lens_q": self.bounds,
             "cu_seq_lens_k": self.bounds,
@@ -134,16 +136,20 @@ def varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sample of one long row; transformers' interface.
+    """Compute causal attention within each sample of one long row; the signature is transformers' interface.
 
-    On CUDA torch's FlashAttention for samples of different lengths; elsewhere one call a sample, which computes no more.
+    CUDA uses torch's FlashAttention for samples of different lengths. Other devices make one call per sample, which
+    computes no more.
 
     Returns:
-        (1, N, H, d), and no weights.
+        The attended values, (1, N, H, d), and None instead of the weights.
+
+    Raises:
+        SettingsError: the lengths of the samples are missing, as in answering, or exceed a sliding window on a CPU.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise SettingsError(
-            f"attention {VARLEN!r} is for training, where samples' lengths are known; answer with 'sdpa'"
+            f"attention {VARLEN!r} is for training, which knows the samples' lengths; answer with 'sdpa'"
         )
     assert dropout == 0.0, "no causal LM of these stages drops attention"
     query_NHd, key_NHd, value_NHd = (x.squeeze(0).transpose(0, 1) for x in (query_1HNd, key_1HNd, value_1HNd))
@@ -151,6 +157,7 @@ def varlen_attention(
     if query_NHd.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
+        # FlashAttention's window counts tokens to the left (-1: all) and to the right (0: causal).
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         output_NHd = varlen_attn(
             query_NHd,
@@ -168,13 +175,13 @@ def varlen_attention(
         return output_NHd.unsqueeze(0), None
     if sliding_window is not None and max_length_q > sliding_window:
         raise SettingsError(
-            f"a sample of {max_length_q} tokens, and the language model attends within {sliding_window}"
+            f"a sample has {max_length_q} tokens, but the language model attends within {sliding_window}"
         )
     output_1HNd = _sample_by_sample(query_1HNd, key_1HNd, value_1HNd, cu_seq_lens_q, scaling, grouped)
     return output_1HNd.transpose(1, 2), None
 
 
-# What a compiler makes of it would hold for these lengths alone.
+# Compiled code would be valid for these sample lengths alone, and every batch would compile again.
 @torch.compiler.disable
 def _sample_by_sample(
     query_1HNd: torch.Tensor,
@@ -195,10 +202,10 @@ def _sample_by_sample(
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``auto`` is `varlen`, but for float32 on CUDA, which FlashAttention does not compute.
+    """Turn ``auto`` into `varlen`, or into ``sdpa`` for float32 on CUDA, which FlashAttention does not support.
 
     Raises:
-        SettingsError: ``varlen`` in float32 on CUDA.
+        SettingsError: ``varlen`` is wanted in float32 on CUDA.
     """
     possible = device.type != "cuda" or dtype in (torch.float16, torch.bfloat16)
     if wanted == VARLEN and not possible:
@@ -209,6 +216,7 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
 
 
 def _window(config: PretrainedConfig) -> int | None:
+    # Qwen2's configurations name a window even if use_sliding_window switches it off.
     window = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None
 

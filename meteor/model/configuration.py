@@ -1,4 +1,4 @@
-"""Configuration of a finished model: three parts, and which feature caches it may read."""
+"""Configuration of a finished model: its three parts, and the feature caches that fit it."""
 
 from typing import Any
 
@@ -8,15 +8,16 @@ from meteor.constants import IMAGE_TOKEN_ID
 
 
 class MeteorConfig(PretrainedConfig):
-    """What `MeteorForConditionalGeneration` is built from.
+    """Configuration of `MeteorForConditionalGeneration`.
 
     Args:
-        text_config: the language model's.
-        vision_config: the CLIP vision tower's.
-        projector: ``{"name": ..., **settings}`` of `meteor.projector.build_projector`.
-        select_layer: hidden state of the tower that the projector reads.
-        cache_identity: `meteor.cache.CacheIdentity` as a dict: features from any other cache are refused.
-        text_sampler: ``{"layer": ..., "keep": ...}`` of `meteor.model.text_sampler.TextSampler`; None for none.
+        text_config: configuration of the language model.
+        vision_config: configuration of the CLIP vision tower.
+        projector: ``{"name": ..., **settings}``, arguments of `meteor.projector.build_projector`.
+        select_layer: index of the tower's hidden state that the projector reads.
+        cache_identity: `meteor.cache.CacheIdentity` as a dict; features from any other cache are refused.
+        text_sampler: ``{"layer": ..., "keep": ...}``, arguments of `meteor.model.text_sampler.TextSampler`; None for no
+            sampler.
     """
 
     model_type = "meteor"
@@ -43,7 +44,7 @@ class MeteorConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """Generation asks for this one's vocabulary and cache sizes."""
+        """Return the language model's configuration, from which generation takes vocabulary and cache sizes."""
         return self.text_config
 
 

@@ -1,6 +1,6 @@
 """The model: features of sub-images -> projector -> visual tokens in the prompt -> language model.
 
-Letters: B samples, L sequence, S sub-images of all samples, P patches, C vision width, K tokens of a sub-image, D LLM width.
+Letters: B samples, L sequence, S sub-images of all samples, P patches, C vision width, K tokens per sub-image, D LLM width.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from meteor.errors import DataError, SettingsError
 from meteor.model.answers import answer_head
 from meteor.model.attention import VARLEN, Layout, Unpadded
 from meteor.model.configuration import MeteorConfig
-from meteor.model.text_sampler import Marks, TextSampler
+from meteor.model.text_sampler import TextSampler, TokenGroups
 from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
 from meteor.vision.encoder import FrozenClip
@@ -27,13 +27,14 @@ from meteor.vision.encoder import FrozenClip
 
 @dataclass
 class MeteorOutput(CausalLMOutputWithPast):
-    """What a pass with labels returns.
+    """Output of a forward pass with labels.
 
     Attributes:
-        loss: 0-d float32.
-        logits: None; they are never all in memory.
-        selection_sums: (`meteor.projector.statistics.NUM_SUMS`,) float32 of the sub-images with visual slots, without
-            gradient; None for projectors that do not have both experts' scores.
+        loss: training loss, 0-d float32.
+        logits: always None, because all logits are never in memory at the same time.
+        selection_sums: sums of `meteor.projector.statistics` over the sub-images with visual slots,
+            (`meteor.projector.statistics.NUM_SUMS`,) float32, without gradient; None for projectors without both experts'
+            scores.
     """
 
     selection_sums: torch.Tensor | None = None
@@ -42,8 +43,8 @@ class MeteorOutput(CausalLMOutputWithPast):
 class MeteorForConditionalGeneration(PreTrainedModel):
     """LLaVA-Meteor: a language model that reads projected vision features.
 
-    Training feeds it cached features and leaves the vision tower out (``vision_tower=False``); a finished model holds the
-    tower whose digest its cache names, so that it sees images by itself.
+    Training uses cached features and omits the vision tower (``vision_tower=False``). A finished model contains the tower
+    that made its cache, so that it can encode images itself.
     """
 
     config_class = MeteorConfig
@@ -66,31 +67,35 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         )
         self._has_answer_head = answer_head(self.language_model) is not None
         self.text_sampler = TextSampler(self.language_model, **config.text_sampler) if config.text_sampler else None
-        # transformers hands its choice of attention to a model's own layers alone, and clears it in the parts' configs.
+        # transformers passes its choice of attention to a model's own layers only, and clears it in the configs of parts.
         for part in filter(None, (self.language_model, self.vision_tower)):
             part.set_attn_implementation(self.config._attn_implementation)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Every part initialises itself; transformers' default would overwrite the scan's."""
+        """Do nothing, because every part initialises itself; transformers' default would overwrite the scan's weights."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
     def frozen_clip(self) -> FrozenClip:
-        """The vision tower as an encoder; `DataError` where the model was loaded without it."""
+        """Return the vision tower as an encoder.
+
+        Raises:
+            DataError: the model was loaded without its vision tower.
+        """
         if self.vision_tower is None:
             raise DataError("this model was built without its vision tower; load it with vision_tower=True")
         select_layer, identity = self.config.select_layer, self.config.cache_identity or {}
-        # The digest is the cache's: hashing the weights takes a second, and those here may have been cast.
+        # The cache's digest is taken over: hashing the weights takes about 1 s, and these weights may have been cast.
         known: dict[str, Any] = {"digest": identity.get("encoder_digest")}
         known |= {name: identity["preprocessing"][name] for name in ("mean", "std") if identity}
         return FrozenClip(self.vision_tower, select_layer=select_layer, attention_layers=(select_layer,), **known)
 
     def encode(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features (S, P, C), class-token attention (S, P) and patch grids (S, 2) of normalised sub-images (3, h, w)."""
+        """Encode normalised sub-images (3, h, w) to features (S, P, C), class-token attention (S, P) and grids (S, 2)."""
         clip = self.frozen_clip()
-        encoded = [(one.features, one.cls_attention[0], one.grid) for one in clip.encode(pixel_values)]
+        encoded = [(image.features, image.cls_attention[0], image.grid) for image in clip.encode(pixel_values)]
         if not encoded:
             encoded = [empty_sub_image(clip.width)]
         features_SPC, cls_attention_SP = pad_sub_images(encoded)
@@ -111,15 +116,19 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         """Put the visual tokens into their slots.
 
         Args:
-            input_ids: (B, L), `IMAGE_TOKEN_ID` at visual slots.
-            attention_mask: (B, L), 0 at padding; elsewhere 1, or the number of the sample where rows hold several.
-            num_slots: (S,), visual slots of each sub-image.
-            features, cls_attention, grids: of the S sub-images, see `meteor.data.collate.Batch`; or instead
-            pixel_values: S normalised sub-images (3, h, w), which the vision tower encodes here.
-            native_weight: 0-d, weight of the native expert; the projector's own where None.
+            input_ids: token ids, (B, L), with `IMAGE_TOKEN_ID` at visual slots.
+            attention_mask: mask, (B, L), 0 at padding; elsewhere 1, or the sample's number if rows hold several samples.
+            num_slots: number of visual slots of each sub-image, (S,).
+            features, cls_attention, grids: encoded sub-images, see `meteor.data.collate.Batch`; None with pixel_values.
+            pixel_values: S normalised sub-images (3, h, w) for the vision tower, if there are no features.
+            native_weight: weight of the native expert, 0-d; the projector's own weight if None.
 
         Returns:
-            Embeddings (B, L, D); (B, L) bool, False at padding and at the projector's unused slots; its output.
+            Embeddings, (B, L, D); a mask, (B, L) bool, False at padding and at the projector's unused slots; and the
+            projector's output.
+
+        Raises:
+            DataError: the prompt's visual slots do not match the projector's tokens.
         """
         if features is None:
             features, cls_attention, grids = self.encode(pixel_values or [])
@@ -133,8 +142,8 @@ class MeteorForConditionalGeneration(PreTrainedModel):
                 f"the prompt has {int(visual_BL.sum())} visual slots, the projector gives {tokens_ND.shape[0]} tokens: "
                 "collate with this projector's token budget"
             )
-        # Without any slot too, the projector stays in the graph, with zero gradients: under ZeRO every rank takes part in
-        # every reduction.
+        # Even without visual slots the projector stays in the graph, with zero gradients, because under ZeRO every rank
+        # must take part in every reduction.
         embeds_BLD = embeds_BLD.masked_scatter(visual_BL[..., None], tokens_ND)
         attended_BL = attention_mask > 0
         attended_BL[visual_BL] = projected.mask[slot_SK]
@@ -157,17 +166,18 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         aux_loss_coefficient: float = 0.0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """One pass over a batch (`meteor.data.collate.Batch.as_inputs`).
+        """Run a batch (`meteor.data.collate.Batch.as_inputs`) through the model; `embed` describes the other arguments.
 
         Args:
-            labels: (B, L), `IGNORE_INDEX` outside answers. Logits are computed for answers alone, a chunk at a time.
-            turns, image_numbers: (B, L), see `meteor.text.tokens.TokenisedSample`; a text-guided sampler needs them.
-            num_items_in_batch: what the summed cross-entropy is divided by: the answer tokens of the *global* batch;
-                those of this batch when None.
-            aux_loss_coefficient: weight of the projector's own loss.
+            labels: token ids, (B, L), `IGNORE_INDEX` outside answers. Logits are computed for answers only, chunk by chunk.
+            turns, image_numbers: numbers of turns and images, (B, L), see `meteor.text.tokens.TokenisedSample`; needed by
+                a text-guided sampler.
+            num_items_in_batch: divisor of the summed cross-entropy, the answer tokens of the *global* batch; the answer
+                tokens of this batch if None.
+            aux_loss_coefficient: weight of the projector's auxiliary loss.
 
         Returns:
-            `MeteorOutput` with labels; without, what the language model returns, ``logits`` (B, L, vocabulary) in it.
+            `MeteorOutput` if labels are given; otherwise the language model's output, with ``logits`` (B, L, vocabulary).
         """
         if features is None:
             features, cls_attention, grids = self.encode(pixel_values or [])
@@ -175,35 +185,35 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             input_ids, attention_mask, num_slots, features, cls_attention, grids, native_weight=native_weight
         )
         layout = Layout.of(attention_mask.long(), attended_BL)
-        marks = self._marks(layout.sample_BL, turns, image_numbers)
+        groups = self._token_groups(layout.sample_BL, turns, image_numbers)
         if labels is None:
-            return self._logits(embeds_BLD, layout, marks, **kwargs)
-        loss = self._answer_loss(embeds_BLD, layout, marks, labels, num_items_in_batch, **kwargs)
+            return self._logits(embeds_BLD, layout, groups, **kwargs)
+        loss = self._answer_loss(embeds_BLD, layout, groups, labels, num_items_in_batch, **kwargs)
         if projected.aux_loss is not None:
             loss = loss + aux_loss_coefficient * projected.aux_loss
         assert grids is not None, "features come with their grids"
         return MeteorOutput(loss=loss, selection_sums=_sum_selection(projected, grids, num_slots))
 
-    def _marks(
+    def _token_groups(
         self, sample_BL: torch.Tensor, turns: torch.Tensor | None, image_numbers: torch.Tensor | None
-    ) -> Marks | None:
-        """What the text-guided sampler needs to know; None without one."""
+    ) -> TokenGroups | None:
+        """Return sample, turn and image of each token for the text-guided sampler; None without a sampler."""
         if self.text_sampler is None:
             return None
         if turns is None or image_numbers is None:
             raise DataError(
                 "this model has a text-guided sampler: give turns and image_numbers, as the processor makes them"
             )
-        return Marks.of(sample_BL, turns, image_numbers)
+        return TokenGroups.of(sample_BL, turns, image_numbers)
 
     def _inputs(
-        self, embeds_BLD: torch.Tensor, layout: Layout, marks: Marks | None
+        self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None
     ) -> tuple[dict[str, Any], Unpadded | None]:
-        """Arguments of the language model, and how its rows were flattened if they were."""
+        """Return the language model's arguments, and the flattened layout if rows are flattened."""
         config = self.language_model.config
-        if self.text_sampler is not None and marks is not None:
+        if self.text_sampler is not None and groups is not None:
             flattens = config._attn_implementation == VARLEN
-            self.text_sampler.begin(marks.map(layout.unpadded().take) if flattens else marks)
+            self.text_sampler.begin(groups.map(layout.unpadded().take) if flattens else groups)
         if config._attn_implementation != VARLEN:
             mask = layout.mask(config, embeds_BLD.dtype)
             return {"inputs_embeds": embeds_BLD, "attention_mask": mask, "position_ids": layout.position_BL}, None
@@ -212,9 +222,9 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         return {**inputs, **flat.attention_arguments()}, flat
 
     def _logits(
-        self, embeds_BLD: torch.Tensor, layout: Layout, marks: Marks | None, **kwargs: Any
+        self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None, **kwargs: Any
     ) -> CausalLMOutputWithPast:
-        inputs, flat = self._inputs(embeds_BLD, layout, marks)
+        inputs, flat = self._inputs(embeds_BLD, layout, groups)
         output = self.language_model(**inputs, use_cache=False, **kwargs)
         if flat is not None:
             output.logits = flat.restore(output.logits, embeds_BLD.shape[:2])
@@ -224,17 +234,17 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         self,
         embeds_BLD: torch.Tensor,
         layout: Layout,
-        marks: Marks | None,
+        groups: TokenGroups | None,
         labels_BL: torch.Tensor,
         num_items: int | torch.Tensor | None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Summed cross-entropy of the answer tokens, divided by ``num_items`` or by how many there are; 0-d float32."""
-        inputs, flat = self._inputs(embeds_BLD, layout, marks)
+        """Return the answer tokens' summed cross-entropy divided by ``num_items`` or by their number, 0-d float32."""
+        inputs, flat = self._inputs(embeds_BLD, layout, groups)
         tokens = flat or layout.unpadded()
         next_N = tokens.next_labels(labels_BL)
         answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
-        # Where the language model's output for these tokens is: it has rows, or all tokens in one.
+        # Indices of these tokens in the language model's output, which has padded rows or all tokens in a single row.
         places_N = answers_N if flat is not None else tokens.kept_N[answers_N]
         inputs |= {"use_cache": False, **kwargs}
         if self._has_answer_head:
@@ -243,6 +253,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         else:
             logits = self.language_model(**inputs).logits.flatten(0, 1)[places_N]
             loss = F.cross_entropy(logits.float(), next_N[answers_N], reduction="sum")
+        # A batch without answers has loss 0, not 0 / 0.
         return loss / (max(len(answers_N), 1) if num_items is None else num_items)
 
     @torch.inference_mode()
@@ -259,13 +270,13 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         image_numbers: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Answer prompts, padded on the left; everything else is an argument of Hugging Face's ``generate``.
+        """Answer prompts that are padded on the left; other arguments go to Hugging Face's ``generate``.
 
         Returns:
-            (B, new tokens), the answers alone.
+            Token ids of the answers without their prompts, (B, new tokens).
 
         Raises:
-            SettingsError: several beams or answers a prompt, of a model with a text-guided sampler.
+            SettingsError: a model with a text-guided sampler is asked for several beams or answers per prompt.
         """
         kwargs.pop("labels", None)
         embeds_BLD, attended_BL, _ = self.embed(
@@ -275,8 +286,8 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         if self.text_sampler is None:
             return self.language_model.generate(**inputs, **kwargs)
         if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
-            raise SettingsError("a model with a text-guided sampler gives one answer a prompt: leave num_beams at 1")
-        self.text_sampler.begin(self._marks(attended_BL.long(), turns, image_numbers))
+            raise SettingsError("a model with a text-guided sampler gives one answer per prompt: leave num_beams at 1")
+        self.text_sampler.begin(self._token_groups(attended_BL.long(), turns, image_numbers))
         try:
             return self.language_model.generate(**inputs, **kwargs)
         finally:
@@ -284,7 +295,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
 
 
 def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:
-    """See `MeteorOutput`; the stand-in of a batch without images has no slots and is not counted."""
+    """Sum the selection's statistics for `MeteorOutput`; sub-images without visual slots are not counted."""
     visual_SP, native_SP = projected.visual_scores, projected.native_scores
     if visual_SP is None or native_SP is None:
         return None

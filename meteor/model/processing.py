@@ -1,4 +1,4 @@
-"""From questions and images to the model's inputs, and from its tokens back to text."""
+"""Processor of a model: questions and images become inputs, and generated tokens become text."""
 
 import json
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ class MeteorProcessor:
     """Tokenizer, slicing and prompt of one model.
 
     Args:
-        tokenizer: the language model's.
-        projector: ``{"name": ..., **settings}``: how many tokens a sub-image takes.
-        pixels: slicing and limits.
-        mean, std: normalisation of the vision tower.
+        tokenizer: tokenizer of the language model.
+        projector: ``{"name": ..., **settings}``, from which the number of tokens per sub-image follows.
+        pixels: slicing parameters and size limits.
+        mean, std: normalisation of the vision tower's input, per colour channel.
         template: prompt template of stage 2.
-        separators: token ids after slices and rows; found in the vocabulary where None.
-        sub_images: ``global`` where stage 2 was trained on the global view alone.
+        separators: token ids after slices and rows of slices; looked up in the vocabulary if None.
+        sub_images: ``global`` if stage 2 was trained on the global view alone.
     """
 
     def __init__(
@@ -59,15 +59,19 @@ class MeteorProcessor:
     def __call__(
         self, text: str | Sequence[str], images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Any]:
-        """Inputs of `MeteorForConditionalGeneration.generate` for one question or several.
+        """Prepare the inputs of `MeteorForConditionalGeneration.generate`.
 
         Args:
-            text: the question, or several; an ``<image>`` for each image may be left out, images come first anyway.
-            images: the images of the question; a list of lists for several questions.
+            text: a question or a list of questions. The ``<image>`` placeholders may be omitted, because images come first
+                anyway.
+            images: images of the question, or a list of images for each of several questions.
 
         Returns:
-            input_ids, attention_mask, turns and image_numbers (B, L), padded on the left;
-            num_slots (S,); pixel_values, S tensors (3, h, w).
+            ``input_ids``, ``attention_mask``, ``turns`` and ``image_numbers``, all (B, L), padded on the left;
+            ``num_slots`` (S,); ``pixel_values``, S tensors (3, h, w).
+
+        Raises:
+            ConversationError: a question has placeholders, but not as many as images.
         """
         texts = [text] if isinstance(text, str) else list(text)
         groups: Any = [images] if isinstance(text, str) else images or [[] for _ in texts]
@@ -89,7 +93,7 @@ class MeteorProcessor:
             longer, slots = expand_images(tokens, layouts, self.budget, self.separators)
             samples.append([longer])
             pixel_values += [
-                normalise(one, self.mean, self.std) for one, count in zip(sub_images, slots, strict=True) if count
+                normalise(pixels, self.mean, self.std) for pixels, count in zip(sub_images, slots, strict=True) if count
             ]
             num_slots += filter(None, slots)
         input_ids, attention_mask, _, turns, image_numbers = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
@@ -98,12 +102,13 @@ class MeteorProcessor:
             "attention_mask": attention_mask,
             "turns": turns,
             "image_numbers": image_numbers,
+            # Without images the model encodes a stand-in sub-image, which has no slots.
             "num_slots": torch.tensor(num_slots or [0]),
             "pixel_values": pixel_values,
         }
 
     def batch_decode(self, tokens: torch.Tensor) -> list[str]:
-        """Answers as text, without special tokens and surrounding white space."""
+        """Return answers as text, without special tokens and surrounding white space."""
         return [answer.strip() for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _conversation(self, question: str, num_images: int) -> Conversation:

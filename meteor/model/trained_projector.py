@@ -1,4 +1,4 @@
-"""A trained projector by itself, without its language model: from pretrain's file, or out of a finished model."""
+"""Trained projectors without their language model, from pretrain's file or from a finished model."""
 
 import hashlib
 import json
@@ -23,15 +23,16 @@ _FIELDS = ("projector", "vision_width", "llm_width", "select_layer", "cache_iden
 
 @dataclass(frozen=True, eq=False)
 class TrainedProjector:
-    """A projector and what it was trained for.
+    """A trained projector and the features it was trained for.
 
     Attributes:
-        uri: where it was read.
+        uri: file or directory that the projector was read from.
         module: the projector, in evaluation mode.
-        select_layer: hidden state of the encoder that it reads.
-        cache_identity: features of other caches mean nothing to it (`CacheIdentity.require_match`).
+        select_layer: index of the encoder's hidden state that the projector reads.
+        cache_identity: identity of the feature cache; features of other caches are refused
+            (`CacheIdentity.require_match`).
         digest: sha256 over stored weights, settings, layer and cache key, 64 hexadecimal digits. A file and a model
-            directory agree where they hold the same weights in the same type.
+            directory have equal digests if they hold equal weights in the same dtype.
     """
 
     uri: str
@@ -50,7 +51,7 @@ class TrainedProjector:
 
 
 def projector_metadata(config: MeteorConfig) -> dict[str, Any]:
-    """What a projector file says about itself."""
+    """Return the metadata that a projector file stores beside the weights."""
     return {
         "projector": config.projector,
         "vision_width": config.vision_config.hidden_size,
@@ -61,17 +62,17 @@ def projector_metadata(config: MeteorConfig) -> dict[str, Any]:
 
 
 def load_trained_projector(uri: str, *, device: str, dtype: torch.dtype) -> TrainedProjector:
-    """Load a projector, and nothing but the projector.
+    """Load a trained projector without its language model.
 
     Args:
-        uri: ``projector.safetensors`` of pretrain or the folder that holds it, or the directory of a finished model, of
-            which the projector's tensors alone are read; local or s3://.
+        uri: pretrain's ``projector.safetensors``, its folder, or the directory of a finished model, from which only the
+            projector's tensors are read; a local path or s3:// URI.
         device: "cpu" or "cuda".
-        dtype: of the weights, and so of the tokens.
+        dtype: dtype of the weights, and thus of the visual tokens.
 
     Raises:
-        CheckpointError: there is no projector, or it is damaged.
-        SettingsError: it was made by a projector or with a setting that is not known here.
+        CheckpointError: there is no projector, or the projector is damaged.
+        SettingsError: the projector's name or a setting is unknown to this version.
     """
     uri = storage.absolute(uri)
     metadata, weights = _read(uri)
@@ -87,7 +88,7 @@ def load_trained_projector(uri: str, *, device: str, dtype: torch.dtype) -> Trai
 
 
 def _read(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What the projector says about itself, and its weights."""
+    """Return the projector's metadata and weights."""
     config_uri, file_uri = storage.join(uri, "config.json"), storage.join(uri, PROJECTOR_FILE)
     if storage.exists(uri):
         metadata, weights = read_projector_file(uri)
@@ -97,13 +98,13 @@ def _read(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         metadata, weights = projector_metadata(_read_config(config_uri)), read_model_weights(uri, PROJECTOR_PREFIX)
     else:
         raise CheckpointError(
-            f"there is no projector at {uri}: name the {PROJECTOR_FILE} that pretrain leaves, or the model directory that "
-            "finetune leaves"
+            f"there is no projector at {uri}: give the {PROJECTOR_FILE} that pretrain wrote, or the model directory that "
+            "finetune wrote"
         )
-    if silent := [name for name in _FIELDS if metadata.get(name) is None]:
+    if missing := [name for name in _FIELDS if metadata.get(name) is None]:
         raise CheckpointError(
-            f"{uri} holds no trained projector: it does not tell {', '.join(silent)}. Name the {PROJECTOR_FILE} that "
-            "pretrain leaves, or the model directory that finetune leaves"
+            f"{uri} holds no trained projector: its metadata lacks {', '.join(missing)}. Give the {PROJECTOR_FILE} that "
+            "pretrain wrote, or the model directory that finetune wrote"
         )
     return metadata, weights
 
@@ -113,10 +114,10 @@ def _read_config(uri: str) -> MeteorConfig:
     found = content.get("model_type") if isinstance(content, dict) else None
     if found != MeteorConfig.model_type:
         raise CheckpointError(
-            f"{uri} describes a model of type {found!r}, not {MeteorConfig.model_type!r}: it has no projector of ours. "
-            "Name the model directory that finetune leaves"
+            f"{uri} describes a model of type {found!r}, not {MeteorConfig.model_type!r}: it has no projector of this "
+            "project. Give the model directory that finetune wrote"
         )
     try:
         return MeteorConfig.from_dict(content)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{uri} is damaged, or of a later version ({error}); copy the model again") from error
+        raise CheckpointError(f"{uri} is damaged or from a later version ({error}); copy the model again") from error

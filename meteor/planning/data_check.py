@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pyarrow.compute as pc
+
 from meteor.data.inspect_image import InspectedImage, inspect_image
-from meteor.data.samples import Sample, SampleProblem
+from meteor.data.sample_sets import SampleSet
+from meteor.data.samples import SampleProblem
 from meteor.data.sources import find_source
 from meteor.errors import TokenisationError
 from meteor.image.pixels import PixelSettings
@@ -17,7 +20,7 @@ from meteor.planning.data_report import DataReport, SetReport, SourceReport
 # Images handed to the threads at a time: a future for each of 400,000 would take half a gigabyte.
 _IMAGES_AT_A_TIME = 4096
 
-TokenCounter = Callable[[Sample, Sequence[SlicePlan]], int]
+TokenCounter = Callable[[int, Sequence[SlicePlan]], int]
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,12 @@ class CheckedSet:
     """An annotation file as a stage would use it.
 
     Attributes:
-        samples, problems: what ``load_samples`` gave for it.
+        samples: the file's samples, with its unusable records.
         max_length: tokens of a sample above which its text is cut.
-        count_tokens: (sample, the slices of its images in order) -> tokens, those of its images included.
+        count_tokens: (position of a sample, slice plans of its images in order) -> tokens, those of its images included.
     """
 
-    samples: Sequence[Sample]
-    problems: Sequence[SampleProblem]
+    samples: SampleSet
     max_length: int
     count_tokens: TokenCounter
 
@@ -58,7 +60,9 @@ def check_data(
     Returns:
         The report; nothing that is wrong with samples or images raises.
     """
-    names = list(dict.fromkeys(name for one in sets.values() for sample in one.samples for name in sample.images))
+    names = list(
+        dict.fromkeys(name for checked in sets.values() for name in checked.samples.distinct_images.to_pylist())
+    )
     inspected: dict[str, InspectedImage] = {}
     with warnings.catch_warnings():
         # Pillow warns of what it repairs or skips, for each image; what counts comes out as a reason.
@@ -81,24 +85,25 @@ def _inspect(
 
 
 def _check_set(name: str, checked: CheckedSet, inspected: Mapping[str, InspectedImage]) -> SetReport:
-    samples, problems, max_length = checked.samples, checked.problems, checked.max_length
+    samples, problems, max_length = checked.samples, checked.samples.problems, checked.max_length
     token_counts: dict[str, int] = {}
     found = list(problems)
     num_without_images = 0
-    for sample in samples:
-        plans = [plan for image in sample.images if (plan := inspected[image].plan) is not None]
-        if len(plans) < len(sample.images):
+    rows = zip(samples.ids.to_pylist(), samples.images.to_pylist(), strict=True)
+    for position, (sample_id, images) in enumerate(rows):
+        plans = [plan for image in images if (plan := inspected[image].plan) is not None]
+        if len(plans) < len(images):
             num_without_images += 1
             continue
         try:
-            token_counts[sample.id] = checked.count_tokens(sample, plans)
+            token_counts[sample_id] = checked.count_tokens(position, plans)
         except TokenisationError as error:
-            found.append(SampleProblem(sample.id, "tokenisation", str(error)))
-    own = [inspected[image] for image in dict.fromkeys(image for sample in samples for image in sample.images)]
+            found.append(SampleProblem(sample_id, "tokenisation", str(error)))
+    own = [inspected[image] for image in samples.distinct_images.to_pylist()]
     return SetReport(
         name=name,
         num_samples=len(samples) + len(problems),
-        num_text_only=sum(not sample.images for sample in samples),
+        num_text_only=pc.sum(pc.equal(samples.images.value_lengths(), 0)).as_py() or 0,
         num_without_images=num_without_images,
         problems=tuple(found),
         sources=_by_source(own),

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Sequence
 
 from meteor.assembly import Inputs, SampleFile, pixel_settings, sample_files
+from meteor.assembly.places import samples_uri
 from meteor.assembly.sample_sets import as_samples
 from meteor.config import RunSettings
 from meteor.data.collate import ImageLayout, num_image_tokens
-from meteor.data.samples import Sample
+from meteor.data.sample_sets import SampleSet
+from meteor.data.token_table import tokenise_set
+from meteor.errors import TokenisationError
 from meteor.evaluation.question_images import is_written
 from meteor.image.budget import visual_token_budget
 from meteor.image.slicing import SlicePlan
 from meteor.planning.data_check import CheckedSet, check_data
 from meteor.planning.data_report import DataReport
+from meteor.progress import ProgressLog
 from meteor.text.tokens import load_tokenizer, tokenise
 
 
@@ -49,22 +53,51 @@ def _is_readable(settings: RunSettings, file: SampleFile, inputs: Inputs) -> boo
 
 
 def _checked(settings: RunSettings, file: SampleFile, inputs: Inputs) -> CheckedSet:
-    tokenizer = load_tokenizer(settings.llm.path)
-    budget = visual_token_budget(settings.projector.name, settings.projector.settings)
-    is_question = file.stage is None
     # Questions are asked of the finished model, with stage 2's limits.
     options = settings.training(file.stage or "finetune")
-    template = settings.evaluate.template if is_question else options.template
+    budget = visual_token_budget(settings.projector.name, settings.projector.settings)
+    if file.stage is None:
+        samples, count_text = _question_text(settings, file.name, inputs)
+    else:
+        samples, count_text = _training_text(settings, file, inputs)
 
-    def count_tokens(sample: Sample, plans: Sequence[SlicePlan]) -> int:
-        tokens = tokenise(sample.conversation, tokenizer, template, for_generation=is_question, sample_id=sample.id)
+    def count_tokens(position: int, plans: Sequence[SlicePlan]) -> int:
         layouts = [ImageLayout(plan.grid, plan.patch_grids) for plan in plans]
         if options.sub_images == "global":
             layouts = [layout.only_global() for layout in layouts]
-        return len(tokens.input_ids) - len(plans) + sum(num_image_tokens(layout, budget) for layout in layouts)
+        return count_text(position) + sum(num_image_tokens(layout, budget) for layout in layouts)
 
-    if file.stage is None:
-        samples = as_samples(inputs.question_set(settings, file.name))
-    else:
-        samples = inputs.sample_set(file.name, file.uri)
-    return CheckedSet(samples.samples, samples.problems, options.max_length, count_tokens)
+    return CheckedSet(samples, options.max_length, count_tokens)
+
+
+def _training_text(settings: RunSettings, file: SampleFile, inputs: Inputs) -> tuple[SampleSet, Callable[[int], int]]:
+    """Samples of a training file, and position -> number of text tokens, from the tokens that training uses."""
+    assert file.stage is not None
+    samples = inputs.sample_set(settings, file.name, file.uri)
+    lengths = tokenise_set(
+        samples,
+        load_tokenizer(settings.llm.path),
+        settings.training(file.stage).template,
+        folder=samples_uri(settings),
+        on_progress=ProgressLog(f"{file.name}: tokenising: samples"),
+    ).lengths
+
+    def count(position: int) -> int:
+        if position in lengths.problems:
+            raise TokenisationError(f"Sample {samples.ids[position].as_py()!r}{lengths.problems[position]}")
+        return int(lengths.num_text_tokens[position])
+
+    return samples, count
+
+
+def _question_text(settings: RunSettings, name: str, inputs: Inputs) -> tuple[SampleSet, Callable[[int], int]]:
+    """Samples of a question set, and position -> number of text tokens of the prompt."""
+    tokenizer, template = load_tokenizer(settings.llm.path), settings.evaluate.template
+    questions = inputs.question_set(settings, name)
+
+    def count(position: int) -> int:
+        sample = questions.questions[position].sample
+        tokens = tokenise(sample.conversation, tokenizer, template, for_generation=True, sample_id=sample.id)
+        return len(tokens.input_ids) - len(sample.images)
+
+    return as_samples(questions), count

@@ -60,7 +60,7 @@ class Needs:
         sub_images = table.num_sub_images
         return cls(
             max(count / length for count, length in zip(sub_images, table.lengths, strict=True)),
-            max(table.num_answer_tokens(i) / length for i, length in enumerate(table.lengths)),
+            max(count / length for count, length in zip(table.answer_counts(), table.lengths, strict=True)),
         )
 
 

@@ -11,22 +11,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from transformers import AutoModelForCausalLM
 
 from meteor.assembly import Inputs, SampleFile, index_uri, pixel_settings, sample_files
-from meteor.assembly.sample_sets import SampleSet, as_samples
-from meteor.cache import CODEC_NAMES, DatasetIndex, FeatureCache
+from meteor.assembly.sample_sets import as_samples, distinct_images
+from meteor.cache import CODEC_NAMES, DatasetIndex
 from meteor.cache.codec import INT8_CODEC, get_codec
-from meteor.cache.manifest import latest_manifest
+from meteor.cache.index import INDEX_SCHEMA
 from meteor.config import RunSettings
 from meteor.data.inspect_image import inspect_image
-from meteor.errors import BadImageError, SettingsError, TokenisationError
+from meteor.data.sample_sets import SampleSet
+from meteor.data.token_table import tokenise_set
+from meteor.errors import BadImageError, CacheError, SettingsError
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
-from meteor.text.tokens import load_tokenizer, tokenise
+from meteor.text.tokens import load_tokenizer
 from meteor.train.build import read_llm_config
 from meteor.vision.encoder import FrozenClip
 
@@ -35,24 +40,44 @@ _NUM_HEADER_READERS = 32
 _NUM_TOKENISED = 2000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Images that can be used.
+
+    Attributes:
+        names: their names.
+        keys: image keys if indexed, else names.
+        plan_of: (N,) int, positions in ``plans``.
+        plans: distinct slice plans.
+    """
+
+    names: pa.StringArray
+    keys: pa.StringArray
+    plan_of: np.ndarray
+    plans: tuple[SlicePlan, ...]
+
+    def count(self, plan_of: np.ndarray) -> dict[SlicePlan, int]:
+        """Slice plan -> how often its position stands in ``plan_of``."""
+        counts = np.bincount(plan_of, minlength=len(self.plans)).tolist()
+        return {plan: count for plan, count in zip(self.plans, counts, strict=True) if count}
+
+
+@dataclass(frozen=True, eq=False)
 class FileSurvey:
-    """An annotation file's samples, as far as all their images can be used.
+    """An annotation file's samples without those that show a bad or missing image.
 
     Attributes:
         file: the file.
-        samples: the samples as they were read, usable or not.
-        num_usable: samples without a bad or missing image.
-        shown: slice plan -> number of times that usable samples show an image with this plan.
+        usable: the samples.
+        shown: slice plan -> number of times that the samples show an image with this plan.
     """
 
     file: SampleFile
-    samples: SampleSet
-    num_usable: int
+    usable: SampleSet
     shown: Mapping[SlicePlan, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Survey:
     """Samples and images of a run.
 
@@ -63,16 +88,14 @@ class Survey:
         num_unusable: images that are missing or refused.
         keys: distinct usable images, by image key if indexed, else by name.
         distinct: slice plan -> number of distinct usable images with this plan.
-        plans: image name -> slice plan of each usable image.
     """
 
     files: tuple[FileSurvey, ...]
     num_images: int
     num_unindexed: int
     num_unusable: int
-    keys: frozenset[str]
+    keys: pa.StringArray
     distinct: Mapping[SlicePlan, int]
-    plans: Mapping[str, SlicePlan]
 
 
 def estimate_cache(settings: RunSettings, inputs: Inputs) -> CacheCost:
@@ -91,7 +114,7 @@ def estimate_cache(settings: RunSettings, inputs: Inputs) -> CacheCost:
         num_distinct=len(survey.keys),
         num_unindexed=survey.num_unindexed,
         num_unusable=survey.num_unusable,
-        num_cached=len(survey.keys & _cached(uri, inputs)),
+        num_cached=_count_cached(settings, survey, inputs),
         num_sub_images=sum(grids.values()),
         num_patches=sum(count * rows * columns for (rows, columns), count in grids.items()),
         encoder_flops=sum(count * shape.flops(rows * columns) for (rows, columns), count in grids.items()),
@@ -111,70 +134,77 @@ def estimate_cache(settings: RunSettings, inputs: Inputs) -> CacheCost:
 
 def survey_run(settings: RunSettings, inputs: Inputs) -> Survey:
     """Survey a run; runs that read the same files in the same way share one survey."""
-    index = find_index(settings, inputs)
+    try:
+        index = inputs.index(settings)
+    except CacheError:  # cache_features has not run
+        index = None
     version = index.version if index else 0
     key = ("survey", settings.data.model_dump_json(), settings.slicing.model_dump_json(), settings.evaluate.long_side)
     return inputs.once((*key, index_uri(settings), version), lambda: _survey(settings, inputs, index))
 
 
-def find_index(settings: RunSettings, inputs: Inputs) -> DatasetIndex | None:
-    """The newest dataset index; None before cache_features has run."""
-    version = settings.cache.index_version or DatasetIndex.latest_version(index_uri(settings))
-    return inputs.index_version(settings, version) if version else None
-
-
 def _survey(settings: RunSettings, inputs: Inputs, index: DatasetIndex | None) -> Survey:
     sets = [(file, _read(settings, file, inputs)) for file in sample_files(settings)]
-    names = sorted(set().union(*(samples.image_names for _, samples in sets)))
-    pixels = pixel_settings(settings)
-    keys, plans = _indexed(index, set(names), pixels)
-    unindexed = [name for name in names if name not in keys]
-    plans |= _from_headers(unindexed, inputs.image_roots(settings), pixels)
-    distinct = {keys.get(name) or name: plan for name, plan in plans.items()}
+    names = pc.unique(distinct_images(samples for _, samples in sets))
+    indexed = index.rows_named(names) if index else INDEX_SCHEMA.empty_table()
+    unindexed = names.filter(pc.invert(pc.is_in(names, value_set=indexed["name"])))
+    images = _find_images(settings, inputs, indexed, sorted(unindexed.to_pylist()))
+    # Of several names of one image any stands for it.
+    keys = pc.unique(images.keys)
+    first = pc.index_in(keys, value_set=images.keys).to_numpy()
     return Survey(
-        files=tuple(_survey_file(file, samples, plans) for file, samples in sets),
+        files=tuple(_survey_file(file, samples, images) for file, samples in sets),
         num_images=len(names),
         num_unindexed=len(unindexed),
-        num_unusable=len(names) - len(plans),
-        keys=frozenset(distinct),
-        distinct=Counter(distinct.values()),
-        plans=plans,
+        num_unusable=len(names) - len(images.names),
+        keys=keys,
+        distinct=images.count(images.plan_of[first]),
     )
 
 
 def _read(settings: RunSettings, file: SampleFile, inputs: Inputs) -> SampleSet:
     if file.stage is not None:
-        return inputs.sample_set(file.name, file.uri)
+        return inputs.sample_set(settings, file.name, file.uri)
     return as_samples(inputs.question_set(settings, file.name))
 
 
-def _survey_file(file: SampleFile, samples: SampleSet, plans: Mapping[str, SlicePlan]) -> FileSurvey:
-    shown: Counter[SlicePlan] = Counter()
-    num_usable = 0
-    for sample in samples.samples:
-        if all(image in plans for image in sample.images):
-            num_usable += 1
-            shown.update(plans[image] for image in sample.images)
-    return FileSurvey(file, samples, num_usable, shown)
-
-
-def _indexed(
-    index: DatasetIndex | None, wanted: set[str], pixels: PixelSettings
-) -> tuple[dict[str, str], dict[str, SlicePlan]]:
-    """Name -> image key ("" if unknown) of the images in the index, and name -> plan of those that can be used."""
-    plan = functools.cache(pixels.plan)
-    keys: dict[str, str] = {}
-    plans: dict[str, SlicePlan] = {}
-    for row in index.rows() if index else ():
-        if row.name not in wanted:
+def _find_images(settings: RunSettings, inputs: Inputs, indexed: pa.Table, unindexed: Sequence[str]) -> _Images:
+    """The images that can be used: by their rows in the index, or by their files' headers."""
+    pixels = pixel_settings(settings)
+    good = indexed.filter(pc.equal(indexed["status"], "ok"))
+    sizes, size_of = np.unique(
+        good["width"].to_numpy().astype(np.int64) << 32 | good["height"].to_numpy(), return_inverse=True
+    )
+    plans: dict[SlicePlan, int] = {}
+    by_size = np.full(len(sizes), -1)
+    for position, size in enumerate(sizes.tolist()):
+        try:
+            plan = pixels.plan(size >> 32, size & 0xFFFFFFFF)
+        except BadImageError:
             continue
-        keys[row.name] = row.image_key
-        if row.status == "ok":
-            try:
-                plans[row.name] = plan(row.width, row.height)
-            except BadImageError:
-                continue
-    return keys, plans
+        by_size[position] = plans.setdefault(plan, len(plans))
+    plan_of = by_size[size_of]
+    is_usable = pa.array(plan_of >= 0)
+    headers = _from_headers(unindexed, inputs.image_roots(settings), pixels) if unindexed else {}
+    from_headers = [plans.setdefault(plan, len(plans)) for plan in headers.values()]
+    names = [column.filter(is_usable) for column in (good["name"].combine_chunks(), good["image_key"].combine_chunks())]
+    header_names = pa.array(headers, pa.string())
+    return _Images(
+        names=pa.concat_arrays([names[0], header_names]),
+        keys=pa.concat_arrays([names[1], header_names]),
+        plan_of=np.concatenate([plan_of[plan_of >= 0], np.array(from_headers, np.int64)]),
+        plans=tuple(plans),
+    )
+
+
+def _survey_file(file: SampleFile, samples: SampleSet, images: _Images) -> FileSurvey:
+    places = pc.index_in(samples.images.flatten(), value_set=images.names)
+    num_shown = samples.images.value_lengths().to_numpy()
+    ends = np.cumsum(num_shown)
+    num_bad = np.concatenate([[0], np.cumsum(places.is_null().to_numpy(zero_copy_only=False))])
+    usable = num_bad[ends] == num_bad[ends - num_shown]
+    shown = places.filter(pa.array(np.repeat(usable, num_shown)))
+    return FileSurvey(file, samples.select(np.flatnonzero(usable)), images.count(images.plan_of[shown.to_numpy()]))
 
 
 def _from_headers(names: Sequence[str], roots: Mapping[str, str], pixels: PixelSettings) -> dict[str, SlicePlan]:
@@ -183,11 +213,13 @@ def _from_headers(names: Sequence[str], roots: Mapping[str, str], pixels: PixelS
         return {image.name: image.plan for image in inspected if image.plan is not None}
 
 
-def _cached(uri: str, inputs: Inputs) -> frozenset[str]:
-    version = latest_manifest(uri)
-    if not version:
-        return frozenset()
-    return inputs.once(("cached keys", uri, version), lambda: frozenset(FeatureCache.open(uri, version=version).keys()))
+def _count_cached(settings: RunSettings, survey: Survey, inputs: Inputs) -> int:
+    """How many distinct images the run's cache holds already."""
+    try:
+        cache = inputs.cache(settings)
+    except CacheError:  # there is none yet
+        return 0
+    return len(survey.keys) - len(cache.missing(survey.keys))
 
 
 def _count_grids(plans: Mapping[SlicePlan, int], *, only_global: bool = False) -> Counter[tuple[int, int]]:
@@ -234,35 +266,29 @@ def _stages(settings: RunSettings, survey: Survey, shape: EncoderShape, inputs: 
             estimate_stage(
                 file.name,
                 _count_grids(found.shown, only_global=only_global),
-                num_samples=found.num_usable,
+                num_samples=len(found.usable),
                 encoder=shape,
                 epochs=options.epochs * file.weight * options.fraction,
                 flops_per_parameter=FLOPS_PER_PARAMETER[file.stage],
                 num_llm_parameters=num_parameters,
                 num_visual_tokens=visual,
-                num_text_tokens=found.num_usable
-                * _mean_text(settings.llm.path, options.template, found, survey, inputs),
+                num_text_tokens=len(found.usable)
+                * _mean_text(settings.llm.path, options.template, found.usable, inputs),
             )
         )
     return stages, ""
 
 
-def _mean_text(llm: str, template: str, found: FileSurvey, survey: Survey, inputs: Inputs) -> float:
-    """Mean number of text tokens of the file's usable samples, from an even spread of them."""
+def _mean_text(llm: str, template: str, samples: SampleSet, inputs: Inputs) -> float:
+    """Mean number of text tokens per sample, from an even spread of the samples."""
 
     def measure() -> float:
-        tokenizer = load_tokenizer(llm)
-        usable = [s for s in found.samples.samples if all(image in survey.plans for image in s.images)]
-        lengths = []
-        for sample in usable[:: max(1, len(usable) // _NUM_TOKENISED)]:
-            try:
-                tokens = tokenise(sample.conversation, tokenizer, template, sample_id=sample.id)
-            except TokenisationError:
-                continue
-            lengths.append(len(tokens.input_ids) - len(sample.images))
-        return sum(lengths) / max(len(lengths), 1)
+        some = samples.select(range(0, len(samples), max(1, len(samples) // _NUM_TOKENISED)))
+        lengths = tokenise_set(some, load_tokenizer(llm), template).lengths
+        good = np.delete(lengths.num_text_tokens, list(lengths.problems))
+        return float(good.mean()) if len(good) else 0.0
 
-    return inputs.once(("mean text", llm, template, found.samples.digest), measure)
+    return inputs.once(("mean text", llm, template, samples.digest, samples.selection), measure)
 
 
 @functools.lru_cache(maxsize=32)

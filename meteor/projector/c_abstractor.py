@@ -1,4 +1,4 @@
-"""Honeybee's C-Abstractor: convolutions before and after a pooling, so that tokens keep their neighbourhood.
+"""Honeybee's C-Abstractor: convolutions before and after pooling, so that tokens keep local context.
 
 Letters: B sub-images, P patches, K tokens, N places of the position table, C vision width, D LLM width.
 """
@@ -20,23 +20,23 @@ DEPTH = 3
 
 
 class CAbstractor(Projector):
-    """Every sub-image becomes grid^2 tokens (Honeybee, arXiv 2312.06742).
+    """Convolutional projector that turns each sub-image into grid^2 tokens (Honeybee, arXiv 2312.06742).
 
-    A learned position table is added; three residual blocks, the map averaged to grid x grid, three more, then Linear, SiLU,
-    Linear. Blocks are those of RegNet: 1 x 1, depth-wise 3 x 3 and 1 x 1 convolutions without bias, each with a LayerNorm
-    over channels, squeeze and excitation of C / 4 before the last, SiLU. 47,885,824 parameters at C = 1024, D = 5120, the
-    published 47.89 M.
+    A learned position table is added to the features. Three residual blocks follow, an average over the map to grid x grid,
+    three more blocks, and Linear, SiLU, Linear. The blocks are RegNet's: 1 x 1, depth-wise 3 x 3 and 1 x 1 convolutions
+    without bias, each with a LayerNorm over channels and SiLU; squeeze and excitation of C / 4 precede the last. The
+    projector has 47,885,824 parameters at C = 1024, D = 5120, the published 47.89 M.
 
-    **Our choice**: the table is for 24 x 24 maps; others take it bilinearly interpolated, as CLIP's positions are. Convolutions
-    see zeros outside the map, and the squeeze is a mean over real patches.
+    **Our choice**: the table is made for 24 x 24 maps and bilinearly interpolated for others, as CLIP's positions are.
+    Convolutions see zeros outside the map, and the squeeze is a mean over real patches.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        grid: side of the pooled map.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        grid: side of the pooled map in tokens.
 
     Raises:
-        SettingsError: grid is no count.
+        SettingsError: ``grid`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, grid: int = 12) -> None:
@@ -51,7 +51,7 @@ class CAbstractor(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, grid^2, D) in map order, all real; arguments as in `Projector`."""
+        """Return tokens (B, grid^2, D) in map order, all real; `Projector` describes the arguments."""
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=self.positions.dtype
         )
@@ -69,10 +69,10 @@ class CAbstractor(Projector):
 
 
 class RegBlock(nn.Module):
-    """RegNet's residual block (arXiv 2003.13678) on maps of different shapes, with LayerNorm for BatchNorm.
+    """RegNet's residual block (arXiv 2003.13678) on maps of different shapes, with LayerNorm instead of BatchNorm.
 
     Args:
-        width: C.
+        width: number of channels, C.
     """
 
     def __init__(self, width: int) -> None:
@@ -84,7 +84,7 @@ class RegBlock(nn.Module):
         self.squeeze, self.excite = nn.Linear(width, squeezed), nn.Linear(squeezed, width)
 
     def forward(self, token_BPC: Tensor, maps: PatchMaps, mask_BP: Tensor) -> Tensor:
-        """(B, P, C) to (B, P, C); rows of padding are zero afterwards."""
+        """Transform tokens (B, P, C) to (B, P, C); rows of padding become zero."""
         entry_norm, neighbour_norm, exit_norm = self.norms
         hidden_BPC = F.silu(entry_norm(self.enter(token_BPC)))
         hidden_BPC = F.silu(neighbour_norm(self.neighbours(hidden_BPC, maps)))
@@ -93,7 +93,7 @@ class RegBlock(nn.Module):
         return torch.where(mask_BP.unsqueeze(-1), added_BPC, 0)
 
     def _gate(self, hidden_BPC: Tensor, mask_BP: Tensor) -> Tensor:
-        """(B, 1, C) between 0 and 1."""
+        """Return the excitation of each channel, (B, 1, C), between 0 and 1."""
         dtype = accumulation_dtype(hidden_BPC.dtype)
         total_B1C = torch.where(mask_BP.unsqueeze(-1), hidden_BPC.to(dtype), 0).sum(dim=1, keepdim=True)
         mean_B1C = total_B1C / mask_BP.sum(dim=1).clamp(min=1)[:, None, None]
@@ -101,15 +101,15 @@ class RegBlock(nn.Module):
 
 
 def interpolate_table(table_NC: Tensor, grids: Tensor, max_patches: int) -> Tensor:
-    """A square table of positions, bilinearly interpolated to maps of other shapes, corners not aligned.
+    """Interpolate a square table of positions bilinearly to maps of other shapes, with corners not aligned.
 
     Args:
-        table_NC: (N, C), row-major, N = side^2.
-        grids: (B, 2) long, (Hu, Wu).
-        max_patches: P.
+        table_NC: table of positions, (N, C), row-major, N = side^2.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        max_patches: padded number of patches, P.
 
     Returns:
-        (B, P, C); finite at padding.
+        The position of each patch, (B, P, C); finite at padding.
     """
     side = round(table_NC.shape[0] ** 0.5)
     patch_P = torch.arange(max_patches, device=grids.device)
@@ -129,7 +129,8 @@ def interpolate_table(table_NC: Tensor, grids: Tensor, max_patches: int) -> Tens
 def _neighbours(
     place_BP: Tensor, length_B1: Tensor, side: int, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The two places of the table's axis around each place of the map's, and their weights, all (B, P)."""
+    """Return the two places on the table's axis around each place on the map's axis, with weights, all (B, P)."""
+    # Centres of cells, as in torch's interpolate with align_corners=False.
     centre_BP = (((2 * place_BP + 1) * side).to(dtype) / (2 * length_B1) - 0.5).clamp(0, side - 1)
     lower_BP = centre_BP.floor().long().clamp(max=max(side - 2, 0))
     upper_weight_BP = centre_BP - lower_BP

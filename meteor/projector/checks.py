@@ -1,4 +1,4 @@
-"""Checks of projector settings and of what tensors hold, all with the same kind of message."""
+"""Checks of projector settings and of tensor values, with uniform messages."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -36,15 +36,15 @@ def check_positive(setting: str, value: Any) -> None:
 
 
 def require(condition: Tensor, message: str, details: Callable[[], str]) -> None:
-    """Stop unless what a tensor was checked for holds; costs one read on the host, and none in a compiled graph.
+    """Raise an error unless a condition on tensors holds; costs one read on the host, or none in a compiled graph.
 
-    A graph cannot raise a Python error without a break: while compiling, the assertion becomes part of the graph
-    (RuntimeError on the CPU, a device-side assertion on CUDA), and only the fixed message is known.
+    A compiled graph cannot raise a Python error without a graph break. While compiling, the assertion therefore becomes
+    part of the graph (RuntimeError on the CPU, a device-side assertion on CUDA), and only the fixed message is known.
 
     Args:
-        condition: 0-d bool.
-        message: what is wanted, for a compiled graph.
-        details: makes the eager error's text, after the check failed: it may read tensors.
+        condition: tensor that must be true, 0-d bool.
+        message: text of the error in a compiled graph.
+        details: function that returns the eager error's text. It runs only if the check failed, and may read tensors.
 
     Raises:
         ValueError: the condition is false.

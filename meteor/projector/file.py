@@ -1,4 +1,4 @@
-"""Trained projectors as safetensors: the file that pretrain leaves, and tensors read by range out of a model's files."""
+"""Trained projectors as safetensors: pretrain's file, and tensors read by range from a model's files."""
 
 import hashlib
 import json
@@ -20,16 +20,19 @@ _NUM_SHOWN = 3
 
 
 def write_projector_file(uri: str, weights: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
-    """Write ``projector.safetensors``; ``description``, JSON values, goes into its metadata."""
+    """Write ``projector.safetensors`` with ``description`` (JSON values) in its metadata."""
     storage.write_bytes(uri, save(dict(weights), {_METADATA: json.dumps(description), "format": "pt"}))
 
 
 def read_projector_file(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The description, empty if there is none, and the weights by name.
+    """Read a projector file.
+
+    Returns:
+        The description, empty if the file has none, and the weights by name.
 
     Raises:
-        NotFoundError: there is no such file.
-        CheckpointError: it is no safetensors file.
+        NotFoundError: the file does not exist.
+        CheckpointError: the file is not in safetensors format, or its metadata is damaged.
     """
     metadata, weights = read_tensors(uri)
     try:
@@ -52,11 +55,14 @@ def projector_digest(uri: str) -> str:
 
 
 def read_model_weights(folder_uri: str, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a Hugging Face directory whose names begin with ``prefix``, named without it; no other is read.
+    """Read the tensors of a Hugging Face directory whose names begin with ``prefix``, and no others.
+
+    Returns:
+        The tensors by name, without the prefix.
 
     Raises:
         NotFoundError: the directory has no safetensors files.
-        CheckpointError: a file is no safetensors file, or lacks what the directory's index promises.
+        CheckpointError: a file is not in safetensors format, or lacks tensors that the directory's index lists.
     """
     index_uri = storage.join(folder_uri, "model.safetensors.index.json")
     if not storage.exists(index_uri):
@@ -72,13 +78,16 @@ def read_model_weights(folder_uri: str, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata of a safetensors file and those tensors whose names begin with ``prefix``, named without it.
+    """Read a safetensors file's metadata and the tensors whose names begin with ``prefix``.
 
-    Only these tensors' bytes are read. Of a file from elsewhere nothing is executed.
+    Only the bytes of these tensors are read. The format holds no code, so files from strangers are safe.
+
+    Returns:
+        The metadata, and the tensors by name without the prefix.
 
     Raises:
-        NotFoundError: there is no such file.
-        CheckpointError: it is no safetensors file.
+        NotFoundError: the file does not exist.
+        CheckpointError: the file is not in safetensors format.
     """
     try:
         base, header = read_header(uri)
@@ -89,13 +98,14 @@ def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, 
             parts.append(storage.read_range(uri, base + start, stop - start))
             start, end = end, end + len(parts[-1])
             chosen[name.removeprefix(prefix)] = {**header[name], "data_offsets": [start, end]}
-        # A file of these tensors alone, so that shapes and types are the format's own business.
+        # A file of these tensors alone is built in memory, so that the library checks shapes and types.
         head = json.dumps(chosen).encode()
+        # The format pads headers to a multiple of 8 bytes, so that tensors are aligned.
         head += b" " * (-len(head) % 8)
         return metadata, load(b"".join([len(head).to_bytes(8, "little"), head, *parts]))
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{uri} is no safetensors file ({error}); name the projector.safetensors of pretrain, or a finished model"
+            f"{uri} is no safetensors file ({error}); give the projector.safetensors that pretrain wrote, or a finished model"
         ) from error
 
 
@@ -114,10 +124,10 @@ def count_parameters(uri: str) -> int:
 
 
 def load_weights(projector: Projector, weights: Mapping[str, torch.Tensor], uri: str) -> None:
-    """Put weights read from ``uri`` into a projector, in the projector's own type.
+    """Copy weights that were read from ``uri`` into a projector, in the projector's dtype.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape; the message names it.
+        CheckpointError: a tensor is missing, unknown or has another shape; the message names the tensor.
     """
     own = projector.state_dict()
     odd = weights.keys() ^ own.keys() or {name for name in own if weights[name].shape != own[name].shape}

@@ -1,6 +1,6 @@
-"""FocusLLaVA-style vision-guided sampler: each region of the map at the scale that a gate finds it worth.
+"""FocusLLaVA-style vision-guided sampler: a gate chooses the scale at which each region of the map is kept.
 
-Letters: B sub-images, P patches, R regions, N patches of a region, S scales, J cells of a region at the finest scale,
+Letters: B sub-images, P patches, R regions, N patches per region, S scales, J cells per region at the finest scale,
 K tokens, C vision width, D LLM width.
 """
 
@@ -19,28 +19,28 @@ from meteor.ssm.tensors import accumulation_dtype, gather_rows
 
 
 class Focus(Projector):
-    """Regions of little information get few tokens, others many (after FocusLLaVA, arXiv 2411.14228).
+    """Adaptive projector: regions with little information get few tokens (after FocusLLaVA, arXiv 2411.14228).
 
-    **FocusLLaVA-style**: the paper says that regions are down-sampled at several scales, of which one is chosen
-    adaptively; it gives no sizes and no gate. Here a region is region x region patches; a scale s averages its s x s cells; a
-    gate (Linear, GELU, Linear) of the mean and variance of the region's patches gives a softmax over scales, and the most
-    likely one is taken. Its tokens are multiplied by 1 + p - stop_gradient(p), so that the gate learns (straight-through).
-    Patches beyond the map count nowhere; a cell without any is no token. Then the two-layer MLP. 31,992,835 parameters at
-    C = 1024, D = 5120.
+    **FocusLLaVA-style**: the paper says that regions are down-sampled at several scales and that the scale is chosen
+    adaptively; it gives neither sizes nor the gate. Here a region has region x region patches, and scale s averages its
+    cells of s x s patches. A gate (Linear, GELU, Linear) maps the mean and variance of the region's patches to a softmax over
+    scales, and the most likely scale is taken. Its tokens are multiplied by 1 + p - stop_gradient(p), so that the gate
+    learns (straight-through). Patches beyond the map are ignored; a cell without patches gives no token. The two-layer MLP
+    follows. The projector has 31,992,835 parameters at C = 1024, D = 5120.
 
-    The loss term is the mean over sub-images of (share - target_keep)^2, share = tokens kept / patches, whose gradient is that
-    of the share expected under the gate's probabilities.
+    The auxiliary loss is the mean over sub-images of (share - target_keep)^2, with share = tokens kept / patches. Its
+    gradient is that of the expected share under the gate's probabilities.
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
         region: side of a region in patches.
-        scales: ascending divisors of the region's side.
-        gate_width: of the gate's hidden layer.
-        target_keep: share of tokens that the loss term pulls towards, of all sub-images alike.
+        scales: sides of the cells in patches, ascending divisors of the region's side.
+        gate_width: width of the gate's hidden layer.
+        target_keep: share of tokens to keep, towards which the auxiliary loss pulls every sub-image, in [0, 1].
 
     Raises:
-        SettingsError: a setting has another value than listed.
+        SettingsError: a setting has a value out of its range.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Focus(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, K, D), region by region, row by row in each; K is the most that the finest scale gives.
+        """Return tokens (B, K, D) in the order of regions, row by row in each; K is the number at the finest scale.
 
-        Arguments as in `Projector`. ``aux_loss`` is the loss term, 0 for B = 0.
+        `Projector` describes the arguments. ``aux_loss`` is 0 for B = 0.
         """
         dtype = next(self.parameters()).dtype
         feature_BPC, mask_BP = prepare_features(
@@ -91,7 +91,7 @@ class Focus(Projector):
         )
 
     def _cells(self, patch_BRNC: Tensor, seen_BRN: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-        """Means (B, R, cells, C) of a region's cells over their real patches, and which cells have one; padded to J."""
+        """Average the real patches of each cell, (B, R, J, C), and mark the cells that have any, (B, R, J) bool."""
         side, dtype = self.region // scale, accumulation_dtype(patch_BRNC.dtype)
         shape = (side, scale, side, scale)
         seen = seen_BRN.unflatten(2, shape)
@@ -105,7 +105,7 @@ class Focus(Projector):
     def _load(
         self, probability_BRS: Tensor, choice_BR: Tensor, num_tokens_BRS: Tensor, num_patches_B: Tensor
     ) -> Tensor:
-        """The loss term, 0-d float32."""
+        """Return the auxiliary loss, 0-d float32."""
         expected_B = (probability_BRS * num_tokens_BRS).sum(dim=(1, 2)) / num_patches_B.clamp(min=1)
         kept_B = num_tokens_BRS.gather(2, choice_BR.unsqueeze(-1)).sum(dim=(1, 2)) / num_patches_B.clamp(min=1)
         share_B = kept_B + (expected_B - expected_B.detach())
@@ -113,7 +113,7 @@ class Focus(Projector):
 
 
 def region_statistics(patch_BRNC: Tensor, seen_BRN: Tensor) -> Tensor:
-    """Mean and variance of each region's real patches, (B, R, 2 C) in at least float32; zeros for a region without any."""
+    """Return mean and variance of each region's real patches, (B, R, 2 C), at least float32; 0 for empty regions."""
     dtype = accumulation_dtype(patch_BRNC.dtype)
     seen_BRN1 = seen_BRN.unsqueeze(-1)
     count_BR1 = seen_BRN1.sum(dim=2).clamp(min=1)
@@ -124,7 +124,7 @@ def region_statistics(patch_BRNC: Tensor, seen_BRN: Tensor) -> Tensor:
 
 
 def _straight_through(probability_BRS: Tensor, choice_BR: Tensor) -> Tensor:
-    """(B, R): 1 in value, with the gradient of the chosen scale's probability."""
+    """Return factors (B, R) with value 1 and the gradient of the chosen scale's probability."""
     chosen_BR = probability_BRS.gather(2, choice_BR.unsqueeze(-1)).squeeze(-1)
     return 1 + (chosen_BR - chosen_BR.detach())
 
@@ -132,7 +132,7 @@ def _straight_through(probability_BRS: Tensor, choice_BR: Tensor) -> Tensor:
 def _choose(
     cells: Sequence[tuple[Tensor, Tensor]], choice_BR: Tensor, factor_BR: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor]:
-    """The chosen scale's cells of each region, one after the other without gaps: (B, K, C), (B, K) bool."""
+    """Collect each region's cells at the chosen scale without gaps: tokens (B, K, C) and mask (B, K) bool."""
     token_BRJC, is_token_BRJ = cells[0]
     for number, (mean_BRJC, is_cell_BRJ) in enumerate(cells[1:], start=1):
         chosen_BR1 = (choice_BR == number).unsqueeze(-1)
@@ -140,6 +140,7 @@ def _choose(
         is_token_BRJ = torch.where(chosen_BR1, is_cell_BRJ, is_token_BRJ)
     token_BRJC = token_BRJC * factor_BR[..., None, None].to(token_BRJC.dtype)
     flat_BK = is_token_BRJ.flatten(1)
+    # A stable sort moves real tokens to the front and keeps their order.
     first_BK = flat_BK.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :num_slots]
     return gather_rows(token_BRJC.flatten(1, 2), first_BK), flat_BK.gather(1, first_BK)
 
@@ -149,7 +150,9 @@ def check_scales(region: int, scales: object) -> None:
     good = (
         isinstance(scales, list | tuple)
         and len(scales) > 0
-        and all(isinstance(one, int) and not isinstance(one, bool) and one > 0 and region % one == 0 for one in scales)
+        and all(
+            isinstance(side, int) and not isinstance(side, bool) and side > 0 and region % side == 0 for side in scales
+        )
         and list(scales) == sorted(set(scales))
     )
     if not good:

@@ -1,6 +1,6 @@
-"""Flash Global Fusion: gives every token its whole sub-image as context, in time linear in the number of tokens.
+"""Flash Global Fusion: every token gets its whole sub-image as context, in time linear in the number of tokens.
 
-Letters: B sub-images, P patches, M = P + 1 rows (tokens, then INS), X width of the tokens.
+Letters: B sub-images, P patches, M = P + 1 rows (tokens, then INS), X token width.
 """
 
 import torch
@@ -11,7 +11,7 @@ from meteor.ssm import BidirectionalSSM, scan_order
 
 WINDOWS = (3, 5, 7)
 LOCAL_SUMMARIES = ("mean", "conv")
-# The sequences each setting of `scan` runs over.
+# Visiting orders (modes of `meteor.ssm.scan_order`) that each value of the setting `scan` runs over.
 SCANS = {
     "single": ("single",),
     "local_to_single": ("local_to_single",),
@@ -20,27 +20,27 @@ SCANS = {
 
 
 class FlashGlobalFusion(nn.Module):
-    """Pre-norm, local-to-single bidirectional scan, residual (LLaVA-Meteor, section 3.2, equations 1 and 2).
+    """Pre-norm, local-to-single bidirectional scan and residual (LLaVA-Meteor, section 3.2, equations 1 and 2).
 
-    Where the paper is silent: the local summary is taken of the normalised, projected tokens. The input projection has
-    no bias, so the mean of projected tokens is the projected mean, and P rows are projected instead of 2 P. The
-    depth-wise convolution (``local="conv"``) works in the same place for the same reason. ``scan="both"`` runs both
-    sequences through the same parameters and sums their outputs.
+    The paper does not say from which tokens the local summary is computed; here it is computed from the normalised,
+    projected tokens. The input projection has no bias, so the mean of projected tokens equals the projected mean, and P rows
+    are projected instead of 2 P. The depth-wise convolution (``local="conv"``) takes the place of the mean. With
+    ``scan="both"`` both sequences run through the same parameters, and their outputs are summed.
 
     Args:
-        width: X.
-        inner_width: channels of each direction's scan.
-        state_size: scan state.
-        dt_rank: rank of Delta; ``ceil(width / 16)`` when None.
-        window: side of the local window, 3, 5 or 7.
-        local: ``"mean"`` or ``"conv"``.
-        scan: ``"single"``, ``"local_to_single"`` or ``"both"``.
+        width: token width, X.
+        inner_width: number of channels of each direction's scan.
+        state_size: size of the scan state.
+        dt_rank: rank of Delta's projection; ``ceil(width / 16)`` if None.
+        window: side of the local window in patches, 3, 5 or 7.
+        local: operation that summarises a window, ``"mean"`` or ``"conv"``.
+        scan: visiting order, ``"single"``, ``"local_to_single"`` or ``"both"``.
         shared_projections: whether the two directions share input and output projection.
         affine_norm: whether the LayerNorm has weight and bias.
-        scan_backend: see `meteor.ssm.selective_scan`.
+        scan_backend: backend of the scan, see `meteor.ssm.selective_scan`.
 
     Raises:
-        SettingsError: a setting has another value than listed.
+        SettingsError: a setting has a value that is not listed above.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class FlashGlobalFusion(nn.Module):
         """Fuse the tokens of each sub-image with each other and with the instruction token.
 
         Args:
-            token_BPX: (B, P, X); finite at padding, where its values do not matter.
-            instruction_1X: (1, X), INS, the same for every sub-image.
-            mask_BP: (B, P) bool, True at real patches.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
+            token_BPX: tokens, (B, P, X); finite at padding, where the values have no effect.
+            instruction_1X: instruction token INS, (1, X), shared by all sub-images.
+            mask_BP: mask of patches, (B, P) bool, True at real patches.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
 
         Returns:
-            Fused tokens F (B, P, X), meaningless at padding, and INS as the scan left it (B, X).
+            Fused tokens F, (B, P, X), meaningless at padding, and INS after the scan, (B, X).
         """
         num_sub_images, max_patches, width = token_BPX.shape
         row_BMX = torch.cat([token_BPX, instruction_1X.expand(num_sub_images, 1, width)], dim=1)

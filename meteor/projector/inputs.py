@@ -1,6 +1,6 @@
-"""Checks what a projector is given, marks padding, and zeroes it.
+"""Checks of a projector's inputs; padding is marked and set to zero.
 
-Letters: B sub-images, P patches (the most of the batch), C vision width.
+Letters: B sub-images, P patches (largest number in the batch), C vision width.
 """
 
 import torch
@@ -15,14 +15,15 @@ def prepare_features(
     """Check the inputs of a projector and clean the features.
 
     Args:
-        features: (B, P, C), any floating dtype; anything, NaN too, at padding.
-        cls_attention: (B, P).
-        grids: (B, 2) integer, (Hu, Wu) of each sub-image, on any device. One check reads them, unless compiled.
-        vision_width: C.
-        dtype: of the result.
+        features: patch features, (B, P, C), any floating dtype; padding may hold anything, even NaN.
+        cls_attention: attention of the class token over patches, (B, P).
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device. A check reads the values on the host,
+            except in a compiled graph.
+        vision_width: width of the features, C.
+        dtype: dtype of the returned features.
 
     Returns:
-        Features (B, P, C) in ``dtype``, zero at padding, and mask (B, P) bool, True at real patches.
+        Features, (B, P, C), in ``dtype``, zero at padding, and mask, (B, P) bool, True at real patches.
 
     Raises:
         ValueError: a shape is wrong, or a grid does not fit P (RuntimeError for a grid in a compiled graph).
@@ -49,7 +50,7 @@ def prepare_features(
 
 
 def _fits(grids: Tensor, max_patches: int) -> Tensor:
-    """(B,) bool. The sides are compared as well: a product of any two int64 may wrap around."""
+    """Mark the grids that fit, (B,) bool. Sides are compared too, because a product of two int64 may wrap around."""
     sides_fit_B = ((grids >= 1) & (grids <= max_patches)).all(dim=1)
     return sides_fit_B & (grids.long().prod(dim=1) <= max_patches)
 

@@ -1,4 +1,4 @@
-"""MobileVLM V2's projector: an MLP, a pooled map, a depth-wise convolution over it.
+"""MobileVLM V2's projector: an MLP, average pooling, and a depth-wise convolution over the pooled map.
 
 Letters: B sub-images, P patches, K tokens, g side of the pooled map, C vision width, D LLM width.
 """
@@ -14,18 +14,19 @@ from meteor.projector.pooling import pool_maps
 
 
 class LDPv2(Projector):
-    """Every sub-image becomes g^2 tokens (LDPv2, MobileVLM V2, arXiv 2402.03766).
+    """Pooling projector that turns each sub-image into g^2 tokens (LDPv2, MobileVLM V2, arXiv 2402.03766).
 
-    The two-layer MLP runs on every patch; its map is averaged to g x g; a depth-wise 3 x 3 convolution with bias, zeros
-    outside, is added to it: what the paper calls its positional encoding. 31,518,720 parameters at C = 1024, D = 5120.
+    The two-layer MLP runs on every patch, and its map is averaged to g x g. A depth-wise 3 x 3 convolution of the pooled map
+    (with bias, zeros outside) is added; the paper calls it positional encoding. The projector has 31,518,720 parameters at
+    C = 1024, D = 5120.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        grid: g.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        grid: side of the pooled map in tokens, g.
 
     Raises:
-        SettingsError: grid is no count.
+        SettingsError: ``grid`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, grid: int = 12) -> None:
@@ -38,7 +39,7 @@ class LDPv2(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, g^2, D) in map order, all real; arguments as in `Projector`."""
+        """Return tokens (B, g^2, D) in map order, all real; `Projector` describes the arguments."""
         dtype = self.positions.weight.dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype

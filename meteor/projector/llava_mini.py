@@ -1,4 +1,4 @@
-"""LLaVA-Mini's compressor: a few learned queries attend to the whole map.
+"""LLaVA-Mini's compressor, in which a few learned queries attend to the whole map.
 
 Letters: B sub-images, P patches, K queries, C vision width, D LLM width.
 """
@@ -17,24 +17,24 @@ MOST_HEADS = 8
 
 
 class LLaVAMini(Projector):
-    """Every sub-image becomes grid^2 tokens, one by default (LLaVA-Mini, arXiv 2501.03895): the compressor alone.
+    """Compressor of LLaVA-Mini (arXiv 2501.03895): each sub-image becomes grid^2 tokens, by default a single token.
 
-    Queries with sine-cosine positions attend (8 heads, or the largest number up to 8 that divides C) to all patches, whose
-    keys have positions too and whose values have none; the two-layer MLP follows. 35,666,944 parameters at C = 1024,
+    Queries with sine-cosine positions attend to all patches, with 8 heads or the largest number below 8 that divides C. Keys
+    have positions too, values have none. The two-layer MLP follows. The projector has 35,666,944 parameters at C = 1024,
     D = 5120 and one query, the published 35.67 M.
 
-    **Compressor only.** Before it compresses, the original fuses visual tokens into the text in four more layers of the
-    language model's shape: they are no part of a projector, and a result of this one is not a result of the original.
+    **Compressor only.** Before compression the original fuses visual tokens into the text, in four more layers of the
+    language model's shape. They are not part of a projector, so results of this projector are not results of LLaVA-Mini.
 
-    **Our choice**: query (r, c) stands at the middle of its cell of the map, rounded down to a patch.
+    **Our choice**: query (r, c) has the position of the middle of its cell of the map, rounded down to a patch.
 
     Args:
-        vision_width: C, a multiple of 4.
-        llm_width: D.
-        grid: side of the grid of queries.
+        vision_width: width of the features, C, a multiple of 4.
+        llm_width: width of the LLM's embeddings, D.
+        grid: side of the square grid of queries.
 
     Raises:
-        SettingsError: grid is no count, or 4 does not divide C.
+        SettingsError: ``grid`` is not an integer of at least 1, or C is not a multiple of 4.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, grid: int = 1) -> None:
@@ -44,6 +44,7 @@ class LLaVAMini(Projector):
         self.queries = nn.Parameter(INIT_STD * torch.randn(grid**2, vision_width))
         self.attention = GridAttention(vision_width, most_heads(vision_width, MOST_HEADS))
         self.mlp = two_layer_mlp(vision_width, llm_width)
+        # A width that positions cannot have is refused here, at construction, and not in the first forward pass.
         map_positions(
             torch.zeros(1).long(), torch.zeros(1).long(), width=vision_width, num_coordinates=1, dtype=torch.float
         )
@@ -51,7 +52,7 @@ class LLaVAMini(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, grid^2, D) in the queries' order, all real; arguments as in `Projector`."""
+        """Return tokens (B, grid^2, D) in the queries' order, all real; `Projector` describes the arguments."""
         dtype = self.queries.dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype

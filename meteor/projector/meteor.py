@@ -1,4 +1,4 @@
-"""LLaVA-Meteor's projector: Flash Global Fusion, Visual-Native Selection, then the LLM's width.
+"""LLaVA-Meteor's projector: Flash Global Fusion, Visual-Native Selection, then a map to the LLM's width.
 
 Letters: B sub-images, P patches, K kept tokens, C vision width, X width of fusion, D LLM width.
 """
@@ -24,7 +24,7 @@ INSTRUCTION_STD = 0.02
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """How tokens are chosen; see `build_meteor`."""
+    """Settings of the token selection; `build_meteor` describes them."""
 
     k: int
     visual_weight: float
@@ -41,14 +41,14 @@ class SelectionSettings:
 
 
 class MeteorProjector(Projector):
-    """Fuse all tokens of a sub-image, keep the best k of them, bring them to the LLM's width.
+    """Projector that fuses a sub-image's tokens, keeps the best k, and maps these to the LLM's width.
 
     Args:
-        entry: C to X, before fusion, for tokens and INS alike.
-        fusion: at width X.
-        head: X to D, on kept tokens.
-        vision_width: C.
-        selection: how tokens are chosen.
+        entry: map from width C to X before fusion, for tokens and INS.
+        fusion: fusion module of width X.
+        head: map from width X to D, applied to kept tokens.
+        vision_width: width of the features, C.
+        selection: settings of the token selection.
     """
 
     def __init__(
@@ -71,24 +71,24 @@ class MeteorProjector(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Compress a batch of sub-images; none sees another. B may be 0, and then P too.
+        """Compress a batch of sub-images, each by itself. B may be 0, and then P too.
 
-        Compiles without a graph break: values are checked on the host only where it runs eagerly, and in a compiled graph
-        by assertions of its own.
+        The method compiles without a graph break: eagerly, values are checked on the host; in a compiled graph, the
+        assertions are part of the graph.
 
         Args:
-            features: (B, P, C), any floating dtype; padding may hold anything.
-            cls_attention: (B, P), the class token's attention over patches, finite and not negative; padding may hold
+            features: patch features, (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: attention of the class token over patches, (B, P), finite and not negative; padding may hold
                 anything.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image, on any device.
-            native_weight: 0-d, the native expert's weight during warm-up; 1 - visual_weight when None.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device.
+            native_weight: weight of the native expert during warm-up, 0-d; 1 - visual_weight if None.
 
         Returns:
-            Tokens (B, K, D) in the weights' dtype, K = min(k, P), in map order, with both experts' scores.
+            Tokens, (B, K, D), in the weights' dtype and in map order, K = min(k, P), with both experts' scores.
 
         Raises:
             ValueError: a shape is wrong, a grid does not fit P, attention at a real patch is NaN, infinite or negative, or
-                features or weights make a native score's dot product not finite.
+                a native score's dot product is not finite.
         """
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=self.instruction.dtype
@@ -120,7 +120,7 @@ class MeteorProjector(Projector):
 def _let_scores_learn(kept_BKX: Tensor, selection: Selection) -> Tensor:
     """Multiply by 1 + AS_i - stop_gradient(AS_i): exactly 1 in value, with the gradient of the score."""
     score_BK = selection.scores.gather(1, selection.indices)
-    # The difference first: 1 + a - a need not be 1 in floating point.
+    # The difference comes first, because 1 + a - a need not be 1 in floating point.
     factor_BK = 1 + (score_BK - score_BK.detach())
     return kept_BKX * factor_BK.unsqueeze(-1).to(kept_BKX.dtype)
 
@@ -142,32 +142,34 @@ def build_meteor(
     scan_backend: str = "auto",
     native_scale: float = 1.0,
 ) -> MeteorProjector:
-    """Build one of the two layouts.
+    """Build LLaVA-Meteor's projector in one of two layouts.
 
-    ``"mlp_after_selection"`` (the preset ``meteor``): fusion at the vision width, expand 1, shared projections, then
-    the MLP on kept tokens; 34,991,104 parameters at 1024 and 5120. ``"llm_width"`` (the preset ``meteor_37m``): Linear
-    C to D, then one whole SSM block a direction at width D with C scan channels, no further projection; 37,081,088
-    parameters, the paper's 37.08 M, which does not make it the authors' layout.
+    ``"mlp_after_selection"`` (the preset ``meteor``) fuses at the vision width, with shared projections and without
+    expansion, and applies the MLP to kept tokens: 34,991,104 parameters at C = 1024, D = 5120. ``"llm_width"`` (the preset
+    ``meteor_37m``) maps C to D with a Linear layer, then has a whole SSM block per direction at width D with C scan
+    channels, and no further projection: 37,081,088 parameters. These are the paper's 37.08 M, but the authors' layout may
+    still differ.
 
     Args:
         layout: ``"mlp_after_selection"`` or ``"llm_width"``.
-        vision_width: C.
-        llm_width: D.
-        k: most tokens kept of a sub-image.
-        visual_weight: lambda.
-        experts: ``"visual_native"``, ``"visual"`` or ``"native"``.
-        selection_gradient: ``"none"`` (the paper) or ``"straight_through"`` (kept tokens are multiplied by
-            1 + AS_i - stop_gradient(AS_i), so that the native expert is trained directly).
-        window: side of the local window, 3, 5 or 7.
-        local: ``"mean"`` or ``"conv"``.
-        scan: ``"single"``, ``"local_to_single"`` or ``"both"``.
-        state_size: scan state.
-        scan_backend: see `meteor.ssm.selective_scan`.
-        native_scale: above 0; NS = softmax(native_scale * <F_i, INS>) (equation 4). 1 is the paper; at the fusion's width
-            of 1024 an unscaled dot product makes the softmax nearly one-hot, and width ** -0.5 is attention's usual scale.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        k: most tokens to keep per sub-image.
+        visual_weight: weight of the visual expert, lambda, in [0, 1].
+        experts: experts that rank the tokens, ``"visual_native"``, ``"visual"`` or ``"native"``.
+        selection_gradient: ``"none"`` (the paper) or ``"straight_through"``: kept tokens are multiplied by
+            1 + AS_i - stop_gradient(AS_i), so that the native expert is trained directly.
+        window: side of the local window in patches, 3, 5 or 7.
+        local: operation that summarises a window, ``"mean"`` or ``"conv"``.
+        scan: visiting order, ``"single"``, ``"local_to_single"`` or ``"both"``.
+        state_size: size of the scan state.
+        scan_backend: backend of the scan, see `meteor.ssm.selective_scan`.
+        native_scale: factor above 0 in NS = softmax(native_scale * <F_i, INS>) (equation 4). The paper uses 1. At the
+            fusion's width of 1024 an unscaled dot product makes the softmax nearly one-hot; width ** -0.5 is attention's
+            usual scale.
 
     Raises:
-        SettingsError: a setting has another value than listed.
+        SettingsError: a setting has a value that is not listed above.
     """
     check_choice("layout", layout, LAYOUTS)
     selection = SelectionSettings(k, visual_weight, experts, selection_gradient, native_scale)
@@ -176,11 +178,13 @@ def build_meteor(
         llm_width if at_llm_width else vision_width,
         inner_width=vision_width,
         state_size=state_size,
+        # Mamba's rule, applied to C in both layouts.
         dt_rank=math.ceil(vision_width / 16),
         window=window,
         local=local,
         scan=scan,
         shared_projections=not at_llm_width,
+        # An affine LayerNorm would add 10,240 parameters at D = 5120 and miss the paper's 37.08 M.
         affine_norm=not at_llm_width,
         scan_backend=scan_backend,
     )

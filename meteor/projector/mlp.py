@@ -11,16 +11,16 @@ from meteor.projector.output import Projector, ProjectorOutput
 
 
 def two_layer_mlp(in_width: int, out_width: int) -> nn.Sequential:
-    """Linear, GELU, Linear, as LLaVA-1.5 has it: 31,467,520 parameters at 1024 and 5120."""
+    """Build LLaVA-1.5's Linear, GELU, Linear: 31,467,520 parameters from width 1024 to 5120."""
     return nn.Sequential(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
 
 
 class MLPProjector(Projector):
-    """Every patch becomes one visual token (LLaVA-1.5, arXiv 2310.03744).
+    """LLaVA-1.5's projector: every patch becomes a visual token (arXiv 2310.03744).
 
     Args:
-        vision_width: C.
-        llm_width: D.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
     """
 
     def __init__(self, vision_width: int, llm_width: int) -> None:
@@ -34,13 +34,13 @@ class MLPProjector(Projector):
         """Project every token.
 
         Args:
-            features: (B, P, C), any floating dtype; padding may hold anything.
-            cls_attention: (B, P), unused.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
-            native_weight: unused.
+            features: patch features, (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: attention of the class token over patches, (B, P); unused.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+            native_weight: weight of the native expert; unused.
 
         Returns:
-            Tokens (B, P, D) in the weights' dtype; no scores, no aux loss.
+            Tokens, (B, P, D), in the weights' dtype, without scores or auxiliary loss.
 
         Raises:
             ValueError: a shape is wrong, or a grid does not fit P.

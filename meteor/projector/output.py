@@ -1,4 +1,4 @@
-"""What every projector is and returns.
+"""Base class and output type of all projectors.
 
 Letters: B sub-images, P patches, K kept tokens, D LLM width.
 """
@@ -14,13 +14,13 @@ class ProjectorOutput:
     """Visual tokens of a batch of sub-images.
 
     Attributes:
-        tokens: (B, K, D); zero where ``mask`` is False.
-        mask: (B, K) bool, True at real tokens; they come first.
-        indices: (B, K) long, the patch each token stands for, 0 where ``mask`` is False; None if tokens stand for no
-            single patch.
-        visual_scores: (B, P) share of the class token's attention, without gradient; None if not computed.
-        native_scores: (B, P) softmax of similarity to the instruction token, without gradient; None if not computed.
-        aux_loss: 0-d, to be added to the loss; None if the projector has none.
+        tokens: visual tokens, (B, K, D); zero at slots where ``mask`` is False.
+        mask: mask of token slots, (B, K) bool, True at real tokens; they come first.
+        indices: patch that each token represents, (B, K) long, 0 at slots where ``mask`` is False; None if a token
+            represents more than one patch.
+        visual_scores: share of the class token's attention, (B, P), without gradient; None if not computed.
+        native_scores: softmax of the similarity to the instruction token, (B, P), without gradient; None if not computed.
+        aux_loss: auxiliary loss, 0-d, to be added to the training loss; None if the projector has none.
     """
 
     tokens: Tensor
@@ -34,19 +34,20 @@ class ProjectorOutput:
 class Projector(nn.Module):
     """Base of all projectors: ``forward(features, cls_attention, grids, native_weight=None) -> ProjectorOutput``.
 
-    All of them take
+    The arguments of ``forward`` are
 
-    - features: (B, P, C), any floating dtype; padding may hold anything. B may be 0, and then P too.
-    - cls_attention: (B, P), the class token's attention over patches; padding may hold anything.
-    - grids: (B, 2) integer, (Hu, Wu) of each sub-image, on any device.
-    - native_weight: 0-d, of the native expert during warm-up, where there is one.
+    - features: patch features, (B, P, C), any floating dtype; padding may hold anything. B may be 0, and then P too.
+    - cls_attention: attention of the class token over patches, (B, P); padding may hold anything.
+    - grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device.
+    - native_weight: weight of the native expert during warm-up, 0-d; ignored by projectors without this expert.
 
-    No sub-image sees another. K, the tokens' second dimension, is at least what `meteor.image.budget` gives each sub-image of
-    the batch. A wrong shape, or a grid that does not fit P, is a ValueError.
+    Sub-images do not see each other. K, the second dimension of the tokens, is at least the number that
+    `meteor.image.budget` gives each sub-image of the batch. ``forward`` raises ValueError if a shape is wrong or a grid does
+    not fit P.
 
     Attributes:
-        settings: the name and every setting, as JSON values: ``build_projector(**settings)`` makes an equal module. Set
-            by `build_projector`.
+        settings: name, widths and every setting as JSON values, set by `build_projector`;
+            ``build_projector(**settings)`` makes an equal module.
     """
 
     settings: dict[str, Any]

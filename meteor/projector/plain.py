@@ -1,6 +1,6 @@
-"""Plain controls: a smaller image at equal tokens, by pooling, by the global view alone, or by folding patches into channels.
+"""Plain controls with few tokens: the global view alone, average pooling, and folding of patches into channels.
 
-Letters: B sub-images, P patches, K tokens, N patches of a block, C vision width, D LLM width.
+Letters: B sub-images, P patches, K tokens, N patches per block, C vision width, D LLM width.
 """
 
 import torch
@@ -16,26 +16,26 @@ from meteor.ssm.tensors import gather_rows
 
 
 class GlobalView(MLPProjector):
-    """LLaVA-1.5's MLP on the global view alone: the difference to `mlp` is what slicing buys.
+    """LLaVA-1.5's MLP on the global view alone; the difference to `mlp` measures the benefit of slicing.
 
-    Which sub-image is the global view its token budget knows (`meteor.image.budget`): it gives slices no tokens, and a
-    sub-image without tokens is left out of the batch.
+    The class has no code, because the token budget (`meteor.image.budget`) gives slices no tokens, and a sub-image without
+    tokens is left out of the batch.
     """
 
 
 class AvgPool(Projector):
-    """The map averaged to grid x grid, then the two-layer MLP; 31,467,520 parameters at C = 1024, D = 5120.
+    """Average of the map to grid x grid, then the two-layer MLP; 31,467,520 parameters at C = 1024, D = 5120.
 
-    Studies of token compression find that such down-sampling beats many compressors on common benchmarks: what does not
-    beat it at equal tokens has shown nothing.
+    Studies of token compression find that this down-sampling beats many compressors on common benchmarks. A compressor is
+    useful only if it beats this control at an equal number of tokens.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        grid: side of the pooled map; every sub-image, small ones too, becomes grid^2 tokens.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        grid: side of the pooled map in tokens; every sub-image, even a smaller map, becomes grid^2 tokens.
 
     Raises:
-        SettingsError: grid is no count.
+        SettingsError: ``grid`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, grid: int = 12) -> None:
@@ -47,7 +47,7 @@ class AvgPool(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, grid^2, D) in map order, all real; arguments as in `Projector`."""
+        """Return tokens (B, grid^2, D) in map order, all real; `Projector` describes the arguments."""
         dtype = next(self.parameters()).dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
@@ -58,19 +58,19 @@ class AvgPool(Projector):
 
 
 class PixelShuffle(Projector):
-    """Blocks of s x s patches become one token of s^2 C channels (InternVL 1.5, arXiv 2404.16821).
+    """Folding of s x s patches into a token of s^2 C channels (InternVL 1.5, arXiv 2404.16821).
 
-    A block's channels are those of its patches one after the other, row by row. Then LayerNorm, Linear(s^2 C, D), GELU and
-    Linear(D, D): 47,204,352 parameters at C = 1024, D = 5120, s = 2. Where s does not divide a side, zeros stand in for the
-    patches beyond the map.
+    A block's channels are the channels of its patches, row by row. LayerNorm, Linear(s^2 C, D), GELU and Linear(D, D)
+    follow: 47,204,352 parameters at C = 1024, D = 5120, s = 2. If s does not divide a side, patches beyond the map are
+    zeros.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        scale_factor: s; Hu x Wu patches become ceil(Hu / s) x ceil(Wu / s) tokens.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        scale_factor: side of a block in patches, s; Hu x Wu patches become ceil(Hu / s) x ceil(Wu / s) tokens.
 
     Raises:
-        SettingsError: scale_factor is no count.
+        SettingsError: ``scale_factor`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, scale_factor: int = 2) -> None:
@@ -84,7 +84,7 @@ class PixelShuffle(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, K, D) in map order; arguments as in `Projector`."""
+        """Return tokens (B, K, D) in map order; `Projector` describes the arguments."""
         dtype = next(self.parameters()).dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
@@ -94,15 +94,15 @@ class PixelShuffle(Projector):
 
 
 def fold_blocks(feature_BPC: Tensor, grids: Tensor, scale_factor: int) -> tuple[Tensor, Tensor]:
-    """Space to depth.
+    """Fold each block of s x s patches into the channels of a single row (space to depth).
 
     Args:
-        feature_BPC: (B, P, C), finite at padding.
-        grids: (B, 2) long, (Hu, Wu).
-        scale_factor: s.
+        feature_BPC: patch features, (B, P, C), finite at padding.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        scale_factor: side of a window in patches, s.
 
     Returns:
-        (B, K, s^2 C), zero beyond the map, and (B, K) bool, True at blocks that hold a patch.
+        Blocks, (B, K, s^2 C), zero beyond the map, and mask, (B, K) bool, True at blocks that hold a patch.
     """
     max_tokens = most_tokens(grids, feature_BPC.shape[1], scale_factor)
     window_BKN, seen_BKN = square_windows(grids, scale_factor, max_tokens)

@@ -1,6 +1,6 @@
-"""Adaptive average pooling of maps of different shapes in one batch; nothing is read on the host.
+"""Adaptive average pooling of maps of different shapes in one batch, without reads on the host.
 
-Letters: B sub-images, P patches (the most of the batch), K places of the pooled map, X channels.
+Letters: B sub-images, P patches (largest number in the batch), K cells of the pooled map, X channels.
 """
 
 import torch
@@ -11,15 +11,15 @@ from meteor.ssm.tensors import accumulation_dtype
 
 
 def pool_maps(token_BPX: Tensor, grids: Tensor, pooled_grid: tuple[int, int]) -> Tensor:
-    """Mean of each window that `pooling_windows` gives: torch's ``adaptive_avg_pool2d`` of every map.
+    """Average every map over the windows of `pooling_windows`, as torch's ``adaptive_avg_pool2d`` does for one map.
 
     Args:
-        token_BPX: (B, P, X), row-major maps; finite at padding.
-        grids: (B, 2) long, (Hu, Wu).
-        pooled_grid: (g, h); a map smaller than that repeats its patches.
+        token_BPX: row-major maps, (B, P, X); finite at padding.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        pooled_grid: rows and columns (g, h) of the pooled map; a smaller map repeats its patches.
 
     Returns:
-        (B, K, X), K = g h in row-major order, accumulated in at least float32.
+        Pooled maps, (B, K, X), K = g h in row-major order, accumulated in at least float32.
     """
     dtype = accumulation_dtype(token_BPX.dtype)
     seen_BKP = pooling_windows(grids, pooled_grid, token_BPX.shape[1]).to(dtype)

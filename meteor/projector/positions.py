@@ -1,4 +1,4 @@
-"""Sine-cosine positions of places on a 2-D map; nothing is learned.
+"""Sine-cosine positions on a 2-D map, without learned parameters.
 
 Letters: B sub-images, P places, N coordinates, X channels.
 """
@@ -12,18 +12,18 @@ LONGEST_WAVE = 10_000.0
 
 
 def axis_positions(num_coordinates: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Positions of the coordinates 0 ... N - 1 of one axis: the sines of all frequencies, then their cosines.
+    """Return the positions of coordinates 0 ... N - 1 on one axis: sines of all frequencies, then cosines.
 
-    Frequency i of n is 10000^(-i / n) ("Attention Is All You Need", section 3.5), for any map size: coordinates count
-    patches, they are not scaled to the map.
+    Frequency i of n is 10000^(-i / n) ("Attention Is All You Need", section 3.5) for any map size: coordinates count
+    patches and are not scaled to the map.
 
     Args:
-        num_coordinates: N.
-        width: X, even.
-        device: of the result.
+        num_coordinates: number of coordinates, N.
+        width: number of channels, X, even.
+        device: device of the result.
 
     Returns:
-        (N, X) float32.
+        Positions, (N, X) float32.
     """
     num_waves = width // 2
     exponent = torch.arange(num_waves, device=device, dtype=torch.float32) / num_waves
@@ -33,20 +33,20 @@ def axis_positions(num_coordinates: int, width: int, device: torch.device | None
 
 
 def map_positions(row: Tensor, column: Tensor, *, width: int, num_coordinates: int, dtype: torch.dtype) -> Tensor:
-    """Positions of places on a map: the first half of the channels tells the row, the second half the column.
+    """Return the positions of places on a map: half of the channels encode the row, the other half the column.
 
     Args:
-        row: (..., P) long.
-        column: (..., P) long.
-        width: X, a multiple of 4.
-        num_coordinates: above every row and column; known on the host, so that none of their values is read.
-        dtype: of the result; computed in float32.
+        row: row of each place, (..., P) long.
+        column: column of each place, (..., P) long.
+        width: number of channels, X, a multiple of 4.
+        num_coordinates: number that exceeds every row and column. The caller knows it, so no value is read on the host.
+        dtype: dtype of the result, which is computed in float32.
 
     Returns:
-        (..., P, X).
+        Positions, (..., P, X).
 
     Raises:
-        SettingsError: the width is no multiple of 4.
+        SettingsError: the width is not a multiple of 4.
     """
     if width % 4:
         raise SettingsError(f"2-D sine-cosine positions need a width that 4 divides, not {width}.")

@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge+: outliers of the class token's attention and evenly spaced patches, each merged with its neighbours.
+"""LLaVA-PruMerge+: outliers of class-token attention and evenly spaced patches, merged with their neighbours.
 
 Letters: B sub-images, P patches, K tokens, N neighbours, C vision width, D LLM width.
 """
@@ -16,25 +16,25 @@ from meteor.ssm.tensors import accumulation_dtype, gather_rows
 
 
 class PruMergePlus(Projector):
-    """As many tokens as a sub-image has outliers, and some evenly spaced ones (arXiv 2403.15388).
+    """Adaptive pruning: a token for each attention outlier, and some evenly spaced tokens (arXiv 2403.15388).
 
-    Outliers are patches whose class-token attention is above Q3 + 1.5 IQR of their sub-image. Each kept token is the mean of
-    itself and of the ``neighbours`` dropped patches most similar to it (cosine), weighted by class-token attention. Then the
-    two-layer MLP: 31,467,520 parameters at C = 1024, D = 5120. In map order.
+    Outliers are patches with class-token attention above Q3 + 1.5 IQR of their sub-image. Each kept token becomes the mean of
+    itself and the ``neighbours`` most similar dropped patches (cosine), weighted by class-token attention. The two-layer MLP
+    follows: 31,467,520 parameters at C = 1024, D = 5120. Tokens are in map order.
 
-    **On features**: the original finds neighbours by keys of CLIP's attention, which are not cached. **Our choice**:
-    quartiles by linear interpolation; the outliers of highest attention up to ``max_tokens``, then up to ``spaced`` patches
-    at even distances on the map, as many as there is room for.
+    **On features**: the original compares keys of CLIP's attention, which are not cached; here features are compared. **Our
+    choice**: quartiles are linearly interpolated. Outliers are taken by attention, up to ``max_tokens``; the tokens left over,
+    at most ``spaced``, are patches at even distances on the map.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        max_tokens: most tokens of a sub-image.
-        spaced: most evenly spaced ones among them.
-        neighbours: N.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        max_tokens: most tokens per sub-image.
+        spaced: most evenly spaced tokens among them.
+        neighbours: number of dropped patches merged into each token, N.
 
     Raises:
-        SettingsError: a setting is no count.
+        SettingsError: a setting is not an integer of at least 1.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PruMergePlus(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, min(max_tokens, P), D), of which as many are real as each sub-image has; arguments as in `Projector`.
+        """Return tokens (B, min(max_tokens, P), D); the mask says which are real. `Projector` describes the arguments.
 
         Raises:
             ValueError: attention at a real patch is NaN, infinite or negative.
@@ -67,23 +67,24 @@ class PruMergePlus(Projector):
 
 
 def choose(score_BP: Tensor, mask_BP: Tensor, max_tokens: int, spaced: int) -> Tensor:
-    """(B, P): above 0 for at most ``max_tokens`` patches of each sub-image, the outliers and evenly spaced ones."""
+    """Mark outliers and evenly spaced patches by values above 0, (B, P), at most ``max_tokens`` per sub-image."""
     outlier_BP = mask_BP & (score_BP > upper_fence(score_BP, mask_BP))
     best_BK, is_best_BK = keep_highest(score_BP, outlier_BP, max_tokens)
     chosen_BP = torch.zeros_like(score_BP).scatter_add(1, best_BK, is_best_BK.to(score_BP.dtype)) > 0
     num_patches_B1 = mask_BP.sum(dim=1, keepdim=True)
     room_B1 = (max_tokens - chosen_BP.sum(dim=1, keepdim=True)).clamp(max=spaced).minimum(num_patches_B1)
     patch_P = torch.arange(mask_BP.shape[1], device=mask_BP.device)
-    # Patch p is number j of m at even distances where p = floor(j n / m): where ceil(p m / n) steps up after it.
+    # Patch p is the j-th of m evenly spaced patches if p = floor(j n / m), that is, if ceil(p m / n) rises after p.
     first_BP = -(-patch_P * room_B1 // num_patches_B1.clamp(min=1))
     after_BP = -(-(patch_P + 1) * room_B1 // num_patches_B1.clamp(min=1))
     return (chosen_BP | (mask_BP & (after_BP > first_BP))).to(score_BP.dtype)
 
 
 def upper_fence(score_BP: Tensor, mask_BP: Tensor) -> Tensor:
-    """Q3 + 1.5 (Q3 - Q1) of each sub-image's real patches, (B, 1)."""
+    """Return Q3 + 1.5 (Q3 - Q1) over the real patches of each sub-image, (B, 1)."""
     if not mask_BP.shape[1]:
         return score_BP.new_zeros(score_BP.shape[0], 1)
+    # torch.quantile takes no mask, so the quartiles are read from the sorted scores; padding is sorted last.
     in_order_BP = torch.where(mask_BP, score_BP, torch.inf).sort(dim=1).values
     last_B1 = (mask_BP.sum(dim=1, keepdim=True) - 1).clamp(min=0)
 
@@ -100,17 +101,17 @@ def upper_fence(score_BP: Tensor, mask_BP: Tensor) -> Tensor:
 def merge_neighbours(
     feature_BPC: Tensor, score_BP: Tensor, dropped_BP: Tensor, indices_BK: Tensor, neighbours: int
 ) -> Tensor:
-    """Each kept patch and its most similar dropped ones, averaged by attention.
+    """Average each kept patch with the dropped patches most similar to it, weighted by attention.
 
     Args:
-        feature_BPC: (B, P, C), finite at padding.
-        score_BP: (B, P), weights; where a token and its neighbours have none, all weigh the same.
-        dropped_BP: (B, P) bool.
-        indices_BK: (B, K) long, the kept patches.
-        neighbours: N; of a sub-image with fewer dropped patches all of them are neighbours.
+        feature_BPC: patch features, (B, P, C), finite at padding.
+        score_BP: weight of each patch, (B, P); if a token and all its neighbours weigh 0, they are averaged equally.
+        dropped_BP: mask of dropped patches, (B, P) bool.
+        indices_BK: kept patches, (B, K) long.
+        neighbours: number of neighbours per token, N; all dropped patches if a sub-image has fewer.
 
     Returns:
-        (B, K, C) in at least float32.
+        Merged tokens, (B, K, C), in at least float32.
     """
     dtype = accumulation_dtype(feature_BPC.dtype)
     row_BPC = feature_BPC.to(dtype)

@@ -1,4 +1,4 @@
-"""The table of projectors by name, and how one is built from settings."""
+"""Table of projectors by name, and the function that builds a projector from settings."""
 
 import inspect
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from meteor.projector.tokenpacker import TokenPacker
 from meteor.projector.visionzip import VisionZip
 from meteor.projector.visual_topk import VisualTopK
 
-# Each takes (vision_width, llm_width, *, settings with defaults); the signature is what is allowed in settings.
+# Each entry takes (vision_width, llm_width, *, settings with defaults); its keyword-only arguments are the valid settings.
 PROJECTORS: dict[str, Callable[..., Projector]] = {
     "mlp": MLPProjector,
     "global_view": GlobalView,
@@ -44,17 +44,17 @@ def build_projector(name: str, *, vision_width: int, llm_width: int, **settings:
     """Build a projector by name.
 
     Args:
-        name: a key of `PROJECTORS`.
-        vision_width: C, width of the cached features.
-        llm_width: D, width of the LLM's embeddings.
-        **settings: the projector's own; what is not given takes its default.
+        name: key of `PROJECTORS`.
+        vision_width: width of the cached features, C.
+        llm_width: width of the LLM's embeddings, D.
+        **settings: settings of the projector; omitted settings take their defaults.
 
     Returns:
         The module; its ``settings`` hold the name, both widths and every setting, so that
-        ``build_projector(**projector.settings)`` makes an equal one.
+        ``build_projector(**projector.settings)`` makes an equal module.
 
     Raises:
-        SettingsError: an unknown name or setting, or a value out of range.
+        SettingsError: the name or a setting is unknown, or a value is out of range.
     """
     if name not in PROJECTORS:
         raise SettingsError(f"There is no projector {name!r}; choose one of: {', '.join(PROJECTORS)}.")
@@ -67,7 +67,7 @@ def build_projector(name: str, *, vision_width: int, llm_width: int, **settings:
     if unknown:
         allowed = f"its settings are: {', '.join(defaults)}" if defaults else "it has no settings"
         raise SettingsError(f"Projector {name!r} does not know {', '.join(map(repr, unknown))}; {allowed}.")
-    # Tuples as JSON would give them back.
+    # Settings are stored as JSON and read back, which turns tuples into lists: use lists from the start.
     resolved = {
         key: list(value) if isinstance(value, tuple) else value for key, value in {**defaults, **settings}.items()
     }

@@ -1,4 +1,4 @@
-"""LLaVA-UHD's projector: a grid of learned queries, one attention at the LLM's width, a projection.
+"""LLaVA-UHD's projector: a grid of learned queries, an attention at the LLM's width, and a projection.
 
 Letters: B sub-images, P patches, K queries, C vision width, D LLM width.
 """
@@ -25,24 +25,24 @@ HEAD_WIDTH = 128
 
 
 class Resampler(Projector):
-    """Every sub-image, small ones too, becomes k tokens (LLaVA-UHD, arXiv 2403.11703, section 3.3).
+    """Resampler that turns each sub-image into k tokens (LLaVA-UHD, arXiv 2403.11703, section 3.3).
 
-    Queries stand on a grid, k = rows x columns as square as can be: 12 x 12, 8 x 8, and 4 x 8 for 32. Keys and values
-    are Linear(C, D) and LayerNorm of the features; positions are added to normalised queries and keys, not to values:
-    a query's place on its own grid, a key's place (row, column) on its own map, whatever its size. No residual
-    connection: tokens are LayerNorm(attention) times a D x D matrix.
+    Queries form a grid of k = rows x columns, as square as possible: 12 x 12, 8 x 8, and 4 x 8 for 32. Keys and values are
+    Linear(C, D) and LayerNorm of the features. Positions are added to normalised queries and keys, not to values: a query
+    has its place on the grid of queries, a key its row and column on its map. There is no residual connection: tokens are
+    LayerNorm(attention) times a D x D matrix.
 
-    **Our choice**: query (r, c) sees the window of adaptive average pooling, see `pooling_windows`. D / 128 heads, and
-    where 128 does not divide D the largest number up to that which divides it. 137,840,640 parameters at C = 1024,
-    D = 5120, k = 144, the published 137.84 M, which counts the frozen position table.
+    **Our choice**: query (r, c) sees the window of adaptive average pooling (`pooling_windows`). There are D / 128 heads, or
+    the largest smaller number that divides D. The projector has 137,840,640 parameters at C = 1024, D = 5120, k = 144. The
+    published 137.84 M count the frozen position table too.
 
     Args:
-        vision_width: C.
-        llm_width: D, a multiple of 4.
-        k: tokens of each sub-image.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D, a multiple of 4.
+        k: number of tokens per sub-image.
 
     Raises:
-        SettingsError: k is no count, or 4 does not divide D.
+        SettingsError: ``k`` is not an integer of at least 1, or D is not a multiple of 4.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, k: int = 144) -> None:
@@ -68,7 +68,7 @@ class Resampler(Projector):
         self.projection = nn.Parameter(llm_width**-0.5 * torch.randn(llm_width, llm_width))
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Freeze or unfreeze all but the position table, which stays frozen."""
+        """Freeze or unfreeze all parameters but the position table, which stays frozen."""
         super().requires_grad_(requires_grad)
         self.positions.requires_grad_(False)
         return self
@@ -76,16 +76,16 @@ class Resampler(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Compress a batch of sub-images; none sees another. B may be 0, and then P too.
+        """Compress a batch of sub-images, each by itself. B may be 0, and then P too.
 
         Args:
-            features: (B, P, C), any floating dtype; padding may hold anything.
-            cls_attention: (B, P), unused.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
-            native_weight: unused.
+            features: patch features, (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: attention of the class token over patches, (B, P); unused.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+            native_weight: weight of the native expert; unused.
 
         Returns:
-            Tokens (B, k, D) in the weights' dtype, all of them real; no indices, no scores, no aux loss.
+            Tokens, (B, k, D), in the weights' dtype, all real, without indices, scores or auxiliary loss.
 
         Raises:
             ValueError: a shape is wrong, or a grid does not fit P.
@@ -98,7 +98,7 @@ class Resampler(Projector):
         grids = grids.to(mask_BP.device).long()
         value_BPD = self.key_norm(self.to_keys(feature_BPC))
         key_BPD = value_BPD + self._key_positions(grids, max_patches, dtype)
-        # Detached: transformers' from_pretrained makes every parameter trainable.
+        # transformers' from_pretrained makes every parameter trainable, so the frozen table is detached here too.
         query_KD = self.query_norm(self.queries) + self.positions.detach()
         attended_BKD = self.attention(
             query_KD.expand(num_sub_images, -1, -1),
@@ -112,7 +112,7 @@ class Resampler(Projector):
         )
 
     def _key_positions(self, grids: Tensor, max_patches: int, dtype: torch.dtype) -> Tensor:
-        """(B, P, D): where each patch stands on the map of its sub-image."""
+        """Return the position of each patch on the map of its sub-image, (B, P, D)."""
         patch_P = torch.arange(max_patches, device=grids.device)
         columns_B1 = grids[:, 1:]
         return map_positions(

@@ -1,4 +1,4 @@
-"""Visual-Native Selection: keeps the tokens that the class token and the instruction token find most important.
+"""Visual-Native Selection: the class token and the instruction token rank the tokens, and the best are kept.
 
 Letters: B sub-images, P patches, K kept tokens, C width of the fused tokens.
 """
@@ -16,14 +16,15 @@ EXPERTS = ("visual_native", "visual", "native")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens of each sub-image are kept, and why.
+    """Tokens kept of each sub-image, and the scores that chose them.
 
     Attributes:
-        indices: (B, K) long, kept patches in map order; 0 where ``mask`` is False.
-        mask: (B, K) bool, True at kept tokens; they come first.
-        scores: (B, P) float32, the aggregate the tokens were ranked by; 0 at padding.
-        visual_scores: (B, P) float32, sums to 1 over real patches (to 0 if no attention fell on any).
-        native_scores: (B, P) float32, sums to 1 over real patches.
+        indices: kept patches in map order, (B, K) long; 0 at slots where ``mask`` is False.
+        mask: mask of slots, (B, K) bool, True at kept tokens; they come first.
+        scores: aggregate score that ranked the tokens, (B, P) float32; 0 at padding.
+        visual_scores: score of the visual expert, (B, P) float32; sums to 1 over real patches, or to 0 if they got no
+            attention.
+        native_scores: score of the native expert, (B, P) float32; sums to 1 over real patches.
     """
 
     indices: Tensor
@@ -47,31 +48,31 @@ def select_tokens(
 ) -> Selection:
     """Score the tokens and keep the best k of each sub-image (LLaVA-Meteor, section 3.3, equations 3-6).
 
-    Scores are computed in float32 over real patches alone and carry gradients if their inputs do; the choice itself
-    carries none. Ties go to the lower index. A sub-image of at most k patches keeps them all.
+    Scores are computed in float32 over real patches only. They carry gradients if their inputs do; the choice carries
+    none. Ties go to the lower index. A sub-image of at most k patches keeps them all.
 
     Args:
-        fused: (B, P, C), F; padding may hold anything.
-        instruction: (B, C), INS as fusion left it.
-        cls_attention: (B, P), the class token's attention over patches, finite and not negative; any scale, padding may
-            hold anything.
-        mask: (B, P) bool, True at real patches.
-        k: most tokens to keep of a sub-image; K = min(k, P).
-        visual_weight: lambda, the visual expert's share of the aggregate.
-        native_weight: 0-d, the native expert's; ``1 - visual_weight`` when None. Both weigh ``"visual_native"`` alone.
-        experts: ``"visual_native"``, ``"visual"`` or ``"native"``.
-        native_scale: what equation 4's dot products are multiplied by, NS = softmax(native_scale * <F_i, INS>). 1 is the
-            paper. A dot product over C channels grows with C: at C = 1024 the softmax of an unscaled one is nearly one-hot
-            (on independent normal vectors the highest of 576 scores is 0.93 on average); C ** -0.5 is attention's usual
-            scale (0.02).
+        fused: fused tokens F, (B, P, C); padding may hold anything.
+        instruction: instruction token INS after fusion, (B, C).
+        cls_attention: attention of the class token over patches, (B, P), finite and not negative, of any scale; padding
+            may hold anything.
+        mask: mask of patches, (B, P) bool, True at real patches.
+        k: most tokens to keep per sub-image; K = min(k, P).
+        visual_weight: weight lambda of the visual expert in the aggregate, in [0, 1].
+        native_weight: weight of the native expert, 0-d; ``1 - visual_weight`` if None. Both weights have an effect only
+            with ``experts="visual_native"``.
+        experts: experts that rank the tokens, ``"visual_native"``, ``"visual"`` or ``"native"``.
+        native_scale: factor above 0 in equation 4, NS = softmax(native_scale * <F_i, INS>). The paper uses 1. A dot product
+            over C channels grows with C: at C = 1024 the unscaled softmax is nearly one-hot (for independent normal
+            vectors the highest of 576 scores is 0.93 on average). With attention's usual scale C ** -0.5 it is 0.02.
 
     Returns:
-        `Selection`.
+        The kept tokens and their scores.
 
     Raises:
         SettingsError: k, visual_weight, experts or native_scale is out of range.
-        ValueError: at a real patch, attention is NaN, infinite or negative, or fused and instruction give a dot product
-            that is not finite (RuntimeError in a compiled graph).
+        ValueError: at a real patch, attention is NaN, infinite or negative, or the dot product of fused and instruction is
+            not finite (RuntimeError in a compiled graph).
     """
     check_count("k", k)
     check_fraction("visual_weight", visual_weight)
@@ -94,11 +95,11 @@ def select_tokens(
 
 
 def visual_scores(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
-    """The visual expert by itself (equation 3): (B, P) float32, sums to 1 over real patches.
+    """Return the visual expert's scores (equation 3), (B, P) float32, with sum 1 over real patches.
 
     Args:
-        cls_attention: (B, P), any scale; padding may hold anything.
-        mask_BP: (B, P) bool, True at real patches.
+        cls_attention: attention of the class token over patches, (B, P), of any scale; padding may hold anything.
+        mask_BP: mask of patches, (B, P) bool, True at real patches.
 
     Raises:
         ValueError: attention at a real patch is NaN, infinite or negative (RuntimeError in a compiled graph).
@@ -113,41 +114,42 @@ def visual_scores(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
 
 
 def _visual_scores(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
-    """Equation 3: the patches' share of the class token's attention, its own share removed."""
+    """Return each patch's share of the class token's attention to patches (equation 3), (B, P)."""
     attention_BP = torch.where(mask_BP, cls_attention.to(accumulation_dtype(cls_attention.dtype)), 0)
     total_B1 = attention_BP.sum(dim=1, keepdim=True)
+    # A sub-image whose patches get no attention has scores of 0 instead of 0 / 0.
     return attention_BP / total_B1.clamp(min=torch.finfo(total_B1.dtype).tiny)
 
 
 def _native_logits(fused_BPC: Tensor, instruction_BC: Tensor, mask_BP: Tensor, scale: float) -> Tensor:
-    """<F_i, INS> times the scale; 0 at padding, whatever stands there."""
+    """Return <F_i, INS> times the scale, (B, P); 0 at padding, whatever it holds."""
     dtype = accumulation_dtype(fused_BPC.dtype)
-    # Before the product: a NaN of the padding would come back in the gradient of INS as 0 * NaN.
+    # Padding is cleared before the product: its NaN would come back in the gradient of INS as 0 * NaN.
     real_BPC = torch.where(mask_BP.unsqueeze(-1), fused_BPC.to(dtype), 0)
-    # Not a matrix product: autocast would run it in half precision.
+    # A sum of products instead of a matrix product, which autocast would run in half precision.
     logit_BP = (real_BPC * instruction_BC.to(dtype).unsqueeze(1)).sum(dim=-1) * scale
     return torch.where(mask_BP, logit_BP, 0)
 
 
 def _native_scores(logit_BP: Tensor, mask_BP: Tensor) -> Tensor:
-    """Equation 4: softmax over the patches."""
+    """Return the softmax over real patches (equation 4), (B, P); 0 at padding."""
     return torch.where(mask_BP, torch.where(mask_BP, logit_BP, -torch.inf).softmax(dim=1), 0)
 
 
 def keep_highest(score_BP: Tensor, mask_BP: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Equation 6: the k highest scores among real patches; ties go to the lower index.
+    """Keep the k highest scores among real patches (equation 6); ties go to the lower index.
 
     Args:
-        score_BP: (B, P), not NaN at real patches.
-        mask_BP: (B, P) bool, True at real patches.
+        score_BP: score of each patch, (B, P), not NaN at real patches.
+        mask_BP: mask of patches, (B, P) bool, True at real patches.
         k: most patches to keep; K = min(k, P).
 
     Returns:
-        Indices (B, K) long in map order, 0 where fewer are kept, and mask (B, K) bool, True at kept patches, which come
+        Kept patches, (B, K) long, in map order, 0 at empty slots; and mask, (B, K) bool, True at kept patches, which come
         first.
     """
     max_patches = mask_BP.shape[1]
-    # torch.topk promises no order among equals; a stable sort leaves the lower index first.
+    # torch.topk promises no order among equal scores; a stable sort puts the lower index first.
     ranking_BP = torch.where(mask_BP, score_BP, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     best_BK = ranking_BP[:, :k]
     padding_last_BK = torch.where(mask_BP.gather(1, best_BK), best_BK, max_patches).sort(dim=1).values
@@ -158,7 +160,7 @@ def keep_highest(score_BP: Tensor, mask_BP: Tensor, k: int) -> tuple[Tensor, Ten
 def _require_sound(
     cls_attention: Tensor, logit_BP: Tensor, mask_BP: Tensor, fused: Tensor, instruction: Tensor
 ) -> None:
-    """Refuse what no ranking can be made of: a NaN among scores would be kept, or dropped, in silence."""
+    """Refuse values that cannot be ranked: a NaN among the scores would be kept or dropped without notice."""
     bad_attention_BP = _unsound_attention(cls_attention, mask_BP)
     bad_logit_BP = mask_BP & ~logit_BP.isfinite()
 
@@ -176,7 +178,7 @@ def _require_sound(
 
 
 def _unsound_attention(cls_attention: Tensor, mask_BP: Tensor) -> Tensor:
-    # Comparisons with NaN are false.
+    # Comparisons with NaN are false, so NaN counts as unsound here.
     return mask_BP & ~((cls_attention >= 0) & (cls_attention < torch.inf))
 
 

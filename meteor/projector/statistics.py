@@ -1,4 +1,4 @@
-"""How sure the two experts of the selection are, and how often they disagree: sums to be added, then means.
+"""Statistics of the selection: entropy of the two experts and their disagreement, as sums and then means.
 
 Letters: B sub-images, P patches, K kept tokens.
 """
@@ -12,15 +12,15 @@ from meteor.projector.selection import keep_highest
 
 
 class SelectionSums(NamedTuple):
-    """What one batch adds, each 0-d; as one vector (`NUM_SUMS`,) it is added over micro batches and workers.
+    """Sums over one batch, each 0-d; a vector (`NUM_SUMS`,) of them is added over micro batches and workers.
 
     Attributes:
-        num_sub_images: those with a real patch.
-        visual_entropy: sum over them of -sum_i VS_i log VS_i, in nats.
-        native_entropy: the same of NS.
-        num_disagreements: tokens among the visual expert's own best K that are not among the native expert's, over
-            sub-images with more than K real patches. One that keeps all its patches leaves nothing to disagree about.
-        num_chosen: K for each of those sub-images: the tokens kept by choice.
+        num_sub_images: number of sub-images with a real patch.
+        visual_entropy: entropy -sum_i VS_i log VS_i of the visual scores, in nats, summed over these sub-images.
+        native_entropy: entropy -sum_i NS_i log NS_i of the native scores, in nats, summed over these sub-images.
+        num_disagreements: tokens among the visual expert's best K that are not among the native expert's best K, summed
+            over sub-images with more than K real patches. A sub-image that keeps all its patches makes no choice.
+        num_chosen: K times the number of sub-images with more than K real patches: the tokens kept by choice.
     """
 
     num_sub_images: Tensor
@@ -35,19 +35,19 @@ NUM_SUMS = len(SelectionSums._fields)
 
 @torch.no_grad()
 def sum_selection(visual_BP: Tensor, native_BP: Tensor, mask_BP: Tensor, *, k: int) -> Tensor:
-    """Sum what there is to know of a batch's selection; nothing is read on the host.
+    """Sum the statistics of a batch's selection, without reads on the host.
 
-    Each expert's own choice follows equation 6 of the paper, ties to the lower index, whatever weight it has in the
-    aggregate: the share of disagreement does not depend on lambda or its warm-up.
+    The choice of each expert alone follows equation 6 of the paper, with ties to the lower index. The share of
+    disagreement therefore does not depend on lambda or on its warm-up.
 
     Args:
-        visual_BP: (B, P) VS, 0 at padding.
-        native_BP: (B, P) NS, 0 at padding.
-        mask_BP: (B, P) bool, True at real patches; a sub-image without any counts for nothing.
-        k: most tokens kept of a sub-image.
+        visual_BP: visual scores VS, (B, P), 0 at padding.
+        native_BP: native scores NS, (B, P), 0 at padding.
+        mask_BP: mask of patches, (B, P) bool, True at real patches; sub-images without real patches are ignored.
+        k: most tokens to keep per sub-image.
 
     Returns:
-        (`NUM_SUMS`,) float32, the fields of `SelectionSums` in order; zeros for B = 0.
+        The fields of `SelectionSums` in order, (`NUM_SUMS`,) float32; zeros for B = 0.
     """
     num_patches_B = mask_BP.sum(dim=1)
     chooses_B = num_patches_B > k
@@ -64,26 +64,26 @@ def sum_selection(visual_BP: Tensor, native_BP: Tensor, mask_BP: Tensor, *, k: i
 
 
 def mean_selection(sums: Tensor) -> dict[str, float]:
-    """Metrics of a step from its sums over micro batches and workers.
+    """Compute a step's metrics from its sums over micro batches and workers.
 
     Args:
-        sums: (`NUM_SUMS`,), added up from `sum_selection`; zeros where a projector has no such scores.
+        sums: sum of the results of `sum_selection`, (`NUM_SUMS`,); zeros if the projector has no such scores.
 
     Returns:
         ``visual_entropy`` and ``native_entropy`` (nats, means over sub-images) and ``expert_disagreement`` (share of the
-        tokens kept by choice, 0 to 1); each only where something was counted.
+        tokens kept by choice, 0 to 1). A metric is absent if nothing was counted.
     """
-    one = dict(zip(SelectionSums._fields, sums.tolist(), strict=True))
+    totals = dict(zip(SelectionSums._fields, sums.tolist(), strict=True))
     means = {}
-    if one["num_sub_images"]:
-        means = {name: one[name] / one["num_sub_images"] for name in ("visual_entropy", "native_entropy")}
-    if one["num_chosen"]:
-        means["expert_disagreement"] = one["num_disagreements"] / one["num_chosen"]
+    if totals["num_sub_images"]:
+        means = {name: totals[name] / totals["num_sub_images"] for name in ("visual_entropy", "native_entropy")}
+    if totals["num_chosen"]:
+        means["expert_disagreement"] = totals["num_disagreements"] / totals["num_chosen"]
     return means
 
 
 def _choice(score_BP: Tensor, mask_BP: Tensor, k: int) -> Tensor:
-    """(B, P) bool, the best k; right where there are more than k to choose from."""
+    """Mark the best k patches, (B, P) bool; correct only for sub-images with more than k real patches."""
     indices_BK, _ = keep_highest(score_BP, mask_BP, k)
     return torch.zeros_like(mask_BP).scatter(1, indices_BK, True)
 

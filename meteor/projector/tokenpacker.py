@@ -1,6 +1,6 @@
-"""TokenPacker, single-layer variant: a down-sampled map, each of whose tokens takes up detail from its own window.
+"""TokenPacker, single-layer variant: a down-sampled map whose tokens gather detail from their windows.
 
-Letters: B sub-images, P patches, K queries, N patches of a window, C vision width, D LLM width.
+Letters: B sub-images, P patches, K queries, N patches per window, C vision width, D LLM width.
 """
 
 import torch
@@ -17,28 +17,28 @@ MOST_HEADS = 8
 
 
 class TokenPacker(Projector):
-    """A map of Hu x Wu patches becomes ceil(Hu / s) x ceil(Wu / s) tokens (TokenPacker, arXiv 2407.02392, section 3.2).
+    """Local attention that turns Hu x Wu patches into ceil(Hu / s) x ceil(Wu / s) tokens (arXiv 2407.02392, section 3.2).
 
-    Queries are the map, bilinearly down-sampled; each attends to the s x s window of keys and values it stands for, and
-    what it gathers goes through the two-layer MLP, without residual connection. Queries pass a Linear without bias,
-    keys and values a two-layer MLP of their own (Linear, GELU, Linear, with bias), each followed by LayerNorm; then an
-    attention of 8 heads (the largest number up to 8 that divides C), all at width C.
+    The bilinearly down-sampled map gives the queries. Each query attends to its s x s window of keys and values, and the
+    result goes through the two-layer MLP, without residual connection. Queries pass a Linear layer without bias; keys and
+    values pass separate two-layer MLPs (Linear, GELU, Linear, with bias). A LayerNorm follows each. The attention has 8
+    heads, or the largest number below 8 that divides C. All this has width C.
 
-    **Single-layer variant.** The original takes keys and values from four CLIP blocks (12, 16, 22, 23), whose
-    concatenation enters their MLPs at width 4C: 47,210,496 parameters at C = 1024, D = 5120. The cache holds one block,
-    so here they come from the same features as the queries: 40,919,040 parameters, and no finer detail from shallow
-    blocks. A result of this projector is not a result of the original.
+    **Single-layer variant.** The original takes keys and values from four CLIP blocks (12, 16, 22, 23), concatenated to
+    width 4C before the MLPs: 47,210,496 parameters at C = 1024, D = 5120. The cache holds a single block, so keys and values
+    come from the features of the queries: 40,919,040 parameters, and no finer detail from shallow blocks. Results of this
+    projector are not results of the original.
 
-    **Our choice** where s does not divide a side: the last window of the row or column holds fewer patches, and the
-    down-sampled map is stretched over the whole side, as `torch.nn.functional.interpolate` with a size does.
+    **Our choice** if s does not divide a side: the last window of the row or column holds fewer patches. The down-sampled
+    map is stretched over the whole side, as `torch.nn.functional.interpolate` with a size does.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        scale_factor: s; 24 x 24 patches become (24 / s)^2 tokens.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        scale_factor: side of a window in patches, s; 24 x 24 patches become (24 / s)^2 tokens.
 
     Raises:
-        SettingsError: scale_factor is no integer of at least 1.
+        SettingsError: ``scale_factor`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, scale_factor: int = 2) -> None:
@@ -64,17 +64,18 @@ class TokenPacker(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Compress a batch of sub-images; none sees another. B may be 0, and then P too.
+        """Compress a batch of sub-images, each by itself. B may be 0, and then P too.
 
         Args:
-            features: (B, P, C), any floating dtype; padding may hold anything.
-            cls_attention: (B, P), unused.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
-            native_weight: unused.
+            features: patch features, (B, P, C), any floating dtype; padding may hold anything.
+            cls_attention: attention of the class token over patches, (B, P); unused.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+            native_weight: weight of the native expert; unused.
 
         Returns:
-            Tokens (B, K, D) in the weights' dtype, in map order; the first ceil(Hu / s) ceil(Wu / s) of each sub-image are
-            real. K is the most of any (in a compiled graph, and for B = 0, ceil(P / s)). No indices, no scores, no aux loss.
+            Tokens, (B, K, D), in the weights' dtype and in map order, without indices, scores or auxiliary loss. The first
+            ceil(Hu / s) ceil(Wu / s) tokens of each sub-image are real. K is the largest number of real tokens in the batch;
+            in a compiled graph, and for B = 0, it is ceil(P / s).
 
         Raises:
             ValueError: a shape is wrong, or a grid does not fit P.
@@ -90,38 +91,39 @@ class TokenPacker(Projector):
         attended_BKC = self.attention.over_windows(
             query_BKC, self.to_keys(feature_BPC), self.to_values(feature_BPC), window_BKN, seen_BKN
         )
-        # The first patch of a window lies on the map wherever the window does.
+        # A window that touches the map has its first patch on the map.
         mask_BK = seen_BKN[:, :, 0]
         return ProjectorOutput(tokens=torch.where(mask_BK.unsqueeze(-1), self.mlp(attended_BKC), 0), mask=mask_BK)
 
 
 def most_tokens(grids: Tensor, max_patches: int, scale_factor: int) -> int:
-    """K of a batch, read on the host; what a graph, which cannot read, makes room for is more."""
+    """Return K of a batch, read on the host; a compiled graph, which cannot read values, uses the larger bound."""
     if torch.compiler.is_compiling() or not grids.shape[0]:
         return token_bound(max_patches, scale_factor)
     return int((-(-grids // scale_factor)).prod(dim=1).max())
 
 
 def token_bound(max_patches: int, scale_factor: int) -> int:
-    """K = ceil(P / s): no map of at most P patches becomes more tokens, and the host need not know its shape.
+    """Return K = ceil(P / s), which bounds the tokens of any map of at most P patches, whatever its shape.
 
-    A map of a x b tokens has at least (s (a - 1) + 1) (s (b - 1) + 1) patches, which is at least
-    s ((a - 1) (b - 1) + (a - 1) + (b - 1)) + 1 = s (a b - 1) + 1, so a b <= ceil(Hu Wu / s). A strip one patch wide
-    reaches it: without reading grids no smaller bound holds.
+    A map of a x b tokens has at least (s (a - 1) + 1) (s (b - 1) + 1) patches. This product is at least
+    s ((a - 1) (b - 1) + (a - 1) + (b - 1)) + 1 = s (a b - 1) + 1, hence a b <= ceil(Hu Wu / s). A strip one patch wide
+    reaches the bound, so no smaller bound holds without reading the grids.
     """
     return -(-max_patches // scale_factor)
 
 
 def square_windows(grids: Tensor, scale_factor: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """The s x s window of patches of each token.
+    """Return the s x s window of patches of each token.
 
     Args:
-        grids: (B, 2) long, (Hu, Wu).
-        scale_factor: s.
-        max_tokens: K.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        scale_factor: side of a window in patches, s.
+        max_tokens: number of token slots per sub-image, K.
 
     Returns:
-        Patches (B, K, N) long, N = s^2, row by row, and which of them lie on the map (B, K, N) bool; 0 where not.
+        Patches of each window, (B, K, N) long, N = s^2, row by row, 0 beyond the map; and a mask, (B, K, N) bool, True at
+        patches on the map.
     """
     row_BK1, column_BK1 = (place.unsqueeze(-1) for place in _token_places(grids, scale_factor, max_tokens))
     inside_N = torch.arange(scale_factor**2, device=grids.device)
@@ -133,16 +135,16 @@ def square_windows(grids: Tensor, scale_factor: int, max_tokens: int) -> tuple[T
 
 
 def down_sample(feature_BPC: Tensor, grids: Tensor, scale_factor: int, max_tokens: int) -> Tensor:
-    """Bilinear down-sampling of each map to ceil(Hu / s) x ceil(Wu / s), without anti-aliasing or aligned corners.
+    """Down-sample each map bilinearly to ceil(Hu / s) x ceil(Wu / s), without anti-aliasing or aligned corners.
 
     Args:
-        feature_BPC: (B, P, C).
-        grids: (B, 2) long, (Hu, Wu).
-        scale_factor: s.
-        max_tokens: K.
+        feature_BPC: patch features, (B, P, C).
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) long.
+        scale_factor: side of a window in patches, s.
+        max_tokens: number of token slots per sub-image, K.
 
     Returns:
-        (B, K, C) in the features' dtype, computed in at least float32; slots past the last token are finite.
+        Down-sampled maps, (B, K, C), in the features' dtype, computed in at least float32; empty slots are finite.
     """
     dtype = accumulation_dtype(feature_BPC.dtype)
     rows_B1, columns_B1 = grids.split(1, dim=1)
@@ -158,7 +160,7 @@ def down_sample(feature_BPC: Tensor, grids: Tensor, scale_factor: int, max_token
 
 
 def _token_places(grids: Tensor, scale_factor: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Row and column (B, K) of each token on the down-sampled map; rows run past it after the last token."""
+    """Return row and column of each token on the down-sampled map, both (B, K); empty slots have rows beyond the map."""
     token_K = torch.arange(max_tokens, device=grids.device)
     token_columns_B1 = -(-grids[:, 1:] // scale_factor)
     return token_K // token_columns_B1, token_K % token_columns_B1
@@ -167,9 +169,9 @@ def _token_places(grids: Tensor, scale_factor: int, max_tokens: int) -> tuple[Te
 def _neighbours(
     place_BK: Tensor, length_B1: Tensor, scale_factor: int, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The two patches of one axis around each token's centre, and their weights, all (B, K)."""
+    """Return the two patches on an axis around each token's centre, with weights, all (B, K)."""
     num_tokens_B1 = -(-length_B1 // scale_factor)
-    # The centre is (place + 1/2) length / tokens - 1/2: kept in whole numbers, so that no rounding moves a patch.
+    # The centre is (place + 1/2) length / tokens - 1/2. Whole numbers hold it, so that no rounding moves a patch.
     centre_BK = (2 * place_BK + 1) * length_B1 - num_tokens_B1
     lower_BK = (centre_BK // (2 * num_tokens_B1)).minimum(length_B1 - 1)
     upper_BK = (lower_BK + 1).minimum(length_B1 - 1)

@@ -1,4 +1,4 @@
-"""VisionZip: the patches that the class token looks at most, and the others merged into a few.
+"""VisionZip: the patches with the most class-token attention, and the others merged into a few tokens.
 
 Letters: B sub-images, P patches, K tokens, J contextual tokens, C vision width, D LLM width.
 """
@@ -18,21 +18,20 @@ from meteor.ssm.tensors import accumulation_dtype, gather_rows
 class VisionZip(Projector):
     """Dominant tokens by class-token attention, contextual tokens by merging the rest (arXiv 2412.04467).
 
-    Of the patches that are not dominant, ``contextual`` targets are taken at even distances in map order; every other one joins
-    the target it is most similar to (cosine), and a contextual token is the mean of its patches. Then the two-layer MLP:
-    31,467,520 parameters at C = 1024, D = 5120. Dominant tokens come first, each kind in map order.
+    Among the patches that are not dominant, ``contextual`` targets are taken at even distances in map order. Each remaining
+    patch joins the target most similar to it (cosine), and a contextual token is the mean of its patches. The two-layer MLP
+    follows: 31,467,520 parameters at C = 1024, D = 5120. Dominant tokens come first, each kind in map order.
 
-    **On features**: the original compares keys of CLIP's attention, which are not cached; here the features themselves are
-    compared.
+    **On features**: the original compares keys of CLIP's attention, which are not cached; here features are compared.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        dominant: most dominant tokens of a sub-image.
-        contextual: most contextual tokens of it.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        dominant: largest number of dominant tokens per sub-image.
+        contextual: largest number of contextual tokens per sub-image.
 
     Raises:
-        SettingsError: a setting is no count.
+        SettingsError: a setting is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, dominant: int = 108, contextual: int = 36) -> None:
@@ -45,9 +44,9 @@ class VisionZip(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, K, D), K = min(dominant + contextual, P); indices are those of targets where tokens were merged.
+        """Return tokens (B, K, D), K = min(dominant + contextual, P); merged tokens have the index of their target.
 
-        Arguments as in `Projector`.
+        `Projector` describes the arguments.
 
         Raises:
             ValueError: attention at a real patch is NaN, infinite or negative.
@@ -58,7 +57,7 @@ class VisionZip(Projector):
         )
         score_BP = visual_scores(cls_attention, mask_BP).detach()
         dominant_BK, is_dominant_BK = keep_highest(score_BP, mask_BP, self.dominant)
-        # Slots without a patch point at patch 0: counted, so that they do not take it from the rest.
+        # Empty slots point at patch 0. Adding their mask, which is 0, does not mark that patch as taken.
         taken_BP = torch.zeros_like(score_BP).scatter_add(1, dominant_BK, is_dominant_BK.to(score_BP.dtype)) > 0
         rest_BP = mask_BP & ~taken_BP
         max_contextual = min(self.contextual, mask_BP.shape[1] - dominant_BK.shape[1])
@@ -72,34 +71,34 @@ class VisionZip(Projector):
 
 
 def even_targets(rest_BP: Tensor, count: int, max_targets: int) -> tuple[Tensor, Tensor]:
-    """Patches at even distances among those that are left: of n, target j of c = min(count, n) is number floor(j n / c).
+    """Choose patches at even distances: target j of c = min(count, n) is number floor(j n / c) of the n remaining patches.
 
     Args:
-        rest_BP: (B, P) bool.
-        count: most targets of a sub-image.
-        max_targets: J, at least the most that any sub-image has.
+        rest_BP: mask of remaining patches, (B, P) bool.
+        count: most targets per sub-image.
+        max_targets: number of target slots, J, at least the largest number of targets in the batch.
 
     Returns:
-        (B, J) long, 0 where there is none, and (B, J) bool.
+        Target patches, (B, J) long, 0 at empty slots, and mask, (B, J) bool, True at targets.
     """
     num_rest_B1 = rest_BP.sum(dim=1, keepdim=True)
     num_targets_B1 = num_rest_B1.clamp(max=count)
     target_J = torch.arange(max_targets, device=rest_BP.device)
     is_target_BJ = target_J < num_targets_B1
     number_BJ = torch.where(is_target_BJ, target_J * num_rest_B1 // num_targets_B1.clamp(min=1), 0)
-    # A stable sort puts the patches that are left first, in map order.
+    # A stable sort puts the remaining patches first, in map order.
     in_order_BP = rest_BP.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
     return torch.where(is_target_BJ, in_order_BP.gather(1, number_BJ), 0), is_target_BJ
 
 
 def merge_into(feature_BPC: Tensor, rest_BP: Tensor, target_BJ: Tensor, is_target_BJ: Tensor) -> Tensor:
-    """The mean of each target and of the patches that are more similar to it than to any other (B, J, C), in float32."""
+    """Average each target with the patches most similar to it, (B, J, C), in at least float32."""
     dtype = accumulation_dtype(feature_BPC.dtype)
     row_BPC = feature_BPC.to(dtype)
     unit_BPC = F.normalize(row_BPC, dim=-1)
     similarity_BPJ = unit_BPC @ gather_rows(unit_BPC, target_BJ).transpose(1, 2)
     similarity_BPJ = torch.where(is_target_BJ.unsqueeze(1), similarity_BPJ, -torch.inf)
-    # A target is its own, whatever else is as similar: duplicates would empty it.
+    # A target always joins itself: a duplicate target, equally similar, could otherwise leave it empty.
     own_BPJ = (torch.arange(rest_BP.shape[1], device=rest_BP.device)[:, None] == target_BJ.unsqueeze(1)) & (
         is_target_BJ.unsqueeze(1)
     )

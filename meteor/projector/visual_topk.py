@@ -1,4 +1,4 @@
-"""The patches that the class token looks at most, and nothing else.
+"""Pruning by class-token attention: the patches with the highest attention are kept, nothing else.
 
 Letters: B sub-images, P patches, K kept tokens, C vision width, D LLM width.
 """
@@ -15,19 +15,19 @@ from meteor.ssm.tensors import gather_rows
 
 
 class VisualTopK(Projector):
-    """The k patches of highest class-token attention, then the two-layer MLP (FasterVLM, arXiv 2412.01818).
+    """Selection of the k patches with the highest class-token attention, then the MLP (FasterVLM, arXiv 2412.01818).
 
-    Attention is the mean over heads; kept patches stay in map order, ties go to the lower index. It is Meteor with lambda = 1
-    and without fusion: what Meteor is above it comes from fusion and the native expert. 31,467,520 parameters at C = 1024,
-    D = 5120.
+    Attention is the mean over heads. Kept patches stay in map order; ties go to the lower index. The projector equals Meteor
+    with lambda = 1 and without fusion, so any gain of Meteor comes from fusion and the native expert. It has 31,467,520
+    parameters at C = 1024, D = 5120.
 
     Args:
-        vision_width: C.
-        llm_width: D.
-        k: most tokens kept of a sub-image.
+        vision_width: width of the features, C.
+        llm_width: width of the LLM's embeddings, D.
+        k: most tokens to keep per sub-image.
 
     Raises:
-        SettingsError: k is no count.
+        SettingsError: ``k`` is not an integer of at least 1.
     """
 
     def __init__(self, vision_width: int, llm_width: int, *, k: int = 144) -> None:
@@ -39,7 +39,7 @@ class VisualTopK(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Tokens (B, min(k, P), D) with their patches and the visual scores; arguments as in `Projector`.
+        """Return tokens (B, min(k, P), D) with their patches and the visual scores; `Projector` describes the arguments.
 
         Raises:
             ValueError: attention at a real patch is NaN, infinite or negative.

@@ -1,4 +1,4 @@
-"""The one entry to the selective scan: checks shapes, chooses a backend, hands over."""
+"""Entry point of the selective scan: shapes are checked, and a backend is chosen and called."""
 
 import importlib.util
 import logging
@@ -12,7 +12,7 @@ from meteor.errors import SettingsError
 from meteor.ssm.chunked import selective_scan_chunked
 from meteor.ssm.mamba import load_mamba, selective_scan_mamba
 from meteor.ssm.reference import selective_scan_reference
-from meteor.ssm.triton_door import check_triton_device, load_triton, selective_scan_triton
+from meteor.ssm.triton_backend import check_triton_device, load_triton, selective_scan_triton
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,36 +26,37 @@ BACKENDS: dict[str, ScanFunction] = {
     "triton": selective_scan_triton,
     "mamba_ssm": selective_scan_mamba,
 }
-_DOORS: dict[str, Callable[[], object]] = {"triton": load_triton, "mamba_ssm": load_mamba}
+# Backends that need an optional package, with the function that imports it or raises MissingPackageError.
+_LOADERS: dict[str, Callable[[], object]] = {"triton": load_triton, "mamba_ssm": load_mamba}
 
 
 def check_backend(name: str) -> None:
-    """Refuse a backend that does not exist, or one named explicitly whose package is absent.
+    """Refuse a backend that does not exist or whose package is absent; ``"auto"`` always passes.
 
     Raises:
-        SettingsError: no such backend.
-        MissingPackageError: with the install line.
+        SettingsError: the backend does not exist.
+        MissingPackageError: the backend's package is absent; the message contains the install line.
     """
     if name != "auto" and name not in BACKENDS:
         raise SettingsError(f"There is no scan backend {name!r}; choose one of: {', '.join(['auto', *BACKENDS])}.")
-    if name in _DOORS:
-        _DOORS[name]()
+    if name in _LOADERS:
+        _LOADERS[name]()
 
 
 def resolve_backend(name: str, tensor: Tensor) -> str:
-    """Turn ``"auto"`` into the backend for a tensor of this device and dtype; other names are checked and stay.
+    """Turn ``"auto"`` into the backend for a tensor's device and dtype; check and return other names.
 
-    On CUDA: ``triton``, else ``mamba_ssm``, whichever is installed. Elsewhere, and for float64, ``chunked``. Each choice
-    is logged once, with its reason.
+    On CUDA ``"auto"`` prefers ``triton``, then ``mamba_ssm``, if they are installed. On other devices, and for float64, it
+    means ``chunked``. Each choice is logged once, with its reason.
 
     Raises:
-        SettingsError: no such backend.
-        MissingPackageError: its package is absent.
+        SettingsError: the backend does not exist, or does not support the device or dtype.
+        MissingPackageError: the backend's package is absent.
     """
     return _resolve(name, tensor.device.type, tensor.dtype == torch.float64)
 
 
-# Traced code takes the answer as a constant: neither the look for packages nor the log belongs into a graph.
+# torch.compile takes the result as a constant: neither the search for packages nor the log line belongs in a graph.
 @torch.compiler.assume_constant_result
 def _resolve(name: str, device: str, is_double: bool) -> str:
     resolved = _choose(device, is_double) if name == "auto" else name
@@ -96,28 +97,28 @@ def selective_scan(
 ) -> Tensor:
     """Scan a sequence with input-dependent dynamics (S6; Mamba, arXiv 2312.00752, algorithm 2).
 
-    With delta' = softplus(delta + delta_bias), per channel d and state n:
+    With delta' = softplus(delta + delta_bias), for each channel d and state n:
     h_l = exp(delta'_l A) h_{l-1} + delta'_l B_l u_l and y_l = (sum_n C_l h_l + D u_l) * silu(z_l).
-    The state is kept in float32 (float64 for float64 inputs), under autocast too.
+    The state is kept in float32 (float64 for float64 inputs), even under autocast.
 
     Args:
-        u: (b, d, l), input.
-        delta: (b, d, l), step size; 0 after bias and softplus leaves the state as it is.
-        A: (d, n), real, usually negative.
-        B: (b, n, l), or (b, g, n, l) with d divisible by g: channels come in g groups of d / g, one after the other.
-        C: as B.
-        D: (d,), skip connection.
-        z: (b, d, l), gate.
-        delta_bias: (d,).
+        u: input, (b, d, l).
+        delta: step size, (b, d, l); a step of 0 after bias and softplus leaves the state unchanged.
+        A: state matrix, (d, n), real, usually negative.
+        B: input matrix, (b, n, l); or (b, g, n, l) if the channels come in g consecutive groups of d / g.
+        C: output matrix, with the shape of B.
+        D: skip connection, (d,).
+        z: gate, (b, d, l).
+        delta_bias: bias added to delta, (d,).
         delta_softplus: whether delta goes through softplus.
         backend: ``"auto"``, ``"reference"`` (the readable truth), ``"chunked"`` (plain torch, any device), ``"triton"``
-            (kernels of this project, CUDA), ``"mamba_ssm"`` (the package's CUDA kernel).
+            (this project's CUDA kernels) or ``"mamba_ssm"`` (the package's CUDA kernel).
 
     Returns:
-        (b, d, l) in the dtype of ``u``; not necessarily contiguous.
+        The output y, (b, d, l), in the dtype of ``u``; not necessarily contiguous.
 
     Raises:
-        SettingsError: no such backend, or one that does not take these tensors.
+        SettingsError: the backend does not exist, or does not take these tensors.
         MissingPackageError: the backend's package is absent.
         ValueError: shapes do not fit together, or l is 0.
     """
@@ -125,7 +126,7 @@ def selective_scan(
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
     if B.dim() == 3:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
-    # Autocast would run the matrix products of the scan in half precision.
+    # Autocast would run the scan's matrix products in half precision, but the state must stay in float32.
     with torch.autocast(u.device.type, enabled=False):
         return BACKENDS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 

@@ -1,7 +1,7 @@
-"""The bidirectional state-space block: shared projections around two directional scans that run as one.
+"""Bidirectional state-space block: shared projections around two directional scans that run as one.
 
-Letters: B sub-images, P patches, M = P + 1 rows (tokens, then INS), L scan steps, X width of the tokens, E scan channels of
-a direction, G = 2 directions, W = G E channels of both directions or of a projection, N scan state, R rank of Delta.
+Letters: B sub-images, P patches, M = P + 1 rows (tokens, then INS), L scan steps, X token width, E scan channels per
+direction, G = 2 directions, W = G E channels of both directions or of a projection, N scan state, R rank of Delta.
 """
 
 import math
@@ -25,20 +25,20 @@ CONV_WIDTH = 4
 
 
 class BidirectionalScan(nn.Module):
-    """A forward and a backward scan, each with its own convolution, Delta, B, C, A and D, in one call of 2 E channels.
+    """Forward and backward scan in one call of 2 E channels, each with its own convolution, Delta, B, C, A and D.
 
-    Channels come direction by direction: the first E of every parameter are the forward scan's. As two groups of B and
-    C in one scan they halve the number of scan launches.
+    Channels come direction by direction: the first E channels of every parameter belong to the forward scan. As two groups
+    of B and C in one scan, the directions need half as many scan launches.
 
     Args:
-        inner_width: E.
-        state_size: N.
-        dt_rank: R.
-        local: makes the local summaries TL of tokens (B, P, ...); None where no order visits them.
+        inner_width: number of scan channels per direction, E.
+        state_size: size of the scan state, N.
+        dt_rank: rank of Delta's projection, R.
+        local: module that computes local summaries TL from tokens (B, P, ...); None if no order visits them.
         backend: scan backend, see `meteor.ssm.selective_scan`.
 
     Raises:
-        SettingsError: no such backend.
+        SettingsError: the backend does not exist.
         MissingPackageError: the backend's package is absent.
     """
 
@@ -57,7 +57,7 @@ class BidirectionalScan(nn.Module):
         self.local = local
         self.backend = backend
         width = NUM_DIRECTIONS * inner_width
-        # Mamba's causal depth-wise convolution.
+        # The causal depth-wise convolution of Mamba's block, with its four taps.
         self.conv = nn.Conv1d(width, width, CONV_WIDTH, groups=width)
         self.sizes = [dt_rank, state_size, state_size]
         self.x_proj = nn.Parameter(_uniform(NUM_DIRECTIONS, sum(self.sizes), inner_width))
@@ -67,24 +67,24 @@ class BidirectionalScan(nn.Module):
         self.dt_bias = nn.Parameter(_initial_dt_bias(width))
 
     def forward(self, row_BMX: Tensor, grids: Tensor, order: ScanOrder) -> Tensor:
-        """Visit the rows in each direction's order and return what stands at the tokens and at INS.
+        """Visit the rows in each direction's order and return the scan's outputs at the tokens and at INS.
 
         Args:
-            row_BMX: (B, M, X), the tokens T_1 ... T_P and, last, INS; with X = E both directions read the same channels,
-                with X = 2 E each its own half.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
-            order: both directions.
+            row_BMX: tokens T_1 ... T_P and, last, INS, (B, M, X). If X = E, both directions read the same channels; if
+                X = 2 E, each direction reads its own half.
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+            order: visiting orders of both directions.
 
         Returns:
-            (B, M, 2, E), forward and backward: the outputs at T_1 ... T_P and INS. Rows of padding are meaningless and
-            finite. The outputs are not gated.
+            Outputs at T_1 ... T_P and INS, (B, M, 2, E), forward before backward, not gated. Rows of padding are
+            meaningless but finite.
         """
-        # Padding stands after the last real step of either order, where a causal scan cannot carry it back: no mask on
-        # Delta is needed for a mixed batch to equal each sub-image alone.
+        # Padding comes after the last real step in both orders, and a causal scan cannot carry it back to real steps. A
+        # mixed batch therefore equals each sub-image alone without a mask on Delta.
         backend = resolve_backend(self.backend, row_BMX)
         u_BLW = self._visit(row_BMX, grids, order, backend)
         delta_GBLE, B_GBLN, C_GBLN = self._select(u_BLW)
-        # DeepSpeed keeps these three in bf16 with everything else; exp and softplus need more than its 8 bits.
+        # DeepSpeed keeps these three in bf16 like all weights; exp and softplus need more than its 8 bits of mantissa.
         dtype = accumulation_dtype(self.A_log.dtype)
         A_WN, D_W, bias_W = -torch.exp(self.A_log.to(dtype)), self.D.to(dtype), self.dt_bias.to(dtype)
         if backend == "triton":
@@ -105,10 +105,11 @@ class BidirectionalScan(nn.Module):
         return torch.stack([gather_rows(y_BLE, steps_BM) for y_BLE, steps_BM in read], dim=2)
 
     def _visit(self, row_BMX: Tensor, grids: Tensor, order: ScanOrder, backend: str) -> Tensor:
-        """The rows in visiting order, convolved, through SiLU: (B, L, W)."""
+        """Return the rows in visiting order after convolution and SiLU, (B, L, W)."""
         weight, bias = self.conv.weight, self.conv.bias
         assert bias is not None
         if backend == "triton" and not isinstance(self.local, WindowConv):
+            # Imported here because the module needs Triton, which a CPU machine may lack.
             from meteor.ssm.triton_visit import visit_windows
 
             window = self.local.window if self.local is not None else 1
@@ -120,7 +121,7 @@ class BidirectionalScan(nn.Module):
         return visit_rows(row_BMX, summary_BPX, order, weight, bias)
 
     def _select(self, u_BLW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What makes the scan selective: delta without its bias (G, B, L, E), B and C (G, B, L, N)."""
+        """Compute the input-dependent parameters: delta without its bias (G, B, L, E), B and C (G, B, L, N)."""
         size = u_BLW.shape[:2]
         u_GRE = u_BLW.reshape(-1, NUM_DIRECTIONS, self.inner_width).transpose(0, 1)
         dt_GRR, B_GRN, C_GRN = torch.bmm(u_GRE, self.x_proj.transpose(1, 2)).split(self.sizes, dim=-1)
@@ -138,7 +139,7 @@ class BidirectionalScan(nn.Module):
         bias_W: Tensor,
         order: ScanOrder,
     ) -> Tensor:
-        """Both directions in one launch that writes the rows read, (B, M, G, E), and nothing else."""
+        """Run both directions in one launch that writes only the rows that are read, (B, M, G, E)."""
         from meteor.ssm.triton_scan import scan_rows
 
         num_rows = order.read_steps.shape[2]
@@ -155,7 +156,7 @@ class BidirectionalScan(nn.Module):
             result_dtype=u_BLW.dtype,
             rows_bgl=order.rows,
             num_steps_b=order.num_steps,
-            # The table's first rows are TL, whose outputs nobody reads.
+            # The table's first rows are TL: they only inform the tokens, and their own outputs are not read.
             first_row=num_rows - 1,
             num_rows=num_rows,
         )
@@ -164,22 +165,23 @@ class BidirectionalScan(nn.Module):
 class BidirectionalSSM(nn.Module):
     """Input projection, two directional scans, their mean, SiLU gate, output projection (LLaVA-Meteor, section 3.2).
 
-    The paper is silent on the layout. With ``shared_projections`` the two directions read one input projection and meet
-    before one gate and one output projection. Without, each direction is a whole Mamba block, and the mean is taken of
-    the blocks' outputs. A mean, not a sum: summing has been seen to give NaNs in low precision.
+    The paper does not specify the layout. With ``shared_projections`` both directions read one input projection and meet
+    before one gate and one output projection. Without it, each direction is a whole Mamba block, and the blocks' outputs
+    are averaged. The directions are averaged, not summed, because summing gave NaNs in low precision.
 
     Args:
-        width: X.
-        inner_width: E, channels of each direction's scan.
-        state_size: N.
-        dt_rank: R; ``ceil(width / 16)`` when None, as in Mamba.
-        shared_projections: whether the directions share the projections.
-        window: side of the local window; None where no order visits a TL.
-        local: ``"mean"`` or ``"conv"``, how a window becomes a TL.
+        width: token width, X.
+        inner_width: number of channels of each direction's scan, E.
+        state_size: size of the scan state, N.
+        dt_rank: rank of Delta's projection, R; ``ceil(width / 16)`` if None, as in Mamba.
+        shared_projections: whether the directions share the input and output projections.
+        window: side of the local window; None if no order visits a TL.
+        local: operation that turns a window into a TL, ``"mean"`` or ``"conv"``.
         backend: scan backend, see `meteor.ssm.selective_scan`.
 
     Raises:
-        SettingsError: no such backend.
+        SettingsError: the backend does not exist.
+        MissingPackageError: the backend's package is absent.
     """
 
     def __init__(
@@ -198,7 +200,7 @@ class BidirectionalSSM(nn.Module):
         self.shared_projections = shared_projections
         self.projected_width = inner_width if shared_projections else NUM_DIRECTIONS * inner_width
         self.in_proj = nn.Linear(width, 2 * self.projected_width, bias=False)
-        # A scan over single tokens alone reads no summary: no parameters that would never get a gradient.
+        # A scan over tokens alone reads no summaries: a convolution for them would hold parameters without gradients.
         summary: WindowMean | WindowConv | None = None
         if window is not None:
             summary = WindowMean(window) if local == "mean" else WindowConv(self.projected_width, window)
@@ -215,28 +217,29 @@ class BidirectionalSSM(nn.Module):
         """Give every token and INS the context of their sub-image.
 
         Args:
-            row_BMX: (B, M, X), the tokens T_1 ... T_P and, last, INS.
-            grids: (B, 2) integer, (Hu, Wu) of each sub-image.
-            orders: one for each scan to run. All run with the same parameters, and their outputs are summed.
+            row_BMX: tokens T_1 ... T_P and, last, INS, (B, M, X).
+            grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+            orders: orders to scan in. All scans share the parameters, and their outputs are summed.
 
         Returns:
-            (B, M, X), without residual.
+            Tokens and INS with context, (B, M, X), without the residual connection.
         """
         x_BMW, z_BMW = self.in_proj(row_BMX).chunk(2, dim=-1)
         outputs = [self._join(self.scan(x_BMW, grids, order)) for order in orders]
         return self.out_proj(sum(outputs[1:], outputs[0]) * F.silu(z_BMW))
 
     def _join(self, y_BMGE: Tensor) -> Tensor:
-        """The mean of the directions; of separate blocks, their halves side by side, which out_proj adds up."""
+        """Average the directions; separate blocks keep their halves side by side, and out_proj adds them."""
         return y_BMGE.mean(dim=2) if self.shared_projections else y_BMGE.flatten(2) / NUM_DIRECTIONS
 
 
 def _uniform(num_matrices: int, out_width: int, in_width: int) -> Tensor:
-    """As `nn.Linear` starts, and mamba's Delta projection: uniform within in_width ** -0.5."""
+    """Draw matrices uniformly within in_width ** -0.5, the initialisation of `nn.Linear` and of Mamba's Delta projection."""
     return torch.empty(num_matrices, out_width, in_width).uniform_(-(in_width**-0.5), in_width**-0.5)
 
 
 def _initial_dt_bias(width: int) -> Tensor:
+    """Draw the bias of Delta so that softplus(bias) is log-uniform in [DT_MIN, DT_MAX], (W,)."""
     dt_W = torch.exp(torch.rand(width) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN))
     # The inverse of softplus.
     return dt_W + torch.log(-torch.expm1(-dt_W))

@@ -1,10 +1,10 @@
-"""The chunked scan: plain torch for any device, a backward pass of its own that recomputes states chunk by chunk.
+"""Chunked scan in plain torch, for any device; its own backward pass recomputes the states chunk by chunk.
 
-Letters: b, d, g, n, l are mamba's names for sequences, channels, groups, state and steps; G (sequence, group) pairs of
-a block, H = d / g channels of a group, N and L as n and l, T steps of a chunk, Q chunks.
+Letters: b, d, g, n, l are Mamba's names for sequences, channels, groups, state and steps. G is the number of (sequence,
+group) pairs of a block, H = d / g channels per group, N = n, L = l, T steps per chunk, Q chunks.
 
-Memory: the state at the start of each chunk is kept for the backward pass, l / T of the l states that autograd through a
-loop would keep; everything else lives in three buffers of one chunk.
+Memory: the backward pass keeps the state at the start of each chunk. These are l / T states, while autograd through a
+loop would keep all l. Everything else lives in three buffers of one chunk each.
 """
 
 import math
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from meteor.ssm.tensors import accumulation_dtype
 
-# 8, 16 and 32 steps are about equally fast on a CPU, with 64 the buffers leave its caches.
+# Chunks of 8, 16 and 32 steps are about equally fast on a CPU; with 64 steps the buffers no longer fit its caches.
 CHUNK_STEPS = 16
-# Sequences are scanned in blocks of about this many state elements, for the same reason.
+# State elements of a block of sequences; larger blocks no longer fit a CPU's caches either.
 _BLOCK_ELEMENTS = 1 << 16
 
 
@@ -35,7 +35,7 @@ def selective_scan_chunked(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    """Run the selective scan chunk by chunk; arguments and result as in `meteor.ssm.selective_scan`, B and C grouped."""
+    """Run the selective scan chunk by chunk; see `meteor.ssm.selective_scan`. B and C have groups, (b, g, n, l)."""
     dtype = accumulation_dtype(u.dtype)
     u_bdl, delta_bdl = u.to(dtype), delta.to(dtype)
     if delta_bias is not None:
@@ -52,17 +52,17 @@ def selective_scan_chunked(
 
 @torch.library.custom_op("meteor::chunked_scan", mutates_args=())
 def chunked_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l and y_l = C_l h_l; differentiable once, in every argument.
+    """Compute h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l and y_l = C_l h_l; differentiable once in every argument.
 
     Args:
-        u: (b, d, l), float32 or float64, like the others.
-        delta: (b, d, l), after bias and softplus.
-        A: (d, n).
-        B: (b, g, n, l).
-        C: (b, g, n, l).
+        u: input, (b, d, l), float32 or float64 like all arguments.
+        delta: step size after bias and softplus, (b, d, l).
+        A: state matrix, (d, n).
+        B: input matrix, (b, g, n, l).
+        C: output matrix, (b, g, n, l).
 
     Returns:
-        y (b, d, l), and the state before each chunk (Q, b g, n, d / g), for the backward pass.
+        The output y, (b, d, l), and the state before each chunk, (Q, b g, n, d / g), for the backward pass.
     """
     num_sequences, width, num_steps = u.shape
     y_lbd = u.new_empty(num_steps, num_sequences, width)
@@ -76,7 +76,13 @@ def chunked_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> t
 def chunked_scan_backward(
     dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `chunked_scan` with respect to u, delta, A, B and C, from dy (b, d, l) and the states it returned."""
+    """Return the gradients of `chunked_scan` for u, delta, A, B and C.
+
+    Args:
+        dy: gradient of the output, (b, d, l).
+        u, delta, A, B, C: arguments of `chunked_scan`.
+        starts: state before each chunk, as `chunked_scan` returned it, (Q, b g, n, d / g).
+    """
     grads = _empty_gradients(u, A, B)
     du_lbd, ddelta_lbd, dA_gnH, dB_lbgn, dC_lbgn = grads
     dA_gnH.zero_()
@@ -117,7 +123,7 @@ chunked_scan.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class _Block:
-    """Some sequences, laid out for the scan: steps first, then a (G, N, H) state whose channels are contiguous."""
+    """Block of sequences, laid out for the scan: steps first, then a (G, N, H) state whose channels are contiguous."""
 
     sequences: slice
     pairs: slice
@@ -129,7 +135,7 @@ class _Block:
     C_LGN: Tensor
 
     def scan(self, y_lbd: Tensor, start_QGNH: Tensor) -> None:
-        """Write the outputs and the states before each chunk."""
+        """Write the outputs into ``y_lbd`` and the state before each chunk into ``start_QGNH``."""
         num_steps, num_pairs, num_channels = self.u_LGH.shape
         decay_TGNH, state_TGNH = self._buffers(2)
         y_LG1H = y_lbd.new_empty(num_steps, num_pairs, 1, num_channels)
@@ -142,7 +148,7 @@ class _Block:
         y_lbd.copy_(y_LG1H.reshape(y_lbd.shape))
 
     def scan_back(self, dy_bdl: Tensor, start_QGNH: Tensor, grads: tuple[Tensor, ...]) -> None:
-        """Write the gradients; dA is added to."""
+        """Write the gradients of u, delta, B and C into ``grads``; add the gradient of A to its sum over blocks."""
         du_lbd, ddelta_lbd, dA_gnH, dB_lbgn, dC_lbgn = grads
         dy_LGH = dy_bdl.permute(2, 0, 1).reshape(self.u_LGH.shape)
         dinput_LGH, ddelta_LGH = torch.empty_like(dy_LGH), torch.empty_like(dy_LGH)
@@ -153,7 +159,7 @@ class _Block:
         )
         decay_TGNH, state_TGNH, grad_TGNH = self._buffers(3)
         decay_steps, grad_steps = decay_TGNH.unbind(), grad_TGNH.unbind()
-        # What the steps after a chunk say about its last state.
+        # Gradient of a chunk's last state that flows back from the steps after the chunk.
         carry_GNH = torch.zeros_like(self.A_GNH)
         for chunk, steps in reversed(list(enumerate(_chunks(len(dy_LGH))))):
             state = self._states(steps, start_QGNH[chunk], decay_TGNH, state_TGNH)
@@ -164,8 +170,8 @@ class _Block:
                 grad_steps[step].addcmul_(decay_steps[step + 1], grad_steps[step + 1])
             torch.matmul(self.B_LGN[steps].unsqueeze(2), grad, out=dinput_LGH[steps].unsqueeze(2))
             carry_GNH = decay[0] * grad[0]
-            # The gradient of delta A: decay x gradient x state before. Sums over channels by multiply and sum: a
-            # batched matrix product with a vector is several times slower here.
+            # The gradient of delta A is decay x gradient x state before the step. Sums over channels multiply and add,
+            # because a batched matrix product with a vector is several times slower here.
             dlog = decay.mul_(grad)
             torch.sum(grad.mul_(self.input_LGH[steps].unsqueeze(2)), 3, out=dB_LGN[steps])
             torch.sum(torch.mul(state, dy_LGH[steps].unsqueeze(2), out=grad), 3, out=dC_LGN[steps])
@@ -180,10 +186,10 @@ class _Block:
         dA_gnH += dA_GNH.unflatten(0, (-1, len(dA_gnH))).sum(0)
 
     def _states(self, steps: slice, start_GNH: Tensor, decay_TGNH: Tensor, state_TGNH: Tensor) -> Tensor:
-        """The decays and states of a chunk, into the buffers; returns the states."""
+        """Compute a chunk's decays and states in the buffers and return the states."""
         delta_TG1H = self.delta_LGH[steps].unsqueeze(2)
         decay, state = decay_TGNH[: len(delta_TG1H)], state_TGNH[: len(delta_TG1H)]
-        # A is in units of log 2: torch's exp2 is three times as fast as its exp on a CPU.
+        # A in units of log 2 allows exp2, which is three times as fast as exp in torch on a CPU.
         torch.mul(delta_TG1H, self.A_GNH / math.log(2), out=decay).exp2_()
         torch.mul(self.B_LGN[steps].unsqueeze(3), self.input_LGH[steps].unsqueeze(2), out=state)
         before_GNH = start_GNH
@@ -199,7 +205,7 @@ class _Block:
 def _blocks(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Iterator[_Block]:
     num_sequences, width, _ = u.shape
     num_groups, num_states = B.shape[1:3]
-    # On a GPU one block of everything: fewer, larger launches.
+    # A GPU gets everything as one block: fewer and larger launches.
     size = max(_BLOCK_ELEMENTS // (width * num_states), 1) if u.device.type == "cpu" else max(num_sequences, 1)
     A_gnH = A.reshape(num_groups, width // num_groups, num_states).transpose(1, 2)
     for first in range(0, num_sequences, size):

@@ -1,4 +1,4 @@
-"""The one door to mamba-ssm: its CUDA kernel as a scan backend."""
+"""CUDA kernel of the package mamba-ssm as a scan backend; no other file imports the package."""
 
 from types import ModuleType
 
@@ -9,7 +9,7 @@ from meteor.optional import import_optional
 
 
 def load_mamba() -> ModuleType:
-    """The module that holds mamba's kernel.
+    """Import the module that holds mamba-ssm's kernel.
 
     Raises:
         MissingPackageError: mamba-ssm, or its compiled CUDA extension, is absent.
@@ -32,10 +32,10 @@ def selective_scan_mamba(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    """Hand over to ``selective_scan_fn``; arguments and result as in `meteor.ssm.selective_scan`, B and C with groups.
+    """Run mamba-ssm's ``selective_scan_fn``; see `meteor.ssm.selective_scan`. B and C have groups, (b, g, n, l).
 
     Raises:
-        SettingsError: tensors are not on a CUDA device, or float64.
+        SettingsError: tensors are not on a CUDA device, or are float64.
         MissingPackageError: mamba-ssm is absent.
     """
     mamba = load_mamba()
@@ -44,7 +44,7 @@ def selective_scan_mamba(
             f"scan_backend='mamba_ssm' takes float32, bfloat16 and float16 on CUDA; u is {u.dtype} on {u.device}. "
             "Use scan_backend='chunked' there"
         )
-    # Its kernel asks for one dtype of all that varies along the sequence, and float32 for the rest.
+    # The kernel requires one dtype for all tensors that vary along the sequence, and float32 for the others.
     delta, B, C = (tensor.to(u.dtype) for tensor in (delta, B, C))
     D, delta_bias = (None if vector is None else vector.float() for vector in (D, delta_bias))
     z = None if z is None else z.to(u.dtype)

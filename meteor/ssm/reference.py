@@ -1,4 +1,4 @@
-"""The reference scan: the recurrence as it is written, step by step; the truth that every other backend is compared with."""
+"""Reference scan: the recurrence step by step, as the paper writes it. Every other backend is compared with it."""
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,10 @@ def selective_scan_reference(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    """Run the selective scan; arguments and result as in `meteor.ssm.selective_scan`, B and C with groups.
+    """Run the selective scan step by step; see `meteor.ssm.selective_scan`. B and C have groups, (b, g, n, l).
 
-    The state is float32 (float64 for float64 inputs). For truth, not for training: under autograd each step keeps several
-    (b, d, n), and adds to gradients of the whole sequence.
+    The state is float32 (float64 for float64 inputs). The function is for comparison, not for training: under autograd each
+    step keeps several (b, d, n) tensors and adds to gradients of the whole sequence.
     """
     result_dtype, dtype = u.dtype, accumulation_dtype(u.dtype)
     channels_per_group = u.shape[1] // B.shape[1]

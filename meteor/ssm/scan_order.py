@@ -1,6 +1,6 @@
-"""The order in which a scan visits a sub-image: local summaries (TL), tokens (T) and the instruction token (INS).
+"""Order in which a scan visits a sub-image: local summaries (TL), tokens (T) and the instruction token (INS).
 
-Letters: B sub-images, P patches (the most of the batch), L steps of the scan.
+Letters: B sub-images, P patches (largest number in the batch), L steps of the scan.
 """
 
 from typing import NamedTuple
@@ -13,15 +13,15 @@ DIRECTIONS = ("forward", "backward")
 
 
 class ScanIndex(NamedTuple):
-    """Where each step of a scan finds its row, and where the scan's results are.
+    """Visiting order of one direction as indices: from steps to rows, and from tokens back to steps.
 
     Attributes:
-        order: (B, L) long, the row visited at each step, an index into the concatenation
-            ``[TL (P) | T (P) | INS (1)]``. Steps that are padding point at INS.
-        valid: (B, L) bool, True at real steps. Padding comes only after the last real step, so that a causal scan
-            cannot carry it into a real one.
-        token_steps: (B, P) long, the step at which T_i is visited; 0 for patches that are padding.
-        instruction_step: (B,) long, the step at which INS is visited.
+        order: row visited at each step, (B, L) long, an index into the concatenation ``[TL (P) | T (P) | INS (1)]``.
+            Steps of padding point at INS.
+        valid: True at real steps, (B, L) bool. Padding comes only after the last real step, so that a causal scan cannot
+            carry it into a real step.
+        token_steps: step at which T_i is visited, (B, P) long; 0 for patches of padding.
+        instruction_step: step at which INS is visited, (B,) long.
     """
 
     order: Tensor
@@ -31,14 +31,14 @@ class ScanIndex(NamedTuple):
 
 
 class ScanOrder(NamedTuple):
-    """The visiting orders of a forward and a backward scan, side by side.
+    """Visiting orders of a forward and a backward scan, side by side.
 
     Attributes:
-        rows: (B, 2, L) long, the row visited at each step, an index into ``[TL (P) | T (P) | INS (1)]``. Steps that are
-            padding point at INS; they come after the last real step.
-        num_steps: (B,) long, real steps.
-        read_steps: (B, 2, P + 1) long, the steps at which T_1 ... T_P and INS are visited; 0 for padding.
-        has_summaries: whether a TL is visited.
+        rows: row visited at each step, (B, 2, L) long, an index into ``[TL (P) | T (P) | INS (1)]``. Steps of padding
+            point at INS and come after the last real step.
+        num_steps: number of real steps, (B,) long.
+        read_steps: steps at which T_1 ... T_P and INS are visited, (B, 2, P + 1) long; 0 for padding.
+        has_summaries: whether the orders visit any TL.
     """
 
     rows: Tensor
@@ -48,7 +48,7 @@ class ScanOrder(NamedTuple):
 
 
 def scan_order(num_patches_B: Tensor, max_patches: int, mode: str) -> ScanOrder:
-    """Both directions of `scan_index`, with its arguments and errors."""
+    """Compute both directions of `scan_index`; arguments and errors are described there."""
     directions = [scan_index(num_patches_B, max_patches, mode, direction) for direction in DIRECTIONS]
     return ScanOrder(
         rows=torch.stack([index.order for index in directions], dim=1),
@@ -65,19 +65,20 @@ def scan_sequence(
 ) -> list[tuple[str, int]]:
     """Spell out the visiting order of one sub-image (LLaVA-Meteor, section 3.2, equation 1).
 
-    The backward order is not the flip of the forward one: in both directions TL_i comes right before T_i. INS stands
-    at the same place of the map in both, between the patches ``num_patches // 2 - 1`` and ``num_patches // 2``.
+    The backward order is not the flip of the forward order: in both directions TL_i comes right before T_i. In both, INS
+    stands between the patches ``num_patches // 2 - 1`` and ``num_patches // 2`` of the map.
 
     Args:
-        num_patches: P, at least 0.
-        mode: ``"single"`` (T alone) or ``"local_to_single"``.
+        num_patches: number of patches P, at least 0.
+        mode: ``"single"`` (tokens T alone) or ``"local_to_single"``.
         direction: ``"forward"`` or ``"backward"``.
 
     Returns:
-        ``(kind, patch)`` in visiting order; kind is ``"TL"``, ``"T"`` or ``"INS"``, patch is 0-based and -1 for INS.
+        Pairs ``(kind, patch)`` in visiting order; kind is ``"TL"``, ``"T"`` or ``"INS"``, patch counts from 0 and is -1 for
+        INS.
 
     Raises:
-        ValueError: for another mode (``"both"`` names two sequences), another direction, or a negative count.
+        ValueError: the mode or direction is unknown (``"both"`` names two sequences), or the count is negative.
     """
     _check(mode, direction)
     if num_patches < 0:
@@ -91,12 +92,12 @@ def scan_sequence(
 
 
 def scan_index(num_patches_B: Tensor, max_patches: int, mode: str, direction: str) -> ScanIndex:
-    """Compute the visiting orders of a batch of sub-images at once; each equals its `scan_sequence`.
+    """Compute the visiting orders of a batch of sub-images at once; each order equals its `scan_sequence`.
 
     Args:
-        num_patches_B: (B,) integer, patches of each sub-image, each at most ``max_patches``. Nothing is read back to
-            the host.
-        max_patches: P, the padded number of patches.
+        num_patches_B: number of patches of each sub-image, (B,) integer, at most ``max_patches``. Nothing is read back
+            to the host.
+        max_patches: padded number of patches, P.
         mode: ``"single"`` or ``"local_to_single"``.
         direction: ``"forward"`` or ``"backward"``.
 
@@ -104,7 +105,7 @@ def scan_index(num_patches_B: Tensor, max_patches: int, mode: str, direction: st
         `ScanIndex` with L = P + 1 (``"single"``) or 2 P + 1 (``"local_to_single"``) steps.
 
     Raises:
-        ValueError: for another mode or direction.
+        ValueError: the mode or direction is unknown.
     """
     _check(mode, direction)
     steps_per_patch = 2 if mode == "local_to_single" else 1
@@ -114,7 +115,7 @@ def scan_index(num_patches_B: Tensor, max_patches: int, mode: str, direction: st
     device = num_patches_B.device
 
     step_L = torch.arange(steps_per_patch * max_patches + 1, device=device)
-    # The steps without INS, numbered through: patch after patch, steps_per_patch of them each.
+    # Number of each step when INS is left out: every patch has steps_per_patch consecutive numbers.
     slot_BL = step_L - (step_L > instruction_B1).long()
     rank_BL = slot_BL // steps_per_patch
     patch_BL = rank_BL if direction == "forward" else num_B1 - 1 - rank_BL

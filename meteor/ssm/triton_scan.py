@@ -1,6 +1,6 @@
-"""The selective scan in Triton as a differentiable torch operation; the kernels are in `meteor.ssm.triton_scan_kernels`.
+"""Selective scan in Triton as a differentiable torch operation; `meteor.ssm.triton_scan_kernels` has the kernels.
 
-Letters: b sequences, g groups, l steps, n states, e channels of a group, m rows of the result, Q chunks.
+Letters: b sequences, g groups, l steps, n states, e channels per group, m rows of the result, Q chunks.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from meteor.ssm.triton_scan_kernels import scan_backward, scan_forward
 
-# Steps between saved states. The backward kernel holds the states of one chunk in registers; 16 would not fit.
+# Steps between saved states. The backward kernel holds the states of a chunk in registers, where those of 16 steps would
+# not fit.
 _CHUNK_STEPS = 8
-# Channels of a program: a thread each.
+# Channels per program: each of a warp's 32 threads has its own channel.
 _BLOCK = 32
 _MIN_STATES = 2
 
@@ -31,9 +32,9 @@ def selective_scan_triton(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    """Run the selective scan; arguments and result as in `meteor.ssm.selective_scan`, B and C with groups.
+    """Run the selective scan in Triton; see `meteor.ssm.selective_scan`. B and C have groups, (b, g, n, l).
 
-    Channels that lie side by side in memory, (b, d, l) as a view of (b, l, d), are read as they are; others are copied.
+    Tensors (b, d, l) whose channels are neighbours in memory (views of (b, l, d)) are read in place; others are copied.
     """
     num_groups = B.shape[1]
 
@@ -49,7 +50,7 @@ def selective_scan_triton(
         None if D is None else D.unflatten(0, (num_groups, -1)),
         None if delta_bias is None else delta_bias.unflatten(0, (num_groups, -1)),
         delta_softplus,
-        # A gate follows: round once, after it.
+        # If a gate follows, the result stays in float32 until after the gate, and is rounded once.
         result_dtype=u.dtype if z is None else torch.float32,
     )
     y_bdl = y_blge.flatten(2).transpose(1, 2)
@@ -72,22 +73,24 @@ def scan_rows(
     first_row: int = 0,
     num_rows: int | None = None,
 ) -> Tensor:
-    """Scan every (sequence, group), and put the output of each step where it belongs.
+    """Scan every (sequence, group) and write the output of each step to its row of the result.
 
     Args:
-        u_blge, delta_blge: (b, l, g, e).
-        A_gen: (g, e, n).
-        B_blgn, C_blgn: (b, l, g, n).
-        D_ge, bias_ge: (g, e), skip connection and bias of delta.
+        u_blge, delta_blge: input and step size, (b, l, g, e).
+        A_gen: state matrix, (g, e, n).
+        B_blgn, C_blgn: input and output matrix, (b, l, g, n).
+        D_ge, bias_ge: skip connection and bias of delta, (g, e).
         softplus: whether delta goes through softplus.
-        result_dtype: of the result.
-        rows_bgl: (b, g, l) integer; the output of step s goes to row ``rows_bgl[:, :, s] - first_row`` of the result, and
-            is dropped where that is negative. None: step s goes to row s.
-        num_steps_b: (b,) integer, with ``rows_bgl``: steps of each sequence; later ones are padding, and not scanned.
-        first_row, num_rows: see ``rows_bgl``.
+        result_dtype: dtype of the result.
+        rows_bgl: rows of the result, (b, g, l) integer: step s is written to row ``rows_bgl[:, :, s] - first_row``, and
+            dropped if that is negative. If None, step s is written to row s.
+        num_steps_b: number of steps of each sequence, (b,) integer, given with ``rows_bgl``; later steps are padding and
+            are not scanned.
+        first_row: value of ``rows_bgl`` that means row 0 of the result.
+        num_rows: number of rows of the result, m; l if None.
 
     Returns:
-        (b, m, g, e), zero at rows that no step goes to.
+        The outputs, (b, m, g, e), zero at rows that no step is written to.
     """
     y, _ = _scan(
         _last_contiguous(u_blge),
@@ -157,7 +160,8 @@ def _scan_backward(
     du, ddelta = (
         tensor.new_empty(num_sequences, num_groups, max_steps, width, dtype=tensor.dtype) for tensor in (u, delta)
     )
-    # Parts of sums over programs: added up afterwards in one fixed order, so that a run can be repeated bit for bit.
+    # Programs write parts of sums, which are added afterwards in a fixed order. Atomic additions would come in a random
+    # order, and a run could not be repeated bit for bit.
     part_dA = starts.new_empty(num_pairs, num_states, width)
     part_dD, part_dbias = (starts.new_empty(num_pairs, width) for _ in range(2))
     part_dB, part_dC = (starts.new_empty(num_blocks, num_pairs, max_steps, num_states) for _ in range(2))
@@ -246,7 +250,7 @@ _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current, because Triton launches kernels on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -277,7 +281,7 @@ def _constants(A: Tensor, D: Tensor | None, bias: Tensor | None, rows: Tensor | 
 
 def _empty_result(u: Tensor, A: Tensor, rows: Tensor | None, num_rows: int, dtype: torch.dtype) -> Tensor:
     shape = (u.shape[0], num_rows, u.shape[2], u.shape[3])
-    # Rows of padding are never visited, and must be finite.
+    # No step writes to rows of padding, which must be finite: zeros instead of uninitialised memory.
     return u.new_empty(shape, dtype=dtype) if rows is None else u.new_zeros(shape, dtype=dtype)
 
 

@@ -1,10 +1,10 @@
 """Triton kernels of the selective scan: forward, and backward by recomputation from saved states.
 
-One program, a single warp, scans BLOCK channels of one (sequence, group) from its first step to its last. Its state is a
-tile [STATES, BLOCK] in registers: threads lie along the channels, each holds all states of its own, so that the sum over
-states is additions inside a thread. Training has thousands of such programs; nothing is gained by splitting steps.
+A program is a single warp. It scans BLOCK channels of one (sequence, group) from the first step to the last. Its state is
+a tile [STATES, BLOCK] in registers: each thread holds all states of its own channel, so the sum over states needs no
+exchange between threads. Training has thousands of these programs; splitting the steps would gain nothing.
 
-Letters: b sequences, g groups, l steps, n states, e channels of a group, m rows of the result.
+Letters: b sequences, g groups, l steps, n states, e channels per group, m rows of the result.
 """
 
 import triton
@@ -15,7 +15,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _softplus(x):
-    # log1p by Kahan's formula: log(1 + e) alone loses all digits of small e. As in torch, the identity above 20.
+    # triton.language has no log1p, and log(1 + e) alone loses all digits of small e: Kahan's formula keeps them. Above 20 the
+    # function is the identity, as in torch.
     e = tl.exp(tl.minimum(x, 20.0))
     w = 1.0 + e
     log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
@@ -44,10 +45,11 @@ def scan_forward(
     CHUNK: tl.constexpr,
     STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y of every step, or with BY_ROWS of the steps whose row is in [first_row, ...), and the state before each chunk.
+    """Write the output y of each step and the state before each chunk.
 
-    a (g, e, n), d and bias (g, e), rows (b, g, l), num_steps (b) and starts (b, g, chunk, n, e) are contiguous; of the
-    others the last dimension is. With BY_ROWS the scan of each sequence ends after its own num_steps.
+    With BY_ROWS only the outputs of steps whose row is at least first_row are written, and each sequence ends after its own
+    num_steps. The arrays a (g, e, n), d and bias (g, e), rows (b, g, l), num_steps (b) and starts (b, g, chunk, n, e) are
+    contiguous; the others are contiguous in their last dimension.
     """
     block = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -107,10 +109,11 @@ def scan_backward(
     CHUNK: tl.constexpr,
     STATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `scan_forward`, chunk by chunk from the last; strides of y are those of dy.
+    """Write the gradients of `scan_forward`, from the last chunk to the first; the strides of y are those of dy.
 
-    du and ddelta (b, g, l, e) are contiguous. What is summed over programs is written as float32 parts, so that the sums
-    have one order: da (b g, n, e), dd and dbias (b g, e), db and dc (channel block, b g, l, n).
+    The arrays du and ddelta (b, g, l, e) are contiguous. Gradients that are summed over programs are written as float32
+    parts, so that they can be added in a fixed order. The parts are da (b g, n, e), dd and dbias (b g, e), db and dc
+    (channel block, b g, l, n).
     """
     block = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -152,7 +155,7 @@ def scan_backward(
     da = tl.zeros([STATES, BLOCK], tl.float32)
     dskip = tl.zeros([1, BLOCK], tl.float32)
     dbias = tl.zeros([1, BLOCK], tl.float32)
-    # What later steps say about the state they start from.
+    # Gradient of a step's state that flows back from the steps after it.
     carry = tl.zeros([STATES, BLOCK], tl.float32)
     num_own_chunks = tl.cdiv(num_steps, CHUNK)
     for chunk_from_last in range(num_own_chunks):
@@ -190,7 +193,7 @@ def scan_backward(
             state = before[CHUNK - 1 - i]
             dlog = carry * state
             da += dlog * delta
-            # a is in units of log 2.
+            # The kernel keeps a in units of log 2 because exp2 is faster than exp; the gradient is undone here.
             ddelta = tl.sum(dlog * a, axis=0, keep_dims=True) / _LOG2_E + dinput * u
             if SOFTPLUS:
                 ddelta = ddelta * tl.sigmoid(raw + bias)

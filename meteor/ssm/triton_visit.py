@@ -1,7 +1,9 @@
-"""`meteor.ssm.visit.visit_rows` in Triton, with the window mean inside; kernels in `meteor.ssm.triton_visit_kernels`.
+"""Triton version of `meteor.ssm.visit.visit_rows` that includes the window mean.
 
-Letters: B sub-images, P patches, M = P + 1 rows (tokens, then INS), L scan steps, E scan channels of a direction, W = 2 E,
-X channels of the rows: E where the directions share them, else W.
+The kernels are in `meteor.ssm.triton_visit_kernels`.
+
+Letters: B sub-images, P patches, M = P + 1 rows (tokens, then INS), L scan steps, E scan channels per direction, W = 2 E,
+X channels of the rows: E if the directions share them, otherwise W.
 """
 
 from typing import Any
@@ -23,18 +25,18 @@ _NUM_WARPS = 2
 def visit_windows(
     row_BMX: Tensor, grids: Tensor, order: ScanOrder, weight_W1K: Tensor, bias_W: Tensor, *, window: int
 ) -> Tensor:
-    """SiLU(conv(rows in visiting order)), where TL is the mean of a window.
+    """Return SiLU(conv(rows in visiting order)), in which each TL is the mean of a window.
 
     Args:
-        row_BMX: (B, M, X), T_1 ... T_P and INS. With X = W each direction has its own half.
-        grids: (B, 2) integer, patch grids (Hu, Wu).
-        order: both directions.
-        weight_W1K: (W, 1, 4), of a depth-wise convolution that sees earlier steps alone.
-        bias_W: (W,).
-        window: odd side of the window; ignored where the order visits no TL.
+        row_BMX: rows T_1 ... T_P and INS, (B, M, X). If X = W, each direction has its own half.
+        grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
+        order: visiting orders of both directions.
+        weight_W1K: weight of a causal depth-wise convolution, (W, 1, 4).
+        bias_W: bias of the convolution, (W,).
+        window: odd side of the window in patches; ignored if the order visits no TL.
 
     Returns:
-        (B, L, W), the forward direction's channels first; zero at padding.
+        The visited rows, (B, L, W), the forward direction's channels first; zero at padding.
     """
     return _visit(
         row_BMX.contiguous(),
@@ -71,9 +73,9 @@ def _visit_backward(
     num_rows, num_patches = x.shape[1], x.shape[1] - 1
     first_row = 0 if half else num_patches
     num_segments = triton.cdiv(max_steps, _SEGMENT_STEPS)
-    # Zero: padding and, without summaries, nothing else is never visited.
+    # Zeros, because rows of padding are never visited and get no gradient from the kernel.
     dtable = x.new_zeros(num_sub_images, 2, num_patches + num_rows - first_row, width)
-    # Parts of sums, added up afterwards in one fixed order.
+    # Programs write parts of sums, which are added afterwards in a fixed order: runs repeat bit for bit.
     part_dweight = x.new_empty(num_sub_images, num_segments, 2 * width, NUM_TAPS, dtype=torch.float32)
     part_dbias = x.new_empty(num_sub_images, num_segments, 2 * width, dtype=torch.float32)
     dx = x.new_empty(x.shape)
@@ -124,7 +126,7 @@ def _launch_grid(width: int, max_steps: int, num_sub_images: int) -> tuple[int, 
 
 
 def _strides(x: Tensor, bias: Tensor) -> tuple[int, int, int]:
-    """Of sub-images, rows and directions."""
+    """Return the strides of sub-images, rows and directions in ``x``."""
     width = len(bias) // 2
     return x.stride(0), x.stride(1), 0 if x.shape[2] == width else width
 
@@ -134,5 +136,5 @@ def _constants(half: int) -> dict[str, int]:
 
 
 def _empty_result(x: Tensor, order: Tensor, bias: Tensor) -> Tensor:
-    # len() of a tensor is a constant to torch.compile.
+    # torch.compile takes len() of a tensor as a constant, which keeps the width out of its symbolic shapes.
     return x.new_empty(x.shape[0], order.shape[2], len(bias))

@@ -1,10 +1,10 @@
 """Triton kernels of the visit: rows in scan order, causal convolution of four taps and SiLU, for both directions at once.
 
-The interleaved sequence TL_1 T_1 TL_2 T_2 ... is never written: a program walks it, taking each T from the map and making
-each TL, the mean of a window, on the spot from rows that its cache holds.
+The interleaved sequence TL_1 T_1 TL_2 T_2 ... is never written to memory. A program walks along it, reads each T from the
+map, and computes each TL, the mean of a window, from rows that are still in the GPU's cache.
 
 Letters: b sub-images, g directions, p patches (padded), m = p + 1 rows of the map (tokens, then INS), k rows of the table
-[TL (p) | T (p) | INS], l steps, e channels of a direction.
+[TL (p) | T (p) | INS], l steps, e channels per direction.
 """
 
 import triton
@@ -24,7 +24,7 @@ def _window_mean(x_ptr, patch, num_rows, num_columns, stride_m, e, e_ok, HALF: t
             at = x_ptr + (patch + down * num_columns + right) * stride_m + e
             total += tl.load(at, mask=e_ok & inside, other=0.0).to(tl.float32)
             count += inside.to(tl.int32)
-    # Rounded as a summary that is written to memory would be.
+    # Round as a summary that is written to memory would be, so that this kernel agrees with the plain torch version.
     return (total / count).to(x_ptr.dtype.element_ty).to(tl.float32)
 
 
@@ -33,7 +33,7 @@ def _visited(
     x_ptr, order_ptr, step, num_patches, num_rows, num_columns, stride_m, e, e_ok,
     HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The row visited at a step; zeros before the first."""
+    """Return the row visited at a step; zeros before the first step, as the convolution's padding."""
     row = tl.load(order_ptr + step, mask=step >= 0, other=0).to(tl.int32)
     value = tl.zeros([BLOCK], tl.float32)
     if step >= 0:
@@ -51,10 +51,11 @@ def visit_forward(
     num_patches, max_steps, width, stride_b, stride_m, stride_g,
     HALF: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """u (b, l, g, e) = SiLU(conv(rows visited)), zero at padding.
+    """Write u (b, l, g, e) = SiLU(conv(rows visited)), zero at padding.
 
-    x (b, m, ...) has channels side by side, those of direction g at g * stride_g (0 where the directions share them).
-    order (b, g, l) points into the table, num_steps (b), grids (b, 2), weight (g, e, 4) and bias (g, e) are contiguous.
+    The channels of x (b, m, ...) are contiguous; those of direction g begin at g * stride_g, and stride_g is 0 if the
+    directions share them. The array order (b, g, l) points into the table. It and num_steps (b), grids (b, 2), weight
+    (g, e, 4) and bias (g, e) are contiguous.
     """
     block, segment = tl.program_id(0), tl.program_id(1)
     pair = tl.program_id(2).to(tl.int64)
@@ -99,10 +100,11 @@ def visit_backward(
     num_patches, max_steps, width, num_segments, first_row, num_table_rows, stride_b, stride_m, stride_g,
     HALF: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `visit_forward` with respect to the rows visited, the weight and the bias.
+    """Write the gradients of `visit_forward` for the visited rows, the weight and the bias.
 
-    du (b, l, g, e) is contiguous. dtable (b, g, k, e) gets each visited row's gradient, at row - first_row; every row is
-    visited once at most. dweight (b, segment, g, e, 4) and dbias (b, segment, g, e) are float32 parts.
+    The array du (b, l, g, e) is contiguous. The gradient of each visited row is written to dtable (b, g, k, e) at
+    row - first_row; a row is visited at most once. The arrays dweight (b, segment, g, e, 4) and dbias (b, segment, g, e)
+    are float32 parts, to be added over sub-images and segments.
     """
     block, segment = tl.program_id(0), tl.program_id(1)
     pair = tl.program_id(2).to(tl.int64)
@@ -132,7 +134,7 @@ def visit_backward(
     first = segment * SEGMENT
     end = tl.minimum(first + SEGMENT, num_steps)
     if first < end:
-        # A row feeds the three steps after it as well: the walk back begins that much later.
+        # A row also enters the convolution of the three steps after it, so the backward walk begins three steps later.
         last = tl.minimum(end + 3, num_steps) - 1
         dpre1 = tl.zeros([BLOCK], tl.float32)
         dpre2 = tl.zeros([BLOCK], tl.float32)
@@ -177,10 +179,10 @@ def rows_backward(
     num_patches, width, num_map_rows, num_table_rows,
     SHARED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx (b, m, ...) from dtable (b, g, k, e): a token's own gradient, and its share of each window mean it is part of.
+    """Write dx (b, m, ...) from dtable (b, g, k, e): a token's own gradient plus its share of each window it is in.
 
-    With SHARED the directions read the same channels, and dx (b, m, e) is their sum; else dx is (b, m, g, e). HALF is 0
-    where no TL is visited; dtable then starts at T.
+    With SHARED the directions read the same channels, and dx (b, m, e) is their sum; otherwise dx is (b, m, g, e). If no TL
+    is visited, HALF is 0 and dtable starts at T.
     """
     block, row = tl.program_id(0), tl.program_id(1)
     sub_image = tl.program_id(2).to(tl.int64)
@@ -205,7 +207,7 @@ def rows_backward(
             for down in tl.static_range(-HALF, HALF + 1):
                 for right in tl.static_range(-HALF, HALF + 1):
                     inside = (i + down >= 0) & (i + down < num_rows) & (j + right >= 0) & (j + right < num_columns)
-                    # Neither INS nor padding is part of a window.
+                    # Rows of INS and of padding are in no window.
                     inside = inside & (row < num_rows * num_columns)
                     top, bottom = tl.maximum(i + down - HALF, 0), tl.minimum(i + down + HALF, num_rows - 1)
                     left, right_end = tl.maximum(j + right - HALF, 0), tl.minimum(j + right + HALF, num_columns - 1)

@@ -1,8 +1,8 @@
-"""Local summaries (TL): one token for the window around each patch, on maps of different shapes in one batch.
+"""Local summaries (TL): a token for the window around each patch, for maps of different shapes in one batch.
 
-Nothing is read on the host: rows and columns of the map are reached by index arithmetic on the row-major patches.
+Nothing is read on the host: index arithmetic on row-major patches reaches the rows and columns of each map.
 
-Letters: B sub-images, P patches (the most of the batch), X channels, w side of the window.
+Letters: B sub-images, P patches (largest number in the batch), X channels, w side of the window.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from meteor.ssm.tensors import accumulation_dtype, gather_rows
 
 
 class PatchMaps(NamedTuple):
-    """The maps of a batch: patch p of a sub-image stands in row p // num_columns and column p % num_columns.
+    """Shapes of a batch's maps: patch p of a sub-image is in row p // num_columns and column p % num_columns.
 
     Attributes:
-        num_rows: (B, 1) long, Hu.
-        num_columns: (B, 1) long, Wu.
-        patch: (P,) long, 0 ... P - 1.
+        num_rows: rows Hu of each map, (B, 1) long.
+        num_columns: columns Wu of each map, (B, 1) long.
+        patch: patch numbers 0 ... P - 1, (P,) long.
     """
 
     num_rows: Tensor
@@ -28,12 +28,12 @@ class PatchMaps(NamedTuple):
 
     @classmethod
     def of(cls, grids: Tensor, max_patches: int, device: torch.device) -> "PatchMaps":
-        """The maps of sub-images with the patch grids (Hu, Wu), (B, 2) integer, each of at most ``max_patches``."""
+        """Build the maps of sub-images from patch grids (Hu, Wu), (B, 2) integer, each of at most ``max_patches``."""
         num_rows_B1, num_columns_B1 = grids.to(device).long().split(1, dim=1)
         return cls(num_rows_B1, num_columns_B1, torch.arange(max_patches, device=device))
 
     def up_or_down(self, token_BPX: Tensor, num_rows: int) -> Tensor:
-        """What stands ``num_rows`` below each patch (above, if negative), 0 outside the map; (B, P, X)."""
+        """Return the token ``num_rows`` below each patch (above if negative), 0 outside the map, (B, P, X)."""
         if num_rows == 0:
             return token_BPX
         row_BP = self.patch // self.num_columns + num_rows
@@ -42,7 +42,7 @@ class PatchMaps(NamedTuple):
         return gather_rows(token_BPX, index_BP) * inside_BP.unsqueeze(-1)
 
     def sideways(self, token_BPX: Tensor, num_columns: int) -> Tensor:
-        """What stands ``num_columns`` to the right of each patch (left, if negative), 0 outside the map; (B, P, X)."""
+        """Return the token ``num_columns`` right of each patch (left if negative), 0 outside the map, (B, P, X)."""
         if num_columns == 0:
             return token_BPX
         column_BP = self.patch % self.num_columns + num_columns
@@ -50,7 +50,7 @@ class PatchMaps(NamedTuple):
         return token_BPX.roll(-num_columns, dims=1) * inside_BP.unsqueeze(-1)
 
     def num_in_window(self, window: int) -> Tensor:
-        """Patches of the map in the window around each patch, (B, P) long, at least 1; meaningless at padding."""
+        """Count the map's patches in the window around each patch, (B, P) long, at least 1; meaningless at padding."""
         half = window // 2
         places = (
             (self.patch // self.num_columns, self.num_rows),
@@ -63,10 +63,10 @@ class PatchMaps(NamedTuple):
 
 
 class WindowMean(nn.Module):
-    """Mean of the tokens in a window; at the border only the tokens inside the map count. No parameters.
+    """Mean of the tokens in a window, without parameters; at the border only tokens inside the map count.
 
     Args:
-        window: odd side of the window.
+        window: odd side of the window in patches.
     """
 
     def __init__(self, window: int) -> None:
@@ -74,20 +74,21 @@ class WindowMean(nn.Module):
         self.window = window
 
     def forward(self, token_BPX: Tensor, maps: PatchMaps) -> Tensor:
-        """Summarise (B, P, X) to (B, P, X), accumulating in float32; rows of padding are meaningless and finite."""
+        """Average tokens (B, P, X) to (B, P, X), accumulated in float32; rows of padding are meaningless but finite."""
         steps = _steps(self.window)
         sum_BPX = token_BPX.to(accumulation_dtype(token_BPX.dtype))
-        for shift in (maps.sideways, maps.up_or_down):  # along rows, then along columns: 2 w passes instead of w^2
+        # The sum along rows, then along columns, needs 2 w passes instead of w^2.
+        for shift in (maps.sideways, maps.up_or_down):
             sum_BPX = sum((shift(sum_BPX, step) for step in steps if step), start=sum_BPX)
         return (sum_BPX / maps.num_in_window(self.window).unsqueeze(-1)).to(token_BPX.dtype)
 
 
 class WindowConv(nn.Module):
-    """Depth-wise convolution over the window, zeros outside the map; it starts as the mean of a full window.
+    """Depth-wise convolution over a window with zeros outside the map; its initial weight is a full window's mean.
 
     Args:
-        width: X.
-        window: odd side of the window.
+        width: number of channels, X.
+        window: odd side of the window in patches.
     """
 
     def __init__(self, width: int, window: int) -> None:
@@ -96,7 +97,7 @@ class WindowConv(nn.Module):
         self.weight = nn.Parameter(torch.full((width, window, window), 1 / window**2))
 
     def forward(self, token_BPX: Tensor, maps: PatchMaps) -> Tensor:
-        """Summarise (B, P, X) to (B, P, X), accumulating in float32; rows of padding are meaningless and finite."""
+        """Convolve tokens (B, P, X) to (B, P, X), accumulated in float32; rows of padding are meaningless but finite."""
         dtype = accumulation_dtype(token_BPX.dtype)
         steps = _steps(self.window)
         result_BPX = torch.zeros_like(token_BPX, dtype=dtype)

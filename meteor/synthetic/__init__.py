@@ -1,1 +1,1 @@
-"""Images, questions and tiny models made from a seed, so that demo and tests need no download."""
+"""Images, questions and tiny models generated from a seed, so that demo and tests need no download."""

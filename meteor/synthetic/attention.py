@@ -1,4 +1,4 @@
-"""Does a vision tower look at the things in an image? The class token's attention inside their boxes, against chance.
+"""Measure of whether a vision tower attends to objects: class-token attention inside their boxes, against chance.
 
 Letters: P patches of a sub-image.
 """
@@ -21,12 +21,12 @@ from meteor.vision.encoder import FrozenClip
 
 @dataclass(frozen=True)
 class BoxAttention:
-    """Means over sub-images.
+    """Attention inside boxes, as means over sub-images.
 
     Attributes:
-        share: of the class token's attention over the patches that falls inside boxes, 0 to 1.
-        chance: the share of the area inside boxes, which is what even attention would give.
-        num_sub_images: how many were measured.
+        share: share of the class token's attention to patches that falls inside boxes, 0 to 1.
+        chance: share of the area inside boxes, 0 to 1; uniform attention would have this share.
+        num_sub_images: number of measured sub-images.
     """
 
     share: float
@@ -35,12 +35,12 @@ class BoxAttention:
 
     @property
     def ratio(self) -> float:
-        """1 if the tower does not care about the boxes."""
+        """Attention inside boxes relative to chance; 1 if the tower ignores the boxes."""
         return self.share / self.chance
 
 
 def attention_in_scenes(encoder: FrozenClip, scenes: Sequence[Scene], *, resolution: int) -> BoxAttention:
-    """Draw, slice and encode the scenes as a cache would, and measure where the encoder looks."""
+    """Draw, slice and encode scenes as cache_features does, and measure the attention inside the objects' boxes."""
     images: list[npt.NDArray[np.uint8]] = []
     boxes: list[list[Box]] = []
     for scene in scenes:
@@ -53,13 +53,13 @@ def attention_in_scenes(encoder: FrozenClip, scenes: Sequence[Scene], *, resolut
 def attention_in_boxes(
     encoder: FrozenClip, sub_images: Sequence[npt.NDArray[np.uint8]], boxes: Sequence[Sequence[Box]]
 ) -> BoxAttention:
-    """Measure where the attention of the encoder's first attention layer goes.
+    """Measure the attention inside boxes, for the encoder's first attention layer.
 
     Args:
-        encoder: gives softmax attention of the class token, mean over heads; it is renormalised over the patches here.
-        sub_images: (h, w, 3) each, sides multiples of the patch size.
-        boxes: for each sub-image (x0, y0, x1, y1) in its pixels; a patch counts by the share of it they cover.
-            Sub-images without boxes are left out.
+        encoder: frozen tower; its class-token attention is renormalised over the patches here.
+        sub_images: pixels of each sub-image, (h, w, 3), with sides that are multiples of the patch size.
+        boxes: boxes (x0, y0, x1, y1) of each sub-image in its pixels; a patch counts by its covered share. Sub-images
+            without boxes are left out.
     """
     chosen = [index for index, its_boxes in enumerate(boxes) if its_boxes]
     encoded = encoder.encode([normalise(sub_images[index], encoder.mean, encoder.std) for index in chosen])
@@ -74,14 +74,16 @@ def attention_in_boxes(
 
 
 def sub_image_boxes(plan: SlicePlan, width: int, height: int, boxes: Sequence[Box]) -> list[list[Box]]:
-    """The boxes as each sub-image shows them: scaled, cut off at its edges, left out where nothing remains.
+    """Map an image's boxes to its sub-images: scaled, clipped at the edges, and dropped if nothing remains.
 
     Args:
-        plan: of an image of ``width`` x ``height`` pixels.
-        boxes: in the image's pixels.
+        plan: slicing plan of an image of ``width`` x ``height`` pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        boxes: boxes in the image's pixels.
 
     Returns:
-        For each sub-image, global view first, boxes in its pixels, rounded outwards.
+        Boxes of each sub-image in its own pixels, rounded outwards, the global view first.
     """
     whole = _cut(boxes, plan.global_size[0] / width, plan.global_size[1] / height, (0, 0), plan.global_size)
     if plan.grid is None or plan.slice_size is None:
@@ -107,7 +109,7 @@ def _cut(
 
 
 def patch_coverage(width: int, height: int, boxes: Sequence[Box], patch_size: int) -> npt.NDArray[np.float32]:
-    """(P,): the share of each patch, row by row, that lies in any of the boxes; all lengths in pixels."""
+    """Return the share of each patch, row by row, that lies in any box, (P,); all lengths are in pixels."""
     inside = np.zeros((height, width), dtype=np.float32)
     for x0, y0, x1, y1 in boxes:
         inside[y0:y1, x0:x1] = 1

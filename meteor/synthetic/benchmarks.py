@@ -1,4 +1,4 @@
-"""Generated questions in the file formats of the published benchmarks: to try an evaluation, and to see what goes where."""
+"""Generated questions in the file formats of published benchmarks: to try an evaluation, and as examples of the formats."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from meteor.synthetic.scenes import Scene, SceneDealer
 from meteor.synthetic.streams import random_stream
 from meteor.synthetic.vocabulary import COLOURS, SHAPES
 
-# A change of what is written makes other folders.
+# The version is part of the written record: a folder of another version is refused.
 BENCHMARKS_VERSION = 1
 _NUM_ANNOTATORS = 10
 _LETTERS = "ABCD"
@@ -28,12 +28,15 @@ _ROTATION = 1_000_000
 
 
 def write_benchmarks(folder: str | Path, *, num_scenes: int = 8, seed: int = 0) -> Path:
-    """Write one folder a benchmark, named as its format: the owner's file names, a few generated questions each.
+    """Write a folder per benchmark, named after its format, with the published file names and a few questions.
 
     Args:
-        folder: appears whole or not at all; found again if it was written with the same arguments.
-        num_scenes: images of each benchmark.
-        seed: of everything.
+        folder: written folder, which appears complete or not at all. A folder with equal arguments is kept.
+        num_scenes: number of images per benchmark.
+        seed: seed of images and questions.
+
+    Returns:
+        The folder.
 
     Raises:
         AlreadyExistsError: the folder holds something else.
@@ -75,15 +78,15 @@ def _write_images(folder: Path, scenes: Sequence[Scene], name: Callable[[int], s
 
 
 def _annotators(answer: str, rng: np.random.Generator) -> list[str]:
-    """Most agree; some see it otherwise, as people do."""
+    """Generate ten annotators' answers: most agree, and up to four say "unanswerable", as people do."""
     num_others = int(rng.integers(5))
     return [answer] * (_NUM_ANNOTATORS - num_others) + ["unanswerable"] * num_others
 
 
 def _options(question: Question, rng: np.random.Generator) -> list[str]:
-    """The right answer among up to three others of its kind."""
+    """List options: the right answer among up to three wrong answers of its type."""
     pool = {"count": ["1", "2", "3", "4", "5"], "colour": list(COLOURS), "shape": list(SHAPES)}.get(question.type)
-    others = [one for one in pool or ["yes", "no", "None", "nan"] if one != question.answer]
+    others = [answer for answer in pool or ["yes", "no", "None", "nan"] if answer != question.answer]
     picked = [others[i] for i in rng.permutation(len(others))[:3]]
     place = int(rng.integers(len(picked) + 1))
     return [*picked[:place], question.answer, *picked[place:]]
@@ -110,14 +113,14 @@ def _textvqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) ->
 
 
 def _vqav2(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    asked = list(_questions(scenes, rng))
+    questions = list(_questions(scenes, rng))
     for year, split in (("val2014", "val2014"), ("test2015", "test-dev2015"), ("test2015", "test2015")):
         _write_images(folder / year, scenes, f"COCO_{year}_{{:012d}}.jpg".format)
-        # test-dev is a part of test.
-        some = asked[: len(asked) // 2] if split == "test-dev2015" else asked
+        # VQAv2's test-dev questions are a part of its test questions.
+        part = questions[: len(questions) // 2] if split == "test-dev2015" else questions
         records = [
             {"image_id": i, "question": question.text, "question_id": 262148000 + n}
-            for n, (i, question) in enumerate(some)
+            for n, (i, question) in enumerate(part)
         ]
         _write(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": records})
     annotations = [
@@ -132,7 +135,7 @@ def _vqav2(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> N
                 for k, answer in enumerate(_annotators(question.answer, rng))
             ],
         }
-        for number, (i, question) in enumerate(asked)
+        for number, (i, question) in enumerate(questions)
     ]
     _write(folder / "v2_mscoco_val2014_annotations.json", {"annotations": annotations})
 
@@ -146,7 +149,7 @@ def _vizwiz(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> 
             record: dict[str, Any] = {"image": f"VizWiz_{split}_{i:08d}.jpg", "question": question.text}
             if split == "val":
                 answers = _annotators(question.answer, rng)
-                record |= {"answers": [{"answer": one, "answer_confidence": "yes"} for one in answers]}
+                record |= {"answers": [{"answer": answer, "answer_confidence": "yes"} for answer in answers]}
                 record |= {"answer_type": "number", "answerable": 1}
             records.append(record)
         _write(folder / "Annotations" / f"{split}.json", records)
@@ -213,12 +216,12 @@ def _chartqa(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) ->
 
 
 def _mmbench(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    """As published: rotations of a question are rows of their own, and later rows name the row that has the image."""
+    """Write MMBench's format: each rotation of the options is a row, and only an image's first row holds the image."""
     rows, first_of_scene = [], dict[int, int]()
     for number, (i, question) in enumerate(_questions(scenes, rng)):
         options = _options(question, rng)
         right = options.index(question.answer)
-        # A question without rotations in the file, now and then.
+        # Every third question has no rotations, as some have none in the published file.
         for turn in range(len(options) if number % 3 else 1):
             index = number + turn * _ROTATION
             encoded = str(first_of_scene[i]) if i in first_of_scene else base64.b64encode(_image(scenes[i])).decode()
@@ -246,7 +249,7 @@ def _mmvet(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> N
 
 
 def _mmmu(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    """Two subjects; questions of one and of two images, with options and without."""
+    """Write MMMU's format: two subjects, questions with one or two images, with and without options."""
     for subject in ("Art", "Math"):
         rows = []
         for number, (i, question) in enumerate(_questions(scenes, rng)):
@@ -279,7 +282,7 @@ def _pope(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> No
         for i, scene in enumerate(scenes):
             there = scene.shapes[0].shape
             shown = {thing.shape for thing in scene.shapes}
-            for shape in (there, *[one for one in SHAPES if one not in shown][:1]):
+            for shape in (there, *[absent for absent in SHAPES if absent not in shown][:1]):
                 label = "yes" if shape in shown else "no"
                 text = f"Is there a {shape} in the image?"
                 image = f"COCO_val2014_{i:012d}.jpg"
@@ -309,7 +312,7 @@ def _seed(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> No
 
 
 def _nlvr(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
-    """Each statement twice, of the image and of its mirror image."""
+    """Write each NLVR statement twice: about the image and about its mirror image."""
     records = []
     for i, scene in enumerate(scenes):
         shape = SHAPES[int(rng.integers(len(SHAPES)))]

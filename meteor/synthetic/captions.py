@@ -1,4 +1,4 @@
-"""The tiny CLIP's text side: a tokenizer with one piece for each word that a caption can contain."""
+"""Tokenizer of the tiny CLIP's text tower, with a token for each word that a caption can contain."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -11,10 +11,10 @@ _PAD, _UNK, _START, _END = "<pad>", "<unk>", "<start>", "<end>"
 
 
 def make_caption_tokenizer() -> PreTrainedTokenizerFast:
-    """``<start> words <end>``, padded with ``<pad>``.
+    """Make a tokenizer that gives ``<start> words <end>``, padded with ``<pad>``.
 
-    ``<end>`` has the highest id, as in CLIP's own vocabulary: there the text tower reads off its result, and its code
-    finds the place by the highest id or by the end id, depending on the configuration.
+    ``<end>`` has the highest id, as in CLIP's own vocabulary. The text tower takes its result at the end token, which its
+    code finds by the highest id or by the end id, depending on the configuration.
     """
     corners = [word for place in CORNERS for word in place.split()]
     words = dict.fromkeys((_PAD, _UNK, _START, *_GLUE, *COLOURS, *SHAPES, *corners, *SIDES, *ENDS, *WORDS, _END))

@@ -1,6 +1,6 @@
-"""Trains a tiny CLIP on generated views and their captions, in under a minute on one core.
+"""Training of a tiny CLIP on generated views and their captions, in under a minute on one core.
 
-Letters: B views of a batch.
+Letters: B views of a batch, D projection width.
 """
 
 import math
@@ -24,14 +24,15 @@ IMAGE_SIZE = 112
 HELD_OUT_PER_GRID = 64
 _WIDTH = 64
 _NUM_HEADS = 4
-# With four blocks the last but one, whose attention selection reads, sometimes left the looking to the ones before it:
-# 1.6 to 2.7 times chance in six runs. With three: 2.1 to 2.6 in four, and more steps in the same time.
+# The selection reads the attention of the last block but one. With four blocks earlier blocks sometimes did the looking:
+# its attention inside boxes was 1.6 to 2.7 times chance in six runs. With three blocks it was 2.1 to 2.6 times in four
+# runs, and steps are faster.
 _NUM_VISION_BLOCKS = 3
 _NUM_TEXT_BLOCKS = 2
 _BATCH_SIZE = 64
 _MAX_VIEWS_PER_GRID = 400
-# Transformers' initial weights stay: twice as large, the loss was the same, but that block's class token looked nowhere
-# in particular (1.2 times chance).
+# The initial weights of transformers are kept: with weights twice as large the loss was equal, but the class token's
+# attention inside boxes fell to 1.2 times chance.
 _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.05
 _WARMUP_SHARE = 0.1
@@ -42,13 +43,14 @@ _STEPS_IN_FINAL_LOSS = 10
 
 @dataclass(frozen=True)
 class TrainedClip:
-    """A trained tower pair and how well it does.
+    """Trained pair of towers and its quality.
 
     Attributes:
-        model: in evaluation mode.
-        tokenizer: of captions.
-        final_loss: mean InfoNCE of the last ten steps in nats (chance is ln 64 = 4.16); None without a step.
-        retrieval_accuracy: how often the right one of 64 held-out captions is nearest to a view, mean over patch grids.
+        model: the model in evaluation mode.
+        tokenizer: tokenizer of captions.
+        final_loss: mean InfoNCE loss of the last ten steps in nats (chance is ln 64 = 4.16); None without steps.
+        retrieval_accuracy: share of views whose own caption is the nearest among 64 held-out captions, 0 to 1, mean over
+            patch grids.
     """
 
     model: CLIPModel
@@ -58,10 +60,15 @@ class TrainedClip:
 
 
 def train_clip(*, seed: int, num_steps: int, report: Callable[[str], None]) -> TrainedClip:
-    """Contrastive training from scratch (InfoNCE over the batch, views to captions and captions to views).
+    """Train a CLIP from scratch (InfoNCE over the batch, views to captions and captions to views).
 
-    Each batch holds one patch grid, so the position table is learnt as it will be interpolated. The result depends on
-    the arguments and the number of torch's threads only; torch's global generator is left as it was.
+    Each batch holds one patch grid, so that the position table is trained in the interpolated form in which it is used. The
+    result depends only on the arguments and on torch's number of threads. torch's global generator is not changed.
+
+    Args:
+        seed: seed of weights, views and batches.
+        num_steps: number of optimiser steps.
+        report: callback for lines of progress.
     """
     tokenizer = make_caption_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -77,7 +84,7 @@ def train_clip(*, seed: int, num_steps: int, report: Callable[[str], None]) -> T
 
 
 def clip_config(tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
-    """Of a CLIP with 0.19 M parameters in its vision tower."""
+    """Return the configuration of a CLIP with 0.19 M parameters in its vision tower."""
     towers = {"hidden_size": _WIDTH, "intermediate_size": 4 * _WIDTH, "num_attention_heads": _NUM_HEADS}
     text = {
         "num_hidden_layers": _NUM_TEXT_BLOCKS,
@@ -126,7 +133,7 @@ def _train(
 
 
 def _schedule(done: float) -> float:
-    """Linear warm-up, then cosine to zero."""
+    """Return the factor of the learning rate: linear warm-up, then a cosine to zero."""
     if done < _WARMUP_SHARE:
         return (done + 0.01) / (_WARMUP_SHARE + 0.01)
     return 0.5 * (1 + math.cos(math.pi * (done - _WARMUP_SHARE) / (1 - _WARMUP_SHARE)))
@@ -135,7 +142,7 @@ def _schedule(done: float) -> float:
 def similarities(
     model: CLIPModel, tokenizer: PreTrainedTokenizerFast, views: Views, chosen: np.ndarray
 ) -> torch.Tensor:
-    """Scaled cosines of the chosen views (rows) and their captions (columns): (B, B)."""
+    """Return the scaled cosines between chosen views (rows) and their captions (columns), (B, B)."""
     captions = [views.scenes[index].caption for index in chosen]
     words = tokenizer(captions, padding=True, return_tensors="pt")
     pixels_B3HW = torch.stack([normalise(pixels_HW3, CLIP_MEAN, CLIP_STD) for pixels_HW3 in views.pixels[chosen]])
@@ -147,14 +154,14 @@ def similarities(
 
 
 def info_nce(logits_BB: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss: cross entropy towards the diagonal, mean over rows and columns."""
+    """Return CLIP's loss: cross-entropy towards the diagonal, mean over rows and columns."""
     labels_B = torch.arange(len(logits_BB))
     return (functional.cross_entropy(logits_BB, labels_B) + functional.cross_entropy(logits_BB.T, labels_B)) / 2
 
 
 @torch.inference_mode()
 def retrieval_accuracy(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, groups: list[Views]) -> float:
-    """Share of views whose own caption is the nearest of their group's; chance is one over the group's size."""
+    """Return the share of views whose own caption is the nearest of their group; chance is 1 / group size."""
     accuracies = []
     for views in groups:
         nearest_B = similarities(model, tokenizer, views, np.arange(len(views.scenes))).argmax(dim=1)

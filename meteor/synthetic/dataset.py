@@ -1,4 +1,4 @@
-"""Writes scenes as a data set in LLaVA's format: images, captions, instruction samples, held-out questions."""
+"""Generated scenes as a data set in LLaVA's format: images, captions, instruction samples, held-out questions."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from meteor.synthetic.questions import PairDealer, Question, ask, ask_in_turns, 
 from meteor.synthetic.scenes import Scene, SceneDealer
 from meteor.synthetic.streams import random_stream
 
-# A change of the generator's output makes another data set, and older folders are refused instead of mixed in.
+# The version of the generator's output is part of a data set's record: older folders are refused instead of mixed in.
 GENERATOR_VERSION = 1
 MIN_SCENES = 8
 _RECORD = "dataset.json"
@@ -28,7 +28,7 @@ _JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """Paths of a generated data set; samples name images relative to ``images``."""
+    """Paths of a generated data set; its samples name images relative to ``images``."""
 
     folder: Path
 
@@ -38,38 +38,38 @@ class SyntheticDataset:
 
     @property
     def pretrain(self) -> Path:
-        """A caption for every training scene."""
+        """Samples of stage 1: a caption for every training scene."""
         return self.folder / "pretrain.json"
 
     @property
     def finetune(self) -> Path:
-        """Questions about one image (one or several turns), two images and none, of the training scenes."""
+        """Samples of stage 2: questions about one image (in one or several turns), two images, or no image."""
         return self.folder / "finetune.json"
 
     @property
     def evaluate(self) -> Path:
-        """One question a sample, of held-out scenes, with the key ``type``."""
+        """Questions about held-out scenes, one per sample, with the question's type under the key ``type``."""
         return self.folder / "evaluate.json"
 
     @property
     def scenes(self) -> Path:
-        """One JSON object a line for every image: name, split, size, caption, objects with their boxes."""
+        """Description of every image, a JSON object per line: name, split, size, caption, objects with boxes."""
         return self.folder / "scenes.jsonl"
 
 
 def write_dataset(
     folder: str | Path, *, num_scenes: int = 240, num_held_out: int = 60, seed: int = 0
 ) -> SyntheticDataset:
-    """Write the data set, or find it written with the same arguments before.
+    """Write a data set, unless the folder holds the data set with equal arguments already.
 
     Args:
-        folder: appears whole or not at all.
-        num_scenes: training scenes.
-        num_held_out: scenes of ``evaluate.json``; none of them is trained on.
-        seed: of everything.
+        folder: written folder, which appears complete or not at all.
+        num_scenes: number of training scenes.
+        num_held_out: number of scenes of ``evaluate.json``, which are not trained on.
+        seed: seed of images and questions.
 
     Raises:
-        SettingsError: fewer than eight scenes in a split (too few for questions about two images).
+        SettingsError: a split has fewer than eight scenes, too few for questions about two images.
         AlreadyExistsError: the folder holds something else.
     """
     if min(num_scenes, num_held_out) < MIN_SCENES:
@@ -92,7 +92,7 @@ def write_dataset(
 
 
 def _fill(dataset: SyntheticDataset, num_scenes: int, num_held_out: int, seed: int) -> dict[str, Any]:
-    # A stream each: the held-out scenes do not change with the number of training scenes.
+    # Each split has its own random stream, so that held-out scenes do not change with the number of training scenes.
     train, held_out = (
         dict(zip(_names(split, count), islice(SceneDealer(random_stream(seed, f"{split} scenes")), count), strict=True))
         for split, count in (("train", num_scenes), ("held_out", num_held_out))
@@ -110,7 +110,7 @@ def _fill(dataset: SyntheticDataset, num_scenes: int, num_held_out: int, seed: i
 
 
 def _names(split: str, count: int) -> list[str]:
-    # Every second image is a JPEG; odd and even scenes do not differ otherwise.
+    # Every second image is a JPEG, so that both formats are used; scenes do not differ otherwise.
     return [f"{split}/{index:06d}.{'jpg' if index % 2 else 'png'}" for index in range(count)]
 
 
@@ -124,7 +124,7 @@ def write_images(folder: Path, scenes: dict[str, Scene]) -> None:
 
 
 def write_scenes(path: Path, splits: dict[str, dict[str, Scene]]) -> None:
-    """One line of JSON for each scene, with its image's name and split."""
+    """Write a line of JSON per scene, with its image's name and split."""
     lines = [
         json.dumps({"name": name, "split": split, **scene.to_dict()})
         for split, scenes in splits.items()
@@ -134,7 +134,7 @@ def write_scenes(path: Path, splits: dict[str, dict[str, Scene]]) -> None:
 
 
 def make_sample(sample_id: str, images: list[str], questions: list[Question], type_: str = "") -> dict[str, Any]:
-    """One sample in LLaVA's format; a placeholder for each image stands before the first question."""
+    """Make a sample in LLaVA's format, with a placeholder for each image before the first question."""
     placeholders = f"{IMAGE_PLACEHOLDER}\n" * len(images)
     turns = [
         turn
@@ -157,7 +157,7 @@ def _caption_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list
 
 
 def _finetune_samples(scenes: dict[str, Scene], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Every second scene is asked about in one conversation, the others in a sample for each question."""
+    """Make one conversation for each scene of one half, and a sample per question for the other scenes."""
     samples = []
     for index, (name, scene) in enumerate(scenes.items()):
         if index % 4 < 2:

@@ -1,4 +1,4 @@
-"""Deals answers in random order but equally often, so that no answer is a good guess."""
+"""Decks that deal answers in random order but equally often, so that no answer is a good guess."""
 
 from typing import Generic, TypeVar
 
@@ -8,10 +8,10 @@ Card = TypeVar("Card")
 
 
 class Deck(Generic[Card]):
-    """Cards dealt one by one; a new shuffled deck follows when one is used up.
+    """Deck of cards that are dealt one by one, and shuffled again when all are dealt.
 
-    After any number of deals the counts of two cards differ by one at most, so the majority answer stays at chance
-    even in a set of sixty scenes, where independent draws would give it half as much again.
+    After any number of deals the counts of two cards differ by at most 1. The majority answer therefore stays at chance even
+    in a set of sixty scenes, where independent draws would make it half as frequent again.
     """
 
     def __init__(self, cards: tuple[Card, ...], rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""Pixels of a scene: shapes and a word on a muted, lightly textured background."""
+"""Drawing of scenes: shapes and a word on a muted, lightly textured background."""
 
 import math
 
@@ -10,18 +10,18 @@ from meteor.synthetic.scenes import Scene, SceneObject
 from meteor.synthetic.streams import random_stream
 from meteor.synthetic.vocabulary import COLOURS, TEXT
 
-# Backgrounds stay in the middle of the scale and nearly grey, so that every colour, black and white included, stands out.
+# Backgrounds are nearly grey and of medium brightness, so that every colour stands out, even black and white.
 _BACKGROUND_LUMINANCE = (96, 150)
 _BACKGROUND_TINT = 14
 _BLOB_AMPLITUDE = 9
 _GRAIN_AMPLITUDE = 5
 _BLOBS_ALONG_SHORTER_SIDE = 5
-# Shapes are drawn this many times larger and reduced: Pillow does not smooth edges.
+# Shapes are drawn this many times larger and then reduced, because Pillow does not smooth edges.
 _OVERSAMPLING = 4
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Render the scene as an RGB image of its width and height; the same scene gives the same pixels."""
+    """Render a scene as an RGB image of its width and height; equal scenes give equal pixels."""
     image = Image.fromarray(draw_background(scene.width, scene.height, scene.texture_seed))
     for thing in scene.objects:
         if thing.shape == TEXT:
@@ -32,7 +32,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def draw_background(width: int, height: int, seed: int) -> np.ndarray:
-    """A gradient between two muted colours, soft blobs and fine grain: (height, width, 3) uint8."""
+    """Draw a gradient between two muted colours with soft blobs and fine grain, (height, width, 3) uint8."""
     rng = random_stream(seed, "background")
     ends = rng.uniform(*_BACKGROUND_LUMINANCE, (2, 1)) + rng.uniform(-_BACKGROUND_TINT, _BACKGROUND_TINT, (2, 3))
     angle = rng.uniform(0, 2 * math.pi)
@@ -64,13 +64,13 @@ def _draw_shape(image: Image.Image, thing: SceneObject) -> None:
 
 
 def shape_outline(shape: str, box: Box) -> list[tuple[float, float]]:
-    """Corners of a polygon that fills ``box``."""
+    """Return the corners of a shape's polygon that fills ``box``."""
     x0, y0, x1, y1 = box
     if shape == "square":
         return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
     if shape == "triangle":
         return [((x0 + x1) / 2, y0), (x1, y1), (x0, y1)]
-    # A star: ten corners, every second one closer to the centre, stretched to touch the box's sides.
+    # A star has ten corners, every second closer to the centre, and is stretched to touch the box's sides.
     spikes = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5)) for i in range(10)]
     points = [(x * (0.45 if i % 2 else 1), y * (0.45 if i % 2 else 1)) for i, (x, y) in enumerate(spikes)]
     left, right = min(x for x, _ in points), max(x for x, _ in points)

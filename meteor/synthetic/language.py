@@ -1,4 +1,4 @@
-"""Teaches the tiny Llama the generator's language: a language model comes to stage 1 knowing words, as Vicuna does."""
+"""Training of the tiny Llama on the generator's language, because stage 1 expects a model that knows words, like Vicuna."""
 
 import time
 from collections.abc import Callable
@@ -29,10 +29,17 @@ def train_language(
     num_steps: int,
     report: Callable[[str], None],
 ) -> float | None:
-    """Next-token training on captions and dialogues without their images; questions and answers, not which is right.
+    """Train on captions and dialogues without images: the model learns the form of answers, not which is right.
+
+    Args:
+        model: the tiny Llama, trained in place.
+        tokenizer: tokenizer of the model.
+        seed: seed of texts and batches.
+        num_steps: number of optimiser steps.
+        report: callback for lines of progress.
 
     Returns:
-        Mean loss of the last ten steps in nats a token; None without a step.
+        Mean loss of the last ten steps, in nats per token; None without steps.
     """
     samples = language_samples(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
@@ -58,18 +65,18 @@ def train_language(
 
 
 def language_samples(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TokenisedSample]:
-    """Dialogues and captions of fresh scenes, tokenised as the stages do, with the images left out."""
+    """Tokenise dialogues and captions of new scenes as the stages do, without the images."""
     rng = random_stream(seed, "language")
     scenes = list(islice(SceneDealer(rng), _NUM_SCENES))
     questions = [question for scene in scenes for question in ask(scene, rng)]
     questions += [question for _, _, question in islice(PairDealer(scenes, rng), _NUM_SCENES // 2)]
     questions += [ask_without_image(rng) for _ in range(_NUM_SCENES // 2)]
     dialogues = [
-        tokenise(Conversation((Turn("human", one.text), Turn("gpt", one.answer))), tokenizer, "vicuna_v1")
-        for one in questions
+        tokenise(Conversation((Turn("human", question.text), Turn("gpt", question.answer))), tokenizer, "vicuna_v1")
+        for question in questions
     ]
     captions = [tokenise(_captioned(scene.caption), tokenizer, "plain") for scene in scenes]
-    return dialogues + [TokenisedSample([i for i in one.input_ids if i >= 0], []) for one in captions]
+    return dialogues + [TokenisedSample([i for i in caption.input_ids if i >= 0], []) for caption in captions]
 
 
 def _captioned(caption: str) -> Conversation:

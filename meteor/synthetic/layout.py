@@ -1,4 +1,4 @@
-"""Boxes for the things of a scene: inside the image, each within its named part, none touching another."""
+"""Layout of a scene: boxes inside the image, each within its named part, that do not touch each other."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,18 +12,18 @@ from meteor.synthetic.vocabulary import place_bounds, places_of
 Box = tuple[int, int, int, int]
 
 MIN_FONT_PX = 14
-# Font size of a text over the extent a shape would have had: its ink is then about two thirds as high as a shape.
+# Ratio of a text's font size to the extent of a shape in its place: the letters are then about two thirds as high.
 _FONT_TO_SHAPE = 0.9
 _NUM_LAYOUTS = 150
 _NUM_TRIES_PER_THING = 30
 _SHRINK = 0.985
-# Space kept free around a thing, as share of the shorter side of an image's part.
+# Free space around an object, as a share of the shorter side of an image's part.
 _GAP_SHARE = 0.06
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A thing to be placed: a shape, or a text if there is a ``word``. An empty ``place`` leaves the part open."""
+    """Object to be placed: a shape, or a text if ``word`` is not empty; an empty ``place`` allows any part."""
 
     shape: str
     colour: str
@@ -33,7 +33,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a thing went; ``place`` is ``""`` and ``font_px`` is set for a text."""
+    """Box of a placed object; a text has ``font_px`` and an empty ``place``."""
 
     box: Box
     place: str = ""
@@ -42,7 +42,7 @@ class Placed:
 
 @cache
 def font(size_px: int) -> ImageFont.FreeTypeFont:
-    """Pillow's built-in scalable font."""
+    """Load Pillow's built-in scalable font."""
     loaded = ImageFont.load_default(size=size_px)
     assert isinstance(loaded, ImageFont.FreeTypeFont)
     return loaded
@@ -50,9 +50,9 @@ def font(size_px: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def ink_box(word: str, size_px: int) -> Box:
-    """The pixels that the letters colour, however faintly, when drawn at (0, 0).
+    """Return the box of all pixels that the letters colour, however faintly, when drawn at (0, 0).
 
-    ``getbbox`` would count the pen's advance after the last letter too, up to a tenth of the size.
+    ``getbbox`` would also include the pen's advance after the last letter, up to a tenth of the size.
     """
     mask, (left, top) = font(size_px).getmask2(word, mode="L")
     x0, y0, x1, y1 = mask.getbbox()
@@ -62,19 +62,26 @@ def ink_box(word: str, size_px: int) -> Box:
 def place_all(
     rng: np.random.Generator, width: int, height: int, wanted: list[Wanted], scale: tuple[float, float]
 ) -> list[Placed]:
-    """Find room for everything wanted, in the order given.
+    """Place all objects in the given order.
 
-    Layouts that do not work out are thrown away; from one to the next the things shrink a little.
+    A layout that fails is discarded, and the next attempt uses slightly smaller objects.
+
+    Args:
+        rng: source of random numbers.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        wanted: objects to place.
+        scale: smallest and largest extent of a shape, as share of the shorter side of an image's part.
 
     Raises:
-        SettingsError: the image is too small for that many things.
+        SettingsError: the image is too small for this many objects.
     """
     for attempt in range(_NUM_LAYOUTS):
         low, high = (bound * _SHRINK**attempt for bound in scale)
         layout = _try_layout(rng, width, height, wanted, (low, high))
         if layout is not None:
             return layout
-    raise SettingsError(f"{len(wanted)} things do not fit into {width} x {height} pixels; use a larger image.")
+    raise SettingsError(f"{len(wanted)} objects do not fit into {width} x {height} pixels; use a larger image.")
 
 
 def _try_layout(
@@ -123,7 +130,7 @@ def _place_text(rng: np.random.Generator, width: int, height: int, word: str, ex
 def _random_corner(
     rng: np.random.Generator, bounds: tuple[float, float, float, float], width: int, height: int, gap: int
 ) -> tuple[int, int] | None:
-    """Upper left corner of a box of this size at least ``gap`` pixels within ``bounds``, or None if it cannot fit."""
+    """Draw the upper left corner of a box at least ``gap`` pixels within ``bounds``; None if the box cannot fit."""
     low_x, low_y = int(np.ceil(bounds[0])) + gap, int(np.ceil(bounds[1])) + gap
     high_x, high_y = int(bounds[2]) - gap - width, int(bounds[3]) - gap - height
     if high_x < low_x or high_y < low_y:
@@ -131,5 +138,5 @@ def _random_corner(
     return int(rng.integers(low_x, high_x + 1)), int(rng.integers(low_y, high_y + 1))
 
 
-def _touch(one: Box, other: Box, gap: int) -> bool:
-    return one[0] < other[2] + gap and other[0] < one[2] + gap and one[1] < other[3] + gap and other[1] < one[3] + gap
+def _touch(box: Box, other: Box, gap: int) -> bool:
+    return box[0] < other[2] + gap and other[0] < box[2] + gap and box[1] < other[3] + gap and other[1] < box[3] + gap

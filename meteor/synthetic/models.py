@@ -1,4 +1,4 @@
-"""A tiny CLIP that looks at things and a tiny Llama, in the files that the real ones come in."""
+"""Tiny CLIP that attends to objects and tiny Llama, in the file formats of the real models."""
 
 import json
 import time
@@ -32,7 +32,8 @@ _LLM_WIDTH = 128
 _LLM_FEED_FORWARD_WIDTH = 384
 _NUM_LLM_LAYERS = 4
 _NUM_LLM_HEADS = 4
-# The default, 0.02, suits widths of thousands: at 128 an overfit set of 64 images took twice as many steps with it.
+# transformers' default of 0.02 suits widths of thousands. At width 128 an overfit set of 64 images took twice as many steps
+# with it.
 _LLM_INITIAL_STD = 0.05
 
 
@@ -44,17 +45,17 @@ class TinyModels:
 
     @property
     def clip(self) -> Path:
-        """Hugging Face directory of a ``CLIPModel`` (112 pixels, patch 14, width 64) with its preprocessor's settings."""
+        """Hugging Face directory of a ``CLIPModel`` (112 pixels, patch size 14, width 64) and its preprocessor."""
         return self.folder / "clip"
 
     @property
     def llm(self) -> Path:
-        """Hugging Face directory of a ``LlamaForCausalLM`` that has read generated texts, with Vicuna's tokenizer files."""
+        """Hugging Face directory of a ``LlamaForCausalLM`` trained on generated texts, with tokenizer files like Vicuna's."""
         return self.folder / "llm"
 
     @property
     def record(self) -> Path:
-        """JSON: arguments, CLIP's final loss, retrieval accuracy, and its attention inside boxes against chance."""
+        """JSON file with the arguments and CLIP's final loss, retrieval accuracy and attention inside boxes."""
         return self.folder / _RECORD
 
 
@@ -66,19 +67,19 @@ def make_tiny_models(
     num_threads: int = 1,
     report: Callable[[str], None] = print,
 ) -> TinyModels:
-    """Make the models, or find them made with the same arguments before.
+    """Make the models, unless the folder holds models with equal arguments already.
 
     Args:
-        folder: appears whole or not at all.
-        seed: of weights, images and order.
-        train_steps: of CLIP, about 0.1 s each, and at most `MAX_LANGUAGE_STEPS` of them of Llama; a few are
-            enough where only shapes and formats matter, with 0 the weights stay random.
-        num_threads: of torch while this runs. Results are the same bit for bit for the same number. Two save a quarter
-            of the time on two idle cores, but wait for each other many times as long where another process needs one.
-        report: called with lines of progress.
+        folder: written folder, which appears complete or not at all.
+        seed: seed of weights, images and order.
+        train_steps: number of CLIP's training steps, about 0.1 s each. Llama takes an equal number, but at most
+            `MAX_LANGUAGE_STEPS`. A few steps are enough if only shapes and formats matter; with 0 the weights stay random.
+        num_threads: number of torch's threads. Results are equal bit for bit for equal numbers. Two threads save a quarter
+            of the time on two idle cores, but cost a multiple if another process needs one of the cores.
+        report: callback for lines of progress.
 
     Raises:
-        SettingsError: an argument below its minimum.
+        SettingsError: an argument is below its minimum.
         AlreadyExistsError: the folder holds something else.
     """
     if train_steps < 0 or num_threads < 1:
@@ -135,13 +136,13 @@ def _fill(models: TinyModels, seed: int, train_steps: int, report: Callable[[str
 
 
 def held_out_attention(clip: Path, seed: int) -> BoxAttention:
-    """Where the saved tower looks in sliced scenes of all sizes that training with ``seed`` has not seen."""
+    """Measure the saved tower's attention in sliced scenes of all sizes that training with ``seed`` has not seen."""
     scenes = list(islice(SceneDealer(random_stream(seed, "attention scenes")), _NUM_ATTENTION_SCENES))
     return attention_in_scenes(FrozenClip.from_pretrained(str(clip)), scenes, resolution=IMAGE_SIZE)
 
 
 def _preprocessor() -> dict[str, Any]:
-    """What openai/clip-vit-large-patch14-336 says, with this tower's resolution."""
+    """Return the preprocessor settings of openai/clip-vit-large-patch14-336 with this tower's resolution."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
@@ -159,7 +160,7 @@ def _preprocessor() -> dict[str, Any]:
 
 
 def _make_llm(folder: Path, seed: int, num_steps: int, report: Callable[[str], None]) -> float | None:
-    """Write the language model and its tokenizer; returns its final loss in nats a token."""
+    """Write the language model and its tokenizer; return the final loss in nats per token."""
     folder.mkdir()
     make_tokenizer(folder, seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)

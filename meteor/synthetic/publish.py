@@ -1,4 +1,4 @@
-"""Makes a folder whole or not at all, and finds it finished the second time."""
+"""Publication of generated folders: a folder appears complete or not at all, and is not made twice."""
 
 import json
 import os
@@ -14,10 +14,16 @@ from meteor.errors import AlreadyExistsError
 def publish_folder(
     folder: Path, record_name: str, arguments: Mapping[str, Any], fill: Callable[[Path], Mapping[str, Any]]
 ) -> None:
-    """Call ``fill`` on a temporary folder beside ``folder`` and rename it, unless the same work lies there already.
+    """Fill a temporary folder beside ``folder`` and rename it, unless the folder with these arguments exists already.
 
-    The record (``arguments`` and what ``fill`` returned, as JSON) is written last, so its existence means complete.
-    If another process publishes the same work first, its folder stays and this one is thrown away.
+    The record (``arguments`` and the result of ``fill``, as JSON) is written last, so its existence means that the folder is
+    complete. If another process publishes the folder first, that folder stays and the temporary folder is deleted.
+
+    Args:
+        folder: folder to publish.
+        record_name: file name of the record.
+        arguments: JSON values that identify the content.
+        fill: function that writes the content into a folder and returns JSON values for the record.
 
     Raises:
         AlreadyExistsError: the folder holds something else.
@@ -38,7 +44,7 @@ def publish_folder(
 
 def _rename(temporary: Path, folder: Path, record_name: str, arguments: Mapping[str, Any]) -> None:
     try:
-        # Replaces an empty folder, fails on any other.
+        # os.rename replaces an empty folder and fails on any other, so a finished folder is never overwritten.
         os.rename(temporary, folder)
     except OSError:
         if not _is_finished(folder, record_name, arguments):
@@ -57,6 +63,6 @@ def _is_finished(folder: Path, record_name: str, arguments: Mapping[str, Any]) -
     wanted = json.loads(json.dumps(arguments))
     if found != wanted:
         raise AlreadyExistsError(
-            f"{folder} was made with {found}, wanted is {wanted}; choose another folder or delete this one."
+            f"{folder} was made with {found}, not with {wanted}; choose another folder or delete this one."
         )
     return True

@@ -1,4 +1,4 @@
-"""What can be asked about a scene, about two scenes, and about none; every answer needs the image, if there is one."""
+"""Questions about one scene, two scenes, or none; if there is an image, every answer needs it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _TEXT = ("What does the text say?", "Which word is written in the picture?")
 
 @dataclass(frozen=True)
 class Question:
-    """A question of one type with its one answer; ``type`` is the key scores are kept by."""
+    """Question with its only answer; scores are reported per ``type``."""
 
     type: str
     text: str
@@ -28,9 +28,9 @@ class Question:
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Every question the scene was made for, in an order in which no question gives away a later answer.
+    """Ask every question that fits the scene, in an order in which no question reveals a later answer.
 
-    Text is not counted as a shape. A scene without text has no text question.
+    Text does not count as a shape. A scene without text has no question about text.
     """
     shapes = scene.shapes
     first, second = shapes[0], shapes[min(1, len(shapes) - 1)]
@@ -45,7 +45,7 @@ def ask(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def ask_in_turns(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """The questions for one conversation: about a lone object either colour or shape, as one names the other."""
+    """Ask the questions of one conversation; a lone object gives colour or shape, because each question names the other."""
     questions = ask(scene, rng)
     if len(scene.shapes) > 1:
         return questions
@@ -67,12 +67,12 @@ def _one_of(texts: tuple[str, ...], rng: np.random.Generator) -> str:
 
 
 class PairDealer:
-    """Endless questions about two of the given scenes: (index of the first, index of the second, question).
+    """Endless source of questions about two scenes, as (index of the first, index of the second, question).
 
     Args:
-        scenes: at least eight from one ``SceneDealer``. Its decks then guarantee pairs for every question: different
-            counts, a shape in common (six scenes have two shapes or more of four), and one that only one of them has.
-        rng: of choices and answers.
+        scenes: at least eight scenes of one ``SceneDealer``. Its decks then guarantee a pair for every question: different
+            counts, a common shape (six scenes have at least two of the four shapes), and a shape in only one scene.
+        rng: source of choices and answers.
     """
 
     def __init__(self, scenes: list[Scene], rng: np.random.Generator) -> None:
@@ -104,11 +104,11 @@ class PairDealer:
     def _same_shape(self) -> tuple[int, int, Question]:
         answer = self._both.deal()
         while True:
-            one, other = self._two()
+            first, second = self._two()
             shape = SHAPES[self._rng.integers(len(SHAPES))]
-            shows = [any(thing.shape == shape for thing in self._scenes[index].shapes) for index in (one, other)]
+            shows = [any(thing.shape == shape for thing in self._scenes[index].shapes) for index in (first, second)]
             if all(shows) == (answer == "yes") and any(shows):
-                return one, other, Question(TWO_IMAGES, f"Do both pictures show a {shape}?", answer)
+                return first, second, Question(TWO_IMAGES, f"Do both pictures show a {shape}?", answer)
 
     def _more_shapes(self) -> tuple[int, int, Question]:
         answer = self._more.deal()
@@ -121,12 +121,12 @@ class PairDealer:
         return *pair, Question(TWO_IMAGES, question, answer)
 
     def _two(self) -> tuple[int, int]:
-        one, other = self._rng.choice(len(self._scenes), size=2, replace=False)
-        return int(one), int(other)
+        first, second = self._rng.choice(len(self._scenes), size=2, replace=False)
+        return int(first), int(second)
 
 
 def ask_without_image(rng: np.random.Generator) -> Question:
-    """Copying a word or adding two numbers up to 9; the sum is drawn before its parts."""
+    """Ask to copy a word or to add two numbers with a sum up to 9; drawing the sum first makes all sums equally likely."""
     if rng.integers(2):
         word = WORDS[rng.integers(len(WORDS))]
         return Question(TEXT_ONLY, f"Repeat the word {word}.", word)

@@ -1,4 +1,4 @@
-"""Scenes from a seed: the answers are dealt first, then objects are placed so that the answers come true."""
+"""Scenes from a seed: answers are dealt first, then objects are placed so that the answers are true."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,15 +24,15 @@ from meteor.synthetic.vocabulary import (
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing in a scene.
+    """Object of a scene.
 
     Attributes:
-        shape: a name of ``SHAPES``, or ``"text"``.
-        colour: a name of ``COLOURS``.
+        shape: name in ``SHAPES``, or ``"text"``.
+        colour: name in ``COLOURS``.
         box: x0, y0, x1, y1 in pixels, x1 and y1 excluded.
-        place: the part of the image that holds the whole box, or ``""`` for text.
-        word: what a text says, else ``""``.
-        font_px: the size it is drawn in, else 0.
+        place: part of the image that contains the whole box; ``""`` for text.
+        word: word of a text; ``""`` for shapes.
+        font_px: font size of a text in pixels; 0 for shapes.
     """
 
     shape: str
@@ -44,7 +44,7 @@ class SceneObject:
 
     @property
     def name(self) -> str:
-        """For example ``"red circle"``."""
+        """Colour and shape, for example ``"red circle"``."""
         return f"{self.colour} {self.shape}"
 
     @property
@@ -54,14 +54,14 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image's content. ``drawing.draw`` renders it, ``questions.ask`` asks about it.
+    """Content of an image, which ``drawing.draw`` renders and ``questions.ask`` asks about.
 
     Attributes:
-        width, height: pixels.
-        objects: 1 to 4 shapes, then the text if there is one. No other shape equals the first one's, no other colour
-            (the text's included) the second one's or the lone one's: so "what colour is the <first shape>" and "what
-            shape is the <second colour> thing" have one answer.
-        texture_seed: of the background.
+        width, height: size of the image in pixels.
+        objects: 1 to 4 shapes, then the text if there is any. The first object's shape is unique, and so is the colour of
+            the second (or only) object, even compared to the text. Both "what colour is the <first shape>" and "what shape is
+            the <second colour> thing" therefore have a single answer.
+        texture_seed: seed of the background.
     """
 
     width: int
@@ -79,13 +79,13 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """For example ``"a red circle at the top left and a blue star at the bottom right, with the text sun"``."""
+        """Caption, for example ``"a red circle at the top left and a blue star at the bottom right, with the text sun"``."""
         phrases = [f"{thing.name_with_article} {_preposition(thing.place)} {thing.place}" for thing in self.shapes]
         listed = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
         return listed if self.text is None else f"{listed}, with the text {self.text.word}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything a check of boxes or answers needs, for ``scenes.jsonl``."""
+        """Return size, caption and objects as JSON values for ``scenes.jsonl``."""
         objects = [asdict(thing) for thing in self.objects]
         return {"width": self.width, "height": self.height, "caption": self.caption, "objects": objects}
 
@@ -95,11 +95,11 @@ def _preposition(place: str) -> str:
 
 
 class SceneDealer:
-    """Endless scenes whose answers, question type by question type, are balanced over any stretch.
+    """Endless source of scenes whose answers are balanced for each question type, over any stretch of scenes.
 
     Args:
-        rng: scenes are a function of its state, and of the other arguments.
-        size_mix: groups of (width, height) in pixels; groups are dealt evenly, a size is drawn from its group.
+        rng: source of random numbers; scenes depend on its state and the other arguments only.
+        size_mix: groups of (width, height) in pixels; groups are dealt evenly, and a size is drawn from its group.
         scale: smallest and largest extent of a shape, as share of the shorter side of an image's part.
     """
 
@@ -133,7 +133,7 @@ class SceneDealer:
         place = self._places[places_of(width, height)].deal()
         wanted = self._shapes_wanted(place)
         if word:
-            # Not in the second shape's colour, or "which shape is white" would have two answers.
+            # The text must not have the second shape's colour, or "what shape is the white thing" would have two answers.
             ink = self._other(("black", "white"), wanted[min(1, len(wanted) - 1)].colour)
             wanted.append(Wanted(TEXT, ink, word=word))
         placed = place_all(self._rng, width, height, wanted, self._scale)

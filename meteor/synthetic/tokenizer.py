@@ -1,4 +1,4 @@
-"""A small SentencePiece tokenizer of Vicuna's kind, trained on what the generated samples say."""
+"""Small SentencePiece tokenizer like Vicuna's, trained on the text of generated samples."""
 
 import io
 import json
@@ -14,14 +14,14 @@ from meteor.synthetic.streams import random_stream
 from meteor.text.template import VICUNA_SYSTEM
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-# 512 pieces hold either the answers or the words of Vicuna's long system line whole, not both.
+# 512 pieces are too few: they contain either the answers or the words of Vicuna's system prompt as whole pieces.
 VOCABULARY_SIZE = 640
 MAX_LENGTH = 2048
 _NUM_SCENES = 400
 
 
 def tokenizer_text(seed: int) -> list[str]:
-    """Lines that the generator and Vicuna's template would write."""
+    """Generate lines like those that the generator and Vicuna's template write."""
     rng = random_stream(seed, "tokenizer")
     scenes = list(islice(SceneDealer(rng), _NUM_SCENES))
     lines = [VICUNA_SYSTEM, "USER: Describe the picture. ASSISTANT:", "Give a short description. What is in it?"] * 400
@@ -35,8 +35,14 @@ def tokenizer_text(seed: int) -> list[str]:
 def make_tokenizer(folder: Path, *, seed: int = 0, vocabulary_size: int = VOCABULARY_SIZE) -> None:
     """Write ``tokenizer.model`` and ``tokenizer_config.json``, the files that Vicuna ships, into ``folder``.
 
-    ``AutoTokenizer`` makes a fast tokenizer with offsets of them. As in Vicuna's there is a piece for "," and for each
-    byte (the newline is ``"<0x0A>"``), digits stand alone, the ids of unk, bos and eos are 0, 1, 2, and padding is unk.
+    ``AutoTokenizer`` loads them as a fast tokenizer with offsets. Properties follow Vicuna's tokenizer. There is a piece for
+    "," and for each byte (the newline is ``"<0x0A>"``), and each digit is a piece. The ids of unk, bos and eos are 0, 1 and
+    2, and unk is the padding token.
+
+    Args:
+        folder: existing folder.
+        seed: seed of the training text.
+        vocabulary_size: number of pieces.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -44,7 +50,7 @@ def make_tokenizer(folder: Path, *, seed: int = 0, vocabulary_size: int = VOCABU
         model_writer=model,
         model_type="bpe",
         vocab_size=vocabulary_size,
-        # Llama's own settings.
+        # The following settings are those of Llama's tokenizer.
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
@@ -56,7 +62,7 @@ def make_tokenizer(folder: Path, *, seed: int = 0, vocabulary_size: int = VOCABU
         eos_id=EOS_ID,
         pad_id=-1,
         unk_surface=" ⁇ ",
-        # Several threads would count pieces in varying order.
+        # With several threads the order of counting, and thus the result, would vary.
         num_threads=1,
         minloglevel=2,
     )

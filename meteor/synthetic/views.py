@@ -1,4 +1,4 @@
-"""What the tiny CLIP trains on: whole scenes and crops of scenes on several patch grids, with captions of what is left."""
+"""Training images of the tiny CLIP: whole scenes and crops on several patch grids, with captions of their content."""
 
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,9 +12,9 @@ from meteor.synthetic.streams import random_stream
 from meteor.synthetic.vocabulary import TEXT, place_bounds, places_of
 
 PATCH_SIZE = 14
-# (rows, columns): what slicing at 112 x 112 pixels gives for the images of a data set, more or less.
+# Rows and columns of about the patch grids that slicing at 112 x 112 pixels gives for the images of a data set.
 PATCH_GRIDS = ((8, 8), (6, 10), (10, 6), (4, 12), (12, 4), (7, 9))
-# A crop is cut from a scene this many times larger than itself, so that things appear enlarged and cut off as in slices.
+# A crop is cut from a scene this many times larger, so that objects appear enlarged and cut off, as in slices.
 _ZOOMS = (1.3, 1.6, 2.0)
 _SCALE = (0.4, 0.85)
 _VISIBLE_SHARE = {"shape": 0.5, "text": 0.9}
@@ -25,8 +25,8 @@ class Views:
     """Images of one patch grid.
 
     Attributes:
-        pixels: (N, 14 * rows, 14 * columns, 3) uint8.
-        scenes: what is in each, boxes and places within the view.
+        pixels: pixels of N views, (N, 14 * rows, 14 * columns, 3) uint8.
+        scenes: content of each view, with boxes and places relative to the view.
     """
 
     pixels: np.ndarray
@@ -53,7 +53,7 @@ def make_views(grid: tuple[int, int], num_views: int, seed: int, split: str) -> 
 
 
 def crop(scene: Scene, window: Box) -> Scene:
-    """What a caption of the window would name: shapes at least half visible, a text only if nearly all of it is."""
+    """Cut a window out of a scene, with shapes that are at least half visible and texts that are nearly whole."""
     x0, y0, x1, y1 = window
     width, height = x1 - x0, y1 - y0
     objects = []
@@ -69,7 +69,7 @@ def crop(scene: Scene, window: Box) -> Scene:
 
 
 def box_area(box: Box) -> int:
-    """Square pixels."""
+    """Return the area of a box in square pixels."""
     return (box[2] - box[0]) * (box[3] - box[1])
 
 

@@ -1,4 +1,4 @@
-"""The closed world of the generated scenes: shapes, colours, words, places, image sizes."""
+"""Vocabulary of the generated scenes: shapes, colours, words, places, image sizes."""
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
@@ -11,30 +11,30 @@ COLOURS = {
     "white": (252, 252, 252),
     "black": (12, 12, 12),
 }
-# Three letters each, so that the width of a word does not give it away.
+# All words have three letters, so that the width of a text does not reveal its word.
 WORDS = ("cat", "dog", "sun", "map", "key", "box", "hat", "fly")
 TEXT = "text"
 MAX_COUNT = 4
 
-# (width, height) in pixels. At 112 x 112 a sub-image all but the two smallest are sliced, at 336 x 336 those from
-# 448 x 336 up; 1120 x 840 is larger than what six slices of 336 x 336 cover.
+# Widths and heights in pixels. With sub-images of 112 x 112 pixels all but the two smallest sizes are sliced, with
+# 336 x 336 pixels those from 448 x 336 up. 1120 x 840 is larger than six slices of 336 x 336.
 ORDINARY_SIZES = ((320, 240), (240, 320), (256, 256), (448, 336), (360, 480))
 SMALL_SIZES = ((90, 80), (96, 120))
 WIDE_SIZES = ((900, 220), (480, 160))
 TALL_SIZES = ((200, 560), (150, 400))
 LARGE_SIZES = ((640, 480), (1120, 840))
-# How a deck of ten scenes is filled.
+# Groups of sizes of the ten scenes in a deck.
 SIZE_MIX = (ORDINARY_SIZES,) * 5 + (SMALL_SIZES, WIDE_SIZES, WIDE_SIZES, TALL_SIZES, LARGE_SIZES)
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 SIDES = ("left", "right")
 ENDS = ("top", "bottom")
-# From this ratio on an image counts as wide (or tall), and only the half along its length is asked for.
+# From this ratio an image counts as wide (or tall), and questions about places name only halves along its length.
 STRIP_RATIO = 2.0
 
 
 def places_of(width: int, height: int) -> tuple[str, ...]:
-    """Names of the parts an image of this size is divided into: four corners, or two halves of a long strip."""
+    """Name the parts of an image of this size: four corners, or two halves of a long strip."""
     if width >= STRIP_RATIO * height:
         return SIDES
     if height >= STRIP_RATIO * width:
@@ -43,7 +43,7 @@ def places_of(width: int, height: int) -> tuple[str, ...]:
 
 
 def place_bounds(place: str, width: int, height: int) -> tuple[float, float, float, float]:
-    """The part of the image that ``place`` names, as (x0, y0, x1, y1) in pixels."""
+    """Return the part of the image that ``place`` names, as (x0, y0, x1, y1) in pixels."""
     x0 = width / 2 if "right" in place else 0
     x1 = width / 2 if "left" in place else width
     y0 = height / 2 if "bottom" in place else 0

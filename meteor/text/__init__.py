@@ -1,1 +1,1 @@
-"""Conversations, prompt templates, and the token ids and labels they become."""
+"""Conversations and prompt templates, and their token ids and labels."""

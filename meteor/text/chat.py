@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template: rendered around sentinels, so that no user text passes through it."""
+"""Rendering of the tokenizer's own chat template around sentinels, so that no user text passes through the template."""
 
 import re
 from functools import lru_cache
@@ -16,13 +16,21 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 def render_chat(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, for_generation: bool = False
 ) -> list[Segment]:
-    """Render through ``tokenizer.apply_chat_template``.
+    """Render a conversation through ``tokenizer.apply_chat_template``.
 
-    The template sees one sentinel for each message; the words are put in afterwards, exactly as they are. So special
-    tokens are those the template writes and never the user's, and where an answer stands is known, not searched for.
+    The template sees a sentinel instead of each message; the words are inserted afterwards, unchanged. Special tokens
+    therefore come from the template only, never from the user, and the position of each answer is known without a search.
 
-    Spaces right before an answer belong to it (they fuse with its first token), and so does the special token that
-    closes it, if the template closes the last answer with one.
+    Spaces directly before an answer belong to the answer, because they fuse with its first token. The special token that
+    closes an answer belongs to it too, if the template closes the last answer with a special token.
+
+    Args:
+        conversation: the turns.
+        tokenizer: tokenizer with a chat template.
+        for_generation: whether to stop where the next answer begins.
+
+    Returns:
+        Segments of text, images and special tokens in order.
 
     Raises:
         SettingsError: the tokenizer has no chat template.
@@ -50,12 +58,16 @@ def render_chat(
 
 @lru_cache(maxsize=8)
 def special_pattern(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> re.Pattern[str]:
-    """Matches every added token of the tokenizer, and the white space it swallows (``lstrip``, ``rstrip``).
+    """Compile a pattern for every added token of the tokenizer and the white space that it absorbs (``lstrip``, ``rstrip``).
 
-    ``vocabulary_size`` is ``len(tokenizer)``: a tokenizer that has grown is asked again.
+    Args:
+        tokenizer: tokenizer with the added tokens.
+        vocabulary_size: ``len(tokenizer)``, part of the cache's key: a tokenizer with new tokens gets a new pattern.
     """
+    # Longer tokens come first: a token that begins with another one must not be matched as the shorter token.
     tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
     if not tokens:
+        # An empty alternation would match everywhere; this pattern matches nowhere.
         return re.compile(r"(?!)")
     return re.compile(
         "|".join(
@@ -66,7 +78,7 @@ def special_pattern(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) ->
 
 
 def _literals(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, for_generation: bool) -> list[str]:
-    """The template's own text before, between and after the messages."""
+    """Return the template's own text before, between and after the messages."""
     if tokenizer.chat_template is None:
         raise SettingsError(
             "The template 'chat' uses the tokenizer's own chat template, and this tokenizer has none: "
@@ -75,7 +87,7 @@ def _literals(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, fo
     roles = [_ROLES[turn.role] for turn in conversation.turns]
     if conversation.system is not None:
         roles.insert(0, "system")
-    # Private-use characters: no template's own text holds them, and trim filters leave them alone.
+    # Private-use characters occur in no template's own text, and trim filters keep them.
     sentinels = [f"\ue000{position}\ue001" for position in range(len(roles))]
     messages = [{"role": role, "content": sentinel} for role, sentinel in zip(roles, sentinels, strict=True)]
     try:
@@ -95,7 +107,7 @@ def _literals(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, fo
 def _write_answer(
     writer: SegmentWriter, before: str, turn: Turn, after: str, pattern: re.Pattern[str], closing: str | None
 ) -> str:
-    """Write the literal before an answer, the answer and what closes it; return the rest of the literal after it."""
+    """Write the literal before an answer, the answer and its closing token; return the rest of the literal after it."""
     spaces = before[len(before.rstrip(" ")) :] if turn.text else ""
     _write_literal(writer, before[: len(before) - len(spaces)], pattern)
     writer.text(spaces + turn.text, is_answer=True)
@@ -118,7 +130,7 @@ def _write_literal(writer: SegmentWriter, literal: str, pattern: re.Pattern[str]
 
 
 def _closing_token(literal: str, pattern: re.Pattern[str]) -> str | None:
-    """The special token that a literal starts with, white space before it apart."""
+    """Return the special token at the start of a literal, white space ignored; None if there is none."""
     match = pattern.search(literal)
     return _token_of(match) if match is not None and not literal[: match.start()].strip() else None
 

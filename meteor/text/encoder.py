@@ -1,4 +1,4 @@
-"""Text to token ids and character spans, with nothing in the text ever read as a special token."""
+"""Encoding of text to token ids and character spans; no part of the text is ever read as a special token."""
 
 import json
 from functools import lru_cache
@@ -8,35 +8,37 @@ from transformers import PreTrainedTokenizerBase
 
 from meteor.errors import SettingsError
 from meteor.text.segments import Span
+from meteor.text.words import WordEncoder
 
 
 class TextEncoder:
-    """Encodes runs of text with private copies of a fast tokenizer's backend.
+    """Encoder of text with private copies of a fast tokenizer's backend.
 
-    Copies, because the switch that keeps special tokens apart (``encode_special_tokens``, transformers'
-    ``split_special_tokens``) is a state of the backend: setting it on the caller's tokenizer would change the caller's
-    own calls, and race with other threads.
+    The switch that reads special tokens as text (``encode_special_tokens``, transformers' ``split_special_tokens``) is a
+    state of the backend. Setting it on the caller's tokenizer would change the caller's own calls and race with other
+    threads, so copies are used.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
         description = json.loads(backend.to_str())
+        self.words = WordEncoder.of(description)
         self._opening = _copy(description)
-        # Vicuna 1.5 and Llama 2 ("legacy": false) put "▁" before a text, but not before text after a special token:
-        # "</s>USER" must give "US", not "▁US", although the text after "</s>" is encoded alone here.
+        # Vicuna 1.5 and Llama 2 ("legacy": false) put "▁" before a text, but not after a special token: "</s>USER" must
+        # give "US", not "▁US". Here the text after "</s>" is encoded alone, so it needs a backend without the prefix.
         self._following = _copy(_without_first_prefix(description))
 
     def encode(self, text: str, *, after_special: bool) -> tuple[list[int], list[Span]]:
-        """Token ids, and for each the characters [start, end) of ``text`` it stands for.
+        """Return token ids and, for each token, its character span [start, end) in ``text``.
 
         Args:
-            text: what looks like a special token in it is encoded as ordinary characters.
-            after_special: the text follows a special token instead of opening a prompt or following an image.
+            text: text to encode; strings that look like special tokens are encoded as ordinary characters.
+            after_special: whether the text follows a special token, instead of an image or the start of the prompt.
         """
         encoding = (self._following if after_special else self._opening).encode(text, add_special_tokens=False)
         return encoding.ids, _without_gaps(encoding.offsets)
 
     def token_id(self, token: str) -> int:
-        """The id of a special token."""
+        """Return the id of a special token."""
         found = self._opening.token_to_id(token)
         assert found is not None, f"{token!r} was found among the tokenizer's own added tokens"
         return found
@@ -44,10 +46,14 @@ class TextEncoder:
 
 @lru_cache(maxsize=8)
 def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> TextEncoder:
-    """The encoder of a tokenizer. ``vocabulary_size`` is ``len(tokenizer)``: one that has grown is copied again.
+    """Return the encoder of a tokenizer.
+
+    Args:
+        tokenizer: fast tokenizer.
+        vocabulary_size: ``len(tokenizer)``, part of the cache's key: a tokenizer with new tokens is copied again.
 
     Raises:
-        SettingsError: not a fast tokenizer, so there are no character positions to find the answers by.
+        SettingsError: the tokenizer is not fast, so it gives no character positions, by which answers are found.
     """
     if not tokenizer.is_fast:
         raise SettingsError(
@@ -59,6 +65,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> Te
 
 def _copy(description: dict) -> Tokenizer:
     copy = Tokenizer.from_str(json.dumps(description))
+    # A saved tokenizer may truncate or pad by itself, which would lose or add tokens without notice.
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = True
@@ -78,10 +85,10 @@ def _without_first_prefix(description: dict) -> dict:
 
 
 def _without_gaps(offsets: list[Span]) -> list[Span]:
-    """Let every token begin where the one before it ended, or earlier.
+    """Extend every token's span to begin where the previous token ended, or earlier.
 
-    Byte-level tokenizers trim spaces off the offsets, so that a lone "Ġ" stands for no character at all; the bytes of
-    one character share its offsets.
+    Byte-level tokenizers trim spaces off the offsets, so that a lone "Ġ" has an empty span. Bytes of one character share
+    its offsets.
     """
     spans = []
     previous_end = 0

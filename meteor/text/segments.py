@@ -1,4 +1,4 @@
-"""The pieces a rendered prompt is made of, and the writer that joins text while it remembers where the answers are."""
+"""Segments of a rendered prompt, and a writer that joins text and records the positions of answers."""
 
 from dataclasses import dataclass, field
 
@@ -7,12 +7,12 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Text:
-    """Text that is tokenised in one go.
+    """Text that is tokenised as a whole.
 
     Attributes:
-        text: never contains an image or a special token; what looks like one is text.
-        answers: character spans [start, end) of ``text`` that are labels.
-        questions: image turn -> the span of what it says after its images.
+        text: words without images or special tokens; a string that looks like a special token is ordinary text.
+        answers: character spans [start, end) of ``text`` that become labels.
+        questions: number of an image turn -> character span of its words after the images.
     """
 
     text: str
@@ -22,14 +22,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """The place of one image; ``turn`` counts the turns that have images, from 1."""
+    """Place of one image; ``turn`` is the number, from 1, of its turn among the turns with images."""
 
     turn: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class SpecialToken:
-    """A special token that a chat template writes; a label where it closes an answer."""
+    """Special token that a chat template writes; it becomes a label if it closes an answer."""
 
     token: str
     is_answer: bool = False
@@ -37,14 +37,14 @@ class SpecialToken:
 
 @dataclass(frozen=True)
 class EndOfSequence:
-    """The tokenizer's end token after an answer; always a label."""
+    """End token of the tokenizer after an answer; always a label."""
 
 
 Segment = Text | Image | SpecialToken | EndOfSequence
 
 
 class SegmentWriter:
-    """Collects segments; text written piece by piece becomes one ``Text`` until something else comes."""
+    """Collector of segments; consecutive pieces of text become one ``Text``."""
 
     def __init__(self) -> None:
         self._segments: list[Segment] = []
@@ -59,8 +59,10 @@ class SegmentWriter:
         self._text += text
 
     def question(self, num_images: int, text: str) -> None:
-        """What a human says: images in a row, each followed by a newline, the last one only if text follows (LLaVA strips
-        the turn); then the text."""
+        """Write a human turn: its images, then its text.
+
+        Each image is followed by a newline, the last image only if text follows, because LLaVA strips the turn.
+        """
         self._turn += num_images > 0
         for number in range(num_images):
             self.add(Image(self._turn))

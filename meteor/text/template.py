@@ -1,4 +1,4 @@
-"""Prompt templates: a conversation becomes segments of text, images and end tokens, with the answers marked."""
+"""Prompt templates: a conversation becomes segments of text, images and end tokens, with answers marked."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,7 +9,7 @@ from meteor.text.segments import EndOfSequence, Image, Segment, SegmentWriter
 
 TEMPLATES = ("plain", "vicuna_v1", "chat")
 
-# FastChat's and LLaVA's conv_vicuna_v1, byte for byte: Vicuna was tuned on these words.
+# FastChat's and LLaVA's conv_vicuna_v1, byte for byte, because Vicuna was tuned on these words.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -23,23 +23,22 @@ def render(
     tokenizer: PreTrainedTokenizerBase | None = None,
     for_generation: bool = False,
 ) -> list[Segment]:
-    """Lay a conversation out as segments.
+    """Render a conversation as segments.
 
-    - ``plain`` (stage 1): images, caption, end token; the human's words are dropped, as LLaVA drops them. LLaVA ends
-      a caption with a newline; here it ends with the tokenizer's end token (spec section 6), so that a model asked
-      right after stage 1 knows when to stop.
+    - ``plain`` (stage 1): images, caption, end token. The human's words are dropped, as in LLaVA. LLaVA ends a caption with
+      a newline; here it ends with the tokenizer's end token, so that a model knows when to stop after stage 1 alone.
     - ``vicuna_v1`` (stage 2): ``SYSTEM USER: <image>\\nQUESTION ASSISTANT: ANSWER</s>USER: ...``. The space before an
-      answer belongs to it: generation starts after ``ASSISTANT:``. An empty answer has no space.
+      answer belongs to the answer, because generation starts after ``ASSISTANT:``. An empty answer has no space.
     - ``chat``: the tokenizer's own chat template.
 
     Args:
         conversation: the turns.
-        template: one of the names above.
-        tokenizer: needed by ``chat`` only.
-        for_generation: stop where the last answer is to begin; a last answer that is there is left out.
+        template: ``plain``, ``vicuna_v1`` or ``chat``.
+        tokenizer: tokenizer with a chat template; needed by ``chat`` only.
+        for_generation: whether to stop where the last answer begins; an answer in the last turn is left out.
 
     Raises:
-        SettingsError: unknown template, or ``chat`` without a tokenizer that has a chat template.
+        SettingsError: the template is unknown, or ``chat`` has no tokenizer with a chat template.
         TokenisationError: the conversation does not fit the template.
     """
     if for_generation and conversation.turns and conversation.turns[-1].role == "gpt":
@@ -59,7 +58,7 @@ def _render_plain(conversation: Conversation, for_generation: bool) -> list[Segm
     roles = [turn.role for turn in conversation.turns]
     if roles != (["human"] if for_generation else ["human", "gpt"]) or conversation.num_images == 0:
         raise TokenisationError(
-            f"The template 'plain' takes one human turn with an image and one caption, and got turns {roles} with "
+            f"The template 'plain' takes one human turn with an image and one caption, but got turns {roles} with "
             f"{conversation.num_images} images: use 'vicuna_v1' for dialogues and text-only samples."
         )
     writer = SegmentWriter()

@@ -1,4 +1,4 @@
-"""Token ids and labels of a sample: each run of text is tokenised once, and labels come from character positions."""
+"""Token ids and labels of a sample: each segment is tokenised once, and labels come from character positions."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,21 +15,21 @@ from meteor.text.encoder import text_encoder
 from meteor.text.segments import EndOfSequence, Image, Segment, Span, SpecialToken, Text
 from meteor.text.template import render
 
-# A newline in the vocabularies of SentencePiece with byte fallback, of byte-level BPE, and of plain text.
+# Newline tokens in the vocabularies of SentencePiece with byte fallback, byte-level BPE, and plain text.
 _NEWLINE_TOKENS = ("<0x0A>", "Ċ", "\n")
 
 
 @dataclass(frozen=True)
 class TokenisedSample:
-    """A sample ready for a batch.
+    """A tokenised sample; its lists have one entry per token.
 
     Attributes:
-        input_ids: token ids, with one ``IMAGE_TOKEN_ID`` in the place of each image.
-        labels: of the same length; the token's id in answers and their end tokens, else ``IGNORE_INDEX``.
-        turns: of the same length; at images, and at the words that their turn says after them, the turn's number among those
-            that have images, from 1; else 0. Empty where nobody needs it.
-        image_numbers: of the same length; at visual slots the number of their image in the sample, from 1; else 0. Empty before
-            slots are there.
+        input_ids: token ids, with an ``IMAGE_TOKEN_ID`` at the place of each image.
+        labels: token ids at answers and their end tokens, ``IGNORE_INDEX`` elsewhere.
+        turns: number of the turn among the turns with images, from 1, at images and at the words after them in their turn;
+            0 elsewhere. The list is empty if nothing needs it.
+        image_numbers: number of the image in the sample, from 1, at visual slots; 0 elsewhere. The list is empty until
+            images are expanded to slots.
     """
 
     input_ids: list[int]
@@ -40,24 +40,24 @@ class TokenisedSample:
 
 @dataclass(frozen=True)
 class Separators:
-    """Token ids put after the slices of an image: ``slice_id`` inside a row, ``row_id`` after its last slice."""
+    """Token ids after an image's slices: ``slice_id`` within a row, ``row_id`` after the last slice of a row."""
 
     slice_id: int
     row_id: int
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer; no code of the model's repository is run.
+    """Load a fast tokenizer without running code of the model's repository.
 
-    A tokenizer without a padding token gets one in memory (its end token, else its unknown one): batches need an id to
-    fill up with, which the attention mask hides.
+    If the tokenizer has no padding token, its end token (or unknown token) becomes the padding token in memory. Batches
+    need an id for padding, and the attention mask hides it.
 
     Args:
-        path: a folder, local or s3://, or a name on the Hugging Face hub.
+        path: local folder, s3:// folder or hub id.
 
     Raises:
-        SettingsError: no such folder, no tokenizer in it, or not a fast one.
-        MissingPackageError: the folder has a SentencePiece model alone, and a package to convert it is missing.
+        SettingsError: the folder does not exist, has no tokenizer, or its tokenizer is not fast.
+        MissingPackageError: the folder has only a SentencePiece model, and a package for its conversion is missing.
     """
     folder = os.path.expanduser(local_model(path))
     if not os.path.isdir(folder) and _looks_local(path):
@@ -73,7 +73,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ) from error
     if not tokenizer.is_fast:
         raise SettingsError(
-            f"{path!r} has no fast tokenizer ({type(tokenizer).__name__}); answers cannot be located in it."
+            f"{path!r} has no fast tokenizer ({type(tokenizer).__name__}), and answers are located by its offsets."
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None and tokenizer.unk_token is None:
@@ -92,49 +92,59 @@ def tokenise(
     for_generation: bool = False,
     sample_id: str = "",
 ) -> TokenisedSample:
-    """Turn a conversation into ids and labels.
+    """Turn a conversation into token ids and labels.
 
-    Text between images and end tokens is tokenised as one chunk, as LLaVA does, so an image is followed by what the
-    tokenizer puts before a text (``▁`` in Vicuna's). The beginning token comes once, where the tokenizer has one and
-    the template is not ``chat``, which writes its own. A token that overlaps an answer is a label.
+    Text between images and end tokens is tokenised as one chunk, as in LLaVA, so the tokenizer's text prefix (``▁`` in
+    Vicuna's) follows an image. The beginning token is added once, if the tokenizer has one; the template ``chat`` writes
+    its own. A token that overlaps an answer is a label.
 
     Args:
         conversation: the turns.
-        tokenizer: a fast tokenizer; it is left as it is.
+        tokenizer: fast tokenizer, which is not changed.
         template: ``plain``, ``vicuna_v1`` or ``chat``.
-        for_generation: the prompt alone, up to where the last answer begins; labels are all ``IGNORE_INDEX``.
-        sample_id: for the error.
+        for_generation: whether to return the prompt alone, up to the last answer; all labels are then ``IGNORE_INDEX``.
+        sample_id: id of the sample, for the error.
 
     Raises:
-        SettingsError: the tokenizer does not fit (not a fast one, no end token, no chat template).
-        TokenisationError: the conversation does not fit the template, or nothing in it would be learnt.
+        SettingsError: the tokenizer does not fit: it is not fast, or has no end token or chat template.
+        TokenisationError: the conversation does not fit the template, or has no token to learn.
     """
     try:
         segments = render(conversation, template, tokenizer=tokenizer, for_generation=for_generation)
     except TokenisationError as error:
         raise TokenisationError(f"Sample {sample_id!r}: {error}") from error
     input_ids, labels, turns = _encode(segments, tokenizer)
-    if template != "chat" and tokenizer.bos_token_id is not None:
-        input_ids.insert(0, tokenizer.bos_token_id)
+    if (bos_id := begin_id(tokenizer, template)) is not None:
+        input_ids.insert(0, bos_id)
         labels.insert(0, IGNORE_INDEX)
         turns.insert(0, 0)
     if for_generation:
         return TokenisedSample(input_ids, [IGNORE_INDEX] * len(input_ids), turns)
     if all(label == IGNORE_INDEX for label in labels):
-        raise TokenisationError(
-            f"Sample {sample_id!r} has no answer token under the template {template!r}, so nothing would be learnt "
-            f"from it: give it a turn from 'gpt', or check that the chat template closes answers with an end token."
-        )
+        raise TokenisationError(f"Sample {sample_id!r} {no_answer(template)}")
     return TokenisedSample(input_ids, labels, turns)
 
 
-def visual_separators(tokenizer: PreTrainedTokenizerBase) -> Separators:
-    """The ids of "," and of the newline byte: 29892 and 13 in Vicuna's vocabulary (spec section 6).
+def no_answer(template: str) -> str:
+    """What is wrong with a sample without any label, to follow its name."""
+    return (
+        f"has no answer token under the template {template!r}, so nothing would be learnt from it: give it a turn from "
+        "'gpt', or check that the chat template closes answers with an end token."
+    )
 
-    They are looked up as tokens: ``tokenizer(",")`` would give Vicuna's id of ``▁,``.
+
+def begin_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+    """The token that begins every sample; None where there is none, or the chat template writes its own."""
+    return None if template == "chat" else tokenizer.bos_token_id
+
+
+def visual_separators(tokenizer: PreTrainedTokenizerBase) -> Separators:
+    """Return the ids of "," and of the newline byte: 29892 and 13 in Vicuna's vocabulary.
+
+    The ids are looked up in the vocabulary, because ``tokenizer(",")`` would give the id of ``▁,`` in Vicuna's.
 
     Raises:
-        SettingsError: the vocabulary has no such token.
+        SettingsError: the vocabulary lacks a comma or a newline token.
     """
     vocabulary: Tokenizer = tokenizer.backend_tokenizer
     slice_id = vocabulary.token_to_id(",")
@@ -166,7 +176,7 @@ def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tupl
         elif isinstance(segment, SpecialToken):
             ids, is_answer = [encoder.token_id(segment.token)], [segment.is_answer]
         else:
-            ids, is_answer = [_end_id(tokenizer)], [True]
+            ids, is_answer = [end_id(tokenizer)], [True]
         input_ids += ids
         labels += [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_answer, strict=True)]
         turns += turns_of_segment or [0] * len(ids)
@@ -175,7 +185,7 @@ def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _turns(spans: list[Span], questions: dict[int, Span]) -> list[int]:
-    """Of each token the image turn whose words it overlaps; 0 for none."""
+    """Return for each token the image turn whose words it overlaps; 0 if there is none."""
     if not questions:
         return [0] * len(spans)
     return [
@@ -189,9 +199,10 @@ def _overlaps(spans: list[Span], answers: tuple[Span, ...]) -> list[bool]:
     ]
 
 
-def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends every answer; `SettingsError` when the tokenizer has none."""
     if tokenizer.eos_token_id is None:
-        raise SettingsError("The tokenizer has no end token, and answers end with one: set its eos_token.")
+        raise SettingsError("The tokenizer has no end token, which must close every answer: set its eos_token.")
     return tokenizer.eos_token_id
 
 
@@ -202,7 +213,7 @@ def _looks_local(path: str) -> bool:
 def _check_folder(folder: str) -> None:
     names = os.listdir(folder)
     if "tokenizer.model" in names and "tokenizer.json" not in names:
-        # Without these transformers asks, misleadingly, for tiktoken.
+        # If these packages are missing, transformers' own error misleadingly asks for tiktoken.
         needed_for = f"Reading the SentencePiece model in {folder!r}"
         import_optional("sentencepiece", needed_for=needed_for, install="pip install sentencepiece")
         import_optional("google.protobuf", needed_for=needed_for, install="pip install protobuf")

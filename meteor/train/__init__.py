@@ -1,1 +1,1 @@
-"""Training: what is frozen, the schedule, the engine, the one loop, and what a finished stage leaves behind."""
+"""Training: model assembly and freezing, schedules, engines, the training loop, and export of finished stages."""

@@ -1,4 +1,4 @@
-"""Put the model of a stage together: language model, projector, what trains and what is frozen."""
+"""Assembly of a stage's model: language model, projector, and the choice of trained parameters."""
 
 import hashlib
 from pathlib import Path
@@ -15,6 +15,7 @@ from meteor.pretrained import load_pretrained, local_model
 from meteor.projector.file import load_weights, read_projector_file
 from meteor.stages import TrainingStage
 
+# Blocks per file, and bytes per block, that enter a language model's fingerprint.
 _NUM_SAMPLED_BLOCKS, _BLOCK_BYTES = 1024, 1 << 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,19 +32,19 @@ def build_model(
     attention: str = "sdpa",
     text_sampler: dict[str, Any] | None = None,
 ) -> MeteorForConditionalGeneration:
-    """A language model with pretrained weights and a new projector; no vision tower (training reads features).
+    """Build a model with pretrained language model and new projector, without vision tower (training reads features).
 
     Args:
-        llm_path: local directory or hub id of any Hugging Face causal LM.
-        vision_config: the encoder's, for its width and for the finished model.
-        projector: ``{"name": ..., **settings}``.
-        select_layer: hidden state the features come from.
-        cache_identity: which caches the model may read.
-        dtype: of all weights.
-        seed: of the projector's initial weights.
-        attention: the language model's, one of `meteor.model.attention.IMPLEMENTATIONS`.
-        text_sampler: ``{"layer": ..., "keep": ...}``, the layer None for the middle one; see
-            `meteor.model.text_sampler.TextSampler`.
+        llm_path: local directory, s3:// folder or hub id of any Hugging Face causal LM.
+        vision_config: configuration of the encoder, for its width and for the finished model.
+        projector: ``{"name": ..., **settings}`` of the projector.
+        select_layer: index of the encoder's hidden state that the features come from.
+        cache_identity: identity of the feature caches that the model may read.
+        dtype: dtype of all weights.
+        seed: seed of the projector's initial weights.
+        attention: attention of the language model, a member of `meteor.model.attention.IMPLEMENTATIONS`.
+        text_sampler: ``{"layer": ..., "keep": ...}`` of `meteor.model.text_sampler.TextSampler`, with None for the middle
+            layer; None for no sampler.
     """
     language_model = load_llm(llm_path, dtype)
     config = MeteorConfig(
@@ -63,30 +64,30 @@ def build_model(
 
 def _with_layer(text_sampler: dict[str, Any], num_layers: int) -> dict[str, Any]:
     layer = text_sampler["layer"]
-    # Of two layers the second half is the last one, after which nothing comes.
+    # With two layers the middle is the last layer, after which no layer would profit from the sampler.
     return {**text_sampler, "layer": min(num_layers // 2, num_layers - 2) if layer is None else layer}
 
 
 def read_llm_config(path: str) -> PretrainedConfig:
-    """The configuration alone, from a local directory, an s3:// folder or a hub id.
+    """Read a language model's configuration from a local directory, an s3:// folder or a hub id.
 
     Raises:
-        SettingsError: nothing loadable there.
+        SettingsError: there is no readable configuration.
     """
     try:
         return AutoConfig.from_pretrained(local_model(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"llm.path={path!r} has no configuration that can be read ({error}). Give a local directory with config.json, or a "
+            f"llm.path={path!r} has no readable configuration ({error}). Give a local directory with config.json, or a "
             "hub id that this machine can reach, such as lmsys/vicuna-7b-v1.5"
         ) from error
 
 
 def load_llm(path: str, dtype: torch.dtype) -> Any:
-    """Weights of a causal LM from a local directory, an s3:// folder or a hub id; code from a repository is never run.
+    """Load a causal LM from a local directory, an s3:// folder or a hub id, without running code of its repository.
 
     Raises:
-        SettingsError: nothing loadable there.
+        SettingsError: there is no model, or its weights are incomplete.
     """
     return load_pretrained(
         AutoModelForCausalLM,
@@ -99,7 +100,7 @@ def load_llm(path: str, dtype: torch.dtype) -> Any:
 
 
 def freeze_for(model: MeteorForConditionalGeneration, stage: TrainingStage) -> None:
-    """Freeze all but the projector, and in stage 2 the language model (paper, section 4.1)."""
+    """Freeze all but the projector in stage 1; in stage 2 the language model trains too (paper, section 4.1)."""
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
     if stage == "finetune":
@@ -109,34 +110,37 @@ def freeze_for(model: MeteorForConditionalGeneration, stage: TrainingStage) -> N
 def checkpoint_activations(model: MeteorForConditionalGeneration) -> None:
     """Recompute the language model's activations in the backward pass, layer by layer."""
     language_model = model.language_model
-    # transformers renames it between 5.17 and 6, and warns of the old name.
+    # transformers renames this method between 5.17 and 6, and warns about the old name.
     enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     model.train()
 
 
 def compile_layers(model: MeteorForConditionalGeneration, *, zero_stage: int, backend: Any = "inductor") -> None:
-    """`torch.compile` each decoder layer: one graph serves all of them, for any number of tokens.
+    """Compile each decoder layer with `torch.compile`; a single graph serves all layers and any number of tokens.
 
-    Layer by layer rather than as a whole: checkpointing is layer by layer too, compiling takes a fraction of the time, and
-    what depends on a batch's values (where the visual slots are, how long the samples are) stays outside.
+    Layers are compiled one by one, not the model as a whole. Checkpointing works layer by layer too, compiling takes a
+    fraction of the time, and code that depends on a batch's values (places of visual slots, lengths of samples) stays
+    outside the graph.
 
     Args:
-        model: after `checkpoint_activations`, where that is wanted.
-        zero_stage: of the engine that will train.
-        backend: of `torch.compile`.
+        model: the model, after `checkpoint_activations` if that is wanted.
+        zero_stage: ZeRO stage of the engine that will train.
+        backend: backend of `torch.compile`.
 
     Raises:
-        SettingsError: ZeRO-3, whose hooks gather each weight inside the layer, or a language model whose layers are not
-            transformers' own, or one with a text-guided sampler.
+        SettingsError: the stage is ZeRO-3 (its hooks gather weights inside the layers), the model has a text-guided sampler,
+            or the language model's layers are not transformers' own.
     """
     if model.text_sampler is not None:
-        raise SettingsError("llm.compile=true and finetune.text_sampler exclude each other: its hooks read values")
+        raise SettingsError(
+            "llm.compile=true and finetune.text_sampler exclude each other: the sampler's hooks read values"
+        )
     if zero_stage == 3:
         raise SettingsError(
             "llm.compile=true needs zero_stage 0 to 2: ZeRO-3 gathers weights by hooks inside the layers"
         )
-    layers = [one for one in model.language_model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    layers = [module for module in model.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise SettingsError(f"llm.compile=true: {type(model.language_model).__name__} has no decoder layers to compile")
     for layer in layers:
@@ -144,11 +148,11 @@ def compile_layers(model: MeteorForConditionalGeneration, *, zero_stage: int, ba
 
 
 def llm_fingerprint(path: str) -> str:
-    """A quick identity of a language model: names and sizes of its files, and 1,024 blocks of 64 KiB from each.
+    """Return a quick identity of a language model: names and sizes of its files, and 1,024 blocks of 64 KiB from each.
 
-    Hashing 26 GB at every start would cost minutes. The blocks lie evenly, at most 10 MB apart in the usual files of
-    10 GB: of every large matrix something is read, so that a copy in which only some were tuned differs. Files up to
-    64 MiB are read whole. A hub id stands for its commit.
+    Hashing 26 GB at every start would take minutes. The blocks are evenly spaced, at most 10 MB apart in the usual files of
+    10 GB. Part of every large matrix is therefore read, and a copy with only some tuned matrices gets another identity. Files
+    up to 64 MiB are read whole. A hub id is identified by its commit.
     """
     folder = Path(local_model(path))
     if not folder.is_dir():
@@ -167,14 +171,14 @@ def llm_fingerprint(path: str) -> str:
 
 
 def load_projector(model: MeteorForConditionalGeneration, uri: str) -> None:
-    """Take over stage 1's projector.
+    """Load stage 1's projector into a model.
 
     Args:
-        model: built with the settings of this run.
-        uri: ``projector.safetensors`` of a pretrain run.
+        model: model with the settings of this run.
+        uri: ``projector.safetensors`` of a pretrain stage.
 
     Raises:
-        CheckpointError: it was trained with other settings; the message names what differs.
+        CheckpointError: the projector was trained with other settings; the message names the differences.
     """
     stored, weights = read_projector_file(uri)
     wanted = projector_metadata(model.config)

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: copied to the host at a step, uploaded by a thread, visible when complete."""
+"""Checkpoints in the background: copied to the host at a step, uploaded by a thread, visible when complete."""
 
 import threading
 import time
@@ -18,15 +18,15 @@ _PEERS_TIMEOUT_S = 1800.0
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time under ``root``; the next waits for it.
+    """Background writer of checkpoints under ``root``, one at a time.
 
-    Every worker uploads its own fragments. The first one, when all have, writes the manifest and removes older checkpoints.
-    A failed upload is raised by the next `save` or by `wait`.
+    Every worker uploads its own fragments. When all have done so, the first worker writes the manifest and removes older
+    checkpoints. A failed upload is raised by the next `save` or by `wait`.
 
     Args:
-        engine: whose state is saved.
-        root: URI.
-        keep: how many of the newest complete checkpoints stay, besides the best.
+        engine: engine with the training state.
+        root: folder or s3:// URI of the checkpoints.
+        keep: number of newest complete checkpoints to keep, besides the best.
     """
 
     def __init__(self, engine: Engine, root: str, *, keep: int) -> None:
@@ -37,28 +37,33 @@ class CheckpointWriter:
         self._abandoned = threading.Event()
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Copy the state of training after ``step`` steps, and return; ``state`` goes into the manifest."""
+        """Copy the training state after ``step`` steps and return, once the previous checkpoint is written.
+
+        Args:
+            step: number of finished steps.
+            state: JSON values for the manifest.
+        """
         self.wait()
-        # Under offload, and on the CPU, the fragments are views of what the next step changes.
+        # With CPU offload, and on a CPU, fragments are views of tensors that the next step changes.
         copies = [
-            Fragment(one.kind, one.name, one.offset, one.values.detach().to("cpu", torch.float32, copy=True))
-            for one in self._engine.fragments()
+            Fragment(part.kind, part.name, part.offset, part.values.detach().to("cpu", torch.float32, copy=True))
+            for part in self._engine.fragments()
         ]
         self._pending = self._pool.submit(self._write, step, copies, {"step": step, **state})
 
     def wait(self) -> None:
-        """Until this worker's part is written; on the first worker, until the checkpoint is complete."""
+        """Wait until this worker's part is written or, on the first worker, until the checkpoint is complete."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def finish(self) -> None:
-        """Until the last checkpoint is complete, on all workers."""
+        """Wait on all workers until the last checkpoint is complete."""
         self.wait()
         barrier()
 
     def close(self) -> None:
-        """End the thread: after a failure this does not wait for other workers, which may be gone."""
+        """End the thread without waiting for other workers, which may be gone after a failure."""
         self._abandoned.set()
         self._pool.shutdown()
 
@@ -71,7 +76,7 @@ class CheckpointWriter:
             prune(self._root, keep=self._keep)
 
     def _peers_are_done(self, uri: str) -> bool:
-        """Wait for the other workers through the store, as a thread must not join in their collectives."""
+        """Wait for the other workers by looking at the store, because this thread must not join in their collectives."""
         world_size, deadline = self._engine.world_size, time.monotonic() + _PEERS_TIMEOUT_S
         while (num := num_written(uri, attempt=self._attempt, world_size=world_size)) < world_size:
             if self._abandoned.wait(_POLL_S):

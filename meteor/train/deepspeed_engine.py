@@ -1,4 +1,4 @@
-"""DeepSpeed with ZeRO 1, 2 or 3: the one door to it."""
+"""DeepSpeed with ZeRO 1, 2 or 3 as a training engine; no other file imports DeepSpeed."""
 
 import logging
 import os
@@ -20,17 +20,17 @@ _INSTALL = "pip install deepspeed accelerate"
 
 @contextmanager
 def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
-    """Under ZeRO-3, ``from_pretrained`` in the block cuts each weight up as it loads it.
+    """Make ``from_pretrained`` in the block shard each weight while loading, under ZeRO-3.
 
-    The first worker reads the files and hands each parameter round: one copy of the weights in one host's memory, none on
-    any device. Other stages load as usual.
+    The first worker reads the files and sends each parameter to the others. One host's memory holds one copy of the weights,
+    and no device holds a whole copy. Other ZeRO stages load as usual.
     """
     if config["zero_optimization"]["stage"] != 3:
         yield
         return
     _import_deepspeed("sharded loading")
     helper = import_optional("transformers.integrations.deepspeed", needed_for="sharded loading", install=_INSTALL)
-    # transformers holds it by a weak reference: it must live as long as the block.
+    # transformers keeps only a weak reference to this object, so it must live as long as the block.
     known = helper.HfDeepSpeedConfig(config)
     try:
         yield
@@ -40,7 +40,10 @@ def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
 
 
 class DeepSpeedEngine:
-    """One parameter group, no weight decay: ZeRO-3 and state by name allow nothing else."""
+    """DeepSpeed engine with one parameter group and no weight decay.
+
+    ZeRO-3 and reading the optimiser state by parameter name do not work with several groups.
+    """
 
     def __init__(
         self,
@@ -57,8 +60,8 @@ class DeepSpeedEngine:
         model.to(dtype)
         self._parameters = trained_parameters(model)
         self._shapes = {name: full_shape(parameter) for name, parameter in self._parameters.items()}
-        # On the host: DeepSpeed's own Adam counts its steps where no checkpoint reaches, and does not resume bit for bit. On a
-        # GPU: torch's default makes temporary copies of whole states.
+        # On the host, DeepSpeed's own Adam counts steps in a place that checkpoints cannot reach, and a resumed run would
+        # differ. On a GPU, torch's default Adam makes temporary copies of whole states. The fused Adam avoids both.
         fused = True if offloads_optimizer(config) or device.type == "cuda" else None
         optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0, fused=fused
@@ -73,10 +76,10 @@ class DeepSpeedEngine:
     def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> MicroStep:
         self._engine.set_gradient_accumulation_boundary(last)
         output = self._engine(**inputs)
-        # DeepSpeed averages over workers; the loss is already divided by the global batch's answer tokens.
+        # DeepSpeed divides by the number of workers, but the loss is already divided by the global batch's answer tokens.
         self._engine.backward(output.loss * self.world_size)
         if not last:
-            self._engine.step()  # counts the micro step; updates nothing before the boundary
+            self._engine.step()  # counts the micro step; weights change only at the boundary
         return MicroStep(output.loss.detach(), output.selection_sums)
 
     @torch.no_grad()
@@ -90,7 +93,7 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()  # skips the update where the norm is not finite
+        self._engine.step()  # skips the update if the norm is not finite
         return float("inf") if self._optimizer.overflow else float(self._engine.get_global_grad_norm() or 0.0)
 
     def fragments(self) -> Iterator[Fragment]:
@@ -104,10 +107,10 @@ class DeepSpeedEngine:
         return self._shapes
 
     def _load(self, checkpoint: Checkpoint, empty_inputs: dict[str, Any]) -> None:
-        """Masters and moments of this worker's parts, exactly.
+        """Load master weights and moments of this worker's parts, bit for bit.
 
-        The weights were loaded before `initialize`, which made the low-precision copies of them; moments exist only after a
-        first step, so one is taken with lr 0.
+        The weights were loaded before `initialize`, which made low-precision copies. Moments exist only after a first step,
+        so a step with learning rate 0 is taken before they are overwritten.
         """
         self.forward_backward(empty_inputs, last=True)
         self.step(lr=0.0)
@@ -120,7 +123,7 @@ class DeepSpeedEngine:
             state["step"].fill_(checkpoint.state["step"])
 
     def _read(self, parameter: Any, kind: str) -> torch.Tensor:
-        """This worker's part of a master or moment; padded under ZeRO-3."""
+        """Return this worker's part of a parameter's master weight or moment; padded under ZeRO-3."""
         if hasattr(parameter, "ds_tensor"):
             if kind == "weights":
                 return self._utils.safe_get_local_fp32_param(parameter)
@@ -141,7 +144,7 @@ class DeepSpeedEngine:
 
 
 def _part(parameter: Any) -> tuple[int, int]:
-    """(first element, number of elements) of the flattened parameter whose master and moments this worker holds."""
+    """Return first element and number of elements of this worker's part of the flattened parameter."""
     if hasattr(parameter, "ds_tensor"):
         return zero3_part(parameter)
     mapping = parameter._hp_mapping

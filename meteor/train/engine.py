@@ -1,4 +1,4 @@
-"""Which engine trains: DeepSpeed for ZeRO 1 to 3, plain torch for stage 0."""
+"""Choice of the training engine: DeepSpeed for ZeRO 1 to 3, plain torch for ZeRO stage 0."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,28 +27,30 @@ def make_engine(
     checkpoint: Checkpoint | None = None,
     options: Mapping[str, Any] = _NOTHING,
 ) -> Engine:
-    """DeepSpeed for ZeRO 1 to 3, plain data-parallel torch for stage 0.
+    """Make an engine: DeepSpeed for ZeRO 1 to 3, plain data-parallel torch for ZeRO stage 0.
 
     Args:
-        model: with its initial weights; what requires no gradient stays frozen.
-        zero_stage: 0 to 3.
-        dtype: of weights and activations; masters and moments are float32.
-        device: of this worker.
-        max_grad_norm: clipping.
-        empty_inputs: a batch without answers; DeepSpeed needs one step on it before moments can be loaded.
-        checkpoint: to resume from.
-        options: of DeepSpeed's own configuration (`meteor.train.deepspeed_config`).
+        model: model with its initial weights; parameters that require no gradient stay frozen.
+        zero_stage: ZeRO stage, 0 to 3.
+        dtype: dtype of weights and activations; master weights and moments are float32.
+        device: device of this worker.
+        max_grad_norm: norm to which gradients are clipped.
+        empty_inputs: batch without answers, on which DeepSpeed takes a step before moments can be loaded.
+        checkpoint: checkpoint to resume from; None for a new run.
+        options: part of DeepSpeed's own configuration (`meteor.train.deepspeed_config`).
 
     Raises:
         CheckpointError: the checkpoint's names or shapes differ from the model's.
-        SettingsError: training in float16, or an option that cannot be set.
+        SettingsError: dtype is float16, or an option cannot be set.
     """
     if dtype == torch.float16:
         raise SettingsError(
-            "llm.dtype=float16 is for answering: training in it needs loss scaling; take bfloat16 or float32"
+            "llm.dtype=float16 is for answering only, because training would need loss scaling: use bfloat16 or float32"
         )
     if zero_stage == 0 and options:
-        raise SettingsError(f"deepspeed={dict(options)} needs zero_stage 1 to 3, and it is 0: plain torch trains")
+        raise SettingsError(
+            f"deepspeed={dict(options)} needs zero_stage 1 to 3, but it is 0, which trains with plain torch"
+        )
     if checkpoint is not None:
         load_weights(model, checkpoint)
     if zero_stage == 0:
@@ -61,7 +63,7 @@ def make_engine(
 
 @contextmanager
 def loading_for(*, zero_stage: int, dtype: torch.dtype, options: Mapping[str, Any] = _NOTHING) -> Iterator[None]:
-    """Load a language model in the block as its engine will hold it: cut up over the workers under ZeRO-3."""
+    """Load a language model in the block as its engine will hold it: sharded over the workers under ZeRO-3."""
     if zero_stage != 3:
         yield
         return

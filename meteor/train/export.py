@@ -1,6 +1,6 @@
-"""What a finished stage leaves behind: the projector as one file, or the whole model as a Hugging Face directory.
+"""Export of a finished stage: the projector as one file, or the whole model as a Hugging Face directory.
 
-Both are made from the last checkpoint's fp32 masters, tensor by tensor, so any ZeRO stage exports the same way.
+Both are made from the last checkpoint's fp32 master weights, tensor by tensor, so the ZeRO stage has no influence.
 """
 
 import tempfile
@@ -22,10 +22,10 @@ LLM_PREFIX = "language_model."
 
 
 def export_projector(model: MeteorForConditionalGeneration, checkpoint: Checkpoint, uri: str) -> None:
-    """Write ``projector.safetensors``: fp32 weights, with settings, widths and cache identity in its metadata."""
+    """Write ``projector.safetensors``: fp32 weights, with settings, widths and cache identity in the metadata."""
     names = [name for name in checkpoint.shapes if name.startswith(PROJECTOR_PREFIX)]
     weights = {name.removeprefix(PROJECTOR_PREFIX): checkpoint.read("weights", name) for name in names}
-    # Frozen tables of a projector are part of it though they are in no checkpoint.
+    # Frozen tables are part of the projector, but checkpoints hold trained parameters only.
     for name, value in model.projector.state_dict().items():
         weights.setdefault(name, value.detach().float().cpu().contiguous())
     write_projector_file(uri, weights, projector_metadata(model.config))
@@ -34,14 +34,14 @@ def export_projector(model: MeteorForConditionalGeneration, checkpoint: Checkpoi
 def export_adapter(
     model: MeteorForConditionalGeneration, checkpoint: Checkpoint, lora: Lora, llm_path: str, uri: str
 ) -> None:
-    """Write what a LoRA stage trained and no more: the adapters in peft's format, and ``projector.safetensors``.
+    """Write the trained parts of a LoRA stage alone: adapters in peft's format, and ``projector.safetensors``.
 
     Args:
-        model: with adapters.
-        checkpoint: the last one.
-        lora: as they were added.
-        llm_path: the language model that they belong to.
-        uri: folder or s3:// prefix.
+        model: model with adapters.
+        checkpoint: last checkpoint of the stage.
+        lora: settings with which the adapters were added.
+        llm_path: path of the language model to which the adapters belong.
+        uri: folder or s3:// prefix of the written files.
     """
     write_adapter(model.language_model, checkpoint, lora, uri, prefix=LLM_PREFIX, base=llm_path)
     export_projector(model, checkpoint, storage.join(uri, "projector.safetensors"))
@@ -60,16 +60,16 @@ def export_model(
     """Write a Hugging Face directory: weights (sharded safetensors), configuration, processor, and the encoder.
 
     Args:
-        model: a model of this stage on the CPU, built without its tower; its weights are replaced by the checkpoint's.
-        checkpoint: the last one of stage 2.
-        encoder: as loaded from disk, in its stored type.
-        processor: tokenizer, slicing, prompt.
-        uri: folder or s3:// prefix.
-        dtype: of the stored language model and projector.
-        lora: of the adapters that ``model`` has; they are merged into its weights.
+        model: model of this stage on the CPU, without vision tower; the checkpoint replaces its weights.
+        checkpoint: last checkpoint of stage 2.
+        encoder: vision tower as loaded from disk, in its stored dtype.
+        processor: processor with tokenizer, slicing and prompt.
+        uri: folder or s3:// prefix of the written files.
+        dtype: dtype of the stored language model and projector.
+        lora: settings of the model's adapters, which are merged into its weights; None without adapters.
 
     Raises:
-        CacheMismatchError: the encoder is not the one whose features the model was trained on.
+        CacheMismatchError: the model was trained on another encoder's features.
     """
     identity = model.config.cache_identity or {}
     if encoder.weights_digest != identity.get("encoder_digest"):
@@ -86,6 +86,6 @@ def export_model(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        # config.json last: a directory that has one is complete.
+        # config.json is uploaded last, so that a directory that contains the file is complete.
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == "config.json"):
             storage.upload_file(str(file), storage.join(uri, file.name))

@@ -1,4 +1,4 @@
-"""Model FLOPs of a step, by the usual count, and what a device can do: together the MFU."""
+"""Model FLOPs of a step by the usual count, and peak FLOP/s of devices; their ratio is the MFU."""
 
 import re
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from torch import nn
 
 from meteor.train.protocol import full_shape
 
-# Dense bfloat16 in TFLOP/s, accumulated in float32, without sparsity, from NVIDIA's data sheets; the first that matches
-# counts. A part of a device (MIG) and a laptop's chip have other peaks.
+# Peak of dense bfloat16 in TFLOP/s, accumulated in float32, without sparsity, from NVIDIA's data sheets. The first matching
+# name counts. A part of a device (MIG) and laptop chips have other peaks.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.4,
@@ -34,7 +34,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a device by its name (`torch.cuda.get_device_name`); None where it is not known."""
+    """Return a device's peak FLOP/s by its name (`torch.cuda.get_device_name`); None for an unknown device."""
     if re.search(r"\b(MIG|Laptop)\b", device_name):
         return None
     found = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
@@ -44,29 +44,28 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs that a step's samples need, whatever the hardware does besides: padding and recomputed activations count nothing.
+    """FLOPs that a step's samples need; padding and recomputed activations do not count.
 
-    The convention is PaLM's (arXiv 2204.02311, appendix B), which nanoGPT's ``estimate_mfu`` and torchtitan follow: a weight
-    costs a token 2 FLOPs forward, 2 for the gradient of its input and 2 for its own, so 6 where it is trained and 4 where it
-    is frozen below something trained (stage 1's language model); attention costs 12 x layers x width x length a token.
-    Differences, all of which make the number smaller:
+    The convention is PaLM's (arXiv 2204.02311, appendix B), which nanoGPT's ``estimate_mfu`` and torchtitan follow. For each
+    token, a weight costs 2 FLOPs in the forward pass, 2 for the gradient of its input and 2 for its own gradient. A trained
+    weight therefore counts 6, and a frozen weight below a trained part (stage 1's language model) counts 4. Attention costs
+    12 x layers x width x length per token. The count here differs in four points, which all make the number smaller:
 
-    - attention is causal, a token sees half its sample on average, and packed samples do not see each other: 6 x layers x
-      width x (the sum of the samples' squared lengths). The three sources count 12;
-    - the output layer counts for answer tokens, the only ones whose logits are computed;
-    - the embedding is a look-up and counts nothing; vectors (norms, biases) neither, nor the vision encoder;
-    - the projector counts 6 x its matrices for each visual token it gives; what it does to patches that it does not keep is
-      left out.
+    - Attention is causal, a token sees half its sample on average, and packed samples do not see each other. The count is
+      6 x layers x width x (sum of the samples' squared lengths), where the three sources count 12.
+    - The output layer counts for answer tokens only, because only their logits are computed.
+    - The embedding is a look-up and counts nothing. Vectors (norms, biases) and the vision encoder count nothing either.
+    - The projector counts 6 x its matrices for each visual token; its work on dropped patches is left out.
 
-    Unused slots of projectors with a token budget count as tokens, and so do tokens that a text-guided sampler drops, in all
+    Unused slots of projectors with a token budget count as tokens. Tokens that a text-guided sampler drops count in all
     layers. A mixture of experts would count all its experts.
 
     Attributes:
-        per_token: in the language model's layers.
-        per_squared_length: of a sample: attention.
-        per_answer_token: in the output layer.
-        per_visual_token: in the projector.
-        peak: of one device, FLOP/s.
+        per_token: FLOPs per token in the language model's layers.
+        per_squared_length: FLOPs of attention per squared length of a sample.
+        per_answer_token: FLOPs per answer token in the output layer.
+        per_visual_token: FLOPs per visual token in the projector.
+        peak: peak FLOP/s of one device.
     """
 
     per_token: float
@@ -77,15 +76,21 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: Any, peak: float) -> "ModelFlops":
-        """Of a `MeteorForConditionalGeneration` with its frozen parameters marked; before or after an engine has it."""
+        """Count the FLOPs of a `MeteorForConditionalGeneration`, before or after an engine has taken it.
+
+        Args:
+            model: model with its frozen parameters marked.
+            peak: peak FLOP/s of one device.
+        """
         llm = model.language_model
         config, head = llm.config, llm.get_output_embeddings().weight
         elsewhere = {id(head), id(llm.get_input_embeddings().weight)}
+        # Some models, for example Gemma, set head_dim independently of the hidden size.
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         return cls(
-            per_token=sum(_flops(one) for one in llm.parameters() if id(one) not in elsewhere),
+            per_token=sum(_flops(parameter) for parameter in llm.parameters() if id(parameter) not in elsewhere),
             per_squared_length=6.0 * config.num_hidden_layers * width,
             per_answer_token=_flops(head),
             per_visual_token=sum(map(_flops, model.projector.parameters())),
@@ -93,12 +98,12 @@ class ModelFlops:
         )
 
     def count(self, lengths: Iterable[int], num_visual_tokens: int, num_answer_tokens: int) -> float:
-        """FLOPs forward and backward.
+        """Return the FLOPs of forward and backward pass.
 
         Args:
-            lengths: tokens of each sample, visual ones included.
-            num_visual_tokens: of all samples.
-            num_answer_tokens: of all samples.
+            lengths: number of tokens of each sample, visual tokens included.
+            num_visual_tokens: number of visual tokens of all samples.
+            num_answer_tokens: number of answer tokens of all samples.
         """
         num_tokens = num_squares = 0
         for length in lengths:
@@ -113,6 +118,6 @@ class ModelFlops:
 
 
 def _flops(parameter: nn.Parameter) -> float:
-    """Of a matrix, for one token."""
+    """Return the FLOPs of a matrix for one token; 0 for vectors."""
     shape = full_shape(parameter)
     return (6.0 if parameter.requires_grad else 4.0) * torch.Size(shape).numel() if len(shape) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""The loss of samples that are not trained on, by which the best checkpoint is kept."""
+"""Loss of held-out samples, by which the best checkpoint is chosen."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -12,13 +12,13 @@ from meteor.train.protocol import Engine, all_reduce_sum
 
 
 def held_out_loss(engine: Engine, table: SampleTable, recipe: Recipe, *, load_batches: LoadBatches) -> float:
-    """Mean cross-entropy of the answer tokens, in nats; the projector's own loss is not in it.
+    """Measure the mean cross-entropy of answer tokens, in nats, without the projector's auxiliary loss.
 
     Args:
-        engine: at any step. All workers call this together, each takes its share of the samples.
-        table: the samples; they come in one order, whatever the seed of the run.
-        recipe: how samples are put into batches.
-        load_batches: as for `meteor.train.loop.train`, of this table.
+        engine: engine at any step. All workers call this function together, and each takes its share of the samples.
+        table: held-out samples; their order does not depend on the seed of the run.
+        recipe: batch sizes and layout.
+        load_batches: loader of this table's batches, see `meteor.train.loop.LoadBatches`.
     """
     plan = StepPlan(table, replace(recipe, epochs=1, seed=0), "held out")
     num_answer_tokens = sum(plan.num_answer_tokens(step) for step in plan.steps())

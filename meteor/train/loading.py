@@ -1,4 +1,4 @@
-"""Batches of the coming steps: their images are read ahead in one stream, then each micro batch is collated."""
+"""Batches of the coming steps: images are read ahead in one stream, then each micro batch is collated."""
 
 import itertools
 from collections.abc import Callable, Generator, Iterable
@@ -22,15 +22,16 @@ def load_batches(
     num_threads: int,
     max_bytes: int,
 ) -> Generator[Batch, None, None]:
-    """One batch for each micro batch, in order; images of later ones are read in the meantime.
+    """Yield a batch for each micro batch, in order, while images of later batches are read.
 
     Args:
-        micro_batches: rows of table positions; may be endless, an empty one gives a batch of no samples.
+        micro_batches: rows of table positions. The iterable may be endless; an empty micro batch gives a batch without
+            samples.
         table: tokens and image keys by position.
-        source: of the images. Of a cache whole images are read, even where a stage trains on global views alone: the
-            checksum is one over all sub-images.
-        collate: rows of samples with their images -> a batch.
-        num_threads, max_bytes: how far images are read ahead (`FeatureCache.prefetch`).
+        source: source of image features. A cache reads whole images, even if a stage trains on global views alone, because
+            an image has a single checksum over all sub-images.
+        collate: function that turns rows of samples with their images into a batch.
+        num_threads, max_bytes: limits of reading ahead (`FeatureCache.prefetch`).
     """
     micro_batches, coming = itertools.tee(micro_batches)
     keys = (key for rows in coming for row in rows for i in row for key in table.image_keys(i))

@@ -1,4 +1,4 @@
-"""The one training loop: batches in planned order, the global loss, metrics, checkpoints."""
+"""Training loop of both stages: batches in planned order, the global loss, metrics, checkpoints."""
 
 import itertools
 import time
@@ -13,13 +13,14 @@ from meteor.train.checkpoints import CheckpointWriter
 from meteor.train.flops import ModelFlops
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine
-from meteor.train.step import LoadedStep, Wishes, rates, take_step
+from meteor.train.step import DueActions, LoadedStep, rates, take_step
 
-# The coming micro batches as table positions -> those batches collated, in the same order. It may look ahead of what it
-# yields; closing it ends whatever it started.
+# Function from coming micro batches, as table positions, to collated batches in the same order. The generator may read ahead
+# of the batches that it yields; closing it ends everything that it started.
 LoadBatches = Callable[[Iterable[MicroBatch]], Generator[Batch, None, None]]
 
-# A meeting holds up all workers: Ray Train takes one report every two seconds, so that one a step would make short steps wait.
+# A meeting holds up all workers: Ray Train accepts a report every two seconds, so meeting at every step would delay short
+# steps.
 _MEET_EVERY_S = 5.0
 
 
@@ -41,33 +42,33 @@ def train(
 
     Args:
         engine: model and optimiser, already at ``start_step``.
-        plan: which samples when.
-        recipe: learning rate and the like.
-        load_batches: table positions of all coming micro batches -> the batches; runs one step ahead in a thread.
-        checkpoints: root URI; one is written every ``checkpoint_every_steps`` steps and ``checkpoint_every_s`` seconds, and at
-            the end.
-        start_step: first step to do.
-        on_step: gets the metrics of each step, the same on all workers; numbers only. What the selection did
-            (`mean_selection`) is among them where the projector selects.
-        store: called before each checkpoint: make what `on_step` was given outlive this process.
-        meet: called on all workers at once, every few seconds and at the end; whether some worker is about to lose its
-            machine, the same on all. The step after which it becomes so ends with a checkpoint, and training goes on when it
-            is complete.
-        evaluate: metrics of the weights before a checkpoint that is not urgent, on all workers at once; they are reported
-            with the step and kept in the checkpoint's manifest.
-        flops: of the model; with them ``mfu`` is among the metrics.
+        plan: samples of each step.
+        recipe: learning rate, batch sizes and checkpoint intervals.
+        load_batches: loader of the coming micro batches; it runs one step ahead in a thread.
+        checkpoints: root URI of checkpoints, which are written every ``checkpoint_every_steps`` steps, every
+            ``checkpoint_every_s`` seconds, and at the end.
+        start_step: index of the first step to run.
+        on_step: callback with the metrics of each step, numbers only and equal on all workers. If the projector selects
+            tokens, they include `mean_selection`.
+        store: callback before each checkpoint, which must persist the metrics given to `on_step`.
+        meet: callback on all workers at once, every few seconds and at the end. It returns, equally on all workers, whether
+            a worker is about to lose its machine. If so, the step ends with a checkpoint, and training continues when the
+            checkpoint is complete.
+        evaluate: callback on all workers at once, before checkpoints that are not urgent. Its metrics are reported with the
+            step and kept in the checkpoint's manifest.
+        flops: FLOPs of the model, for the metric ``mfu``; None to omit the metric.
 
     Raises:
-        FailedStepError: a loss or gradient is not finite, or the projector refuses features or scores that are not; the
-            weights are those before the step.
+        FailedStepError: a loss or gradient is not finite, or the projector refuses values that are not finite. The weights
+            remain those before the step.
     """
     writer = CheckpointWriter(engine, checkpoints, keep=recipe.keep_checkpoints)
     saving = _Saving(recipe, plan.num_steps, meet)
     with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as steps:
         clock = time.perf_counter()
         for loaded, wait_s in _timed(steps):
-            row, wishes = take_step(engine, plan, recipe, loaded, wait_s, saving.wishes())
-            # With what came after the step before: reports, copies for a checkpoint.
+            row, due = take_step(engine, plan, recipe, loaded, wait_s, saving.due_actions())
+            # The time includes work after the previous step, such as reports and copies for a checkpoint.
             seconds = time.perf_counter() - clock
             clock += seconds
             row |= rates(row, seconds, engine.world_size)
@@ -75,11 +76,11 @@ def train(
                 num_flops = flops.count(plan.lengths(loaded.step), row["num_visual_tokens"], row["num_answer_tokens"])
                 row["mfu"] = num_flops / (seconds * engine.world_size * flops.peak)
             done = row["step"]
-            is_due, is_urgent_now = saving.decide(done, wishes)
+            is_due, is_urgent_now = saving.decide(done, due)
             evaluated = evaluate() if is_due and not is_urgent_now else {}
             on_step(row | evaluated)
             if is_due:
-                # The rows first: a run resumed from the checkpoint does not come back to their steps.
+                # Metrics are stored before the checkpoint, because a run resumed from it does not repeat their steps.
                 store()
                 writer.save(done, {"epoch": loaded.step.epoch, **evaluated})
             if is_urgent_now:
@@ -89,30 +90,30 @@ def train(
 
 
 class _Saving:
-    """When checkpoints are due: by count, by the first worker's clock, and when a machine is about to go."""
+    """Decision when checkpoints are due: by steps, by the first worker's clock, or before a machine is lost."""
 
     def __init__(self, recipe: Recipe, num_steps: int, meet: Callable[[], bool]) -> None:
         self._recipe, self._num_steps, self._meet = recipe, num_steps, meet
         self._last_checkpoint = self._last_meeting = time.monotonic()
         self._was_urgent = False
 
-    def wishes(self) -> Wishes:
-        """To be asked on the first worker and told to all."""
+    def due_actions(self) -> DueActions:
+        """Return the actions that are due by this worker's clock; only those of the first worker count."""
         now = time.monotonic()
-        return Wishes(
+        return DueActions(
             checkpoint=now - self._last_checkpoint >= self._recipe.checkpoint_every_s,
             meet=now - self._last_meeting >= _MEET_EVERY_S,
         )
 
-    def decide(self, done: int, wishes: Wishes) -> tuple[bool, bool]:
-        """Whether a checkpoint follows after ``done`` steps, and whether it is urgent; the same on all workers."""
+    def decide(self, done: int, due: DueActions) -> tuple[bool, bool]:
+        """Decide, equally on all workers, whether a checkpoint follows after ``done`` steps, and whether it is urgent."""
         became_urgent = False
-        if wishes.meet:
+        if due.meet:
             urgent, self._last_meeting = self._meet(), time.monotonic()
             became_urgent, self._was_urgent = urgent and not self._was_urgent, urgent
         every = self._recipe.checkpoint_every_steps
         is_regular = done == self._num_steps or (every is not None and done % every == 0)
-        is_due = is_regular or wishes.checkpoint or became_urgent
+        is_due = is_regular or due.checkpoint or became_urgent
         if is_due:
             self._last_checkpoint = time.monotonic()
         return is_due, became_urgent
@@ -121,7 +122,7 @@ class _Saving:
 def _loaded_steps(
     engine: Engine, plan: StepPlan, load_batches: LoadBatches, start_step: int
 ) -> Generator[LoadedStep, None, None]:
-    """Each step from ``start_step`` on with this worker's micro batches; one loader sees the rest of the run."""
+    """Yield each step from ``start_step`` with this worker's micro batches; a single loader sees the rest of the run."""
     steps, coming = itertools.tee(
         (step, plan.micro_steps(step, engine.rank, engine.world_size)) for step in plan.steps(start_step)
     )
@@ -132,7 +133,7 @@ def _loaded_steps(
 
 def _one_ahead(steps: Generator[LoadedStep, None, None]) -> Generator[LoadedStep, None, None]:
     """Load the next step's batches in a thread while the current one trains."""
-    # The thread ends first, then what it was reading from.
+    # The pool is listed last so that its thread ends before the steps, from which it reads, are closed.
     with closing(steps), ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(next, steps, None)
         while (loaded := pending.result()) is not None:
@@ -141,7 +142,7 @@ def _one_ahead(steps: Generator[LoadedStep, None, None]) -> Generator[LoadedStep
 
 
 def _timed(steps: Iterator[LoadedStep]) -> Iterator[tuple[LoadedStep, float]]:
-    """Each with the seconds it was waited for."""
+    """Yield each step with the seconds that the loop waited for it."""
     while True:
         started = time.perf_counter()
         loaded = next(steps, None)

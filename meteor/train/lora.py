@@ -1,6 +1,8 @@
-"""LoRA in stage 2: small matrices beside every linear layer of the language model train in its place (arXiv 2106.09685).
+"""LoRA in stage 2: low-rank matrices beside the language model's linear layers train instead of its weights.
 
-peft's layers and file format, behind one door. Letters: W (out, in) a frozen weight, A (rank, in), B (out, rank).
+Source: arXiv 2106.09685. Layers and file format are peft's; no other file imports peft.
+
+Letters: W (out, in) a frozen weight, A (rank, in), B (out, rank).
 """
 
 from collections.abc import Iterator
@@ -21,13 +23,13 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Lora:
-    """W becomes W + alpha / rank x B A, in training after dropout of A's input.
+    """Settings of LoRA: W becomes W + alpha / rank x B A, in training with dropout on A's input.
 
     Attributes:
-        rank: of A and B.
-        alpha: scale.
-        dropout: share of A's inputs that a step leaves out.
-        seed: of A's first values; B begins with zeros, so that nothing changes at first.
+        rank: rank of A and B.
+        alpha: scale of the adapters' output, before division by the rank.
+        dropout: dropout rate of A's input.
+        seed: seed of A's initial values; B begins with zeros, so that the model is unchanged at first.
     """
 
     rank: int
@@ -41,12 +43,12 @@ class Lora:
 
 
 def add_lora(language_model: Any, lora: Lora) -> None:
-    """Freeze the language model and put an adapter beside each linear layer but the output layer.
+    """Freeze the language model and add an adapter to each linear layer but the output layer.
 
-    The adapters are the same on every worker, and whether ZeRO-3 has cut up the weights beside them or not.
+    The adapters' initial values are equal on every worker, with and without ZeRO-3's sharding of the weights.
 
     Raises:
-        SettingsError: the language model has no such layer.
+        SettingsError: the language model has no linear layers.
     """
     peft = _import_peft()
     targets = sorted({name.rpartition(".")[2] for name, _ in _linears(language_model)})
@@ -75,22 +77,22 @@ def _linears(language_model: Any) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _adapted(language_model: nn.Module) -> list[tuple[str, Any]]:
-    """Name and module of each layer with an adapter."""
+    """List name and module of each layer with an adapter."""
     layers = _import_peft().tuners.lora.LoraLayer
     return [(name, module) for name, module in language_model.named_modules() if isinstance(module, layers)]
 
 
 @torch.no_grad()
 def merge_lora(language_model: nn.Module, checkpoint: Checkpoint, lora: Lora, *, prefix: str) -> None:
-    """Put the adapters into the weights, and plain linear layers in their place.
+    """Merge the adapters into the weights and restore plain linear layers.
 
-    The sum is taken in float32, from the checkpoint's masters, and rounded once.
+    The sum is computed in float32, from the checkpoint's master weights, and rounded once.
 
     Args:
-        language_model: on the CPU, with adapters.
-        checkpoint: of the stage.
-        lora: as they were added.
-        prefix: of the language model's names in the checkpoint.
+        language_model: language model with adapters, on the CPU.
+        checkpoint: checkpoint of the stage.
+        lora: settings with which the adapters were added.
+        prefix: prefix of the language model's names in the checkpoint.
     """
     for name, module in _adapted(language_model):
         a, b = _matrices(checkpoint, f"{prefix}{name}")
@@ -102,14 +104,14 @@ def merge_lora(language_model: nn.Module, checkpoint: Checkpoint, lora: Lora, *,
 
 
 def write_adapter(language_model: Any, checkpoint: Checkpoint, lora: Lora, uri: str, *, prefix: str, base: str) -> None:
-    """Write the adapters in peft's format: ``PeftModel.from_pretrained(base model, folder)`` reads it.
+    """Write the adapters in peft's format, which ``PeftModel.from_pretrained(base model, folder)`` reads.
 
     Args:
-        language_model: with adapters; their names are taken from it.
-        checkpoint: of the stage, whose float32 masters are written.
-        lora: as they were added.
-        uri: folder or s3:// prefix.
-        prefix: of the language model's names in the checkpoint.
+        language_model: language model with adapters, whose names are used.
+        checkpoint: checkpoint of the stage; its float32 master weights are written.
+        lora: settings with which the adapters were added.
+        uri: folder or s3:// prefix of the written files.
+        prefix: prefix of the language model's names in the checkpoint.
         base: local directory or hub id of the language model.
     """
     tensors = {}

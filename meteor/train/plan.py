@@ -1,4 +1,4 @@
-"""A stage's steps as arithmetic: which samples each one has, and what a worker does of them."""
+"""Plan of a stage by arithmetic: the samples of each step, and each worker's share."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,13 @@ Batching = Literal["padded", "grouped", "packed"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done with the samples; see `meteor.config.StageSettings` for the meaning of each.
+    """Settings of the training loop; `meteor.config.StageSettings` describes those with equal names.
 
-    ``native_weight_full`` is the native expert's weight after the warm-up, None for projectors without one. With
-    ``has_dropout`` each step seeds torch's random numbers, so that a resumed run draws the same.
+    Attributes:
+        native_weight_full: weight of the native expert after the warm-up; None for projectors without this expert.
+        checkpoint_every_s: seconds between checkpoints.
+        has_dropout: whether the model has dropout. If so, each step seeds torch's random numbers, so that a resumed run
+            draws the numbers of an uninterrupted run.
     """
 
     lr: float
@@ -47,7 +50,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step of the plan: position in the whole stage, and the samples of its global batch."""
+    """Optimiser step of the plan.
+
+    Attributes:
+        index: number of the step in the whole stage, from 0.
+        epoch: number of the epoch, from 0.
+        positions: table positions of the global batch's samples.
+    """
 
     index: int
     epoch: int
@@ -56,12 +65,12 @@ class Step:
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Means of a step.
+    """Mean layout of a step.
 
     Attributes:
-        rows: of the global batch.
-        micro_steps: of a worker.
-        padding_share: of the rows' places.
+        rows: number of rows of the global batch.
+        micro_steps: number of micro steps per worker.
+        padding_share: share of padding among all token places of the rows, 0 to 1.
     """
 
     rows: float
@@ -70,13 +79,19 @@ class StepLayout:
 
 
 def first_steps(parts: Sequence[Part], *, global_batch_size: int, epochs: int) -> list[int]:
-    """The index of each epoch's first step, and at the end the number of all steps."""
+    """List the index of each epoch's first step, and last the number of all steps."""
     lengths = (epoch_length(parts, epoch) for epoch in range(epochs))
     return list(accumulate((steps_per_epoch(length, global_batch_size) for length in lengths), initial=0))
 
 
 class StepPlan:
-    """All steps of a stage as arithmetic: f(seed, epoch, index digest); the same on every worker and after every crash."""
+    """All steps of a stage as a function of seed, epoch and index digest, equal on every worker and after every crash.
+
+    Args:
+        table: samples of the stage.
+        recipe: batch sizes, epochs and seed.
+        index_digest: digest of the dataset index, which enters the order.
+    """
 
     def __init__(self, table: SampleTable, recipe: Recipe, index_digest: str) -> None:
         self._table, self._recipe, self._index_digest = table, recipe, index_digest
@@ -86,14 +101,14 @@ class StepPlan:
         self.num_steps = self._firsts[-1]
 
     def steps(self, start: int = 0) -> Iterator[Step]:
-        """Steps ``start`` ... ``num_steps`` - 1."""
+        """Yield the steps ``start`` ... ``num_steps`` - 1."""
         for epoch, (first, end) in enumerate(pairwise(self._firsts)):
             if start < end:
                 for i, positions in enumerate(self._epoch(epoch)[max(start - first, 0) :], max(start, first)):
                     yield Step(i, epoch, positions)
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        """The global batches of an epoch as positions in the table."""
+        """Return the global batches of an epoch as positions in the table."""
         context: dict[str, Any] = {"seed": self._recipe.seed, "epoch": epoch, "index_digest": self._index_digest}
         samples = epoch_samples(self._table.parts, **context)
         batches = epoch_order(
@@ -105,7 +120,7 @@ class StepPlan:
         return [[samples[i] for i in batch] for batch in batches]
 
     def micro_steps(self, step: Step, rank: int, world_size: int) -> list[MicroBatch]:
-        """This worker's micro batches; every worker has equally many, some may be empty."""
+        """Return a worker's micro batches; every worker has an equal number, and some may be empty."""
         size, lengths = self._recipe.micro_batch_size, self._table.lengths
         if self._recipe.batching == "packed":
             rows = pack(step.positions, lengths, capacity=self._recipe.max_length, multiple=world_size * size)
@@ -114,7 +129,7 @@ class StepPlan:
         return assign(rows, lengths, world_size=world_size, micro_batch_size=size)[rank]
 
     def sample_layout(self, world_size: int, *, num_steps: int = 20) -> "StepLayout":
-        """How the first steps, which are as random as any, fill rows and micro steps."""
+        """Measure how the first ``num_steps`` steps, which are as random as any, fill rows and micro steps."""
         num_rows = num_micro_steps = num_tokens = num_places = 0
         steps = list(islice(self.steps(), num_steps))
         for step in steps:
@@ -133,14 +148,14 @@ class StepPlan:
         )
 
     def epochs_done(self, step: Step) -> float:
-        """Passes over the samples when the step is over, whole and begun."""
+        """Return the number of passes over the samples after the step, as a fraction."""
         first, end = self._firsts[step.epoch : step.epoch + 2]
         return step.epoch + (step.index + 1 - first) / (end - first)
 
     def lengths(self, step: Step) -> list[int]:
-        """Tokens of each of its samples, visual ones included."""
+        """Return the number of tokens of each sample of a step, visual tokens included."""
         return [self._table.lengths[position] for position in step.positions]
 
     def num_answer_tokens(self, step: Step) -> int:
-        """What the loss of the global batch is divided by."""
+        """Return the number of answer tokens of the global batch, by which its loss is divided."""
         return sum(self._table.num_answer_tokens(position) for position in step.positions)

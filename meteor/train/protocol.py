@@ -1,7 +1,7 @@
-"""What the training loop asks of an engine, and what all engines share.
+"""Interface between the training loop and its engines, and functions that all engines share.
 
-An engine takes the loss as it is, already divided by the answer tokens of the global batch, and *sums* gradients over micro
-steps and workers, so that 1 x 4, 2 x 2 and 4 x 1 (workers x micro steps) give the same update.
+The loss of a micro step is already divided by the answer tokens of the global batch. An engine *sums* gradients over micro
+steps and workers, so that 1 x 4, 2 x 2 and 4 x 1 (workers x micro steps) give equal updates.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,12 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class MicroStep(NamedTuple):
-    """What one micro step gives, on the engine's device and without gradient.
+    """Result of a micro step, on the engine's device and without gradient.
 
     Attributes:
-        loss: 0-d float32, the share of the global batch's loss.
-        selection_sums: (`meteor.projector.statistics.NUM_SUMS`,) float32; None where the projector does not select.
+        loss: share of the global batch's loss, 0-d float32.
+        selection_sums: sums of `meteor.projector.statistics`, (`meteor.projector.statistics.NUM_SUMS`,) float32; None if the
+            projector does not select tokens.
     """
 
     loss: torch.Tensor
@@ -30,34 +31,37 @@ class MicroStep(NamedTuple):
 
 
 class Engine(Protocol):
-    """What the training loop needs."""
+    """Engine that holds model and optimiser for the training loop."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> MicroStep:
-        """Add one micro step's gradients; ``last`` marks the last one before `step`."""
+        """Add the gradients of a micro step; ``last`` is True for the last micro step before `step`."""
 
     def evaluate(self, inputs: dict[str, Any]) -> MicroStep:
-        """The same numbers without gradients. Collective under ZeRO-3."""
+        """Compute a micro step's result without gradients; a collective operation under ZeRO-3."""
 
     def step(self, lr: float) -> float:
-        """Update the weights and forget the gradients.
+        """Update the weights and clear the gradients.
+
+        Args:
+            lr: learning rate of this step.
 
         Returns:
-            The gradients' norm before clipping. Where it is not finite the weights are left as they were.
+            The gradients' norm before clipping. If it is not finite, the weights are unchanged.
         """
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of the training state, as views of it: copy what is to outlive the next step."""
+        """Yield this rank's share of the training state as views; copy whatever must outlive the next step."""
 
     def shapes(self) -> dict[str, list[int]]:
-        """Trained parameter -> shape."""
+        """Return the shape of each trained parameter by name."""
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over all workers; the tensor itself where there is one."""
+    """Sum a tensor over all workers in place, and return it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -69,7 +73,7 @@ def barrier() -> None:
 
 
 def agree(value: str) -> str:
-    """The first worker's value, on all of them."""
+    """Return the first worker's value on all workers."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     values: list[Any] = [value]
@@ -85,12 +89,16 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def full_shape(parameter: nn.Parameter) -> list[int]:
-    """The shape, of a parameter that ZeRO-3 has cut up too."""
+    """Return a parameter's shape before any sharding by ZeRO-3."""
     return list(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def check_fit(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> None:
-    """`CheckpointError` naming the first parameters that differ between the checkpoint and the trained part of a model."""
+    """Check that a checkpoint holds a model's trained parameters.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message names the first differences.
+    """
     shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - checkpoint.shapes.keys())]
     problems += [f"{name} is not in the model" for name in sorted(checkpoint.shapes.keys() - shapes.keys())]
@@ -106,9 +114,9 @@ def check_fit(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> No
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the checkpoint's weights into the trained parameters of a model that no engine has yet.
+    """Copy the checkpoint's weights into the trained parameters of a model before an engine takes it.
 
-    Of a parameter that ZeRO-3 has cut up a worker reads its own part.
+    If ZeRO-3 has sharded a parameter, each worker reads its own part.
 
     Raises:
         CheckpointError: names or shapes differ.
@@ -125,9 +133,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def zero3_part(parameter: Any) -> tuple[int, int]:
-    """(first element, number of elements) of the flattened parameter that this worker holds under ZeRO-3.
+    """Return first element and number of elements of this worker's part of a flattened parameter under ZeRO-3.
 
-    All parts are of one size; the last ones may be padding in part or whole.
+    All parts have equal size; the last parts may be padding, partly or wholly.
     """
     size = parameter.ds_tensor.ds_numel
     start = min(dist.get_rank() * size, parameter.ds_numel)

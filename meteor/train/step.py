@@ -1,4 +1,4 @@
-"""One optimiser step: forward and backward of a global batch, and what it measured, or why it failed."""
+"""Optimiser step: forward and backward pass of a global batch, with its metrics or the reason of its failure."""
 
 import hashlib
 import math
@@ -17,8 +17,13 @@ from meteor.train.protocol import Engine, all_reduce_sum
 from meteor.train.schedule import learning_rate, native_weight
 
 
-class Wishes(NamedTuple):
-    """What the first worker's clock wants after a step; all act on it alike."""
+class DueActions(NamedTuple):
+    """Actions that are due after a step by the first worker's clock; all workers act on them.
+
+    Attributes:
+        checkpoint: whether to write a checkpoint.
+        meet: whether to call `meteor.train.loop.train`'s callback ``meet``.
+    """
 
     checkpoint: bool
     meet: bool
@@ -26,7 +31,7 @@ class Wishes(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """A step with this worker's micro batches."""
+    """Step of the plan with this worker's micro batches."""
 
     step: Step
     micro_batches: list[Batch]
@@ -38,24 +43,27 @@ def take_step(
     recipe: Recipe,
     loaded: LoadedStep,
     wait_s: float,
-    wishes: Wishes,
-) -> tuple[dict[str, Any], Wishes]:
-    """One optimiser step: its metrics over all workers, and what the first worker wishes.
+    due: DueActions,
+) -> tuple[dict[str, Any], DueActions]:
+    """Take one optimiser step.
 
     Args:
-        engine, plan, recipe: see `meteor.train.loop.train`.
-        loaded: what to train on.
-        wait_s: how long it was waited for.
-        wishes: this worker's.
+        engine, plan, recipe: arguments of `meteor.train.loop.train`.
+        loaded: the step with this worker's micro batches.
+        wait_s: seconds that this worker waited for its micro batches.
+        due: actions that are due by this worker's clock.
+
+    Returns:
+        The step's metrics over all workers, and the actions that are due by the first worker's clock.
 
     Raises:
-        FailedStepError: the loss or the gradient's norm is not finite, or the projector refuses what it was given; the weights
-            are those before the step.
+        FailedStepError: the loss or the gradient's norm is not finite, or the projector refuses its input. The weights
+            remain those before the step.
     """
     step = loaded.step
     lr = learning_rate(step.index, plan.num_steps, peak=recipe.lr, warmup_ratio=recipe.warmup_ratio)
     try:
-        totals = _accumulate(engine, plan, recipe, loaded, wait_s, wishes)
+        totals = _accumulate(engine, plan, recipe, loaded, wait_s, due)
     except ValueError as error:
         raise _failure(engine, plan, step, str(error), lr=lr) from error
     loss, micro_losses = totals.loss, totals.micro_losses
@@ -79,15 +87,21 @@ def take_step(
         "num_answer_tokens": plan.num_answer_tokens(step),
         "padding_share": totals.padding_share,
         **totals.selection,
-        # The slowest worker's; the others wait for it in the step.
+        # The longest wait of any worker, because the others wait for that worker within the step.
         "loader_wait_s": totals.wait_s,
         "memory_gb": totals.memory_bytes / 1e9,
     }
-    return row, totals.wishes
+    return row, totals.due
 
 
 def rates(row: Mapping[str, Any], seconds: float, num_workers: int) -> dict[str, float]:
-    """The metrics of a step that took so long, from what `take_step` says of it."""
+    """Compute a step's rates.
+
+    Args:
+        row: metrics from `take_step`.
+        seconds: duration of the step.
+        num_workers: number of training workers.
+    """
     return {
         "seconds": seconds,
         "loader_wait_share": min(row["loader_wait_s"] / seconds, 1.0),
@@ -99,15 +113,17 @@ def rates(row: Mapping[str, Any], seconds: float, num_workers: int) -> dict[str,
 
 @dataclass(frozen=True)
 class _Totals:
-    """Numbers of one global batch over micro batches and workers.
+    """Totals of a global batch over micro batches and workers.
 
     Attributes:
-        micro_losses: [worker][micro batch], shares of the loss.
-        padding_share: of the rows; `varlen` attention leaves it out of the language model.
-        selection: see `mean_selection`.
-        wishes: of the first worker.
-        wait_s: of the worker that waited longest for its batches.
-        memory_bytes: of the worker with most; see `_peak_memory`.
+        micro_losses: shares of the loss, as [worker][micro batch].
+        num_visual_tokens: number of visual tokens.
+        num_text_tokens: number of text tokens.
+        padding_share: share of padding in the rows, 0 to 1; `varlen` attention does not compute it.
+        selection: metrics of `mean_selection`.
+        due: actions that are due by the first worker's clock.
+        wait_s: longest wait of any worker for its batches, in seconds.
+        memory_bytes: largest memory of any worker, see `_peak_memory`.
     """
 
     micro_losses: list[list[float]]
@@ -115,20 +131,20 @@ class _Totals:
     num_text_tokens: int
     padding_share: float
     selection: dict[str, float]
-    wishes: Wishes
+    due: DueActions
     wait_s: float
     memory_bytes: float
 
     @property
     def loss(self) -> float:
-        """Of the global batch."""
+        """Loss of the global batch."""
         return sum(map(sum, self.micro_losses))
 
 
 def _accumulate(
-    engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedStep, wait_s: float, wishes: Wishes
+    engine: Engine, plan: StepPlan, recipe: Recipe, loaded: LoadedStep, wait_s: float, due: DueActions
 ) -> _Totals:
-    """Forward and backward of one global batch."""
+    """Run forward and backward pass of a global batch."""
     step, num_answer_tokens = loaded.step, plan.num_answer_tokens(loaded.step)
     extra: dict[str, Any] = {}
     if recipe.native_weight_full is not None:
@@ -138,7 +154,7 @@ def _accumulate(
         torch.manual_seed(_seed(recipe.seed, step.index, engine.rank))
     numbers = _Numbers(engine, 2 + len(loaded.micro_batches))
     if engine.rank == 0:
-        numbers.shared[3], numbers.shared[4] = wishes
+        numbers.shared[3], numbers.shared[4] = due
     for i, batch in enumerate(loaded.micro_batches):
         num_samples = batch.num_samples
         inputs = batch.to(engine.device).as_inputs()
@@ -147,14 +163,14 @@ def _accumulate(
                 **inputs,
                 **extra,
                 "num_items_in_batch": num_answer_tokens,
-                # A mean over samples, like the loss is one over tokens: empty batches add nothing.
+                # The auxiliary loss is a mean over samples, like the loss over tokens, so that empty batches add nothing.
                 "aux_loss_coefficient": recipe.aux_loss_coefficient * num_samples / len(step.positions),
             },
             last=i == len(loaded.micro_batches) - 1,
         )
         numbers.own[2 + i] = micro_step.loss
         numbers.shared[0] += batch.num_visual_tokens
-        # The batch that stands in for no samples holds one token, which nobody wrote.
+        # A batch without samples holds a placeholder token, which is not counted.
         if num_samples:
             numbers.shared[1] += batch.num_text_tokens
             numbers.shared[2] += batch.input_ids.numel()
@@ -168,20 +184,21 @@ def _accumulate(
         num_text_tokens=int(num_text),
         padding_share=1 - (num_visual + num_text) / max(num_places, 1.0),
         selection=mean_selection(torch.tensor(selection, dtype=torch.float64)),
-        wishes=Wishes(checkpoint=bool(checkpoint), meet=bool(meet)),
+        due=DueActions(checkpoint=bool(checkpoint), meet=bool(meet)),
         wait_s=max(waited for waited, *_ in of_workers),
         memory_bytes=max(memory for _, memory, *_ in of_workers),
     )
 
 
 def _seed(*numbers: int) -> int:
-    """63 random-looking bits."""
+    """Hash numbers to a seed of 63 bits."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU since this was last asked; on a CPU the process's peak so far."""
+    """Return the peak memory in bytes: on a GPU since the last call, on a CPU since the process started."""
     if device.type != "cuda":
+        # Linux reports ru_maxrss in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -189,13 +206,13 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class _Numbers:
-    """What the workers tell each other of a step, in one vector and so in one reduction, whatever their batches held.
+    """Numbers that workers exchange after a step, in a single vector and thus a single reduction.
 
-    It lies on the device, so that the host does not wait for each micro step.
+    The vector is on the device, so that the host does not wait for each micro step.
 
     Attributes:
-        shared: summed over workers.
-        own: a row of a table that all workers see whole: it is zero but for this worker's row, until it is summed.
+        shared: numbers that are summed over workers.
+        own: this worker's row of a table. The other rows are zero, so that the sum over workers fills the table.
     """
 
     def __init__(self, engine: Engine, num_own: int) -> None:
@@ -207,7 +224,7 @@ class _Numbers:
         self.own = self._table[engine.rank]
 
     def reduce(self) -> tuple[list[float], list[list[float]]]:
-        """The sums, and the table of all workers' rows."""
+        """Sum over workers and return the shared sums and the table of all workers' rows."""
         all_reduce_sum(self._vector)
         return self.shared.tolist(), self._table.tolist()
 
@@ -249,5 +266,5 @@ def _failure(
 
 
 def _json_number(value: float | None) -> float | str | None:
-    """JSON knows neither nan nor inf."""
+    """Turn nan and inf, which JSON does not have, into text."""
     return value if value is None or math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""Plain data-parallel torch: the readable truth, and the engine of machines without DeepSpeed."""
+"""Training engine in plain data-parallel torch: the readable reference, for machines without DeepSpeed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from meteor.train.protocol import BETAS, EPS, MicroStep, all_reduce_sum, trained
 
 
 class TorchEngine:
-    """AdamW on fp32 masters; gradients are summed over workers at each step. Whole state on every worker."""
+    """AdamW on fp32 master weights; gradients are summed over workers, and every worker holds the whole state."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class TorchEngine:
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
             for name, parameter in self._parameters.items()
         }
-        # On a GPU torch's default makes temporary copies of whole states; the fused kernel makes none.
+        # On a GPU torch's default Adam makes temporary copies of whole states; the fused kernel makes none.
         fused = True if self.device.type == "cuda" else None
         self._optimizer = torch.optim.AdamW(
             self._masters.values(), lr=0.0, betas=BETAS, eps=EPS, weight_decay=0.0, fused=fused
@@ -53,6 +53,8 @@ class TorchEngine:
 
     def step(self, lr: float) -> float:
         for name, parameter in self._parameters.items():
+            # A parameter without gradient here may have one on another worker, and all workers must join each
+            # reduction.
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self._masters[name].grad = all_reduce_sum(gradient.float())
             if parameter is not self._masters[name]:
@@ -66,7 +68,7 @@ class TorchEngine:
         return float(norm)
 
     def fragments(self) -> Iterator[Fragment]:
-        # Every worker holds everything; each writes every world_size-th parameter.
+        # Every worker holds the whole state, so each writes every world_size-th parameter.
         for i, (name, master) in enumerate(self._masters.items()):
             if i % self.world_size == self.rank:
                 state = self._optimizer.state[master]

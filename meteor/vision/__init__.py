@@ -1,1 +1,1 @@
-"""The frozen vision encoder: patch features of one layer, and where its class token looks."""
+"""Frozen vision encoder: patch features of one layer, and the class token's attention."""

@@ -1,4 +1,4 @@
-"""What a CLIP checkpoint says beside its weights: the vision tower's shape, and how pixels are normalised."""
+"""Configuration files of a CLIP checkpoint: the vision tower's shape and the normalisation of pixels."""
 
 import json
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from meteor.pretrained import local_model
 
 
 def read_vision_config(path: str) -> CLIPVisionConfig:
-    """Configuration of the vision tower of a CLIP checkpoint, whole or tower alone.
+    """Read the vision tower's configuration from a checkpoint of CLIP or of its tower alone.
 
     Raises:
-        SettingsError: nothing there, or another kind of model.
+        SettingsError: there is no configuration, or it belongs to another kind of model.
     """
     try:
         config = AutoConfig.from_pretrained(local_model(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"vision.path={path!r} has no configuration that can be read ({error}). Give a local directory with config.json "
+            f"vision.path={path!r} has no readable configuration ({error}). Give a local directory with config.json "
             "and weights, or a hub id that this machine can reach, such as openai/clip-vit-large-patch14-336"
         ) from error
     vision_config = getattr(config, "vision_config", config)
@@ -34,7 +34,7 @@ def read_vision_config(path: str) -> CLIPVisionConfig:
 
 
 def read_normalisation(path: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation from the checkpoint's ``preprocessor_config.json``; CLIP's own where it has none."""
+    """Read mean and standard deviation from ``preprocessor_config.json``; without the file, return CLIP's own."""
     file = cached_file(local_model(path), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     if file is None:
         return CLIP_MEAN, CLIP_STD

@@ -1,4 +1,4 @@
-"""One fingerprint for a set of weights, whatever file format or library version they were loaded through."""
+"""Fingerprint of a set of weights, independent of file format and library version."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,10 +7,11 @@ import torch
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor, in the order of their names.
+    """Return the SHA-256 over name, dtype, shape and bytes of every tensor, in the order of names.
 
-    `.bin` and `.safetensors` of the same weights agree, as do names with and without the leading ``vision_model.``
-    (transformers 5 dropped it). Index buffers (``position_ids``) are skipped: older checkpoints carry them, newer do not.
+    Equal weights have equal digests in `.bin` and `.safetensors` files, and with or without the leading ``vision_model.``
+    in names (transformers 5 dropped it). Index buffers (``position_ids``) are skipped, because only older checkpoints
+    contain them.
     """
     canonical = {name.rpartition("vision_model.")[2]: tensor for name, tensor in tensors.items()}
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Encode sliced images: all sub-images of several images in one pass, then one `ImageFeatures` for each image."""
+"""Encoding of sliced images: all sub-images of several images in one pass, then one `ImageFeatures` per image."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,22 +13,22 @@ from meteor.vision.encoder import FrozenClip, SubImageFeatures
 
 
 def encode_sliced(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[ImageFeatures]:
-    """Encode several images together, whatever their patch grids; the result is on the CPU.
+    """Encode several images of any patch grids together; the result is on the CPU.
 
     Raises:
-        BadImageError: the encoder's output is not finite for one of them; see `encode_each`.
+        BadImageError: the encoder's output is not finite for an image. `encode_each` returns the error instead.
     """
     results = []
     for image in encode_each(images, encoder):
         if isinstance(image, BadImageError):
             raise image
-        features, attention = ([one.cpu() for one in parts] for parts in (image.features, image.cls_attention))
+        features, attention = ([part.cpu() for part in parts] for parts in (image.features, image.cls_attention))
         results.append(replace(image, features=features, cls_attention=attention, cls=image.cls.cpu()))
     return results
 
 
 def load_pixels(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[torch.Tensor]:
-    """All sub-images of the images in order, normalised on the encoder's device; see `normalise_batch`."""
+    """Normalise all sub-images of the images, in order, on the encoder's device (`normalise_batch`)."""
     sub_images = [sub_image for image in images for sub_image in image.sub_images]
     return normalise_batch(sub_images, encoder.mean, encoder.std, device=encoder.device, dtype=encoder.dtype)
 
@@ -36,9 +36,15 @@ def load_pixels(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[torc
 def encode_each(
     images: Sequence[SlicedImage], encoder: FrozenClip, pixels: Sequence[torch.Tensor] | None = None
 ) -> list[ImageFeatures | BadImageError]:
-    """Encode several images together; an image whose features are not finite becomes its error, among good neighbours.
+    """Encode several images together; an image with non-finite features gives an error instead of failing the batch.
 
-    The features stay on the encoder's device. ``pixels`` is what `load_pixels` gives, for who wants to call it earlier.
+    Args:
+        images: sliced images.
+        encoder: the frozen tower.
+        pixels: result of `load_pixels`, if it was called earlier to overlap copying with encoding; computed if None.
+
+    Returns:
+        Features on the encoder's device, or an error, for each image in order.
     """
     encoded = iter(encoder.encode(load_pixels(images, encoder) if pixels is None else pixels, raise_bad=False))
     return [_join(image, [next(encoded) for _ in image.sub_images], encoder.attention_layers) for image in images]

@@ -1,6 +1,6 @@
-"""Frozen CLIP: what it sees in a sub-image (patch features) and where its class token looks (one attention row).
+"""Frozen CLIP tower: patch features of a sub-image, and the class token's attention over its patches.
 
-Letters: P patches of a sub-image, C vision width, A attention layers asked for, H heads, Q width of a head.
+Letters: P patches of a sub-image, C vision width, A requested attention layers, H heads, Q head width.
 """
 
 import logging
@@ -24,15 +24,15 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SubImageFeatures:
-    """What the encoder gives for one sub-image.
+    """Encoder output for one sub-image.
 
     Attributes:
-        features: (P, C), the patch tokens of the selected layer, row-major in the patch grid.
-        cls_attention: (A, P) float32, softmax attention of the class token over the patches, mean over heads. The class
-            token's share of itself is left out, so a row sums to less than one.
-        cls: (C,), the class token of the selected layer.
-        grid: (Hu, Wu), patch rows and columns.
-        finite: whether features and attention are; False only where `FrozenClip.encode` was told not to raise.
+        features: patch tokens of the selected layer, (P, C), row-major in the patch grid.
+        cls_attention: softmax attention of the class token over the patches, mean over heads, (A, P) float32. The class
+            token's attention to itself is left out, so a row sums to less than 1.
+        cls: class token of the selected layer, (C,).
+        grid: patch rows and columns (Hu, Wu).
+        finite: whether features and attention are finite; False is possible only with ``raise_bad=False``.
     """
 
     features: torch.Tensor
@@ -43,18 +43,18 @@ class SubImageFeatures:
 
 
 class FrozenClip:
-    """A CLIP vision tower that never trains. Blocks after the last one that is needed are not run.
+    """CLIP vision tower that never trains; blocks after the last required block do not run.
 
     Args:
-        model: the vision tower, in evaluation mode.
+        model: the vision tower.
         select_layer: index into ``hidden_states`` as in LLaVA; -2 is the output of the last block but one.
-        attention_layers: for which hidden states the attention of the block that made them is returned.
-        digest: fingerprint of the weights as stored, before any cast.
-        mean, std: the normalisation the tower was trained with.
-        max_tokens: tokens that go through the tower at once; chosen by memory when None (`meteor.vision.memory`).
+        attention_layers: indices into ``hidden_states``; the attention of the blocks that made these states is returned.
+        digest: fingerprint of the weights as stored, before any cast; computed from the model if None.
+        mean, std: normalisation with which the tower was trained, per colour channel.
+        max_tokens: most tokens in one pass; chosen by free memory if None (`meteor.vision.memory`).
 
     Raises:
-        SettingsError: a layer that the tower does not have.
+        SettingsError: the tower does not have a requested layer.
     """
 
     def __init__(
@@ -89,12 +89,20 @@ class FrozenClip:
         device: str | torch.device | None = None,
         max_tokens: int | None = None,
     ) -> "FrozenClip":
-        """Load the vision tower of a CLIP checkpoint, from a local directory or a hub id (`.safetensors` or `.bin`).
+        """Load the vision tower of a CLIP checkpoint in `.safetensors` or `.bin` format.
 
-        The digest is taken over the weights as they are stored; ``dtype`` then casts (stored type when None).
+        The digest is computed over the stored weights, before the cast to ``dtype``.
+
+        Args:
+            path: local directory, s3:// folder or hub id.
+            select_layer: index into ``hidden_states``; -2 is the output of the last block but one.
+            attention_layers: indices into ``hidden_states`` whose block's class-token attention is returned.
+            dtype: dtype of the weights; the stored dtype if None.
+            device: device of the weights; the CPU if None.
+            max_tokens: most tokens in one pass; chosen by free memory if None.
 
         Raises:
-            SettingsError: there is no CLIP checkpoint at ``path``.
+            SettingsError: there is no CLIP checkpoint at ``path``, or a layer does not exist.
         """
         vision_config = read_vision_config(path)
         model = load_pretrained(
@@ -121,21 +129,21 @@ class FrozenClip:
 
     @property
     def width(self) -> int:
-        """C."""
+        """Width of the patch features, C."""
         return self.model.config.hidden_size
 
     @property
     def patch_size(self) -> int:
-        """Pixels on the side of a patch."""
+        """Side of a patch in pixels."""
         return self.model.config.patch_size
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What the cache key says about pixels: rescale by 1/255, then normalise."""
+        """Preprocessing of pixels as part of the cache key: rescale by 1/255, then normalise."""
         return {"rescale": "1/255", "mean": list(self.mean), "std": list(self.std)}
 
     def _block_of(self, layer: int) -> int:
-        """0-based index of the block whose output is ``hidden_states[layer]``."""
+        """Return the index, from 0, of the block that outputs ``hidden_states[layer]``."""
         block = (layer if layer >= 0 else self.num_blocks + 1 + layer) - 1
         if not 0 <= block < self.num_blocks:
             raise SettingsError(
@@ -146,12 +154,12 @@ class FrozenClip:
 
     @property
     def device(self) -> torch.device:
-        """Where the tower is."""
+        """Device of the tower's weights."""
         return self.model.embeddings.patch_embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the tower computes in."""
+        """Dtype in which the tower computes."""
         return self.model.embeddings.patch_embedding.weight.dtype
 
     @torch.inference_mode()
@@ -160,24 +168,24 @@ class FrozenClip:
 
         Args:
             pixels: normalised float tensors (3, h, w) on any device, h and w multiples of the patch size.
-            raise_bad: when False, a result that is not finite comes back with ``finite`` False among its neighbours.
+            raise_bad: whether a result that is not finite raises an error; if False, its ``finite`` attribute is False.
 
         Returns:
-            One `SubImageFeatures` for each, in the order given, on the encoder's device.
+            Features of each sub-image in the given order, on the encoder's device.
 
         Raises:
-            BadImageError: an activation is not finite.
-            SettingsError: a size is not a multiple of the patch size.
+            BadImageError: an activation is not finite, and ``raise_bad`` is True.
+            SettingsError: a side is not a multiple of the patch size.
         """
-        grids = [self._grid(one) for one in pixels]
-        # Equal lengths side by side, and equal grids among them.
+        grids = [self._grid(sub_image) for sub_image in pixels]
+        # Sub-images of equal length, and of equal grids among them, become neighbours, as runs require.
         order = sorted(range(len(pixels)), key=lambda i: (grids[i][0] * grids[i][1], grids[i]))
         if self.max_tokens is None:
             self.max_tokens = max_tokens_for(self.model, self.device)
         encoded = self._encode_chunks(
             pixels, split_evenly(order, [1 + rows * columns for rows, columns in grids], self.max_tokens), grids
         )
-        # One look at the device for the whole batch.
+        # A single synchronisation with the device for the whole batch.
         finite = torch.cat([chunk.finite for _, chunk in encoded]).tolist() if encoded else []
         if raise_bad and not all(finite):
             raise BadImageError(
@@ -203,7 +211,7 @@ class FrozenClip:
             num_tokens = sum(1 + grids[i][0] * grids[i][1] for i in chunk)
             self.max_tokens = num_tokens // 2
             _LOG.warning(
-                "%d tokens at once do not fit into the memory of %s; going on with %d",
+                "%d tokens at once do not fit into the memory of %s; continuing with %d",
                 num_tokens,
                 self.device,
                 self.max_tokens,
@@ -213,7 +221,7 @@ class FrozenClip:
         return done
 
     def _run(self, pixels: Sequence[torch.Tensor], chunk: list[int], grids: Sequence[tuple[int, int]]) -> Packed | None:
-        """One chunk through the tower; None when several sub-images are too much for the device's memory."""
+        """Run one chunk through the tower; return None if several sub-images exceed the device's memory."""
         runs = plan_runs([grids[i] for i in chunk])
         try:
             return run_tower(
@@ -227,7 +235,8 @@ class FrozenClip:
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
-        return None  # outside the handler: the error's traceback holds the tensors of the attempt
+        # Returned outside the handler, because the error's traceback keeps the attempt's tensors alive.
+        return None
 
     def _grid(self, pixels: torch.Tensor) -> tuple[int, int]:
         height, width = pixels.shape[1:]
@@ -238,7 +247,7 @@ class FrozenClip:
         return height // self.patch_size, width // self.patch_size
 
     def _position(self, grid: tuple[int, int]) -> torch.Tensor:
-        """(1 + P, C), interpolated once for each grid."""
+        """Return the position embeddings of a grid, (1 + P, C), interpolated once per grid."""
         embeddings = self.model.embeddings
         weight = embeddings.position_embedding.weight
         key = (*grid, weight.device, weight.dtype)

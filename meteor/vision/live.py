@@ -1,4 +1,4 @@
-"""Features without a cache: the frozen encoder runs whenever an image is asked for."""
+"""Features without a cache: the frozen encoder runs each time an image is requested."""
 
 import hashlib
 from collections.abc import Generator, Iterable, Mapping
@@ -12,22 +12,22 @@ from meteor.vision.encoder import FrozenClip
 
 
 class LiveFeatures:
-    """Encodes an image whenever it is asked for: the control in benchmarks, and the way without space for a cache.
+    """Feature source that encodes each requested image: the control in benchmarks, or a way without space for a cache.
 
     Args:
         encoder: the frozen tower.
-        uris: image key -> where the image's file is.
-        settings: slicing and limits.
+        uris: image key -> URI of the image file.
+        settings: slicing parameters and limits.
     """
 
     def __init__(self, encoder: FrozenClip, uris: Mapping[str, str], settings: PixelSettings) -> None:
         self.encoder, self.uris, self.settings = encoder, uris, settings
 
     def get(self, image_key: str) -> ImageFeatures:
-        """Read, slice, encode.
+        """Read, slice and encode an image.
 
         Raises:
-            DataError: the image is gone or has changed since it was indexed.
+            DataError: the image file is gone, or has changed since it was indexed.
         """
         uri = self.uris[image_key]
         try:
@@ -36,10 +36,10 @@ class LiveFeatures:
                 raise DataError(f"{uri} has changed since it was indexed as {image_key}: run cache_features again")
             return encode_sliced([slice_bytes(data, image_key, self.settings)], self.encoder)[0]
         except (BadImageError, NotFoundError) as error:
-            raise DataError(f"{uri} was readable when it was indexed and is not now ({error})") from error
+            raise DataError(f"{uri} was readable when it was indexed, but is not now ({error})") from error
 
     def prefetch(
         self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
     ) -> Generator[ImageFeatures, None, None]:
-        """One after the other, whatever the limits of reading ahead: there is one encoder."""
+        """Yield features one after the other; the limits of reading ahead have no effect with a single encoder."""
         yield from map(self.get, keys)

@@ -1,35 +1,37 @@
-"""How many tokens go through the tower at once: chosen from the memory that is free, and batches cut to it."""
+"""Chunk size of the vision tower: chosen from the device's free memory, and batches cut to chunks."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-# 113 full sub-images of 577 tokens: an estimate of where a GPU's matrix products stop getting faster, not yet measured on one
-# (`benchmarks/encoding_gpu.py` does).
+# 113 full sub-images of 577 tokens. This is an estimate of where a GPU's matrix products stop getting faster;
+# `benchmarks/encoding_gpu.py` measures it.
 MAX_TOKENS_CUDA = 65_536
-# One full sub-image: its activations stay in the caches. Twelve at once took 15 % longer (1 thread, widths 384 and 1024).
+# A single full sub-image, whose activations stay in the CPU's caches. Twelve at once took 15 % longer (1 thread, widths
+# 384 and 1024).
 MAX_TOKENS_CPU = 640
+# Share of the device's free memory that one pass may fill.
 _SHARE_OF_FREE = 0.5
 
 
 def max_tokens_for(model: Any, device: torch.device) -> int:
-    """The largest chunk for a tower on this device: half of the free memory, at most where throughput stops rising."""
+    """Return the most tokens per chunk: what fits into half of the free memory, at most `MAX_TOKENS_CUDA`."""
     if device.type != "cuda":
         return MAX_TOKENS_CPU
     free_bytes = torch.cuda.mem_get_info(device)[0]
-    # What torch holds and does not use is free too.
+    # Memory that torch has reserved but does not use is free too.
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, min(int(free_bytes * _SHARE_OF_FREE) // bytes_per_token(model), MAX_TOKENS_CUDA))
 
 
 def bytes_per_token(model: Any) -> int:
-    """Upper bound of the memory one token needs while it goes through the tower.
+    """Return an upper bound of the memory that a token needs in the tower, in bytes.
 
-    With C the width, I the inner width of the MLP and F the values of a patch: the MLP's step holds the hidden state twice
-    (the selected layer is kept), its norm, its output and two tensors of width I; attention's step, with six of width C and
-    the keys in float32, stays below that for the usual I = 4 C. While embedding, a patch is there twice in float32 and once in
-    the tower's type.
+    Let C be the width and I the inner width of the MLP. The MLP's step holds the hidden state twice (the selected layer is
+    kept), its norm, its output and two tensors of width I. Attention's step holds seven tensors of width C and the keys in
+    float32, which is less for the usual I = 4 C. While embedding, a patch exists twice in float32 and once in the tower's
+    dtype.
     """
     config, itemsize = model.config, model.embeddings.patch_embedding.weight.dtype.itemsize
     width, inner = config.hidden_size, config.intermediate_size
@@ -40,12 +42,12 @@ def bytes_per_token(model: Any) -> int:
 
 
 def split_evenly(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut ``order`` into chunks of about equal token counts of at most ``max_tokens`` (one sub-image at least).
+    """Cut ``order`` into chunks of about equal length, with at most ``max_tokens`` but at least one sub-image each.
 
     Args:
         order: indices of sub-images.
-        lengths: tokens of each sub-image, by index.
-        max_tokens: of one chunk.
+        lengths: number of tokens of each sub-image, by index.
+        max_tokens: most tokens of a chunk.
     """
     total = sum(lengths[i] for i in order)
     target = total / max(1, -(-total // max_tokens))

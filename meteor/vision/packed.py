@@ -1,9 +1,9 @@
-"""One pass of a CLIP vision tower over sub-images of mixed patch grids, their tokens laid end to end without padding.
+"""Pass of a CLIP vision tower over sub-images of mixed patch grids, whose tokens are packed without padding.
 
-Whatever works on single tokens (norms, projections, MLP) sees all of them at once; attention runs over groups of equal length.
+Operations on single tokens (norms, projections, MLP) see all tokens at once; attention runs over groups of equal length.
 
-Letters: N sub-images, T tokens of all of them, L tokens of one (1 + P, the class token first), P patches, F values of a patch's
-pixels, C vision width, H heads, Q width of a head, A attention layers.
+Letters: N sub-images, T tokens of all sub-images, L tokens per sub-image (1 + P, the class token first), P patches, F values
+of a patch's pixels, C vision width, H heads, Q head width, A attention layers, X any width.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,14 @@ import torch.nn.functional as functional
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbours of equal shape in a packed row: ``num`` sub-images of ``length`` tokens, from token ``start`` on."""
+    """Neighbours of equal shape in a packed row.
+
+    Attributes:
+        start: index of the run's first token.
+        num: number of sub-images, N.
+        length: tokens per sub-image, L.
+        grid: patch rows and columns (Hu, Wu).
+    """
 
     start: int
     num: int
@@ -29,23 +36,23 @@ class Run:
         return self.start + self.num * self.length
 
     def of(self, packed_TX: torch.Tensor) -> torch.Tensor:
-        """This run's part of a packed (T, X) tensor as (N, L, X), without a copy."""
+        """Return this run's part of a packed (T, X) tensor as (N, L, X), without a copy."""
         return packed_TX[self.start : self.end].view(self.num, self.length, -1)
 
     def heads(self, packed_TC: torch.Tensor, num_heads: int) -> torch.Tensor:
-        """This run's part as (N, H, L, Q), without a copy."""
+        """Return this run's part of a packed (T, C) tensor as (N, H, L, Q), without a copy."""
         return self.of(packed_TC).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What the tower gives for a packed row.
+    """Output of the tower for a packed row.
 
     Attributes:
-        runs: sub-images in packed order, by grid.
-        selected: (T, C), the tokens of the selected layer.
-        attention: (N, A, P) float32 for each run.
-        finite: (N,) bool over all runs, whether all of that is finite.
+        runs: runs of sub-images in packed order.
+        selected: tokens of the selected layer, (T, C).
+        attention: class-token attention of each run, (N, A, P) float32.
+        finite: whether tokens and attention of each sub-image are finite, (N,) bool over all runs.
     """
 
     runs: list[Run]
@@ -55,7 +62,7 @@ class Packed:
 
 
 def plan_runs(grids: Sequence[tuple[int, int]]) -> list[Run]:
-    """The runs of sub-images in this order; equal grids must be neighbours."""
+    """Group sub-images into runs; equal grids must be neighbours."""
     runs, start = [], 0
     for grid, same in groupby(grids):
         runs.append(Run(start, len(list(same)), 1 + grid[0] * grid[1], grid))
@@ -72,15 +79,15 @@ def run_tower(
     select_block: int,
     attention_blocks: Sequence[int],
 ) -> Packed:
-    """Embed and run the blocks up to the last one needed.
+    """Embed the patches and run the blocks up to the last required block.
 
     Args:
-        model: a CLIP vision tower.
-        pixels: (3, h, w) in the order of ``runs``, normalised, on the tower's device.
-        runs: from `plan_runs`.
-        positions: (L, C) position embeddings of each run.
-        select_block: 0-based block whose output is selected.
-        attention_blocks: 0-based blocks whose class-token attention is wanted, in that order.
+        model: CLIP vision tower.
+        pixels: normalised sub-images (3, h, w) in the order of ``runs``, on the tower's device.
+        runs: runs from `plan_runs`.
+        positions: position embeddings of each run, (L, C).
+        select_block: index, from 0, of the block whose output is selected.
+        attention_blocks: indices, from 0, of blocks whose class-token attention is returned, in that order.
     """
     hidden_TC = _embed(model, pixels, runs, positions)
     selected_TC, last = hidden_TC, max([select_block, *attention_blocks])
@@ -88,9 +95,9 @@ def run_tower(
     lengths = merge_lengths(runs)
     for i, block in enumerate(model.encoder.layers[: last + 1]):
         if i == select_block + 1:
-            hidden_TC = hidden_TC.clone()  # the blocks add in place
+            hidden_TC = hidden_TC.clone()  # later blocks add in place and would change the selected tokens
         wanted = runs if i in attention_blocks else ()
-        # After the selected block, nobody reads what the last one gives.
+        # If the last block comes after the selected block, only its attention is read, not its output.
         rows[i] = _attention_half(block, hidden_TC, lengths, wanted, rows_only=i == last > select_block)
         if i == last > select_block:
             break
@@ -102,7 +109,7 @@ def run_tower(
 
 
 def merge_lengths(runs: Sequence[Run]) -> list[Run]:
-    """Neighbouring runs of equal length as one: attention does not see the grid."""
+    """Merge neighbouring runs of equal length, because attention does not depend on the grid."""
     merged: list[Run] = []
     for run in runs:
         if merged and merged[-1].length == run.length:
@@ -134,7 +141,7 @@ def _embed(
 
 
 def _patches(pixels_N3HW: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(N * P, F), a patch's values in the order of the embedding's weights: colour, row, column."""
+    """Cut pixels into patches, (N * P, F), with values in the order of the embedding's weights: colour, row, column."""
     rows, columns = grid
     split = pixels_N3HW.unflatten(2, (rows, -1)).unflatten(4, (columns, -1))
     return split.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels_N3HW) * rows * columns, -1)
@@ -143,7 +150,7 @@ def _patches(pixels_N3HW: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 def _attention_half(
     block: Any, hidden_TC: torch.Tensor, lengths: Sequence[Run], wanted: Sequence[Run], *, rows_only: bool
 ) -> list[torch.Tensor]:
-    """Add the block's attention to the hidden state; the class token's rows for the runs ``wanted``."""
+    """Add the block's attention to the hidden state and return the class token's attention for the runs ``wanted``."""
     attention, normed_TC = block.self_attn, block.layer_norm1(hidden_TC)
     q_TC, k_TC = attention.q_proj(normed_TC), attention.k_proj(normed_TC)
     rows = [_class_token_row(run, q_TC, k_TC, attention.num_heads) for run in wanted]
@@ -160,7 +167,7 @@ def _attention_half(
 
 
 def _class_token_row(run: Run, q_TC: torch.Tensor, k_TC: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(N, P) float32: softmax(q k^T / sqrt(Q)) of the class token alone, mean over heads, without its share of itself."""
+    """Return the class token's attention to patches, softmax(q k^T / sqrt(Q)), mean over heads, (N, P) float32."""
     q_NHQ = run.heads(q_TC, num_heads)[:, :, 0].float()
     k_NHLQ = run.heads(k_TC, num_heads).float()
     scores_NHL = (k_NHLQ @ q_NHQ[..., None]).squeeze(-1) * q_NHQ.shape[-1] ** -0.5
@@ -170,14 +177,14 @@ def _class_token_row(run: Run, q_TC: torch.Tensor, k_TC: torch.Tensor, num_heads
 def _mlp(mlp: Any, normed_TC: torch.Tensor) -> torch.Tensor:
     inner = mlp.fc1(normed_TC)
     if mlp.config.hidden_act == "quick_gelu":
-        # transformers' own formula with two temporaries fewer; they are the largest tensors of a block.
+        # The formula of transformers with two temporary tensors less; they would be the largest tensors of a block.
         return mlp.fc2(inner.mul_((1.702 * inner).sigmoid_()))
     return mlp.fc2(mlp.activation_fn(inner))
 
 
 def _finite(runs: Sequence[Run], selected_TC: torch.Tensor, attention_NAP: Sequence[torch.Tensor]) -> torch.Tensor:
-    # The largest magnitude of a token says it for all its values: NaN spreads to it, infinity is it.
+    # A token's largest magnitude is finite only if all its values are: NaN spreads to it, and infinity is the largest.
     largest_T = torch.linalg.vector_norm(selected_TC, ord=float("inf"), dim=1)
     tokens = [run.of(largest_T[:, None]).flatten(1).isfinite().all(dim=1) for run in runs]
-    rows = [one_NAP.flatten(1).isfinite().all(dim=1) for one_NAP in attention_NAP]
+    rows = [run_NAP.flatten(1).isfinite().all(dim=1) for run_NAP in attention_NAP]
     return torch.cat(tokens) & torch.cat(rows)

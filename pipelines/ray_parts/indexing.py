@@ -11,10 +11,11 @@ import ray
 
 from meteor import storage
 from meteor.assembly import index_uri
-from meteor.assembly.sample_sets import SampleSet, names_of_images
+from meteor.assembly.sample_sets import names_of_images
 from meteor.cache import DatasetIndex, IndexRow
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
+from meteor.data.sample_sets import SampleSet
 from meteor.errors import ImagePathError, NotFoundError
 from pipelines.ray_parts.image_facts import read_image
 from pipelines.ray_parts.runtime import num_blocks, progress

@@ -13,7 +13,7 @@ from contextvars import copy_context
 import ray
 
 from meteor.config.settings import RuntimeSettings
-from meteor.formatting import format_duration
+from meteor.progress import Pace, progress_line
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,35 +64,6 @@ def ray_session(settings: RuntimeSettings) -> Iterator[None]:
     finally:
         _session["local"] = False
         ray.shutdown()
-
-
-class Pace:
-    """How fast a count grows, from its first change on: before that, processes start and models load.
-
-    A count that falls, because workers go on from a checkpoint, begins anew.
-    """
-
-    def __init__(self) -> None:
-        self._last: int | None = None
-        self._since: tuple[float, int] | None = None
-
-    def per_s(self, done: int, now_s: float) -> float | None:
-        """The rate when the count is seen at ``done``; None while it is not known."""
-        if self._last is not None and (done < self._last or (self._since is None and done > self._last)):
-            self._since = now_s, done
-        self._last = done
-        if self._since is None or done == self._since[1]:
-            return None
-        return (done - self._since[1]) / (now_s - self._since[0])
-
-
-def progress_line(what: str, done: int, total: int, per_s: float | None) -> str:
-    """``pretrain: step 120 of 4,650, 1.4 a second, 53 min 56 s left``; without a rate, the count alone."""
-    line = f"{what} {done:,} of {total:,}"
-    if per_s is None:
-        return line
-    rate = f"{per_s:.1f} a second" if per_s >= 1 else f"{format_duration(1 / per_s)} each"
-    return f"{line}, {rate}, {format_duration((total - done) / per_s)} left"
 
 
 @contextmanager

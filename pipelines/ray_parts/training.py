@@ -17,7 +17,7 @@ from meteor.assembly.sample_tables import plan_held_out, plan_samples
 from meteor.assembly.training_stage import PreparedStage, prepare
 from meteor.checkpoint.format import Checkpoint, best_checkpoint
 from meteor.config import RunSettings, mathematical_settings
-from meteor.data.table import TablePlan
+from meteor.data.table_plan import TablePlan
 from meteor.errors import TrainingError
 from meteor.planning.stage_memory import check_memory
 from meteor.planning.steps import num_steps

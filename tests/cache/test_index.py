@@ -1,10 +1,12 @@
 """The dataset index: what is unchanged is not read again, and its digest means the content alone."""
 
 import hashlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 
 from meteor import storage
@@ -161,3 +163,34 @@ def test_a_file_keeps_the_other_names_it_has_until_it_changes(index_uri: str) ->
     assert both.lookup("@set/a.png") == other
     changed = replace(one, image_key="2" * 64, etag="another")
     assert DatasetIndex.publish(index_uri, [changed]).rows() == [changed]
+
+
+def slow_digest(index: DatasetIndex, asked: list[str]) -> str:
+    """The digest by a look-up of each image."""
+    rows = [index.lookup(image) for image in sorted(set(asked))]
+    contents = sorted({(row.name, row.image_key, row.width, row.height, row.status) for row in rows})
+    return hashlib.sha256(json.dumps(contents, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
+
+
+def test_the_digest_is_that_of_single_look_ups(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("meteor.cache.index._ROWS_PER_PIECE", 3)
+    rows = [make_row(f"{name}.png", root=root) for name in ("b", "a", "é", '"', "z") for root in ("/x", "/y")]
+    rows += [make_bad_row("c.png"), make_row("d.png", root="/x"), make_row("d.png", root="/y", content="other")]
+    index = DatasetIndex.publish(str(tmp_path), rows)
+    names = ["z.png", "a.png", "é.png", '".png', "b.png", "c.png", "/x/d.png", "/y/d.png", "/x/a.png", "a.png"]
+    for asked in (names, names[:3], ["c.png"], []):
+        assert index.digest(asked) == slow_digest(index, asked)
+        assert index.digest(pa.array(asked, pa.string())) == slow_digest(index, asked)
+    with pytest.raises(CacheError, match=r"d\.png.*by URI"):
+        index.digest([*names, "d.png"])
+
+
+def test_rows_by_name_are_the_last_of_each_name(tmp_path) -> None:
+    rows = [make_row("a.png", root="/x"), make_row("a.png", root="/y", content="other"), make_row("b.png")]
+    index = DatasetIndex.publish(str(tmp_path), rows)
+    found = index.rows_named(pa.array(["b.png", "a.png", "b.png", "z.png"]))
+    assert dict(zip(found["name"].to_pylist(), found["image_key"].to_pylist(), strict=True)) == {
+        "a.png": rows[1].image_key,
+        "b.png": rows[2].image_key,
+    }
+    assert len(found) == 2

@@ -1,12 +1,18 @@
+from dataclasses import replace
+
 import pytest
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import collate
+from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample, SampleProblem
-from meteor.data.table import IndexedImage, SampleTable, plan_table
-from meteor.errors import DataError, TokenisationError
+from meteor.data.table import SampleTable
+from meteor.data.table_plan import IndexedImage, IndexedImages, plan_table
+from meteor.data.token_table import TokenTable
+from meteor.errors import DataError
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
+from meteor.text.batches import TokenBatch
 from meteor.text.conversation import Turn
 from meteor.text.tokens import Separators, TokenisedSample
 
@@ -29,20 +35,27 @@ def make_sample(sample_id, *images, question=4, answer=3):
 def tokenise(sample):
     """<s>, the images, 10 for each letter of the question, 20 for each of the answer, </s>."""
     question, answer = (turn.text for turn in sample.turns)
-    if not answer:
-        raise TokenisationError(f"{sample.id} has no answer")
     ids = [1, *[V] * len(sample.images), *[10] * len(question), *[20] * len(answer), 2]
     num_labels = len(answer) + 1
     return TokenisedSample(ids, [X] * (len(ids) - num_labels) + ids[-num_labels:])
 
 
-def make_plan(samples, *, k=4, projector="meteor", problems=(), max_length=100, sub_images="all", images=IMAGES):
+def make_tokens(samples, uri=None):
+    """The table of `tokenise`; a sample without an answer has a problem."""
+    batch = TokenBatch.of([tokenise(sample) for sample in samples])
+    problems = [None if sample.turns[1].text else " has no answer" for sample in samples]
+    batches = [replace(batch, problems=problems)]
+    return TokenTable.of(batches) if uri is None else TokenTable.write(uri, batches)
+
+
+def make_plan(
+    samples, *, k=4, projector="meteor", problems=(), max_length=100, sub_images="all", images=IMAGES, tokens_uri=None
+):
     settings = {"k": k} if projector == "meteor" else {}
     return plan_table(
-        samples,
-        problems,
-        images,
-        tokenise=tokenise,
+        SampleSet.of("samples", samples, problems),
+        make_tokens(samples, tokens_uri),
+        IndexedImages.of(images),
         budget=visual_token_budget(projector, settings),
         pixels=PIXELS,
         max_length=max_length,
@@ -156,7 +169,8 @@ def test_grouping_lengths_depend_on_neither_projector_nor_the_sub_images_trained
 
 
 def test_a_table_reads_back_as_it_was_written(tmp_path):
-    written = make_plan([make_sample("a", "square"), make_sample("b"), make_sample("c", "wide", "square")]).table
+    samples = [make_sample("a", "square"), make_sample("b"), make_sample("c", "wide", "square")]
+    written = make_plan(samples, tokens_uri=str(tmp_path / "tokens.arrow")).table
     written.write(str(tmp_path / "samples.parquet"))
     read = SampleTable.read(str(tmp_path / "samples.parquet"))
     assert [read.tokens(i) for i in range(3)] == [written.tokens(i) for i in range(3)]
@@ -167,7 +181,7 @@ def test_a_table_reads_back_as_it_was_written(tmp_path):
 
 
 def test_a_table_may_be_empty(tmp_path):
-    make_plan([]).table.write(str(tmp_path / "samples.parquet"))
+    make_plan([], tokens_uri=str(tmp_path / "tokens.arrow")).table.write(str(tmp_path / "samples.parquet"))
     read = SampleTable.read(str(tmp_path / "samples.parquet"))
     assert (len(read), read.all_image_keys(), read.totals()["text_tokens"]) == (0, [], 0)
 

@@ -103,7 +103,7 @@ def test_a_job_that_a_new_head_does_not_know_is_not_waited_for(fake, said, monke
     server = JobServer()
     submission_id, _ = server.submit(make_job("pretrain", "demo"))
     monkeypatch.setattr(fake, "get_job_info", forgotten)
-    with pytest.raises(ClusterError, match="its head has started anew"):
+    with pytest.raises(ClusterError, match="its head has restarted"):
         server.follow(submission_id, said.append)
 
 
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_the_job_alone(fake, said, monkeypatch):
     server = JobServer()
     monkeypatch.setattr(server, "follow", interrupt)
     assert submit([make_job("pretrain", "demo")], server, wait=True, write=said.append) == 130
-    assert "The job goes on" in said[-1]
+    assert "The job continues" in said[-1]
 
 
 def test_exit_statuses(fake):

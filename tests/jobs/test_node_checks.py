@@ -58,7 +58,7 @@ def test_on_s3_too(settings, s3_root):
 def test_a_folder_that_another_node_does_not_see_is_no_output(settings):
     found = look(settings, num_nodes=2, marker=False)["storage"]
     assert not found.ok
-    assert "name an s3:// prefix" in found.text
+    assert "give an s3:// prefix" in found.text
 
 
 def test_a_store_that_takes_a_second_conditional_put_is_refused(settings, monkeypatch):
@@ -74,8 +74,8 @@ def test_models_and_images_that_are_missing_are_named(settings):
         weights.unlink()
     found = look({**settings, "vision": {"path": "s3://nowhere"}}, is_driver=True)
     assert not found["encoder"].ok
-    assert found["language model"].text.endswith("has a tokenizer, and no weights (.safetensors or .bin)")
-    assert "1 of 1 looked for are missing" in found["images"].text
+    assert found["language model"].text.endswith("has a tokenizer, but no weights (.safetensors or .bin)")
+    assert "1 of 1 sampled images are missing" in found["images"].text
 
 
 def test_several_nodes_need_a_server_and_names_that_lead_to_them(settings, monkeypatch):

@@ -1,4 +1,4 @@
-"""The overfit set: one question for every image, answers that only the image can tell, half of the images sliced."""
+"""Contrast set for overfitting tests: a single question for all images, answered by the image alone; half are sliced."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from meteor.synthetic.vocabulary import COLOURS, SHAPES
 
 QUESTION = "What colour is the shape?"
 _RECORD = "contrast_set.json"
-# Below 112 x 112 pixels, and above 336 x 336: whole, or sliced, at either resolution.
+# Sizes below 112 x 112 pixels are never sliced, sizes above 336 x 336 always, at both resolutions that the tests use.
 _WHOLE_SIZES = ((96, 96), (112, 84), (80, 110))
 _SLICED_SIZES = ((480, 360), (640, 400), (360, 480))
 _SCALE = (0.5, 0.8)
@@ -26,7 +26,7 @@ _SCALE = (0.5, 0.8)
 
 @dataclass(frozen=True)
 class ContrastSet:
-    """Paths of a contrast set; samples name images relative to ``images``."""
+    """Paths of a contrast set; its samples name images relative to ``images``."""
 
     folder: Path
 
@@ -36,23 +36,29 @@ class ContrastSet:
 
     @property
     def samples(self) -> Path:
-        """LLaVA's format, usable for training and for evaluation alike."""
+        """Samples in LLaVA's format, for training and evaluation."""
         return self.folder / "samples.json"
 
     @property
     def scenes(self) -> Path:
-        """One JSON object a line for every image, as in a data set."""
+        """Description of every image, a JSON object per line."""
         return self.folder / "scenes.jsonl"
 
 
 def make_contrast_set(folder: str | Path, num_samples: int = 64, seed: int = 0, *, num_answers: int = 4) -> ContrastSet:
-    """Write the set, or find it written with the same arguments before.
+    """Write a contrast set, unless the folder holds the set with equal arguments already.
 
-    A model that ignores the image gets ``1 / num_answers`` right at best: question, number of images and turns are
-    the same in every sample, and each answer comes equally often with whole and with sliced images.
+    A model that ignores the image answers at most ``1 / num_answers`` of the questions correctly: all samples have one
+    question, one image and one turn, and each answer occurs equally often with whole and with sliced images.
+
+    Args:
+        folder: written folder, which appears complete or not at all.
+        num_samples: number of samples, a multiple of twice ``num_answers``.
+        seed: seed of the images.
+        num_answers: number of different answers, from 2.
 
     Raises:
-        SettingsError: the samples cannot be divided evenly.
+        SettingsError: the samples cannot be divided evenly among the answers.
         AlreadyExistsError: the folder holds something else.
     """
     if not 2 <= num_answers <= len(COLOURS) or num_samples < 1 or num_samples % (2 * num_answers):

@@ -15,8 +15,10 @@ from contrast import make_contrast_set
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.data.collate import collate
+from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import load_samples
-from meteor.data.table import IndexedImage, plan_table
+from meteor.data.table_plan import IndexedImage, IndexedImages, plan_table
+from meteor.data.token_table import tokenise_set
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question, last_answer
 from meteor.evaluation.scoring import exact_match
@@ -24,7 +26,7 @@ from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.model import MeteorProcessor
 from meteor.synthetic.models import make_tiny_models
-from meteor.text.tokens import load_tokenizer, tokenise, visual_separators
+from meteor.text.tokens import load_tokenizer, visual_separators
 from meteor.train.build import build_model, freeze_for
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model
@@ -91,11 +93,11 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
     tokenizer = load_tokenizer(llm)
     settings = {key: value for key, value in PROJECTOR.items() if key != "name"}
     budget, separators = visual_token_budget("meteor", settings), visual_separators(tokenizer)
+    sample_set = SampleSet.of("contrast", samples)
     plan = plan_table(
-        samples,
-        [],
-        images,
-        tokenise=lambda sample: tokenise(sample.conversation, tokenizer, "vicuna_v1", sample_id=sample.id),
+        sample_set,
+        tokenise_set(sample_set, tokenizer, "vicuna_v1"),
+        IndexedImages.of(images),
         budget=budget,
         pixels=PIXELS,
         max_length=512,

@@ -10,7 +10,7 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import DataError, SettingsError
 from meteor.model import MeteorForConditionalGeneration
 from meteor.model.attention import IMPLEMENTATIONS
-from meteor.model.text_sampler import Marks, TextSampler, choose_kept
+from meteor.model.text_sampler import TextSampler, TokenGroups, choose_kept
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, compile_layers
 
@@ -220,23 +220,24 @@ def test_the_highest_of_each_image_are_kept_and_ties_go_to_the_earlier():
     sample = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 2]])
     shown = torch.tensor([[0, 7, 7, 7, 9, 9, 9, 9, 0]])
     score = torch.tensor([[0, 0.1, 0.3, 0.3, torch.nan, torch.nan, torch.nan, torch.nan, 0]])
-    marks = Marks(sample, torch.zeros_like(sample), shown)
-    assert choose_kept(score, marks, 0.34).tolist() == [[True, False, True, True, True, True, True, False, True]]
-    assert choose_kept(score, marks, 0.3).tolist() == [[True, False, True, False, True, True, True, False, True]]
+    groups = TokenGroups(sample, torch.zeros_like(sample), shown)
+    assert choose_kept(score, groups, 0.34).tolist() == [[True, False, True, True, True, True, True, False, True]]
+    assert choose_kept(score, groups, 0.3).tolist() == [[True, False, True, False, True, True, True, False, True]]
 
 
 def test_numbers_differ_between_samples_of_a_batch():
     sample = torch.tensor([[1, 1, 2], [1, 1, 0]])
     turns, shown_images = torch.tensor([[1, 2, 1], [1, 1, 1]]), torch.tensor([[1, 0, 1], [2, 2, 2]])
-    marks = Marks.of(sample, turns, shown_images)
-    for one in (marks.sample, marks.turn, marks.image):
-        assert one[1, 2] == 0
-    assert len(set(marks.sample.flatten().tolist())) == 4
+    groups = TokenGroups.of(sample, turns, shown_images)
+    for numbers in (groups.sample, groups.turn, groups.image):
+        assert numbers[1, 2] == 0
+    assert len(set(groups.sample.flatten().tolist())) == 4
     assert (
-        len({marks.turn[0, 0].item(), marks.turn[0, 1].item(), marks.turn[0, 2].item(), marks.turn[1, 0].item()}) == 4
+        len({groups.turn[0, 0].item(), groups.turn[0, 1].item(), groups.turn[0, 2].item(), groups.turn[1, 0].item()})
+        == 4
     )
-    assert marks.turn[1, 0] == marks.turn[1, 1]
-    assert len({marks.image[0, 0].item(), marks.image[0, 2].item(), marks.image[1, 0].item(), 0}) == 4
+    assert groups.turn[1, 0] == groups.turn[1, 1]
+    assert len({groups.image[0, 0].item(), groups.image[0, 2].item(), groups.image[1, 0].item(), 0}) == 4
 
 
 def test_it_is_saved_with_the_model(make_pair, tmp_path, make_batch, samples):

@@ -99,13 +99,15 @@ def test_a_width_that_the_configuration_leaves_to_its_default_is_known(model, fo
 
 
 def test_what_is_no_projector_is_refused_with_what_to_name(model, file: str, folder: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no projector at .*nowhere: name the projector\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"there is no projector at .*nowhere: give the projector\.safetensors"):
         load(str(tmp_path / "nowhere"))
     (tmp_path / "text").write_text("no tensors at all, but text that goes on for a while")
     with pytest.raises(CheckpointError, match="text is no safetensors file"):
         load(str(tmp_path / "text"))
     save_file({"tokens": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds no trained projector: it does not tell projector, vision_width"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no trained projector: its metadata lacks projector, vision_width"
+    ):
         load(str(tmp_path / "other.safetensors"))
     llama = shutil.copytree(folder, tmp_path / "llama")
     (llama / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -113,7 +115,7 @@ def test_what_is_no_projector_is_refused_with_what_to_name(model, file: str, fol
         load(str(llama))
     for part in ({"text_config": {"model_type": "of_tomorrow"}}, {"vision_config": {"hidden_size": 17}}):
         (llama / "config.json").write_text(json.dumps({"model_type": "meteor", **part}))
-        with pytest.raises(CheckpointError, match=r"config\.json is damaged, or of a later version \("):
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged or from a later version \("):
             load(str(llama))
     unknown = {**projector_metadata(model.config), "projector": {"name": "of_tomorrow"}}
     write_projector_file(file, model.projector.state_dict(), unknown)

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from meteor import storage
+from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample, SampleProblem
 from meteor.data.sources import find_source
 from meteor.errors import TokenisationError
@@ -32,9 +33,9 @@ def make_sample(sample_id, *images):
 
 
 def check(samples, roots, problems=(), **kwargs):
-    count_tokens = kwargs.pop("count_tokens", lambda sample, plans: 10)
-    one = CheckedSet(samples, problems, max_length=100, count_tokens=count_tokens)
-    return check_data({"finetune": one}, roots=roots, num_threads=2, **({"pixels": PixelSettings()} | kwargs))
+    count_tokens = kwargs.pop("count_tokens", lambda position, plans: 10)
+    checked = CheckedSet(SampleSet.of("finetune", samples, problems), max_length=100, count_tokens=count_tokens)
+    return check_data({"finetune": checked}, roots=roots, num_threads=2, **({"pixels": PixelSettings()} | kwargs))
 
 
 def bad_images(report):
@@ -94,7 +95,9 @@ def test_sub_images_are_counted_from_the_size_as_displayed(tmp_path, image_forma
     expected = plan_slices(*(size[::-1] if kwargs else size))
     seen = []
     for full in (False, True):
-        check([make_sample("a", "1.img")], roots, full=full, count_tokens=lambda sample, plans: seen.append(plans) or 1)
+        check(
+            [make_sample("a", "1.img")], roots, full=full, count_tokens=lambda position, plans: seen.append(plans) or 1
+        )
     assert seen == [[expected], [expected]]
 
 
@@ -114,8 +117,8 @@ def test_a_size_behind_a_long_header_is_found_by_reading_on(tmp_path):
 
 
 def test_problems_of_records_and_of_tokens_are_counted(tmp_path):
-    def count_tokens(sample, plans):
-        if sample.id == "b":
+    def count_tokens(position, plans):
+        if position == 1:
             raise TokenisationError("no answer token")
         return 10
 
@@ -132,7 +135,7 @@ def test_a_set_without_samples_is_not_ok():
 
 def test_over_long_samples_are_told_and_lengths_counted_by_powers_of_two():
     lengths = {"a": 1, "b": 64, "c": 65, "d": 100, "e": 101, "f": 128}
-    report = check([make_sample(name) for name in lengths], {}, count_tokens=lambda sample, plans: lengths[sample.id])
+    report = check([make_sample(name) for name in lengths], {}, count_tokens=lambda i, plans: [*lengths.values()][i])
     assert report.sets[0].over_long == ("e", "f")
     assert report.sets[0].tokens == {1: 1, 64: 1, 128: 4}
     assert report.ok
@@ -156,8 +159,8 @@ def test_an_image_of_many_samples_and_sets_is_read_once(tmp_path):
     progress = []
     report = check_data(
         {
-            "pretrain": CheckedSet(samples, (), 100, lambda sample, plans: 10),
-            "finetune": CheckedSet(samples[:1], (), 100, lambda sample, plans: 10),
+            "pretrain": CheckedSet(SampleSet.of("pretrain", samples), 100, lambda position, plans: 10),
+            "finetune": CheckedSet(SampleSet.of("finetune", samples[:1]), 100, lambda position, plans: 10),
         },
         roots=roots,
         pixels=PixelSettings(),

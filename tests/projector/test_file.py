@@ -103,7 +103,7 @@ def test_the_index_of_a_sharded_model_says_which_files_to_open(tensors, tmp_path
 )
 def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"file is no safetensors file \(.*name the projector.safetensors"):
+    with pytest.raises(CheckpointError, match=r"file is no safetensors file \(.*give the projector.safetensors"):
         read_projector_file(str(tmp_path / "file"))
 
 

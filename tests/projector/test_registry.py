@@ -106,10 +106,10 @@ def test_settings_hold_the_defaults_that_were_not_given() -> None:
     assert settings["scan"] == "local_to_single"
 
 
-def test_the_projector_that_contributing_shows_works(
+def test_the_projector_that_the_documentation_shows_works(
     make_sub_images: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/extend.md").read_text()
     module, _, test = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {"build_projector": build_projector}
     exec(module, names)

@@ -38,7 +38,7 @@ def test_an_empty_folder_may_exist_before(tmp_path: Path) -> None:
 
 def test_other_arguments_and_foreign_files_are_refused(tmp_path: Path) -> None:
     publish_folder(tmp_path / "made", "record.json", {"seed": 1}, fill)
-    with pytest.raises(AlreadyExistsError, match=r"'seed': 1.*wanted is.*'seed': 2"):
+    with pytest.raises(AlreadyExistsError, match=r"'seed': 1.*not with.*'seed': 2"):
         publish_folder(tmp_path / "made", "record.json", {"seed": 2}, refuse)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("")

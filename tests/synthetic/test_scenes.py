@@ -105,5 +105,5 @@ def test_a_caption_names_every_thing_and_its_place() -> None:
 
 def test_an_image_too_small_for_its_things_is_refused() -> None:
     wanted = [Wanted("text", "black", word="cat")] * 6
-    with pytest.raises(SettingsError, match="6 things do not fit into 40 x 40"):
+    with pytest.raises(SettingsError, match="6 objects do not fit into 40 x 40"):
         place_all(np.random.default_rng(0), 40, 40, wanted, (0.3, 0.5))

@@ -23,15 +23,18 @@ def test_options_lie_over_ours_and_ours_stay():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_batch_size": 8}, "deepspeed.train_batch_size cannot be set: global_batch_size"),
-        ({"gradient_accumulation_steps": 2}, "order planner counts samples"),
+        ({"train_batch_size": 8}, "deepspeed.train_batch_size cannot be set: the stage's global_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "training plan counts samples"),
         ({"gradient_clipping": 1.0}, "max_grad_norm"),
         ({"optimizer": {"type": "Adam"}}, "one parameter group and weight decay 0"),
         ({"scheduler": {}}, "function of the global step"),
         ({"fp16": {"enabled": True}}, "llm.dtype"),
-        ({"zero_optimization": {"stage": 3}}, r"deepspeed.zero_optimization.stage cannot be set: zero_stage"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            r"deepspeed.zero_optimization.stage cannot be set: the stage's zero_stage",
+        ),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"device=nvme: only cpu \(or none\)"),
-        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param needs zero_stage=3, and it is 2"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param needs zero_stage=3, but it is 2"),
     ],
 )
 def test_what_a_setting_of_ours_says_is_refused_with_the_reason(options, message):

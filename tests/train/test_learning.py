@@ -15,7 +15,10 @@ import torch.distributed as dist
 
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from meteor.data.table import SampleTable
+from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
+from meteor.data.token_table import TokenTable
+from meteor.text.batches import TokenBatch
+from meteor.text.tokens import TokenisedSample
 from meteor.train.build import freeze_for
 from meteor.train.engine import make_engine
 from meteor.train.loop import train
@@ -30,7 +33,7 @@ def make_table(num_samples: int) -> SampleTable:
 
     Every fifth sample has no image, and then the first is always the same.
     """
-    chance, rows = random.Random(0), []
+    chance, rows, tokens = random.Random(0), [], []
     for i in range(num_samples):
         image = None if i % 5 == 4 else chance.randrange(NUM_IMAGES)
         answer = [29 if image is None else 20 + image, 30 + chance.randrange(2), 2]
@@ -38,16 +41,18 @@ def make_table(num_samples: int) -> SampleTable:
         rows.append(
             {
                 "sample_id": f"s{i}",
-                "input_ids": ids,
-                "labels": [IGNORE_INDEX] * (len(ids) - 3) + answer,
+                "token_row": i,
+                "max_text_tokens": WHOLE,
                 "image_keys": [] if image is None else [str(image)],
                 "num_sub_images": 0 if image is None else 1,
                 "num_visual_tokens": 0 if image is None else 4,
                 "num_text_tokens": 5,
+                "num_answer_tokens": len(answer),
                 "grouping_length": 150,
             }
         )
-    return SampleTable(pa.Table.from_pylist(rows))
+        tokens.append(TokenisedSample(ids, [IGNORE_INDEX] * (len(ids) - 3) + answer))
+    return SampleTable(pa.Table.from_pylist(rows, SAMPLE_SCHEMA), [TokenTable.of([TokenBatch.of(tokens)])])
 
 
 def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed: int, fixtures: tuple) -> None:

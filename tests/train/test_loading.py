@@ -8,8 +8,11 @@ import pytest
 
 from meteor.cache.prefetch import read_ahead
 from meteor.constants import IMAGE_TOKEN_ID
-from meteor.data.table import SampleTable
+from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
+from meteor.data.token_table import TokenTable
 from meteor.errors import DataError
+from meteor.text.batches import TokenBatch
+from meteor.text.tokens import TokenisedSample
 from meteor.train.loading import load_batches
 
 MICRO_BATCHES = [[[0], [1]], [], [[5, 2], [3]], [[4]], [[1, 0]]]
@@ -17,23 +20,25 @@ MICRO_BATCHES = [[[0], [1]], [], [[5, 2], [3]], [[4]], [[1, 0]]]
 
 def make_table():
     """Sample i has i % 3 images; some of them are those of other samples."""
-    rows = []
+    rows, tokens = [], []
     for i in range(6):
         keys = [f"k{(i + j) % 5}" for j in range(i % 3)]
         ids = [1, *[IMAGE_TOKEN_ID] * len(keys), 10 + i, 2]
         rows.append(
             {
                 "sample_id": f"s{i}",
-                "input_ids": ids,
-                "labels": ids,
+                "token_row": i,
+                "max_text_tokens": WHOLE,
                 "image_keys": keys,
                 "num_sub_images": len(keys),
                 "num_visual_tokens": 4 * len(keys),
                 "num_text_tokens": len(ids) - len(keys),
+                "num_answer_tokens": len(ids),
                 "grouping_length": len(ids),
             }
         )
-    return SampleTable(pa.Table.from_pylist(rows))
+        tokens.append(TokenisedSample(ids, ids))
+    return SampleTable(pa.Table.from_pylist(rows, SAMPLE_SCHEMA), [TokenTable.of([TokenBatch.of(tokens)])])
 
 
 class SlowSource:

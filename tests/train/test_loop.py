@@ -14,8 +14,11 @@ import torch.distributed as dist
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.config import RunSettings
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from meteor.data.table import SampleTable
+from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
+from meteor.data.token_table import TokenTable
 from meteor.errors import DataError, FailedStepError
+from meteor.text.batches import TokenBatch
+from meteor.text.tokens import TokenisedSample
 from meteor.train import loop
 from meteor.train.build import freeze_for
 from meteor.train.engine import make_engine
@@ -32,7 +35,7 @@ NUM_SAMPLES = 7
 
 def make_table(num_samples=NUM_SAMPLES):
     """Sample i has i % 3 + 1 answer tokens; every third has no image."""
-    rows = []
+    rows, tokens = [], []
     for i in range(max(num_samples, 1)):
         images = [f"k{i}"] if i % 3 else []
         answer = [20 + i + j for j in range(i % 3)] + [2]
@@ -40,16 +43,19 @@ def make_table(num_samples=NUM_SAMPLES):
         rows.append(
             {
                 "sample_id": f"s{i}",
-                "input_ids": ids,
-                "labels": [X] * (len(ids) - len(answer)) + answer,
+                "token_row": i,
+                "max_text_tokens": WHOLE,
                 "image_keys": images,
                 "num_sub_images": len(images),
                 "num_visual_tokens": 4 * len(images),
                 "num_text_tokens": len(ids) - len(images),
+                "num_answer_tokens": len(answer),
                 "grouping_length": len(ids) + 144 * len(images),
             }
         )
-    return SampleTable(pa.Table.from_pylist(rows).slice(0, num_samples))
+        tokens.append(TokenisedSample(ids, [X] * (len(ids) - len(answer)) + answer))
+    table = pa.Table.from_pylist(rows, SAMPLE_SCHEMA).slice(0, num_samples)
+    return SampleTable(table, [TokenTable.of([TokenBatch.of(tokens)])])
 
 
 def make_recipe(**changes):

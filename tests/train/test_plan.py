@@ -8,16 +8,19 @@ import pytest
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.order import Part, epoch_length, steps_per_epoch
-from meteor.data.table import SampleTable
+from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
+from meteor.data.token_table import TokenTable
+from meteor.text.batches import TokenBatch
+from meteor.text.tokens import TokenisedSample
 from meteor.train.plan import Recipe, StepPlan, first_steps
 
 BATCHINGS = ("padded", "grouped", "packed")
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
 
-def make_table(num_samples=50, *, k=144):
+def make_table(num_samples=50, *, k=144, tokens_uri=None):
     """Sample i has i % 3 + 1 answer tokens and up to five sub-images of ``k`` tokens."""
-    rows, chance = [], random.Random(0)
+    rows, tokens, chance = [], [], random.Random(0)
     for i in range(max(num_samples, 1)):
         num_text, num_sub_images = chance.randint(20, 200), chance.choice([0, 1, 3, 5])
         answer = [20 + j for j in range(i % 3)] + [2]
@@ -25,16 +28,21 @@ def make_table(num_samples=50, *, k=144):
         rows.append(
             {
                 "sample_id": f"s{i}",
-                "input_ids": [1, *[IMAGE_TOKEN_ID] * len(images), *answer],
-                "labels": [IGNORE_INDEX] * (1 + len(images)) + answer,
+                "token_row": i,
+                "max_text_tokens": WHOLE,
                 "image_keys": images,
                 "num_sub_images": num_sub_images,
                 "num_visual_tokens": k * num_sub_images,
                 "num_text_tokens": num_text,
+                "num_answer_tokens": len(answer),
                 "grouping_length": num_text + 144 * num_sub_images,
             }
         )
-    return SampleTable(pa.Table.from_pylist(rows).slice(0, num_samples))
+        ids = [1, *[IMAGE_TOKEN_ID] * len(images), *answer]
+        tokens.append(TokenisedSample(ids, [IGNORE_INDEX] * (1 + len(images)) + answer))
+    batches = [TokenBatch.of(tokens)]
+    table = TokenTable.of(batches) if tokens_uri is None else TokenTable.write(tokens_uri, batches)
+    return SampleTable(pa.Table.from_pylist(rows, SAMPLE_SCHEMA).slice(0, num_samples), [table])
 
 
 def make_plan(table=None, **changes):
@@ -154,12 +162,15 @@ def test_an_empty_table_has_no_steps():
     assert (plan.num_steps, list(plan.steps())) == (0, [])
 
 
-def make_mixture(weights, sizes):
-    return SampleTable.mixture([make_table(size) for size in sizes], weights)
+def make_mixture(weights, sizes, folder=None):
+    uris = [folder and f"{folder}/{number}.arrow" for number in range(len(sizes))]
+    return SampleTable.mixture(
+        [make_table(size, tokens_uri=uri) for size, uri in zip(sizes, uris, strict=True)], weights
+    )
 
 
 def test_a_mixture_takes_each_file_as_often_as_it_weighs(tmp_path):
-    make_mixture([2, 0.5, 1], [10, 20, 7]).write(str(tmp_path / "samples.parquet"))
+    make_mixture([2, 0.5, 1], [10, 20, 7], tmp_path).write(str(tmp_path / "samples.parquet"))
     plan = make_plan(SampleTable.read(str(tmp_path / "samples.parquet")), epochs=4, batching="grouped")
     for epoch in range(4):
         taken = Counter(position for step in plan.steps() if step.epoch == epoch for position in step.positions)

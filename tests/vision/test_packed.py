@@ -142,7 +142,7 @@ def test_a_chunk_that_does_not_fit_into_memory_is_halved_and_the_lesson_kept(mon
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one.features, other.features)
     total = sum(1 + height * width // 196 for height, width in SIZES)
-    assert f"{total} tokens at once do not fit into the memory of cpu; going on with {total // 2}" in caplog.text
+    assert f"{total} tokens at once do not fit into the memory of cpu; continuing with {total // 2}" in caplog.text
     num_tries = len(sizes)
     clip.encode(pixels)
     assert max(sizes[num_tries:]) <= clip.max_tokens <= 40

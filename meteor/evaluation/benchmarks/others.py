@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from meteor import storage
-from meteor.data.samples import load_samples, read_records
+from meteor.data.records import read_records
+from meteor.data.samples import load_samples
 from meteor.errors import DataError
 from meteor.evaluation.benchmarks.folder import Folder
 from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, with_suffix

@@ -4,8 +4,8 @@ import pytest
 
 from meteor import storage
 from meteor.assembly import index_uri
-from meteor.assembly.sample_sets import SampleSet
 from meteor.cache import DatasetIndex
+from meteor.data.sample_sets import SampleSet
 from pipelines.ray_parts import indexing
 from pipelines.ray_parts.image_facts import read_image
 
@@ -44,7 +44,7 @@ def test_local_files_are_asked_for_one_by_one(tmp_path, asked):
 
 
 def make_set(*names):
-    samples = SampleSet("pretrain", "", [], [], "")
+    samples = SampleSet.of("pretrain", [])
     samples.__dict__["image_names"] = set(names)
     return samples
 

@@ -1,4 +1,4 @@
-"""The one door to Triton: its kernels are imported here, when a scan first asks for them."""
+"""Triton as a scan backend; its kernels are imported only when a scan first uses them, because CPU machines lack Triton."""
 
 from types import ModuleType
 
@@ -9,19 +9,19 @@ from meteor.optional import import_optional
 
 
 def load_triton() -> ModuleType:
-    """Triton itself.
+    """Import the package triton.
 
     Raises:
-        MissingPackageError: it is absent, as with torch's CPU build.
+        MissingPackageError: triton is absent; torch's CPU build does not install it.
     """
     return import_optional("triton", needed_for="scan_backend='triton'", install="pip install triton")
 
 
 def check_triton_device(device: str, is_double: bool) -> None:
-    """Refuse what the kernels cannot take.
+    """Refuse tensors that the kernels cannot process.
 
     Raises:
-        SettingsError: tensors on a CPU, unless kernels are interpreted there (``TRITON_INTERPRET=1``); float64.
+        SettingsError: tensors are float64, or on a CPU without Triton's interpreter (``TRITON_INTERPRET=1``).
     """
     if is_double:
         raise SettingsError("scan_backend='triton' keeps a float32 state; for float64 use scan_backend='chunked'")
@@ -43,7 +43,7 @@ def selective_scan_triton(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    """`meteor.ssm.triton_scan.selective_scan_triton`."""
+    """Import and call `meteor.ssm.triton_scan.selective_scan_triton`."""
     from meteor.ssm import triton_scan
 
     return triton_scan.selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus)

@@ -1,0 +1,167 @@
+"""Records of an annotation file, read block by block: neither the text nor the records of a large file are ever in memory."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from meteor import storage
+from meteor.errors import DataError
+
+_BLOCK_BYTES = 8 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
+# An error this close to the end of the text at hand may only mean that a word or an escape continues in the next block.
+_LONGEST_WORD = 16
+
+
+def read_records(uri: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[Any]:
+    """Parse a ``.json`` file (one list) or a ``.jsonl`` file (one record a line), one record after the other.
+
+    Args:
+        uri: local path or s3://.
+        block_bytes: bytes read at a time.
+
+    Yields:
+        The records as Python values, in the order of the file.
+
+    Raises:
+        NotFoundError: there is no such file.
+        DataError: the file is not UTF-8, not JSON (with the line and column), or not a list of records.
+    """
+    text = _Text(uri, block_bytes)
+    if uri.endswith(".jsonl"):
+        yield from _lines(text)
+    elif uri.endswith(".json"):
+        yield from _items(text)
+    else:
+        raise DataError(f"{uri} is neither .json nor .jsonl: give LLaVA's annotation file in one of these forms.")
+
+
+class _Text:
+    """A window on the text of a file, with a cursor.
+
+    Attributes:
+        text: the part of the file that is at hand.
+        at: position of the cursor in ``text``.
+        is_complete: the window reaches the end of the file.
+    """
+
+    def __init__(self, uri: str, block_bytes: int) -> None:
+        self.uri = uri
+        self.text = ""
+        self.at = 0
+        self._size_bytes = storage.stat(uri).size_bytes
+        self.is_complete = self._size_bytes == 0
+        self._block_bytes = block_bytes
+        self._num_read = 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self._values = json.JSONDecoder()
+        # Line and column of the first character at hand.
+        self._line, self._column = 1, 1
+
+    def more(self) -> None:
+        """Forget the text before the cursor and read the next block.
+
+        The block is at least as long as the rest: a value that is parsed again has doubled by then.
+        """
+        self._line, self._column = self._place(self.at)
+        self.text, self.at = self.text[self.at :], 0
+        start = self._num_read
+        size = min(max(self._block_bytes, len(self.text)), self._size_bytes - start)
+        num_undecoded = len(self._utf8.getstate()[0])
+        data = storage.read_range(self.uri, start, size)
+        self._num_read += size
+        self.is_complete = self._num_read == self._size_bytes
+        try:
+            self.text += self._utf8.decode(data, self.is_complete)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.uri} is not UTF-8 text (byte {start - num_undecoded + error.start}: {error.reason}): is it an "
+                "annotation file?"
+            ) from error
+
+    def peek(self) -> str:
+        """Move the cursor over white space; the character there, "" at the end of the file."""
+        while True:
+            match = _SPACE.match(self.text, self.at)
+            assert match is not None
+            self.at = match.end()
+            if self.at < len(self.text) or self.is_complete:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def value(self) -> Any:
+        """Parse the JSON value at the cursor and move behind it."""
+        while True:
+            try:
+                value, end = self._values.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if self.is_complete or not self._may_continue(error):
+                    raise self.error(error.msg, error.pos) from error
+            else:
+                # A number that ends with the window may continue.
+                if end + _LONGEST_WORD < len(self.text) or self.is_complete:
+                    self.at = end
+                    return value
+            self.more()
+
+    def line(self) -> str | None:
+        """The rest of the line at the cursor; None at the end of the file."""
+        # Not splitlines(): JSON texts may hold other line separators (U+2028) unescaped.
+        while (end := self.text.find("\n", self.at)) < 0 and not self.is_complete:
+            self.more()
+        if self.at > len(self.text):
+            return None
+        return self.text[self.at :] if end < 0 else self.text[self.at : end]
+
+    def error(self, message: str, position: int | None = None) -> DataError:
+        """A syntax error at a position of ``text``, the cursor's unless given."""
+        line, column = self._place(self.at if position is None else position)
+        return DataError(f"{self.uri}, line {line}, column {column}: not valid JSON ({message}).")
+
+    def _may_continue(self, error: json.JSONDecodeError) -> bool:
+        return error.msg.startswith("Unterminated string") or error.pos + _LONGEST_WORD >= len(self.text)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        num_lines = self.text.count("\n", 0, position)
+        column = position - self.text.rfind("\n", 0, position) if num_lines else self._column + position
+        return self._line + num_lines, column
+
+
+def _items(text: _Text) -> Iterator[Any]:
+    if text.peek() != "[":
+        _refuse(text)
+    text.at += 1
+    while text.peek() != "]":
+        yield text.value()
+        separator = text.peek()
+        if separator == ",":
+            text.at += 1
+            if text.peek() == "]":
+                raise text.error("Expecting value")
+        elif separator != "]":
+            raise text.error("Expecting ',' delimiter")
+    text.at += 1
+    if text.peek():
+        raise text.error("Extra data")
+
+
+def _refuse(text: _Text) -> None:
+    value = text.value()
+    if text.peek():
+        raise text.error("Extra data")
+    raise DataError(
+        f"{text.uri} holds a {type(value).__name__}, not a list of records: give LLaVA's form, or .jsonl with one "
+        f"record a line."
+    )
+
+
+def _lines(text: _Text) -> Iterator[Any]:
+    while (line := text.line()) is not None:
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise text.error(error.msg, text.at + error.pos) from error
+        text.at += len(line) + 1

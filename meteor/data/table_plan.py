@@ -1,0 +1,286 @@
+"""Which samples a run trains on and how long each is: arithmetic over columns of samples, token lengths and images."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE
+from meteor.data.collate import ImageLayout, VisualTokenBudget, num_image_tokens
+from meteor.data.sample_sets import SampleSet
+from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
+from meteor.data.token_table import TokenTable
+from meteor.errors import BadImageError, DataError
+from meteor.image.pixels import PixelSettings
+
+
+@dataclass(frozen=True)
+class IndexedImage:
+    """What the dataset index says about one image."""
+
+    image_key: str
+    width: int
+    height: int
+    reason: str  # "" where the image is good
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedImages:
+    """What the dataset index says about images, by columns.
+
+    Attributes:
+        names: as samples name them, each once.
+        keys: image keys.
+        widths, heights: (N,) int, in pixels.
+        reasons: why an image cannot be used, "" where it is good.
+    """
+
+    names: pa.StringArray
+    keys: pa.StringArray
+    widths: np.ndarray
+    heights: np.ndarray
+    reasons: pa.StringArray
+
+    @classmethod
+    def of(cls, images: Mapping[str, IndexedImage]) -> "IndexedImages":
+        """From a few images by name."""
+        rows = list(images.values())
+        return cls(
+            pa.array(images, pa.string()),
+            pa.array([row.image_key for row in rows], pa.string()),
+            np.array([row.width for row in rows], np.int64),
+            np.array([row.height for row in rows], np.int64),
+            pa.array([row.reason for row in rows], pa.string()),
+        )
+
+    @classmethod
+    def from_rows(cls, rows: pa.Table, quarantined: Mapping[str, str]) -> "IndexedImages":
+        """From rows of the dataset index (`DatasetIndex.rows_named`).
+
+        Args:
+            rows: its columns name, image_key, width, height and reason.
+            quarantined: image key -> why the encoder refused the image.
+        """
+        keys, reasons = rows["image_key"].combine_chunks(), rows["reason"].combine_chunks()
+        if quarantined:
+            places = pc.index_in(keys, value_set=pa.array(quarantined, pa.string()))
+            refused = pa.array(quarantined.values(), pa.string()).take(places)
+            reasons = pc.if_else(pc.equal(reasons, ""), pc.fill_null(refused, ""), reasons)
+        widths, heights = (rows[name].to_numpy().astype(np.int64) for name in ("width", "height"))
+        return cls(rows["name"].combine_chunks(), keys, widths, heights, reasons)
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A sample that does not take part, and why."""
+
+    sample_id: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """A sample table and what did not get into it."""
+
+    table: SampleTable
+    excluded: tuple[Exclusion, ...]
+    num_cut: int
+
+    @classmethod
+    def mixture(cls, plans: Sequence["TablePlan"], weights: Sequence[float]) -> "TablePlan":
+        """Several files' as one; see `SampleTable.mixture`."""
+        return cls(
+            SampleTable.mixture([plan.table for plan in plans], weights),
+            tuple(exclusion for plan in plans for exclusion in plan.excluded),
+            sum(plan.num_cut for plan in plans),
+        )
+
+    def reasons(self) -> dict[str, int]:
+        """Number of excluded samples by reason."""
+        return dict(Counter(exclusion.reason for exclusion in self.excluded))
+
+
+def plan_table(
+    samples: SampleSet,
+    tokens: TokenTable,
+    images: IndexedImages,
+    *,
+    budget: VisualTokenBudget,
+    pixels: PixelSettings,
+    max_length: int,
+    sub_images: str = "all",
+) -> TablePlan:
+    """Lay out the images of every sample and cut its text to ``max_length``.
+
+    Args:
+        samples: in the order of the annotation file; problems are carried into the exclusions.
+        tokens: a row for each sample.
+        images: what the dataset index knows.
+        budget: patch grids -> visual tokens of each sub-image.
+        pixels: slicing, and which aspect ratios are refused.
+        max_length: tokens of a sample; only text is cut.
+        sub_images: ``global`` counts the global view alone.
+
+    Raises:
+        DataError: an image is not in the index.
+    """
+    assert len(samples) == len(tokens), "a row of tokens for each sample"
+    shown = _Shown.of(samples, images, budget, pixels, only_global=sub_images == "global")
+    lengths = tokens.lengths
+    excluded = shown.excluded(samples, images)
+    for row, problem in lengths.problems.items():
+        excluded.setdefault(row, ("tokenisation", f"Sample {samples.ids[row].as_py()!r}{problem}"))
+    num_image_tokens = shown.visual_tokens + shown.separators
+    # Text that fits beside the images.
+    room = max_length - num_image_tokens
+    used = np.ones(len(samples), np.bool_)
+    used[list(excluded)] = False
+    is_cut = used & (lengths.num_text_tokens > room)
+    for row in np.flatnonzero(is_cut & (lengths.first_answer >= room)).tolist():
+        message = (
+            f"its images take {num_image_tokens[row]} of {max_length} tokens and its question the rest: no room for an "
+            "answer; raise max_length or keep fewer visual tokens"
+        )
+        excluded[row] = "too_long", message
+        used[row] = is_cut[row] = False
+    num_answers = lengths.num_answer_tokens.copy()
+    for row in np.flatnonzero(is_cut).tolist():
+        num_answers[row] = tokens.num_answer_tokens(row, int(room[row]))
+    columns = {
+        "sample_id": samples.ids,
+        "token_row": np.arange(len(samples)),
+        "max_text_tokens": np.where(is_cut, room, WHOLE),
+        "num_sub_images": shown.projected,
+        "num_visual_tokens": shown.visual_tokens,
+        "num_text_tokens": np.where(is_cut, np.maximum(room, 0), lengths.num_text_tokens) + shown.separators,
+        "num_answer_tokens": num_answers,
+        # All text and all sub-images, whatever is trained on: variants share their batches.
+        "grouping_length": lengths.num_text_tokens + GROUPING_TOKENS_PER_SUB_IMAGE * shown.sub_images,
+    }
+    table = _table(columns, shown, images, used)
+    problems = [Exclusion(one.sample_id, one.reason, one.message) for one in samples.problems]
+    found = [Exclusion(samples.ids[row].as_py(), *excluded[row]) for row in sorted(excluded)]
+    return TablePlan(SampleTable(table, [tokens]), (*problems, *found), int(is_cut.sum()))
+
+
+def _table(
+    columns: Mapping[str, pa.Array | np.ndarray], shown: "_Shown", images: IndexedImages, used: np.ndarray
+) -> pa.Table:
+    mask = pa.array(used)
+    places = pa.ListArray.from_arrays(pa.array(shown.offsets, pa.int32()), shown.places).filter(mask)
+    keys = pa.ListArray.from_arrays(places.offsets, images.keys.take(places.values))
+    filtered = {
+        name: pc.filter(pa.array(values, SAMPLE_SCHEMA.field(name).type), mask) for name, values in columns.items()
+    }
+    return pa.table({**filtered, "image_keys": keys}).select(SAMPLE_SCHEMA.names).cast(SAMPLE_SCHEMA)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """The images that samples show: where each is in the index, and sums for each sample.
+
+    Attributes:
+        names: of all samples' images in their order.
+        places: their rows in the index, null where it has none.
+        offsets: where each sample's images begin, and the end.
+        is_bad: for each image whether it cannot be used.
+        refused: (width, height) -> why an image of this size is refused.
+        sub_images, projected, visual_tokens, separators: (samples,) int; projected sub-images are those with tokens.
+    """
+
+    names: pa.StringArray
+    places: pa.Int32Array
+    offsets: np.ndarray
+    is_bad: np.ndarray
+    refused: Mapping[tuple[int, int], BadImageError]
+    sub_images: np.ndarray
+    projected: np.ndarray
+    visual_tokens: np.ndarray
+    separators: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        samples: SampleSet,
+        images: IndexedImages,
+        budget: VisualTokenBudget,
+        pixels: PixelSettings,
+        *,
+        only_global: bool,
+    ) -> "_Shown":
+        names, offsets = samples.images.flatten(), _offsets(samples.images)
+        places = pc.index_in(names, value_set=images.names)
+        is_good = pc.fill_null(pc.equal(images.reasons.take(places), ""), False).to_numpy(zero_copy_only=False)
+        rows = pc.fill_null(places, 0).to_numpy()[is_good]
+        sizes, size_of = np.unique(images.widths[rows] << 32 | images.heights[rows], return_inverse=True)
+        counts, refused = _count_by_size(sizes, budget, pixels, only_global)
+        by_image = np.zeros((len(names), 4), np.int64)
+        by_image[is_good] = counts[size_of]
+        is_bad = ~is_good
+        is_bad[is_good] = (counts[:, 0] == 0)[size_of]
+        sums = np.concatenate([np.zeros((1, 4), np.int64), np.cumsum(by_image, axis=0)])
+        return cls(names, places, offsets, is_bad, refused, *(sums[offsets[1:]] - sums[offsets[:-1]]).T)
+
+    def excluded(self, samples: SampleSet, images: IndexedImages) -> dict[int, tuple[str, str]]:
+        """Row -> reason and message of the samples with an image that cannot be used, by the first of these images.
+
+        Raises:
+            DataError: it is not in the index.
+        """
+        found: dict[int, tuple[str, str]] = {}
+        bad = np.flatnonzero(self.is_bad)
+        for image, row in zip(bad.tolist(), _rows_of(bad, self.offsets).tolist(), strict=True):
+            if row in found:
+                continue
+            name, place = self.names[image].as_py(), self.places[image].as_py()
+            if place is None:
+                raise DataError(
+                    f"sample {samples.ids[row].as_py()!r}: image {name!r} is not in the dataset index; run "
+                    "cache_features first"
+                )
+            if reason := images.reasons[place].as_py():
+                found[row] = reason, str(BadImageError(reason, f"image {name!r} is quarantined: {reason}"))
+            else:
+                error = self.refused[int(images.widths[place]), int(images.heights[place])]
+                found[row] = error.reason, str(error)
+        return found
+
+
+def _count_by_size(
+    sizes: np.ndarray, budget: VisualTokenBudget, pixels: PixelSettings, only_global: bool
+) -> tuple[np.ndarray, dict[tuple[int, int], BadImageError]]:
+    """For each size (width << 32 | height): sub-images, those with tokens, visual tokens, separators; 0 if refused."""
+    counts = np.zeros((len(sizes), 4), np.int64)
+    refused: dict[tuple[int, int], BadImageError] = {}
+    known: dict[ImageLayout, tuple[int, int, int, int]] = {}
+    for number, size in enumerate(sizes.tolist()):
+        width, height = size >> 32, size & 0xFFFFFFFF
+        try:
+            plan = pixels.plan(width, height)
+        except BadImageError as error:
+            refused[width, height] = error
+            continue
+        layout = ImageLayout(plan.grid, plan.patch_grids)
+        if layout not in known:
+            known[layout] = _count(layout, layout.only_global() if only_global else layout, budget)
+        counts[number] = known[layout]
+    return counts, refused
+
+
+def _count(whole: ImageLayout, used: ImageLayout, budget: VisualTokenBudget) -> tuple[int, int, int, int]:
+    tokens = budget(used.patch_grids)
+    num_visual = sum(tokens)
+    return len(whole.patch_grids), sum(n > 0 for n in tokens), num_visual, num_image_tokens(used, budget) - num_visual
+
+
+def _offsets(lists: pa.ListArray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy())]).astype(np.int64)
+
+
+def _rows_of(places: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The list that each place of the flat values lies in."""
+    return np.searchsorted(offsets, places, side="right") - 1

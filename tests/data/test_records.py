@@ -1,0 +1,75 @@
+"""Records read block by block are those of the whole document, and its errors too."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meteor.data.records import read_records
+from meteor.errors import DataError
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def read(path, text, block_bytes):
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    return list(read_records(str(path), block_bytes=block_bytes))
+
+
+def truth(text):
+    """What json.loads says: the records, or line, column and message of the error."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})."
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 1 << 20])
+@settings(max_examples=60, deadline=None)
+@given(records=st.lists(VALUES, max_size=5), indent=st.sampled_from([None, 2]), ascii_only=st.booleans())
+def test_records_are_those_of_the_whole_document(tmp_path_factory, block_bytes, records, indent, ascii_only):
+    folder = tmp_path_factory.mktemp("records")
+    text = json.dumps(records, indent=indent, ensure_ascii=ascii_only)
+    assert read(folder / "s.json", text, block_bytes) == records
+    lines = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
+    assert read(folder / "s.jsonl", lines, block_bytes) == records
+
+
+@pytest.mark.parametrize("block_bytes", [1, 30, 1 << 20])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_errors_are_those_of_the_whole_document(tmp_path_factory, block_bytes, data):
+    text = json.dumps(data.draw(st.lists(VALUES, min_size=1, max_size=3)), indent=1)
+    place = data.draw(st.integers(0, len(text) - 1))
+    broken = (
+        text[:place]
+        + data.draw(st.sampled_from(["", ",", "]", '"', "}", "x", "\n", "\\u12", "-", "tru"]))
+        + text[place + data.draw(st.integers(0, 3)) :]
+    )
+    expected = truth(broken)
+    path = tmp_path_factory.mktemp("records") / "s.json"
+    if isinstance(expected, list):
+        assert read(path, broken, block_bytes) == expected
+        return
+    with pytest.raises(DataError) as caught:
+        read(path, broken, block_bytes)
+    if isinstance(expected, str):
+        assert str(caught.value) == f"{path}, {expected}"
+    else:
+        assert f"holds a {type(expected).__name__}" in str(caught.value)
+
+
+def test_bytes_that_are_not_text_are_named_by_their_position(tmp_path):
+    path = tmp_path / "s.json"
+    path.write_bytes(b'["\xc3\xa4", "\xff"]')
+    for block_bytes in (1, 3, 100):
+        with pytest.raises(DataError, match="UTF-8 text \\(byte 8: invalid start byte"):
+            list(read_records(str(path), block_bytes=block_bytes))
+    path.write_bytes(b'\xef\xbb\xbf["\xc3')
+    with pytest.raises(DataError, match="byte 5: unexpected end of data"):
+        list(read_records(str(path), block_bytes=1))
