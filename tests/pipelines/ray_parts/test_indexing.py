@@ -1,5 +1,6 @@
 """What the first pass asks the store, and what it publishes on the way; no Ray."""
 
+import pyarrow as pa
 import pytest
 
 from meteor import storage
@@ -45,7 +46,7 @@ def test_local_files_are_asked_for_one_by_one(tmp_path, asked):
 
 def make_set(*names):
     samples = SampleSet.of("pretrain", [])
-    samples.__dict__["image_names"] = set(names)
+    samples.__dict__["distinct_images"] = pa.array(names)
     return samples
 
 
