@@ -50,7 +50,7 @@ def test_all_stages_run_once_and_then_find_their_work(chain):
     assert "data:image/png;base64" in page
     # Stages leave every number that the tables ask for but one: only a study measures how fast answers come.
     assert page.count(NOT_RECORDED) == 1
-    facts = dict(cache_table(report.cache_facts(settings)).rows)
+    facts = dict(cache_table(report.cache_facts(settings, Inputs())).rows)
     assert (facts["distinct images"], facts["codec"]) == (str(first[0].counts["distinct_images"]), "float16")
 
     tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
