@@ -25,7 +25,7 @@ from meteor.train.build import DTYPES
 from pipelines.ray_parts.answers import AnswerStore, prompt_digest
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging
-from pipelines.ray_parts.resources import wait_for_room
+from pipelines.ray_parts.resources import wait_for_nodes
 from pipelines.ray_parts.runtime import num_blocks, progress, worker_environment
 
 _LOG = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _ask(
     runtime, options = settings.runtime, settings.evaluate
     lengths = _lengths(settings, missing, index)
     ordered = sorted(missing.items(), key=lambda item: (item[1][0], lengths[item[0]]), reverse=True)
-    wait_for_room(answering_request(runtime), runtime, at_least=1)
+    wait_for_nodes(answering_request(runtime), runtime, at_least=1)
     num_done = 0
     shared = ray.put([one for _, one in ordered])
     with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: num_done):

@@ -15,7 +15,7 @@ from meteor.planning.workers import encoding_request
 from pipelines.ray_parts.encoder import Encoder
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.meter import EncodingMeter
-from pipelines.ray_parts.resources import wait_for_room
+from pipelines.ray_parts.resources import wait_for_nodes
 from pipelines.ray_parts.runtime import progress, worker_environment
 from pipelines.ray_parts.slicing import slice_batch
 
@@ -72,7 +72,7 @@ def _stream(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRo
 def encoded(settings: RunSettings, cache_uri: str, sliced: Dataset) -> Dataset:
     """What becomes of sliced images in the encoder actors."""
     runtime = settings.runtime
-    wait_for_room(encoding_request(runtime), runtime, at_least=1)
+    wait_for_nodes(encoding_request(runtime), runtime, at_least=1)
     with warnings.catch_warnings():
         # Ray Data has no other way to limit the retries, and announces that it will not have this one for ever.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")

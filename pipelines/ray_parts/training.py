@@ -31,7 +31,7 @@ from meteor.stages import TrainingStage
 from meteor.text.tokens import load_tokenizer, visual_separators
 from pipelines.command import timed
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
-from pipelines.ray_parts.resources import wait_for_room
+from pipelines.ray_parts.resources import wait_for_nodes
 from pipelines.ray_parts.runtime import progress, worker_environment
 from pipelines.ray_parts.tracked import reuse, tracked
 from pipelines.ray_parts.worker import WorkerTask, train_worker
@@ -138,7 +138,7 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
         return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
 
     label, workers = f"[{settings.name}] {task.stage}", training_request(runtime)
-    wait_for_room(workers, runtime)
+    wait_for_nodes(workers, runtime)
     starting = f"{label}: starting {workers.to_text()}"
     with progress(f"{label}: step", num_steps, steps_done, detail=detail, starting=starting):
         try:

@@ -71,7 +71,7 @@ def test_samples_of_a_mixture_are_named_by_their_file_and_come_as_often_as_it_we
     assert [len(names) for names in by_file.values()] == [12, 3]
     assert len(set(by_file["a.json"])) == 6
     text = pretrain.plan(settings)
-    assert "an epoch           15: " in text
+    assert "each epoch         15: " in text
     assert "2 x a.json" in text
     assert "0.5 x b.json" in text
 
