@@ -54,7 +54,7 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
 def reuse(settings: RunSettings, folder: StageFolder, summary: Summary) -> Summary:
     """Return the summary of a finished stage, after sending MLflow what an outage kept from it."""
     log = StageLog.unsent(settings, folder)
-    if log is not None and log.settle():
+    if log is not None and log.send_all():
         _LOG.info("%s: MLflow has been sent what it missed", folder.stage)
     return summary
 
