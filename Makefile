@@ -23,7 +23,7 @@ demo: install
 
 # Two processes; tests/conftest.py says which tests stay together.
 test: install
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 # Learning, restarts, several processes: minutes on two cores.
 test-slow: install

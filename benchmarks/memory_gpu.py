@@ -106,7 +106,7 @@ def make_batch(options: argparse.Namespace, vision_width: int, dtype: torch.dtyp
         attention_mask=torch.ones_like(ids_BL),
         labels=labels_BL,
         turns=torch.zeros_like(ids_BL),
-        images=torch.zeros_like(ids_BL),
+        image_numbers=torch.zeros_like(ids_BL),
         features=torch.randn(num_sub_images, 576, vision_width).to(dtype),
         cls_attention=torch.rand(num_sub_images, 576) / 576,
         grids=torch.tensor([[24, 24]] * num_sub_images),

@@ -1,41 +1,48 @@
 """Planning a training stage, by the number of samples: `python benchmarks/planning.py`.
 
 Each measurement is a process of its own. The first plan of a file parses the records, computes the tokens, and keeps both. The
-plan of a later command finds both. For the sizes of ``--one-by-one`` a third one plans as was done before there were columns:
-all samples are Python objects, and each is tokenised and laid out by itself. The steps are those of `pipelines.preparation`:
-records, tokens, the index and its digest, the table, the check that the cache has every image, and the table's file.
+plan of a later command finds both. For the sizes of ``--one-by-one`` a third process plans as was done before there were
+columns: all samples are Python objects, and each is tokenised and laid out by itself. The steps are those of
+`meteor.assembly.sample_tables`: records, tokens, the index and its digest, the table, the check that the cache has every
+image, and the table's file.
 
 Samples have the shape of LLaVA's 665K mixture; see `mixture_shape` for what stands in for its words, images and tokenizer.
 """
 
 import argparse
 import json
+import logging
+import os
 import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mixture_shape
 import pyarrow as pa
 import pyarrow.compute as pc
-from pipelines.inputs import indexed_images
 from side_by_side import print_table
 
 from meteor import storage
+from meteor.assembly.features import indexed_images
 from meteor.cache import DatasetIndex
 from meteor.cache.table import table_bytes
 from meteor.data.collate import ImageLayout, num_image_tokens
 from meteor.data.sample_sets import load_set
-from meteor.data.samples import load_samples
+from meteor.data.samples import Sample, iter_samples, load_samples
 from meteor.data.table_plan import IndexedImages, plan_table
 from meteor.data.token_table import tokenise_set
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
 from meteor.progress import ProgressLog
+from meteor.text.batches import BatchTokeniser
+from meteor.text.segments import Text
+from meteor.text.template import render
 from meteor.text.tokens import load_tokenizer, tokenise
 
 TEMPLATE, MAX_LENGTH = "vicuna_v1", 2048
@@ -45,7 +52,12 @@ BUDGET, PIXELS = visual_token_budget("meteor", {}), PixelSettings()
 def main() -> None:
     options = read_options()
     folder = Path(options.folder)
+    if options.tokenisers:
+        prepare(folder, 20_000)
+        compare_tokenisers(folder)
+        return
     if options.child:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
         print(json.dumps(CHILDREN[options.child](folder, options.samples[0])))
         return
     rows = []
@@ -73,6 +85,39 @@ def main() -> None:
 HEADINGS = ["samples", "plan", "wall", "CPU", "samples/s", "peak memory", "children", "steps (wall)"]
 
 
+def compare_tokenisers(folder: Path) -> None:
+    """Ways to tokenise the texts of 2,000 samples, best of three; a process of its own."""
+    tokenizer = load_tokenizer(str(folder / "llm"))
+    samples = list(islice(iter_samples(str(folder / "20000.json")), 2000))
+    conversations = [sample.conversation for sample in samples if isinstance(sample, Sample)]
+    segments = [render(one, TEMPLATE) for one in conversations]
+    texts = [part.text for one in segments for part in one if isinstance(part, Text)]
+    backend = tokenizer.backend_tokenizer
+
+    def encode_batch(threads: str) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = threads
+        for encoding in backend.encode_batch(texts, add_special_tokens=False):
+            _ = encoding.ids, encoding.offsets
+
+    batches = BatchTokeniser(tokenizer, TEMPLATE)
+    ways = {
+        "`tokenise`, one by one": lambda: [tokenise(one, tokenizer, TEMPLATE) for one in conversations],
+        "`encode_batch`, ids and offsets alone": lambda: encode_batch("false"),
+        "`encode_batch` by its own threads": lambda: encode_batch("true"),
+        "`BatchTokeniser`, one thread": lambda: batches(conversations),
+    }
+    rows = []
+    for name, way in ways.items():
+        times = []
+        for _ in range(3):
+            start = time.perf_counter(), _cpu_s()
+            way()
+            times.append((time.perf_counter() - start[0], _cpu_s() - start[1]))
+        wall_s, cpu_s = min(times)
+        rows.append([name, f"{wall_s:.2f} s", f"{cpu_s:.2f} s", f"{len(conversations) / cpu_s:,.0f}"])
+    print_table(["2,000 samples", "wall", "CPU", "samples per CPU second"], rows)
+
+
 def as_row(found: dict[str, Any], num_samples: int) -> list[str]:
     steps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found["steps"].items() if seconds >= 0.05)
     return [
@@ -96,9 +141,9 @@ def prepare(folder: Path, num_samples: int) -> None:
         mixture_shape.make_tokenizer(folder / "llm", paragraphs)
     if not file.exists():
         mixture_shape.write_records(file, mixture_shape.make_records(num_samples, paragraphs))
-    names = pc.unique(pa.array([name for one in load_samples(str(file))[0] for name in one.images], pa.string()))
+    names = {name for one in iter_samples(str(file)) if isinstance(one, Sample) for name in one.images}
     index = storage.join(str(folder), f"index-{num_samples}", "v00000001.parquet")
-    storage.write_bytes(index, table_bytes(mixture_shape.make_index(names)))
+    storage.write_bytes(index, table_bytes(mixture_shape.make_index(pa.array(sorted(names), pa.string()))))
 
 
 class Steps:
@@ -160,7 +205,7 @@ def plan_one_by_one(folder: Path, num_samples: int) -> dict[str, Any]:
     index = steps("index", lambda: DatasetIndex.open(str(folder / f"index-{num_samples}"), 1))
     names = {name for sample in samples for name in sample.images}
     steps("digest", lambda: index.digest(names))
-    images = steps("images", lambda: indexed_images(index, names))
+    images = steps("images", lambda: indexed_images(index, pa.array(names, pa.string()), {}))
 
     def plan() -> pa.Table:
         rows = []
@@ -195,6 +240,7 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, nargs="+", default=[20_000, 200_000, mixture_shape.MIXTURE_SIZE])
     parser.add_argument("--one-by-one", type=int, nargs="*", default=[20_000], help="sizes to plan the former way too")
+    parser.add_argument("--tokenisers", action="store_true", help="compare ways to tokenise instead")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -72,7 +72,7 @@ def make_inputs(k: int) -> dict[str, torch.Tensor]:
         "attention_mask": torch.ones_like(ids),
         "labels": labels,
         "turns": ((place_L > 0) & (place_L <= num_visual + NUM_WORDS)).long()[None],
-        "images": visual.long()[None],
+        "image_numbers": visual.long()[None],
         "features": torch.randn(SUB_IMAGES, 576, 1024),
         "cls_attention": torch.rand(SUB_IMAGES, 576),
         "grids": torch.tensor([[24, 24]] * SUB_IMAGES),
@@ -99,7 +99,7 @@ def make_model(
 
 def answer(inputs: dict[str, torch.Tensor], new_tokens: int, model: MeteorForConditionalGeneration) -> None:
     end = inputs["input_ids"].shape[1] - NUM_ANSWER
-    cut = {"input_ids", "attention_mask", "turns", "images"}
+    cut = {"input_ids", "attention_mask", "turns", "image_numbers"}
     prompt = {name: value[:, :end] if name in cut else value for name, value in inputs.items() if name != "labels"}
     model.generate(**prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
 

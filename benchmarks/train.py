@@ -160,9 +160,11 @@ def prepared(model: Any, way: Way) -> Iterator[None]:
         model.__dict__.pop("_answer_loss", None)
 
 
-def loss_of_all_logits(self: Any, embeds: Any, layout: Any, labels: Any, num_items: Any, **kwargs: Any) -> Any:
+def loss_of_all_logits(
+    self: Any, embeds: Any, layout: Any, groups: Any, labels: Any, num_items: Any, **kwargs: Any
+) -> Any:
     """Compute transformers' own loss: logits of every token in float32, shifted against the labels."""
-    inputs, _ = self._inputs(embeds, layout)
+    inputs, _ = self._inputs(embeds, layout, groups)
     return self.language_model(**inputs, labels=labels, num_items_in_batch=num_items, use_cache=False).loss
 
 

@@ -8,6 +8,7 @@ import string
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Without a GPU Triton's kernels are interpreted. It reads this when it is imported, and torch may import it.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
@@ -59,17 +60,25 @@ IDENTITY = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for pytest-xdist: a file's tests stay together, and so do all that share the Ray session.
+def _shares_a_process(nodeid: str) -> str:
+    """Name the tests that one process runs: those of a file; all of the pipelines, as they share a Ray session."""
+    file = nodeid.partition("::")[0]
+    return "pipelines" if file.startswith("tests/pipelines/") else file
 
-    Ray's group comes first, as it takes longest. It is one group because a second session costs more than it gains: starting
-    its processes keeps two cores busy.
-    """
-    groups = {item: "ray" if "ray_once" in item.fixturenames else item.nodeid.partition("::")[0] for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: groups[item] != "ray")
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the pipelines first: they take longest."""
+    items.sort(key=lambda item: _shares_a_process(item.nodeid) != "pipelines")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Schedule by `_shares_a_process`: xdist 3.8 finds no groups of `xdist_group` with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = _shares_a_process
+    return scheduler
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from meteor import storage
 from meteor.assembly.encoders import cache_identity, load_encoder
 from meteor.assembly.places import SampleFile, cache_uri, index_uri, sample_files, samples_uri, training_files
@@ -20,6 +22,7 @@ from meteor.projector.file import projector_digest
 from meteor.runs import pins
 from meteor.runs.identity import Versions
 from meteor.stages import TrainingStage
+from meteor.text.tokens import load_tokenizer
 from meteor.train.build import llm_fingerprint
 from meteor.vision.encoder import FrozenClip
 
@@ -164,6 +167,10 @@ class Inputs:
         # The URI belongs to the key: image names in a question set's own folder begin with the set's name.
         key = ("index digest", index.uri, index.version, *sorted({(file.digest, file.uri) for file in sets}))
         return self.once(key, lambda: index.digest(distinct_images(sets)))
+
+    def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
+        """Load a language model's tokenizer; for errors see `load_tokenizer`."""
+        return self.once(("tokenizer", path), lambda: load_tokenizer(path))
 
     # Facts, for `meteor.runs.identity.identify`
 

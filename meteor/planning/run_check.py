@@ -16,7 +16,7 @@ from meteor.image.slicing import SlicePlan
 from meteor.planning.data_check import CheckedSet, check_data
 from meteor.planning.data_report import DataReport
 from meteor.progress import ProgressLog
-from meteor.text.tokens import load_tokenizer, tokenise
+from meteor.text.tokens import tokenise
 
 
 def check_run(
@@ -76,7 +76,7 @@ def _training_text(settings: RunSettings, file: SampleFile, inputs: Inputs) -> t
     samples = inputs.sample_set(settings, file.name, file.uri)
     lengths = tokenise_set(
         samples,
-        load_tokenizer(settings.llm.path),
+        inputs.tokenizer(settings.llm.path),
         settings.training(file.stage).template,
         folder=samples_uri(settings),
         on_progress=ProgressLog(f"{file.name}: tokenising: samples"),
@@ -92,7 +92,7 @@ def _training_text(settings: RunSettings, file: SampleFile, inputs: Inputs) -> t
 
 def _question_text(settings: RunSettings, name: str, inputs: Inputs) -> tuple[SampleSet, Callable[[int], int]]:
     """Return a question set's samples, and position -> number of text tokens in the prompt."""
-    tokenizer, template = load_tokenizer(settings.llm.path), settings.evaluate.template
+    tokenizer, template = inputs.tokenizer(settings.llm.path), settings.evaluate.template
     questions = inputs.question_set(settings, name)
 
     def count(position: int) -> int:

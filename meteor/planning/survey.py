@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from meteor.assembly import Inputs, SampleFile, index_uri, pixel_settings, sample_files
 from meteor.assembly.sample_sets import as_samples, distinct_images
@@ -31,7 +31,6 @@ from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
-from meteor.text.tokens import load_tokenizer
 from meteor.train.build import read_llm_config
 from meteor.vision.encoder import FrozenClip
 
@@ -247,7 +246,7 @@ def _stages(settings: RunSettings, survey: Survey, shape: EncoderShape, inputs: 
     """Return one cost per training file; or no cost, and the reason, if the language model cannot be read here."""
     try:
         num_parameters = count_llm_parameters(settings.llm.path)
-        load_tokenizer(settings.llm.path)
+        tokenizer = inputs.tokenizer(settings.llm.path)
     except (OSError, ValueError, SettingsError) as error:
         reason = f"llm.path={settings.llm.path!r} cannot be read here ({error})"
         return [], f"training costs are missing: {reason}".split("\n")[0]
@@ -273,23 +272,22 @@ def _stages(settings: RunSettings, survey: Survey, shape: EncoderShape, inputs: 
                 flops_per_parameter=FLOPS_PER_PARAMETER[file.stage],
                 num_llm_parameters=num_parameters,
                 num_visual_tokens=visual,
-                num_text_tokens=len(surveyed.usable)
-                * _mean_text(settings.llm.path, options.template, surveyed.usable, inputs),
+                num_text_tokens=len(surveyed.usable) * _mean_text(tokenizer, options.template, surveyed.usable, inputs),
             )
         )
     return stages, ""
 
 
-def _mean_text(llm: str, template: str, samples: SampleSet, inputs: Inputs) -> float:
+def _mean_text(tokenizer: PreTrainedTokenizerBase, template: str, samples: SampleSet, inputs: Inputs) -> float:
     """Return the mean number of text tokens per sample, measured on an even spread of the samples."""
 
     def measure() -> float:
         some = samples.select(range(0, len(samples), max(1, len(samples) // _NUM_TOKENISED)))
-        lengths = tokenise_set(some, load_tokenizer(llm), template).lengths
+        lengths = tokenise_set(some, tokenizer, template).lengths
         good = np.delete(lengths.num_text_tokens, list(lengths.problems))
         return float(good.mean()) if len(good) else 0.0
 
-    return inputs.once(("mean text", llm, template, samples.digest, samples.selection), measure)
+    return inputs.once(("mean text", tokenizer.name_or_path, template, samples.digest, samples.selection), measure)
 
 
 @functools.lru_cache(maxsize=32)
