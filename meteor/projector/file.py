@@ -114,7 +114,7 @@ def count_parameters(uri: str) -> int:
 
     Raises:
         NotFoundError: there is no such file.
-        CheckpointError: it is no safetensors file.
+        CheckpointError: the file is no safetensors file.
     """
     try:
         tensors = {name: entry for name, entry in read_header(uri)[1].items() if name != "__metadata__"}

@@ -54,7 +54,7 @@ class WordEncoder:
         return _CUT not in text
 
     def prefix(self, text: str, *, after_special: bool) -> str:
-        """What the tokenizer puts before a text, as `meteor.text.encoder.TextEncoder` does."""
+        """Return the text that the tokenizer puts before a text, as `meteor.text.encoder.TextEncoder` does."""
         if not text or self._scheme == "never" or (self._scheme == "first" and after_special):
             return ""
         return "" if self._scheme != "normalizer" and text.startswith((" ", _SPACE)) else _SPACE
@@ -84,7 +84,7 @@ class WordEncoder:
                 first = len(self._known)
                 places[is_new] = np.arange(first, first + len(new))
                 self._places.update(zip(new, range(first, first + len(new)), strict=True))
-                self._known = pa.concat_arrays([self._known, pa.array([one.ids for one in encodings], _IDS)])
+                self._known = pa.concat_arrays([self._known, pa.array([encoding.ids for encoding in encodings], _IDS)])
             return self._known, places
 
 
@@ -103,7 +103,7 @@ def _is_separable(description: dict[str, Any]) -> bool:
     plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
     if model["type"] != "BPE" or any(model.get(name, value) not in (value, "") for name, value in plain.items()):
         return False
-    if _prefix_scheme(description) is None or not all(one["special"] for one in description["added_tokens"]):
+    if _prefix_scheme(description) is None or not all(token["special"] for token in description["added_tokens"]):
         return False
     vocabulary = model["vocab"]
     has_bytes = model["byte_fallback"] and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
