@@ -101,9 +101,7 @@ def compare_tokenisers(folder: Path) -> None:
 
     batches = BatchTokeniser(tokenizer, TEMPLATE)
     ways = {
-        "`tokenise`, one by one": lambda: [
-            tokenise(conversation, tokenizer, TEMPLATE) for conversation in conversations
-        ],
+        "`tokenise`, one by one": lambda: [tokenise(each, tokenizer, TEMPLATE) for each in conversations],
         "`encode_batch`, ids and offsets alone": lambda: encode_batch("false"),
         "`encode_batch` by its own threads": lambda: encode_batch("true"),
         "`BatchTokeniser`, one thread": lambda: batches(conversations),
@@ -143,7 +141,7 @@ def prepare(folder: Path, num_samples: int) -> None:
         mixture_shape.make_tokenizer(folder / "llm", paragraphs)
     if not file.exists():
         mixture_shape.write_records(file, mixture_shape.make_records(num_samples, paragraphs))
-    names = {name for found in iter_samples(str(file)) if isinstance(found, Sample) for name in found.images}
+    names = {name for sample in iter_samples(str(file)) if isinstance(sample, Sample) for name in sample.images}
     index = storage.join(str(folder), f"index-{num_samples}", "v00000001.parquet")
     storage.write_bytes(index, table_bytes(mixture_shape.make_index(pa.array(sorted(names), pa.string()))))
 
