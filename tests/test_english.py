@@ -28,7 +28,6 @@ PENDING: tuple[str, ...] = (
     "meteor/planning/",
     "meteor/report/",
     "meteor/runs/",
-    "meteor/storage/",
     "pipelines/",
 )
 MAX_WORDS = 40
