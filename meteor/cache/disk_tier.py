@@ -100,6 +100,7 @@ class DiskTier:
             if not os.path.exists(path) and self._reserve(len(data)):
                 self._publish(path, data)
         except OSError as error:
+            # The tier only saves time, so its failures must not stop a run.
             # If the folder was deleted or other files fill the disk, reading continues from the origin.
             self._write_again_at = time.monotonic() + _PAUSE_AFTER_FAILURE_S
             self._warn(error)
@@ -123,6 +124,7 @@ class DiskTier:
                 written = 0
                 while written < len(data):
                     written += file.write(data[written:])
+            # A rename is atomic: readers see the whole file or none. There is no fsync, because a lost file costs only time.
             os.replace(partial, path)
         except OSError:
             with suppress(OSError):

@@ -14,6 +14,7 @@ from meteor.errors import CorruptPayloadError, NotFoundError
 
 REPAIR_ADVICE = "run `meteor cache verify --repair`"
 FEATURES_PREFIX, QUARANTINE_PREFIX = "features-", "quarantine-"
+# Reading many small records on S3 is waiting for round trips, so many threads help.
 _NUM_READERS = 16
 
 

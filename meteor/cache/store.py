@@ -220,6 +220,7 @@ class FeatureCache:
             return False
         if _is_intact(row, buffer):
             return True
+        # A disk can damage files too; the origin then gives the payload again.
         self._disk_tier.drop(*name)
         return False
 

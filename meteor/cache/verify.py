@@ -71,6 +71,7 @@ def find_problems(
     order, starts = sorted_groups(index["file"])
     positions = np.split(order, starts[1:]) if len(order) else []
     metadata = file_metadata(read_cache_info(cache_uri), codec)
+    # The largest file decides, because the threads may all read files of its size at once.
     sizes = [info.size_bytes for info in storage.list_objects(storage.join(cache_uri, DATA))]
     num_threads = max(1, min(_NUM_THREADS, max_bytes // max(sizes, default=1)))
 

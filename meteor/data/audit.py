@@ -114,6 +114,7 @@ def audit_cache(
     known = [key for key in cache.keys() if key in uris]  # noqa: SIM118  (a cache is no mapping)
     if not known:
         raise CacheError(f"the dataset index names none of the {len(cache)} images of {cache.uri}: give their run file")
+    # In the order of keys, which is the order of a cache's index.
     chosen = sorted(random.Random(seed).sample(known, min(num_images, len(known))))
     images = []
     for key in chosen:

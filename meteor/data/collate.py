@@ -210,6 +210,7 @@ def collate(
 def _sub_images(
     image: ImageFeatures, patch_grids: PatchGrids, select_layer: int
 ) -> list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]:
+    # A cache may hold the attention of several layers, and the projector reads that of its own layer.
     layer = image.attention_layers.index(select_layer)
     return [(image.features[i], image.cls_attention[i][layer], grid) for i, grid in enumerate(patch_grids)]
 

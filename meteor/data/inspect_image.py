@@ -83,6 +83,7 @@ def _header_size(header: bytes) -> tuple[int, int] | None:
             # Pillow decodes a whole PNG when it looks for EXIF data, as these may follow the pixels.
             exif = image.getexif() if _ORIENTATION_KEYS & image.info.keys() else {}
             width, height = image.size
+            # The EXIF orientations 5 to 8 turn the image by 90 degrees.
             return (height, width) if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (width, height)
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
         return None

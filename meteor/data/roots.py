@@ -33,6 +33,7 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
             f"No root is configured for the image {name!r}; prefixes known: {sorted(roots)}. Add its prefix, or '' for "
             f"all others, to the roots."
         )
+    # The longest prefix is the most specific.
     prefix = max(prefixes, key=len)
     below = posixpath.normpath(name[len(_as_folder(prefix)) :])
     if below.split("/")[0] in ("..", "") or below == ".":

@@ -22,6 +22,7 @@ from meteor.text.conversation import Role, Turn
 # Increased when a change of the code gives other records for an unchanged file.
 _VERSION = 1
 _BATCH_SIZE = 4096
+# Bytes per read while a file is hashed: few requests to S3, and little memory.
 _HASH_BLOCK_BYTES = 16 << 20
 _ROLES: tuple[Role, Role] = ("human", "gpt")
 

@@ -127,6 +127,8 @@ def _stated_id(record: Any, position: int) -> str:
 
 
 class _UniqueIds:
+    """Ids of the records of a file so far; repeated ids get a number."""
+
     def __init__(self) -> None:
         self._num_uses: Counter[str] = Counter()
         self._taken: set[str] = set()
@@ -134,6 +136,7 @@ class _UniqueIds:
     def take(self, stated: str) -> str:
         self._num_uses[stated] += 1
         unique = stated if self._num_uses[stated] == 1 else f"{stated}#{self._num_uses[stated]}"
+        # A file may already contain an id like "a#2".
         while unique in self._taken:
             self._num_uses[stated] += 1
             unique = f"{stated}#{self._num_uses[stated]}"

@@ -69,6 +69,7 @@ class TokenTable:
     @classmethod
     def write(cls, uri: str, batches: Iterable[TokenBatch], *, vocabulary_size: int = 1 << 31) -> "TokenTable":
         """Store a table batch by batch and open it; ``uri`` ends in ``.arrow``, and the lengths are stored beside it."""
+        # Ids are written as numbers of fixed size, so that a row can be read from the mapped file without decoding.
         # A small vocabulary fits into 16 bits, which halves the file.
         schema = _token_schema(pa.int16() if vocabulary_size <= 1 << 15 else pa.int32())
         lengths = []

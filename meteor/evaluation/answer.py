@@ -87,6 +87,7 @@ class Answerer:
             **batch.as_inputs(),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
+            # Greedy decoding, so that an evaluation gives equal answers every time.
             do_sample=False,
             eos_token_id=self.processor.tokenizer.eos_token_id,
             pad_token_id=self.processor.tokenizer.pad_token_id,
@@ -104,6 +105,7 @@ def local_copy(uri: str) -> Iterator[str]:
     if not files:
         raise NotFoundError(f"there is no model at {uri}: give the directory that finetune leaves")
     with tempfile.TemporaryDirectory() as folder:
+        # A finished model's directory has no subfolders.
         for info in files:
             storage.download_file(info.uri, str(Path(folder) / info.uri.rpartition("/")[2]))
         yield folder

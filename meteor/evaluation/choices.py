@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ENDS = ",.!?;:'"
+# MMMU's parser searches answers with more words than this for the text of an option.
 _LONG_ANSWER = 5
+# Phrases of MMMU's parser, behind which it expects the answer.
 _KEY_PHRASES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
 
@@ -40,6 +42,7 @@ def read_letter(prediction: str, options: Sequence[str]) -> str:
     bracketed = set(re.findall(rf"\(([{letters}])\)", text))
     if len(bracketed) == 1:
         return bracketed.pop()
+    # The apostrophe excludes letters of contractions such as "I'd".
     words = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", text)) - _articles(text)
     return words.pop() if len(words) == 1 else ""
 

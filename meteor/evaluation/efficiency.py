@@ -122,10 +122,12 @@ class TokenTimes(BaseStreamer):
 def _timed(answerer: Answerer, batches: Sequence[Batch], new_tokens: int) -> tuple[float, float]:
     """Return the seconds up to the first tokens, and from there to the last tokens, summed over all batches."""
     prefill_s = decode_s = 0.0
+    # Work that is still queued on the GPU would count as the first batch's.
     if answerer.device == "cuda":
         torch.cuda.synchronize()
     for batch in batches:
         times, started = TokenTimes(), time.perf_counter()
+        # Equal lengths, so that a model with short answers does not appear faster.
         answerer.generate(batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=times)
         prefill_s += times.seconds[0] - started
         decode_s += times.seconds[-1] - times.seconds[0]

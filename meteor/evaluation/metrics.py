@@ -59,6 +59,7 @@ def _f1(rows: Rows) -> Estimate:
     """Return 2 hits / (2 hits + false alarms + misses) with influences from the linear part of this ratio of sums."""
     tops = [2.0 * (row["read_as"] == row["answer"] == "yes") for row in rows]
     bottoms = [top + (row["read_as"] != row["answer"]) for top, row in zip(tops, rows, strict=True)]
+    # The sum is 0 if every answer is a right "no"; the score is then 0.
     whole = max(sum(bottoms), 1.0)
     value = sum(tops) / whole
     return value, [(top - value * bottom) / whole for top, bottom in zip(tops, bottoms, strict=True)]
@@ -168,6 +169,7 @@ def _consistency(rows: Rows) -> dict[str, float]:
     by_statement: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         by_statement[_statement(row)].append(row["score"])
+    # A statement counts as consistent only if it is judged right for every order of its boxes.
     several = [scores for scores in by_statement.values() if len(scores) > 1]
     if not several:
         return {}

@@ -90,5 +90,6 @@ def resize(data: bytes, long_side: int, max_pixels: int) -> bytes:
     scale = long_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     sink = io.BytesIO()
+    # PNG is lossless, so resizing is the only change; the lowest compression level saves time.
     image.resize(size, Image.Resampling.BICUBIC).save(sink, "PNG", compress_level=1)
     return sink.getvalue()

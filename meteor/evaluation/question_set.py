@@ -152,6 +152,7 @@ def load_question_set(
     )
 
 
+# `is_written` compares the record with that of the last run, to see whether the files have changed.
 class _Recorded(Folder):
     """A folder that records the files that were read from it."""
 

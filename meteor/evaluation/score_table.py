@@ -63,6 +63,7 @@ def _score_together(rows: Sequence[dict[str, Any]]) -> None:
         if row["score"] is None:
             continue
         if (leader := first.setdefault(row["group"], row)) is not row:
+            # The minimum is 1 only if every rotation is right.
             leader["score"] = min(leader["score"], row["score"])
             row["score"] = None
 
@@ -133,6 +134,7 @@ def _majority_score(questions: Sequence[Question], metric: Metric) -> float | No
         return None
     known = [question for question in questions if question.references]
     [(constant, _)] = Counter(normalise_answer(question.answer) for question in known).most_common(1)
+    # `normalise_answer` has lowered the letters of options.
     constant = constant.upper() if known[0].choices else constant
     rows = score_rows("", [(question, constant, "") for question in known], metric)
     return metric.combine([row for row in rows if row["score"] is not None])[0]

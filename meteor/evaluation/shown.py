@@ -32,6 +32,7 @@ class ShownImages:
             BadImageError: the image's aspect ratio is too extreme, or the encoder's output is not finite.
         """
         if key not in self._features:
+            # Cameras store the rotation apart from the pixels; slicing needs the image as a viewer shows it.
             image = as_shown(image)
             plan = self._pixels.plan(image.width, image.height)
             sliced = SlicedImage(key, image.width, image.height, plan, tuple(slice_image(image, plan)))

@@ -84,6 +84,7 @@ def compact(cache_uri: str, files: Sequence[str]) -> tuple[int, int, list[str]]:
 def _live_rows(cache_uri: str, file: str, row_groups: Sequence[int]) -> Iterator[pa.Table]:
     data = storage.read_bytes(storage.join(cache_uri, file))
     parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    # A row group is an image, so this keeps the memory of a single image besides the file.
     for row_group in row_groups:
         yield fit_schema(parquet.read_row_group(row_group), FEATURE_SCHEMA, file)
 

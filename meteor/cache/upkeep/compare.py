@@ -78,6 +78,7 @@ def diff_caches(a: FeatureCache, b: FeatureCache) -> CacheDiff:
     codecs = (_codec_of(a), _codec_of(b))
     other_numbers = None
     if not identity and codecs[0] == codecs[1]:
+        # The key index has the checksum of every payload, so data files need not be read.
         same_bytes = rows_a["crc32"].to_numpy() == rows_b["crc32"].to_numpy()
         other_numbers = _keys_where(rows_a, same_layers & ~same_bytes)
     return CacheDiff(

@@ -20,6 +20,7 @@ from meteor.cache.upkeep.usage import Usage, read_usage
 from meteor.errors import CacheError, NotFoundError
 
 DAY_S = 24 * 3600.0
+# Each deletion on S3 is a round trip, so threads save most of the time.
 _NUM_DELETERS = 16
 # Order of deletion: files of a folder may refer only to files of folders behind it.
 _ORDER = (MANIFESTS, KEYS, QUARANTINE, LEDGER, DATA)
@@ -76,6 +77,7 @@ def run_gc(plan: GcPlan, *, on_progress: Callable[[int, int], None] | None = Non
     Raises:
         CacheError: a run pinned a version while it was being deleted. The version is restored, and its files still exist.
     """
+    # Between plan and execution a run may have pinned a version, or a commit may have merged a file.
     fresh = plan_gc(plan.cache_uri, older_than_s=plan.older_than_s, now_s=plan.now_s)
     still_unneeded = set(fresh.deletions)
     deletions = [deletion for deletion in plan.deletions if deletion in still_unneeded]

@@ -44,6 +44,7 @@ def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         annotations = folder.json("v2_mscoco_val2014_annotations.json")["annotations"]
         known = {annotation["question_id"]: annotation for annotation in annotations}
     images = "val2014" if split == "val" else "test2015"
+    # COCO's file names contain the image's id with twelve digits.
     names = [f"COCO_{images}_{record['image_id']:012d}.jpg" for record in records]
     place = folder.image_folder(images, "", embedded=names)
     questions = []

@@ -109,6 +109,7 @@ class Folder:
         """
         if not embedded:
             raise DataError(f"{self._benchmark}: the files in {self.uri} contain no questions: download them again")
+        # On S3 each look is a request, so only the first, the middle and the last image are looked for.
         few = [embedded[i] for i in sorted({0, len(embedded) // 2, len(embedded) - 1})]
         prefixes = [f"{folder}/" if folder else "" for folder in folders]
         for prefix in prefixes:

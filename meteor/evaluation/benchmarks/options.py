@@ -16,6 +16,7 @@ from meteor.evaluation.questions import LoadedQuestions, Question, ask
 _ROTATION = 1_000_000
 # Up to this many characters, an image's field is the number of another row that contains the image.
 _LONGEST_REFERENCE = 64
+# MMMU's tables have the columns image_1 to image_7.
 _MMMU_IMAGES = 7
 
 
@@ -37,6 +38,7 @@ def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         index = int(row["index"])
         options = [row[letter] for letter in LETTERS if row.get(letter)]
         right = LETTERS.index(row["answer"]) if row.get("answer") else None
+        # A question with a single prompt has no rotations in the file.
         alone = num_prompts[index % _ROTATION] == 1
         for turn in range(len(options) if alone else 1):
             text = "\n".join(filter(None, [row.get("hint", ""), row["question"]]))
@@ -46,6 +48,7 @@ def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
                     str(index + turn * _ROTATION),
                     with_suffix(text, list_options(turned), OPTION_LETTER),
                     [_mmbench_image(index % _ROTATION)],
+                    # Each rotation moves the right option forward by a place.
                     [] if right is None else [LETTERS[(right - turn) % len(options)]],
                     type=row.get("category", ""),
                     choices=turned,

@@ -112,6 +112,7 @@ def answers_of_llava(folder: Folder, questions: Sequence[Question], answers: Map
     return "answers.jsonl", rows
 
 
+# LLaVA's own question files have numbers as ids, and its scripts match answers by these.
 def _number(question_id: str) -> int | str:
     return int(question_id) if question_id.isdecimal() else question_id
 
