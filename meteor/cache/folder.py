@@ -1,6 +1,7 @@
 """The folder of a cache: its layout, and the identity with which it was created.
 
-│ <root>/<cache key>/<codec>/
+The layout below ``<root>/<cache key>/<codec>/``:
+
 ├── identity.json                       encoder, preprocessing, slicing and codec of the features
 ├── calibration.json                    scales and centres of the codec int8, valid for all files
 ├── data/<uuid>.parquet                 features, immutable, one row group per image

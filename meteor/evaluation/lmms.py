@@ -105,7 +105,7 @@ class LlavaMeteor(lmms):
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        raise SettingsError("llava_meteor answers single questions: leave multi-round tasks out")
+        raise SettingsError("llava_meteor answers tasks of one round: leave multi-round tasks out")
 
     def _document(self, request: Any) -> Any:
         *_, doc_id, task, split = request.args
