@@ -17,9 +17,9 @@ from meteor.evaluation.selection import SelectedPatches, select_patches
 from meteor.image.decode import decode_image
 from meteor.model.trained_projector import load_trained_projector
 from meteor.report import (
+    RunResult,
     SelectionPanel,
     SubImageScores,
-    VariantResult,
     choose_predictions,
     write_report,
 )
@@ -62,7 +62,7 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
         return Summary("report", counts, seconds(), {"markdown": paths.markdown, "html": paths.html})
 
 
-def _collect_all(settings: RunSettings, inputs: Inputs) -> list[VariantResult]:
+def _collect_all(settings: RunSettings, inputs: Inputs) -> list[RunResult]:
     if settings.study is not None:
         return [read_record(record) for record in find_records(settings)]
     compared = [resolve_paths(load_run(path)) for path in settings.report.compare]
@@ -111,7 +111,7 @@ def cache_facts(settings: RunSettings, inputs: Inputs) -> dict[str, Any] | None:
     }
 
 
-def draw_panels(settings: RunSettings, variant: VariantResult) -> list[SelectionPanel]:
+def draw_panels(settings: RunSettings, variant: RunResult) -> list[SelectionPanel]:
     """Find the kept patches of some evaluated images; empty if the projector selects none.
 
     Only the weights of the projector are loaded.
@@ -166,7 +166,7 @@ def _pick(settings: RunSettings, predictions: Sequence[dict[str, Any]], cache: F
     return [*sliced[: num - num_whole], *whole[:num_whole]]
 
 
-def _thumbnails(settings: RunSettings, variants: Sequence[VariantResult]) -> dict[str, Image.Image]:
+def _thumbnails(settings: RunSettings, variants: Sequence[RunResult]) -> dict[str, Image.Image]:
     index = DatasetIndex.latest(index_uri(settings))
     uris = {row.name: row.uri for row in index.rows() if row.status == "ok"} if index else {}
     names = {row.image for row in choose_predictions(variants)} & uris.keys()

@@ -1,4 +1,4 @@
-"""The feature cache: what the frozen encoder sees in each image, computed once, kept as Parquet on disk or S3."""
+"""The feature cache: outputs of the frozen encoder for each image, computed once, stored as Parquet on disk or S3."""
 
 from meteor.cache.calibration import CALIBRATION_IMAGES, calibrate, needs_calibration, open_codec
 from meteor.cache.codec import CODEC_NAMES, DEFAULT_CODEC, Codec, get_codec

@@ -1,4 +1,4 @@
-"""The calibration of a cache whose codec needs one: made once from a sample, published once, the same for all files.
+"""The calibration of an int8 cache: computed once from a sample of images, published once, and valid for all files.
 
 Letters: P patches of a sub-image, C vision width.
 """
@@ -19,9 +19,9 @@ from meteor.cache.table import check_schema_version
 from meteor.errors import AlreadyExistsError, CacheError, NotFoundError
 from meteor.features import ImageFeatures
 
-# How many images a calibration looks at: those with the lowest image keys, which by sha256 is a random sample.
+# Number of images in a calibration's sample. Those with the lowest keys are a random sample, because keys are sha256.
 CALIBRATION_IMAGES = 256
-# Added to each end of a channel's range, as a share of the range, for the images that are not in the sample.
+# Share of a channel's range that is added at each end, for images outside the sample.
 MARGIN = 0.05
 _SCHEMA_VERSION = 1
 _DIGEST_DIGITS = 16
@@ -29,64 +29,64 @@ _LARGEST = torch.finfo(torch.float16).max
 
 
 def needs_calibration(cache_uri: str) -> bool:
-    """Whether `calibrate` must come before the first row."""
+    """Return whether `calibrate` must be called before the first row is written."""
     return read_cache_info(cache_uri).codec == INT8_CODEC and not storage.exists(_calibration_uri(cache_uri))
 
 
 def open_codec(cache_uri: str) -> Codec:
-    """The codec of the cache, with the calibration in force.
+    """Return the codec of the cache with its published calibration.
 
     Raises:
-        CacheError: there is no cache, it is not calibrated, or its calibration is damaged.
+        CacheError: the cache does not exist, it is not calibrated, or its calibration is damaged.
     """
     return codec_of(cache_uri, read_cache_info(cache_uri))
 
 
 def codec_of(cache_uri: str, info: CacheInfo) -> Codec:
-    """`open_codec` for who has read ``identity.json`` already."""
+    """Return the codec of a cache like `open_codec`, for callers that have read ``identity.json`` already."""
     return _read_calibration(cache_uri) if info.codec == INT8_CODEC else get_codec(info.codec)
 
 
 def calibrate(cache_uri: str, images: Iterable[ImageFeatures]) -> Codec:
-    """Make and publish the calibration unless the cache has one; of several writers the first one's stays.
+    """Compute and publish the calibration unless the cache has one; among several writers the first calibration stays.
 
     Args:
-        cache_uri: a cache that `create_cache` made.
-        images: those of the `CALIBRATION_IMAGES` lowest image keys of what will be cached, in any order. Images with
-            values that float16 does not hold are left out. Nothing is read of them when there is nothing to do.
+        cache_uri: URI from `create_cache`.
+        images: the images with the `CALIBRATION_IMAGES` lowest keys among all images to be cached, in any order. Images
+            with values outside float16's range are left out. If the cache is calibrated already, no image is read.
 
     Returns:
-        The codec in force, whoever calibrated it.
+        The codec with the published calibration, whichever writer published it.
 
     Raises:
-        CacheError: no image can be used, or they differ in width.
+        CacheError: no image can be used, or the images differ in width.
     """
     if needs_calibration(cache_uri):
         content = calibration_bytes(images)
         with suppress(AlreadyExistsError):
             storage.create_bytes(_calibration_uri(cache_uri), content)
-    # Read back: another writer may have been first.
+    # Read back, because another writer may have been first.
     return open_codec(cache_uri)
 
 
 def calibration_bytes(images: Iterable[ImageFeatures]) -> bytes:
-    """What `calibrate` publishes: JSON, the same bytes for the same images in any order. Raises CacheError."""
+    """Compute a calibration as JSON; the bytes do not depend on the order of the images. Raises CacheError."""
     ranges = _Ranges()
     for image in images:
         ranges.add(image)
     if not ranges.num_sub_images:
         raise CacheError(
-            f"{INT8_CODEC} needs images to calibrate on, and none of {ranges.num_refused} had features that float16 "
-            "holds: check the encoder, or choose the codec bfloat16"
+            f"{INT8_CODEC} needs images to calibrate on, but none of {ranges.num_refused} had features within float16's "
+            "range: check the encoder, or choose the codec bfloat16"
         )
     low_C, high_C = ranges.low.double().cpu(), ranges.high.double().cpu()
-    # The range has a centre: CLIP's outlier channels lie far from zero with a small spread. With random features (1 % of
-    # the channels at 40 +- 2, the others at 0 +- 1, other images than calibrated on) the relative error is 0.24 %, with
-    # scales about zero 0.36 %; in units of an outlier channel's spread 1.1 % against 5.5 %.
+    # Each channel has a centre, because CLIP's outlier channels lie far from zero with a small spread. This was measured on
+    # random features (1 % of the channels at 40 +- 2, the others at 0 +- 1) of images outside the sample. With centres the
+    # relative error is 0.24 %, without them 0.36 %. Relative to the spread of an outlier channel it is 1.1 % and 5.5 %.
     margin_C = MARGIN * (high_C - low_C)
     low_C, high_C = (low_C - margin_C).clamp_min(-_LARGEST), (high_C + margin_C).clamp_max(_LARGEST)
     scale_C = ((high_C - low_C) / (2 * INT8_LIMIT)).float()
-    # So small that it cannot be divided by: constant.
+    # The channel counts as constant if its scale is too small to divide by.
     scale_C[scale_C < torch.finfo(torch.float32).tiny] = 0
     return storage.json_bytes(
         {
@@ -105,7 +105,7 @@ def calibration_bytes(images: Iterable[ImageFeatures]) -> bytes:
 
 @dataclass
 class _Ranges:
-    """The lowest and highest value of each channel over the images so far; both are (C), empty before the first."""
+    """The lowest and the highest value of each channel over the images so far, both (C), empty before the first image."""
 
     low: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     high: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -119,7 +119,7 @@ class _Ranges:
         features = [feature_PC.detach().float() for feature_PC in image.features]
         low_C = torch.stack([feature_PC.amin(dim=0) for feature_PC in features]).amin(dim=0)
         high_C = torch.stack([feature_PC.amax(dim=0) for feature_PC in features]).amax(dim=0)
-        # False for NaN, too.
+        # Comparisons with NaN are false, so this refuses NaN too.
         if not ((low_C >= -_LARGEST) & (high_C <= _LARGEST)).all():
             self.num_refused += 1
             return
@@ -150,7 +150,7 @@ def _read_calibration(cache_uri: str) -> Int8Codec:
         return Int8Codec(_channels(content, "scales"), _channels(content, "centres"), _digest(data))
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(
-            f"{uri} is damaged ({error!r}); restore it: without it the features of this cache cannot be read"
+            f"{uri} is damaged ({error!r}); restore it, because the features of this cache cannot be read without it"
         ) from error
 
 

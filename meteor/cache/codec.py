@@ -1,4 +1,4 @@
-"""How patch features become bytes: codecs by name. P patches of a sub-image, C vision width."""
+"""Codecs, which turn patch features into bytes. Letters: P patches of a sub-image, R patches at once, C vision width."""
 
 import functools
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from meteor.errors import BadImageError, CacheError, SettingsError
 
 DEFAULT_CODEC = "float16"
 INT8_CODEC = "int8"
-# -128 is not used: the grid is symmetric about the centre.
+# -128 is not used, so that the values are symmetric about the centre.
 INT8_LIMIT = 127
-# Intermediate float32 of a whole sub-image is memory that is mapped anew each time: an image of 5 x 576 x 1024 took
-# 13 ms to decode in one go and 0.9 ms in pieces of so many patches (R).
+# Patches converted at once (R). Intermediate float32 values of a whole sub-image need fresh memory every time: an image of
+# 5 x 576 x 1024 took 13 ms to decode as a whole and 0.9 ms in pieces of this many patches.
 ROWS_AT_ONCE = 128
 
 
 class Codec(Protocol):
-    """Stores one sub-image's features; sub-images of an image are laid one after the other."""
+    """Conversion between a sub-image's features and bytes; the bytes of an image's sub-images are concatenated."""
 
     @property
     def name(self) -> str:
@@ -30,28 +30,28 @@ class Codec(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the stored values."""
+        """Dtype of the stored values."""
         ...
 
     @property
     def calibration_digest(self) -> str:
-        """Which calibration it stores values by; empty for a codec that needs none."""
+        """Digest of the calibration; empty for a codec without calibration."""
         ...
 
     def size_bytes(self, num_patches: int, width: int) -> int:
-        """Bytes of a (num_patches, width) tensor."""
+        """Return the number of bytes for a (num_patches, width) tensor."""
         ...
 
     def pack(self, feature_PC: torch.Tensor, out_PC: torch.Tensor) -> None:
-        """Fill a contiguous ``out_PC`` of `dtype` with a tensor of any float type on the same device, unchecked."""
+        """Convert a tensor of any float dtype into a contiguous ``out_PC`` of `dtype` on its device, without checks."""
         ...
 
     def unpack(self, stored_PC: torch.Tensor) -> torch.Tensor:
-        """The features that packed values stand for, on their device."""
+        """Convert packed values back to features, on their device."""
         ...
 
     def encode(self, feature_PC: torch.Tensor) -> bytes:
-        """The bytes of a (P, C) tensor of any float type and device.
+        """Encode a (P, C) tensor of any float dtype and device as bytes.
 
         Raises:
             BadImageError: a value is not finite, or too large for the codec.
@@ -59,13 +59,13 @@ class Codec(Protocol):
         ...
 
     def decode(self, payload: bytearray | memoryview, num_patches: int, width: int) -> torch.Tensor:
-        """The (P, C) tensor of exactly `size_bytes` writable bytes."""
+        """Decode exactly `size_bytes` writable bytes to a (P, C) tensor."""
         ...
 
 
 @dataclass(frozen=True)
 class FloatCodec:
-    """A (P, C) tensor row-major in one floating type, little-endian; decoding shares the payload's memory."""
+    """Codec that stores a (P, C) tensor row by row in a little-endian float dtype; decoding shares the payload's memory."""
 
     name: str
     dtype: torch.dtype
@@ -92,14 +92,14 @@ class FloatCodec:
 
 @dataclass(frozen=True, eq=False)
 class Int8Codec:
-    """A (P, C) tensor row-major in int8, of which one scale and one centre a channel make float16.
+    """Codec that stores a (P, C) tensor row by row in int8 and reads it as float16, with a scale and centre per channel.
 
-    value = stored * scale + centre. What lies outside of a channel's range is clipped to it.
+    A value is stored * scale + centre. Values outside a channel's calibrated range are clipped.
 
     Attributes:
-        scales: (C) float32, width of a step; 0 for a channel that is constant.
-        centres: (C) float32, the value that 0 stands for.
-        calibration_digest: of the calibration these come from.
+        scales: (C) float32, difference between neighbouring stored values; 0 for a constant channel.
+        centres: (C) float32, value for which the stored 0 stands.
+        calibration_digest: digest of the calibration with these scales and centres.
     """
 
     scales: torch.Tensor
@@ -122,7 +122,7 @@ class Int8Codec:
         _, inverse_C, centre_C = _on_device(self, feature_PC.device)
         pieces = (tensor_PC.split(ROWS_AT_ONCE) for tensor_PC in (feature_PC.detach(), out_PC))
         for feature_RC, out_RC in zip(*pieces, strict=True):
-            # The centre first: far from zero, a product of both would cancel.
+            # Subtract the centre first: far from zero, the difference of two products would lose its digits.
             step_RC = torch.sub(feature_RC, centre_C).mul_(inverse_C)
             out_RC.copy_(step_RC.round_().clamp_(-INT8_LIMIT, INT8_LIMIT))
 
@@ -132,7 +132,7 @@ class Int8Codec:
     def _unpack_into(self, stored_PC: torch.Tensor, out_PC: torch.Tensor) -> torch.Tensor:
         self._check_width(stored_PC)
         scale_C, _, centre_C = _on_device(self, stored_PC.device)
-        # In float32 until the end.
+        # `addcmul` computes in the float32 of scales and centres, and rounds to float16 only when it writes the result.
         for stored_RC, out_RC in zip(stored_PC.split(ROWS_AT_ONCE), out_PC.split(ROWS_AT_ONCE), strict=True):
             torch.addcmul(centre_C, stored_RC, scale_C, out=out_RC)
         return out_PC
@@ -149,7 +149,7 @@ class Int8Codec:
         if tensor_PC.shape[-1] != len(self.scales):
             raise CacheError(
                 f"the calibration of this {self.name} cache has {len(self.scales)} channels, the features have "
-                f"{tensor_PC.shape[-1]}: they are another encoder's, or the calibration file was exchanged"
+                f"{tensor_PC.shape[-1]}: they come from another encoder, or the calibration file was replaced"
             )
 
 
@@ -167,18 +167,18 @@ CODEC_NAMES = (*_FLOAT_CODECS, INT8_CODEC)
 
 
 def check_codec_name(name: str) -> str:
-    """The name, if there is a codec of it. Raises SettingsError."""
+    """Return the name of a codec unchanged. Raises SettingsError if no codec has this name."""
     if name not in CODEC_NAMES:
         raise SettingsError(f"cache.codec={name!r} is unknown; choose one of {', '.join(CODEC_NAMES)}")
     return name
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name, one that needs no calibration.
+    """Return a codec that needs no calibration by its name.
 
     Raises:
-        SettingsError: there is no such codec.
-        CacheError: it belongs to a cache and its calibration.
+        SettingsError: no codec has this name.
+        CacheError: the codec needs the calibration of a cache.
     """
     if check_codec_name(name) == INT8_CODEC:
         raise CacheError(f"{name} is calibrated for each cache: use meteor.cache.open_codec(cache_uri)")
@@ -187,18 +187,19 @@ def get_codec(name: str) -> Codec:
 
 def check_finite(name: str, values: torch.Tensor) -> None:
     """Refuse an image whose features cannot be used. Raises BadImageError with reason ``"non_finite_features"``."""
-    # The extremes say it 25 times faster than a look at each value: NaN spreads to both, infinity is one of them.
+    # Looking at the extremes is 25 times faster than at every value: NaN spreads to both, and infinity is an extreme.
     if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
         num_bad = int((~torch.isfinite(values)).sum())
         raise BadImageError(
             "non_finite_features",
             f"{num_bad} of {values.numel()} values of {name} are not finite as {values.dtype}: the encoder failed "
-            "on this image, or its values are too large for the codec (bfloat16 and float32 have the range)",
+            "on this image, or its values are too large for the codec (bfloat16 and float32 have a larger range)",
         )
 
 
 def tensor_over(payload: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over the payload's memory, which must be writable and of the shape's size."""
+    """Make a tensor that shares the payload's memory, which must be writable and have the shape's size."""
+    # `torch.frombuffer` refuses empty buffers.
     if not len(payload):
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(payload, dtype=dtype).view(shape)
@@ -207,13 +208,13 @@ def tensor_over(payload: bytearray | memoryview, dtype: torch.dtype, shape: tupl
 def _encode(codec: Codec, feature_PC: torch.Tensor) -> bytes:
     stored_PC = torch.empty(feature_PC.shape, dtype=codec.dtype, device=feature_PC.device)
     codec.pack(feature_PC, stored_PC)
-    # Integers hide what was not finite.
+    # Rounding to integers hides values that are not finite, so the features themselves are checked.
     check_finite("features", stored_PC if stored_PC.is_floating_point() else feature_PC)
     return stored_PC.cpu().view(torch.uint8).numpy().tobytes()
 
 
 @functools.lru_cache(maxsize=16)
 def _on_device(codec: Int8Codec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scales, what to multiply by instead of dividing by them (0 for a constant channel), and centres."""
+    """Return scales, their reciprocals (0 for a constant channel) and centres on a device."""
     scale_C = codec.scales.to(device)
     return scale_C, torch.where(scale_C > 0, 1 / scale_C, 0), codec.centres.to(device)

@@ -1,7 +1,7 @@
-"""A node's own disk in front of S3: payloads that were read stay as files, the least recently used go first.
+"""Disk tier: payloads read from S3 stay as files on the node's disk until the least recently used are deleted.
 
-All processes of a node share one folder. A file's name says which bytes it holds (data files never change), so nothing goes
-stale; whoever reads checks the bytes. Losing files, or the whole folder, costs time alone.
+All processes of a node share a folder. A file's name identifies its bytes, as data files never change, so no file becomes
+stale. Readers check the bytes. A lost file or folder costs only time.
 """
 
 import fcntl
@@ -18,12 +18,13 @@ from typing import NamedTuple
 from meteor.errors import StorageError
 
 _LOG = logging.getLogger(__name__)
-# A folder of our own inside the one that was named, and names of our own in it: nothing else is ever deleted.
+# The tier deletes only files with such names in this subfolder of the configured folder.
 _FOLDER = "meteor-features"
 _OURS = re.compile(r"[0-9a-f]{32}-\d+(\.partial-[0-9a-f]{32})?")
 _USED, _EVICTION = "used_bytes", "eviction.lock"
-# An eviction looks at every file, so it makes room for many.
+# Share of the limit that an eviction keeps. It must list every file, so it deletes many at once.
 _KEPT_SHARE = 0.9
+# A read updates a file's time of use at most this often, to save writes.
 _TOUCH_AFTER_S = 60
 _PAUSE_AFTER_FAILURE_S = 60
 
@@ -35,14 +36,14 @@ class _File(NamedTuple):
 
 
 class DiskTier:
-    """Byte ranges by name, at most ``limit_bytes`` of them on disk; safe to share between threads and processes.
+    """Byte ranges of data files on disk, limited in total size; safe to share between threads and processes.
 
-    The limit is kept by a running count that every eviction corrects: while one runs, files that others are just writing
-    may come on top.
+    All processes share a count of the used bytes, which every eviction corrects. During an eviction, files that other
+    processes are writing may exceed the limit.
 
     Args:
-        folder: on a disk of this node; made if it is not there.
-        limit_bytes: what the files may take together.
+        folder: folder on a disk of this node, made if it does not exist.
+        limit_bytes: most bytes of all files together.
 
     Raises:
         StorageError: the folder cannot be made.
@@ -59,25 +60,26 @@ class DiskTier:
         except OSError as error:
             raise StorageError(
                 f"{self.folder} cannot hold the disk tier ({error.strerror}); set cache.disk_tier to a folder on a "
-                "disk of this node, or to nothing"
+                "disk of this node, or leave it empty"
             ) from error
 
     def __reduce__(self) -> tuple[type["DiskTier"], tuple[str, int]]:
         return DiskTier, (self._given_folder, self.limit_bytes)
 
     def read_into(self, file_id: str, offset: int, buffer: memoryview) -> bool:
-        """Fill ``buffer`` with what was written under this name; False if that is not there (any more), or cut short.
+        """Fill ``buffer`` with a stored range; return False if the range is absent or cut short.
 
         Args:
             file_id: the data file's unique name, 32 hexadecimal digits.
-            offset: where the range begins in it.
-            buffer: of the range's size.
+            offset: start of the range in the data file.
+            buffer: memory of the range's size.
         """
         path = self._path(file_id, offset)
         try:
             with open(path, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
                 if status.st_size == len(buffer) == _fill(buffer, file):
+                    # The modification time serves as time of use, because many disks are mounted without access times.
                     if time.time() - status.st_mtime > _TOUCH_AFTER_S:
                         os.utime(path)
                     return True
@@ -90,7 +92,7 @@ class DiskTier:
         return False
 
     def write(self, file_id: str, offset: int, data: memoryview) -> None:
-        """Keep the range for later readers; without effect when the disk is full or another process makes room now."""
+        """Store the range for later readers, unless the disk is full or another process is evicting files."""
         if time.monotonic() < self._write_again_at:
             return
         path = self._path(file_id, offset)
@@ -98,12 +100,13 @@ class DiskTier:
             if not os.path.exists(path) and self._reserve(len(data)):
                 self._publish(path, data)
         except OSError as error:
-            # The folder may have been deleted, the disk may be full of other files: reading goes on from the origin.
+            # The tier only saves time, so its failures must not stop a run.
+            # If the folder was deleted or other files fill the disk, reading continues from the origin.
             self._write_again_at = time.monotonic() + _PAUSE_AFTER_FAILURE_S
             self._warn(error)
 
     def drop(self, file_id: str, offset: int) -> None:
-        """Delete the range, because it is damaged; absent is fine."""
+        """Delete a damaged range if it exists."""
         path = self._path(file_id, offset)
         with suppress(OSError):
             size_bytes = os.path.getsize(path)
@@ -121,6 +124,7 @@ class DiskTier:
                 written = 0
                 while written < len(data):
                     written += file.write(data[written:])
+            # A rename is atomic: readers see the whole file or none. There is no fsync, because a lost file costs only time.
             os.replace(partial, path)
         except OSError:
             with suppress(OSError):
@@ -129,48 +133,48 @@ class DiskTier:
             raise
 
     def _reserve(self, size_bytes: int) -> bool:
-        """Count ``size_bytes`` as used; False if there is no room and none can be made now."""
+        """Count ``size_bytes`` as used; return False if they do not fit and no files can be evicted now."""
         if size_bytes > self.limit_bytes:
             return False
         return self._change_used(size_bytes) or (self._evict(size_bytes) and self._change_used(size_bytes))
 
     def _change_used(self, by_bytes: int) -> bool:
-        """Add to the count that all processes share; False, and no change, if it would pass the limit."""
-        with self._locked_count() as file:
-            content = os.pread(file.fileno(), 32, 0)
-            used_bytes = int(content) if content.isdigit() else sum(one.size_bytes for one in self._files())
+        """Add to the count that all processes share; return False without a change if it would exceed the limit."""
+        with self._locked_count() as count:
+            content = os.pread(count.fileno(), 32, 0)
+            used_bytes = int(content) if content.isdigit() else sum(file.size_bytes for file in self._files())
             if used_bytes + by_bytes > self.limit_bytes:
                 return False
-            _write_count(file, used_bytes + by_bytes)
+            _write_count(count, used_bytes + by_bytes)
             return True
 
     @contextmanager
     def _locked_count(self) -> Iterator[io.FileIO]:
-        # Somebody may have cleared the disk.
+        # A person may have cleared the disk.
         os.makedirs(self.folder, exist_ok=True)
         with open(os.path.join(self.folder, _USED), "a+b", buffering=0) as file:
-            # A lock of this handle, so it keeps out other threads of this process too.
+            # `flock` locks this open file, so it also keeps out other threads of this process.
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
-    def _evict(self, room_bytes: int) -> bool:
-        """Delete least recently used files until there is room; False if another thread or process is doing it."""
+    def _evict(self, num_needed: int) -> bool:
+        """Delete least recently used files until enough bytes are free; return False if an eviction is running."""
         with open(os.path.join(self.folder, _EVICTION), "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            target_bytes = min(self.limit_bytes * _KEPT_SHARE, self.limit_bytes - room_bytes)
+            target_bytes = min(self.limit_bytes * _KEPT_SHARE, self.limit_bytes - num_needed)
             files = sorted(self._files())
-            kept_bytes = sum(one.size_bytes for one in files)
-            for one in files:
+            kept_bytes = sum(file.size_bytes for file in files)
+            for file in files:
                 if kept_bytes <= target_bytes:
                     break
                 with suppress(FileNotFoundError):
-                    os.unlink(one.path)
-                kept_bytes -= one.size_bytes
-            with self._locked_count() as file:
-                _write_count(file, kept_bytes)
+                    os.unlink(file.path)
+                kept_bytes -= file.size_bytes
+            with self._locked_count() as count:
+                _write_count(count, kept_bytes)
             return True
 
     def _files(self) -> Iterator[_File]:
@@ -178,7 +182,7 @@ class DiskTier:
             if folder.is_dir(follow_symlinks=False):
                 for entry in os.scandir(folder):
                     if _OURS.fullmatch(entry.name):
-                        # Readers drop damaged files, other people clear disks.
+                        # A reader may drop a damaged file in the meantime, or a person may clear the disk.
                         with suppress(FileNotFoundError):
                             status = entry.stat(follow_symlinks=False)
                             yield _File(status.st_mtime, status.st_size, entry.path)
@@ -186,7 +190,7 @@ class DiskTier:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            _LOG.warning("the disk tier in %s does not work (%s): reading goes on without it", self.folder, error)
+            _LOG.warning("the disk tier in %s does not work (%s): reading continues without it", self.folder, error)
 
 
 def _write_count(file: io.FileIO, used_bytes: int) -> None:

@@ -1,15 +1,16 @@
-"""The folder of one cache: what lies where in it, and the identity it was created with.
+"""The folder of a cache: its layout, and the identity with which it was created.
 
-<root>/<cache key>/<codec>/
-    identity.json                       whose numbers these are
-    calibration.json                    scales and centres of the codec int8, the same for all files
-    data/<uuid>.parquet                 features, immutable, one row group for each image
-    ledger/features-<uuid>.parquet      what a finished data file holds; without it the data file does not count
-    ledger/quarantine-<uuid>.parquet    images that could not be encoded
-    manifests/v00000001.json            committed versions, each naming its key index and quarantine:
-    keys/v00000001-<uuid>.parquet
-    quarantine/v00000001-<uuid>.parquet
-    pins/<run digest>.json              the version a run resumes on
+The layout below ``<root>/<cache key>/<codec>/``:
+
+├── identity.json                       encoder, preprocessing, slicing and codec of the features
+├── calibration.json                    scales and centres of the codec int8, valid for all files
+├── data/<uuid>.parquet                 features, immutable, one row group per image
+├── ledger/features-<uuid>.parquet      images of a finished data file, which does not count without this record
+├── ledger/quarantine-<uuid>.parquet    images that could not be encoded
+├── manifests/v00000001.json            committed versions, each of which names its key index and quarantine table
+├── keys/v00000001-<uuid>.parquet       key index of a version
+├── quarantine/v00000001-<uuid>.parquet quarantine table of a version
+└── pins/<run digest>.json              version on which a run resumes
 """
 
 from dataclasses import dataclass
@@ -35,21 +36,21 @@ IDENTITY, CALIBRATION, DATA, LEDGER, MANIFESTS, KEYS, QUARANTINE, PINS = (
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What ``identity.json`` says."""
+    """Content of ``identity.json``."""
 
     identity: CacheIdentity
     codec: str
 
 
 def create_cache(root_uri: str, identity: CacheIdentity, codec: str) -> str:
-    """The folder for features of this identity in this codec, made if it is not there yet.
+    """Create the cache for features of this identity in this codec, or find it if it exists.
 
     Returns:
         The cache's URI: ``<root>/<identity.key>/<codec>``.
 
     Raises:
-        CacheMismatchError: the folder holds a cache of another identity.
-        SettingsError: there is no such codec.
+        CacheMismatchError: the folder holds a cache with another identity.
+        SettingsError: no codec has this name.
     """
     cache_uri = storage.absolute(storage.join(root_uri, identity.key, check_codec_name(codec)))
     content = {
@@ -66,10 +67,10 @@ def create_cache(root_uri: str, identity: CacheIdentity, codec: str) -> str:
 
 
 def read_cache_info(cache_uri: str) -> CacheInfo:
-    """Identity and codec of the cache.
+    """Read identity and codec of the cache.
 
     Raises:
-        CacheError: there is no cache, or a newer release made it.
+        CacheError: the cache does not exist, or a newer release made it.
     """
     uri = storage.join(cache_uri, IDENTITY)
     try:

@@ -1,4 +1,4 @@
-"""What makes two feature caches the same numbers: the cache key and the fields behind it."""
+"""The identity of a feature cache: all fields that decide about its numbers, and the cache key made from them."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ _VERSIONS = ("slicing", "resizing", "encoding")
 
 
 def algorithm_versions() -> dict[str, int]:
-    """The versions of this library's algorithms that decide about a feature's value."""
+    """Return the versions of this library's algorithms that decide about a feature's value."""
     return {"slicing": SLICING_VERSION, "resizing": RESIZING_VERSION, "encoding": ENCODING_VERSION}
 
 
@@ -24,13 +24,17 @@ def algorithm_versions() -> dict[str, int]:
 class CacheIdentity:
     """Everything that decides about a feature's value, and nothing else.
 
-    Not part of it: the codec (the same numbers, stored otherwise), the attention layers (a reader asks for those it
-    needs), the schema version (newer readers read older files), the refusal of extreme aspect ratios (a policy).
+    These are not part of the identity:
+
+    - the codec, which stores these numbers in another form
+    - the attention layers, among which readers choose
+    - the schema version, because newer readers read older files
+    - the refusal of extreme aspect ratios, which excludes images but changes no feature
 
     Attributes:
-        encoder_digest: fingerprint of the frozen encoder's weights.
-        encoder_dtype: the type it computes in; bfloat16 and float32 differ more than a codec's error.
-        select_layer: the hidden state that is cached, for example -2.
+        encoder_digest: digest of the frozen encoder's weights.
+        encoder_dtype: dtype of the encoder's arithmetic; bfloat16 and float32 differ by more than a codec's error.
+        select_layer: hidden state that is cached, for example -2.
         preprocessing: ``mean``, ``std`` (three numbers each) and ``rescale``.
         slicing: ``max_slices``, ``resolution`` and ``patch_size`` of the slicing rule.
         versions: versions of the algorithms ``slicing``, ``resizing`` and ``encoding``.
@@ -52,7 +56,7 @@ class CacheIdentity:
             if set(given) != set(expected):
                 raise CacheError(f"{name} of a cache identity needs exactly {list(expected)}, got {sorted(given)}")
             object.__setattr__(self, name, dict(given))
-        # 0 and 0.0, list and tuple must not make two keys of one preprocessing.
+        # Equal preprocessing must give equal keys, whether numbers come as 0 or 0.0 and in a list or a tuple.
         for name in ("mean", "std"):
             self.preprocessing[name] = [float(number) for number in self.preprocessing[name]]  # type: ignore[index]
 
@@ -63,27 +67,27 @@ class CacheIdentity:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """Return all fields as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CacheIdentity":
-        """The inverse of `to_dict`. Raises CacheError where a field is missing or unknown."""
+        """Make an identity from the result of `to_dict`. Raises CacheError if a field is missing or unknown."""
         try:
             return cls(**fields)
         except TypeError as error:
             raise CacheError(f"these are not the fields of a cache identity: {sorted(fields)} ({error})") from error
 
     def differences(self, other: "CacheIdentity") -> list[str]:
-        """One line for each field that differs, such as ``"select_layer: -2 != -1"``; this one's value first."""
+        """Return a line for each field that differs, such as ``"select_layer: -2 != -1"``, with this identity's value first."""
         mine, others = flatten(self.to_dict()), flatten(other.to_dict())
         return [f"{name}: {mine[name]} != {others[name]}" for name in mine if mine[name] != others[name]]
 
     def require_match(self, other: "CacheIdentity") -> None:
-        """Check that the cache with this identity serves what needs ``other``.
+        """Check that a cache with this identity fits a model that needs ``other``.
 
         Raises:
-            CacheMismatchError: naming the fields that differ.
+            CacheMismatchError: fields differ; the message names them.
         """
         if differences := self.differences(other):
             raise CacheMismatchError(

@@ -1,4 +1,4 @@
-"""The dataset index: what every image file is (key, size, good or bad), so that nobody opens the images again."""
+"""The dataset index: key, size and status of every image file, so that later stages need not open the images."""
 
 import hashlib
 import json
@@ -29,21 +29,21 @@ _NUM_SHOWN = 5
 _ROWS_PER_PIECE = 65_536
 _CONTENT = ("image_key", "width", "height", "status")
 _AMBIGUOUS = -1
-_ADVICE = "delete it: the version before it counts then, and cache_features reads what that lacks"
+_ADVICE = "delete it: the version before it then counts, and cache_features reads the images that this version lacks"
 
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One image file.
+    """An image file in the index.
 
     Attributes:
-        name: its path as samples name it.
-        uri: where it was read.
-        size_bytes, etag: of the file as it was read (`storage.ObjectInfo`).
-        image_key: sha256 of its bytes; empty if they could not be read.
-        width, height: pixels as a viewer shows the image; 0 if unknown.
-        status: whether features can be made of it.
-        reason: why not, empty when they can (see `BadImageError`).
+        name: path of the image as samples write it.
+        uri: URI from which the file was read.
+        size_bytes, etag: state of the file when it was read (`storage.ObjectInfo`).
+        image_key: sha256 of the file's bytes; empty if they could not be read.
+        width, height: size in pixels as a viewer shows the image; 0 if unknown.
+        status: "ok" if features can be computed, else "bad".
+        reason: reason of a bad image (see `BadImageError`), else "".
     """
 
     name: str
@@ -67,9 +67,9 @@ INDEX_SCHEMA = versioned(
 
 
 class DatasetIndex:
-    """One published version of the index, a table of `INDEX_SCHEMA` sorted by URI and name.
+    """A published version of the index, a table with `INDEX_SCHEMA` sorted by URI and name.
 
-    A file that samples give several names has a row for each.
+    A file with several names in samples has a row for each name.
     """
 
     def __init__(self, uri: str, version: int, table: pa.Table) -> None:
@@ -79,31 +79,31 @@ class DatasetIndex:
 
     @classmethod
     def open(cls, uri: str, version: int) -> "DatasetIndex":
-        """A published version below the index's URI. Raises NotFoundError if there is none."""
+        """Open a published version below the index's URI. Raises NotFoundError if it does not exist."""
         table = read_table(storage.join(uri, f"{version_name(version)}{_SUFFIX}"), INDEX_SCHEMA, advice=_ADVICE)
         return cls(storage.absolute(uri), version, table)
 
     @staticmethod
     def latest_version(uri: str) -> int:
-        """Number of the latest version, 0 before the first."""
+        """Return the number of the latest version, 0 before the first."""
         return latest_version(uri, _SUFFIX)
 
     @classmethod
     def latest(cls, uri: str) -> "DatasetIndex | None":
-        """The latest version, None before the first."""
+        """Open the latest version; return None before the first."""
         version = cls.latest_version(uri)
         return cls.open(uri, version) if version else None
 
     @classmethod
     def publish(cls, uri: str, rows: Iterable[IndexRow]) -> "DatasetIndex":
-        """Merge rows over those of the latest version by URI and name, and publish the result.
+        """Merge rows into the latest version by URI and name, and publish the result.
 
-        Other names of a file stay, unless the file is not as it was when they were read.
+        Rows for other names of a file stay, unless the file has changed since they were read.
 
         Returns:
-            The new version; the latest one when the rows change nothing.
+            The new version, or the latest version if the rows change nothing.
         """
-        # Of two rows for one URI and name the last counts.
+        # If two rows have an equal URI and name, the last counts.
         by_place = {(row.uri, row.name): row for row in rows}
         columns = {name: [getattr(row, name) for row in by_place.values()] for name in INDEX_SCHEMA.names}
         new = pa.table(columns, schema=INDEX_SCHEMA)
@@ -119,34 +119,34 @@ class DatasetIndex:
         return self.table.num_rows
 
     def rows(self) -> list[IndexRow]:
-        """All rows, by URI and name."""
+        """Return all rows, sorted by URI and name."""
         columns = [self.table[field.name].to_pylist() for field in fields(IndexRow)]
         return [IndexRow(*values) for values in zip(*columns, strict=True)]
 
     def lookup(self, uri_or_name: str) -> IndexRow | None:
-        """The row of the image with this URI, else of the one that samples name so; None when it is not indexed.
+        """Find the row of an image by its URI, or else by its name in samples; return None if it is not indexed.
 
         Raises:
-            CacheError: several URIs have the name and differ in content.
+            CacheError: several URIs with different contents have this name.
         """
         position = self._by_uri.get(uri_or_name, self._by_name.get(uri_or_name))
         if position == _AMBIGUOUS:
             raise CacheError(
                 f"the index {self.uri} holds several images named {uri_or_name!r} with different contents; "
-                "ask by URI, or keep one index for each image root"
+                "name it by URI, or keep an index for each image root"
             )
         return None if position is None else IndexRow(**self._rows.row(position))
 
     def unchanged(self, info: storage.ObjectInfo) -> IndexRow | None:
-        """The row of a file that is still as it was read (same URI, size, etag); None if it must be read again."""
+        """Return the row of an unchanged file (equal URI, size and etag), or None if the file must be read again."""
         position = self._by_uri.get(info.uri)
         row = None if position is None else IndexRow(**self._rows.row(position))
         return row if row and (row.size_bytes, row.etag) == (info.size_bytes, info.etag) else None
 
     def digest(self, uris_or_names: Iterable[str] | pa.StringArray) -> str:
-        """Fingerprint of these images as a data set: names, contents, sizes, and which are bad.
+        """Compute a fingerprint of these images as a data set, from names, contents, sizes and statuses.
 
-        The same for any order, repeated names, another place of the same files, and other modification times.
+        It does not depend on the order of the names, repeats, the location of the files or modification times.
 
         Returns:
             sha256, 64 hexadecimal digits.
@@ -154,16 +154,17 @@ class DatasetIndex:
         Raises:
             CacheError: an image is not indexed.
         """
-        asked = uris_or_names if isinstance(uris_or_names, pa.Array) else pa.array(list(uris_or_names), pa.string())
-        asked = pc.unique(asked)
-        by_uri = _find_last(asked, self.table["uri"])
-        named = asked.filter(by_uri.is_null())
+        wanted = uris_or_names if isinstance(uris_or_names, pa.Array) else pa.array(list(uris_or_names), pa.string())
+        wanted = pc.unique(wanted)
+        by_uri = _find_last(wanted, self.table["uri"])
+        named = wanted.filter(by_uri.is_null())
         odd = named.filter(pc.is_in(named, value_set=self._ambiguous))
         if len(odd):
-            self.lookup(odd[0].as_py())  # raises
-        places = pc.coalesce(by_uri, pc.index_in(asked, value_set=self.table["name"]))
+            # This raises the error for an ambiguous name.
+            self.lookup(odd[0].as_py())
+        places = pc.coalesce(by_uri, pc.index_in(wanted, value_set=self.table["name"]))
         if places.null_count:
-            missing = sorted(asked.filter(places.is_null()).to_pylist())
+            missing = sorted(wanted.filter(places.is_null()).to_pylist())
             raise CacheError(
                 f"{len(missing)} images are not in version {self.version} of the index {self.uri}, for example "
                 f"{missing[:_NUM_SHOWN]}; run cache_features over the data set"
@@ -176,15 +177,18 @@ class DatasetIndex:
         return _json_digest(distinct.sort_by([(name, "ascending") for name in distinct.column_names]))
 
     def rows_named(self, names: pa.StringArray) -> pa.Table:
-        """The rows of the images with these names, without names that it does not hold; of several with one name the last."""
+        """Return the rows with these names; unknown names are left out, and the last of several equal names counts."""
         return self.table.take(pc.drop_null(_find_last(pc.unique(names), self.table["name"])))
 
     @cached_property
     def _ambiguous(self) -> pa.ChunkedArray:
-        """Names of several rows that differ in content."""
+        """Names that several rows with different contents share."""
         contents = self.table.select(_CONTENT)
         first = contents.take(pc.index_in(self.table["name"], value_set=self.table["name"]))
-        differs = [pc.not_equal(one, other) for one, other in zip(contents.columns, first.columns, strict=True)]
+        differs = [
+            pc.not_equal(column, first_column)
+            for column, first_column in zip(contents.columns, first.columns, strict=True)
+        ]
         return self.table["name"].filter(reduce(pc.or_, differs))
 
     @cached_property
@@ -207,13 +211,14 @@ class DatasetIndex:
 
 
 def _find_last(values: pa.Array, column: pa.ChunkedArray) -> pa.Array:
-    """The last row of the column that holds each value; null where none does."""
+    """Return the last row of the column with each value, or null if no row has it."""
+    # `index_in` finds the first row, so it searches the reversed column.
     reverse = column.take(pa.array(np.arange(len(column) - 1, -1, -1)))
     return pc.subtract(pa.scalar(len(column) - 1, pa.int32()), pc.index_in(values, value_set=reverse))
 
 
 def _json_digest(table: pa.Table) -> str:
-    """sha256 of the rows as a JSON list of lists, a piece at a time."""
+    """Return the sha256 of the rows as a JSON list of lists, encoded piece by piece to save memory."""
     digest = hashlib.sha256(b"[")
     separator = b""
     for batch in table.combine_chunks().to_batches(_ROWS_PER_PIECE):
@@ -231,6 +236,7 @@ def _merge(held: pa.Table, new: pa.Table) -> pa.Table:
         ]
         return pc.is_in(keys[0], value_set=keys[1])
 
+    # A held row goes if a new row has its URI and name, or if a new row shows that its file has changed.
     replaced = pc.or_(known("uri", "name"), pc.and_not(known("uri"), known("uri", "size_bytes", "etag")))
     kept = held.filter(pc.invert(replaced))
     return pa.concat_tables([kept, new]).sort_by([("uri", "ascending"), ("name", "ascending")])

@@ -1,4 +1,4 @@
-"""The ledger of a cache: one record for each finished data file, one for each batch of bad images; the truth."""
+"""The ledger of a cache, from which versions are built: a record per finished data file and per batch of bad images."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,30 +14,33 @@ from meteor.errors import CorruptPayloadError, NotFoundError
 
 REPAIR_ADVICE = "run `meteor cache verify --repair`"
 FEATURES_PREFIX, QUARANTINE_PREFIX = "features-", "quarantine-"
+# Reading many small records on S3 is waiting for round trips, so many threads help.
 _NUM_READERS = 16
 
 
 def record_of(file: str) -> str:
-    """The name of a data file's ledger record."""
+    """Return the name of a data file's ledger record."""
     return f"{FEATURES_PREFIX}{file.removeprefix(f'{DATA}/')}"
 
 
 def ledger_names(cache_uri: str) -> list[str]:
-    """The names of all ledger records, sorted."""
+    """List the names of all ledger records, sorted."""
     return [info.uri.rpartition("/")[2] for info in storage.list_objects(storage.join(cache_uri, LEDGER))]
 
 
 def read_record(cache_uri: str, name: str) -> pa.Table:
-    """One ledger record: a table of `KEY_SCHEMA` or of `QUARANTINE_SCHEMA`, as its name says."""
+    """Read a ledger record, a table with `KEY_SCHEMA` or `QUARANTINE_SCHEMA` depending on its name."""
     schema = KEY_SCHEMA if name.startswith(FEATURES_PREFIX) else QUARANTINE_SCHEMA
     return read_table(storage.join(cache_uri, LEDGER, name), schema, advice=REPAIR_ADVICE)
 
 
 def read_records(cache_uri: str, names: Sequence[str]) -> dict[str, pa.Table | CorruptPayloadError]:
-    """Ledger records by name, or how they are damaged. One that is gone is left out: `gc` removes records.
+    """Read ledger records by name; the value for a damaged record is its error.
+
+    Records that are gone are left out, because `gc` removes records.
 
     Raises:
-        CacheError: a newer release wrote one.
+        CacheError: a newer release wrote a record.
         StorageError: the store does not answer.
     """
 

@@ -1,4 +1,4 @@
-"""Committed versions of a cache: which images it holds and where, one winner for each image key."""
+"""Committed versions of a cache: its images and their places in data files, with one row per image key."""
 
 import json
 import uuid
@@ -33,18 +33,19 @@ Edit = Callable[[pa.Table], pa.Table]
 
 @dataclass(frozen=True)
 class Manifest:
-    """One committed version.
+    """A committed version of a cache.
 
     Attributes:
-        version: its number, from 1 on.
-        keys: file of the key index below the cache's URI, a table of `KEY_SCHEMA` sorted by image key.
-        quarantine: file of the quarantine table.
-        records: names of the ledger records that are merged into this version; those that `gc` removed leave.
+        version: number of the version, from 1.
+        keys: file of the key index below the cache's URI, a table with `KEY_SCHEMA` sorted by image key.
+        quarantine: file of the quarantine table below the cache's URI.
+        records: names of the ledger records that are merged into this version, without records that `gc` has removed.
         num_images: rows of the key index.
-        num_shadowed: rows of data files that lost to another row of the same image, ever since the first version.
+        num_shadowed: rows of data files that lost to another row of their image, counted since the first version.
         payload_bytes: bytes of the images' payloads.
         num_sub_images: sub-images of all images; None in versions of schema version 1.
-        num_quarantined: rows of the quarantine table; None likewise.
+        num_quarantined: rows of the quarantine table; None in versions of schema version 1.
+        schema_version: version of the manifest's format.
     """
 
     version: int
@@ -61,7 +62,7 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class _Base:
-    """What the next version builds on."""
+    """Tables and counts from which the next version is made."""
 
     records: frozenset[str]
     keys: pa.Table
@@ -73,26 +74,26 @@ _NOTHING = _Base(frozenset(), KEY_SCHEMA.empty_table(), QUARANTINE_SCHEMA.empty_
 
 
 def manifests_uri(cache_uri: str) -> str:
-    """The folder of versions."""
+    """Return the URI of the folder of manifests."""
     return storage.join(cache_uri, MANIFESTS)
 
 
 def manifest_uri(cache_uri: str, version: int) -> str:
-    """Where a version's manifest is."""
+    """Return the URI of a version's manifest."""
     return storage.join(manifests_uri(cache_uri), f"{version_name(version)}{_SUFFIX}")
 
 
 def latest_manifest(cache_uri: str) -> int:
-    """The latest committed version; 0 when nothing has been committed."""
+    """Return the latest committed version; 0 if nothing has been committed."""
     return latest_version(manifests_uri(cache_uri), _SUFFIX)
 
 
 def read_manifest(cache_uri: str, version: int) -> Manifest:
-    """A committed version.
+    """Read the manifest of a committed version.
 
     Raises:
-        CorruptPayloadError: it is damaged.
-        CacheError: there is no such version, or a newer release wrote it.
+        CorruptPayloadError: the manifest is damaged.
+        CacheError: the version does not exist, or a newer release wrote it.
     """
     uri = manifest_uri(cache_uri, version)
     try:
@@ -109,40 +110,39 @@ def read_manifest(cache_uri: str, version: int) -> Manifest:
 
 
 def read_keys(cache_uri: str, manifest: Manifest) -> pa.Table:
-    """The key index, a table of `KEY_SCHEMA` sorted by image key."""
+    """Read the key index, a table with `KEY_SCHEMA` sorted by image key."""
     return read_table(storage.join(cache_uri, manifest.keys), KEY_SCHEMA, advice=REPAIR_ADVICE)
 
 
 def read_quarantine(cache_uri: str, manifest: Manifest) -> pa.Table:
-    """The quarantine, a table of `QUARANTINE_SCHEMA`."""
+    """Read the quarantine, a table with `QUARANTINE_SCHEMA`."""
     return read_table(storage.join(cache_uri, manifest.quarantine), QUARANTINE_SCHEMA, advice=REPAIR_ADVICE)
 
 
 def commit(cache_uri: str) -> int:
-    """Merge all ledger records that no version holds yet into a new version.
+    """Merge all ledger records that the latest version lacks into a new version.
 
-    Safe to call at any time from any number of processes: each record is merged once, whoever merges it, and a process
-    that died between a file and its commit loses nothing.
+    It is safe to call at any time from any number of processes: each record is merged once, by whichever process. If a
+    process dies between a file and its commit, a later commit merges its record.
 
     Returns:
-        The version that holds all of them; the latest as it was when there was nothing to merge (0: none at all).
+        The version that contains all records: a new version, or the latest if nothing was to merge (0 without any).
     """
     return publish_next(manifests_uri(cache_uri), _SUFFIX, lambda latest: _next(cache_uri, latest))
 
 
 def publish_edit(cache_uri: str, edit: Edit, *, unreadable: Collection[str] = ()) -> int:
-    """Change the key index and merge as `commit` does, in one new version.
+    """Change the key index and merge pending records as `commit` does, in one new version.
 
-    A row that the edit drops does not come back: its record is merged already. A new record with the same image takes its
-    place.
+    A dropped row does not come back, because its record counts as merged. A new record of its image replaces it.
 
     Args:
-        cache_uri: the cache.
-        edit: from the latest key index to the next; called again when another writer was faster.
-        unreadable: names of damaged ledger records, which count as merged from here on without being read.
+        cache_uri: URI of the cache.
+        edit: function from the latest key index to the next; it is called again if another writer was faster.
+        unreadable: names of damaged ledger records, which from now on count as merged without being read.
 
     Returns:
-        The new version; the latest as it was when nothing would change.
+        The new version, or the latest if nothing would change.
     """
     return publish_next(
         manifests_uri(cache_uri), _SUFFIX, lambda latest: _next(cache_uri, latest, edit=edit, unreadable=unreadable)
@@ -150,10 +150,10 @@ def publish_edit(cache_uri: str, edit: Edit, *, unreadable: Collection[str] = ()
 
 
 def rebuild(cache_uri: str, broken_version: int, *, unreadable: Collection[str] = ()) -> int:
-    """Publish a version made of all ledger records alone, after a latest version that cannot be read.
+    """Publish a version from all ledger records alone, after a latest version that cannot be read.
 
     Returns:
-        The new version; the latest when somebody else has published one after the broken version.
+        The new version, or the latest if another process has published a version after the broken one.
     """
 
     def content_after(latest: int) -> bytes | None:
@@ -181,11 +181,11 @@ def _next(
     edit: Edit | None = None,
     unreadable: Collection[str] = (),
 ) -> bytes | None:
-    """The manifest after the latest version, its tables written; None when it would change nothing."""
+    """Write the tables of the next version and return its manifest, or None if it would change nothing."""
     listed = ledger_names(cache_uri)
     if base is None:
         manifest = read_manifest(cache_uri, latest) if latest else None
-        # Nearly every call ends here, before the tables are read.
+        # Nearly every call ends here, before the large tables are read.
         if manifest and not edit and set(manifest.records).issuperset(listed):
             return None
         base = _base(cache_uri, manifest)
@@ -203,19 +203,20 @@ def _next(
         latest + 1,
         keys,
         merge_quarantine(base.quarantine, new_bad, keys["image_key"]),
-        # A record that gc removed has no rows here any more, and its name is not needed to keep it from coming back.
+        # A record that `gc` has removed cannot be merged again, so its name need not be kept.
         records=(base.records | set(pending)) & set(listed),
         num_shadowed=base.num_shadowed + num_lost,
     )
 
 
 def _pending_tables(cache_uri: str, names: Sequence[str]) -> list[pa.Table]:
-    # A record that gc removed since it was listed is merged in a version after ours: our put is going to lose.
+    # `gc` removes only merged records. If a record is gone since the listing, a later version exists that has merged it,
+    # and the conditional put of this version is going to fail.
     contents = read_records(cache_uri, names)
     if damaged := [content for content in contents.values() if isinstance(content, CorruptPayloadError)]:
         raise CorruptPayloadError(
-            f"{len(damaged)} ledger records are damaged, such as: {damaged[0]}. That leaves them out, and the next build "
-            "encodes their images again"
+            f"{len(damaged)} ledger records are damaged, such as: {damaged[0]}. The repair leaves them out, and the next "
+            "build encodes their images again"
         ) from damaged[0]
     return list(contents.values())
 
@@ -223,11 +224,11 @@ def _pending_tables(cache_uri: str, names: Sequence[str]) -> list[pa.Table]:
 def _write_version(
     cache_uri: str, version: int, keys: pa.Table, quarantine: pa.Table, *, records: Collection[str], num_shadowed: int
 ) -> bytes:
-    """Write the tables of a version, and give the manifest that makes it visible."""
-    # Others may have published while we merged: what we would write now, gc would have to remove.
+    """Write the tables of a version, and return the manifest, which makes the version visible once it is published."""
+    # If others have published during the merge, this version has lost, and its tables would be waste for `gc`.
     if latest_manifest(cache_uri) >= version:
         raise AlreadyExistsError(f"{cache_uri} has a version {version} already")
-    # Named by chance, so that a writer who loses the race to the manifest overwrites nothing.
+    # Random names, so that a writer that loses the race for the manifest overwrites no table of the winner.
     name = f"{version_name(version)}-{uuid.uuid4().hex}.parquet"
     storage.write_bytes(storage.join(cache_uri, KEYS, name), table_bytes(keys))
     storage.write_bytes(storage.join(cache_uri, QUARANTINE, name), table_bytes(quarantine))
@@ -239,6 +240,7 @@ def _write_version(
         num_images=keys.num_rows,
         num_shadowed=num_shadowed,
         payload_bytes=sum(pc.sum(keys[f"{column}_size"]).as_py() or 0 for column in PAYLOAD_COLUMNS),
+        # Each patch grid is two numbers of the list.
         num_sub_images=(pc.sum(pc.list_value_length(keys["patch_grids"])).as_py() or 0) // 2,
         num_quarantined=quarantine.num_rows,
     )

@@ -1,4 +1,4 @@
-"""One winner for each image among the rows of the key index and of new ledger records."""
+"""Merging of new ledger records into the key index, with one row per image."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from meteor.cache.table import sorted_groups
 
 
 def merge_keys(held: pa.Table, pending: Sequence[pa.Table]) -> pa.Table:
-    """One row for each image key, sorted by key: the first that was there, so that a committed row stays where it is.
+    """Choose one row per image key, sorted by key: the first, so that committed rows stay.
 
-    A later row replaces it only by holding the attention of more layers, all earlier ones included: so a cache grows
-    when a new experiment asks for another layer.
+    A later row wins only if it has the attention of all layers of the earlier row and of more. A cache can grow in this
+    way when a new experiment needs another layer.
     """
     rows = pa.concat_tables([held, *pending]).combine_chunks()
     order, starts = sorted_groups(rows["image_key"])
@@ -21,6 +21,7 @@ def merge_keys(held: pa.Table, pending: Sequence[pa.Table]) -> pa.Table:
     winners = order[starts]
     if num_rows.max(initial=0) > 1:
         sets, wider = layer_sets(rows["attention_layers"])
+        # The loop compares the second row of all images at once, then the third, and so on.
         for rank in range(1, num_rows.max()):
             contested = np.flatnonzero(num_rows > rank)
             challengers = order[starts[contested] + rank]
@@ -30,8 +31,12 @@ def merge_keys(held: pa.Table, pending: Sequence[pa.Table]) -> pa.Table:
 
 
 def layer_sets(layers: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each row's set of layers, and whether set ``[i, j]`` holds all of j's layers and more."""
+    """Number the distinct sets of layers.
+
+    Returns:
+        (rows,) number of each row's set, and (sets, sets) bool, whether set i has all layers of set j and more.
+    """
     spelled = pc.binary_join(layers.cast(pa.list_(pa.string())).combine_chunks(), ",").dictionary_encode()
     sets = [set(filter(None, text.split(","))) for text in spelled.dictionary.to_pylist()]
-    wider = np.array([[one > other for other in sets] for one in sets])
+    wider = np.array([[layers > others for others in sets] for layers in sets])
     return spelled.indices.to_numpy(), wider

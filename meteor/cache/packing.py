@@ -1,4 +1,4 @@
-"""One image as a row of a feature file: packed by the codec, measured, with its checksum.
+"""Packing of an image into a row of a feature file, with its checksum and the measured loss of the codec.
 
 Letters: P patches of a sub-image, C vision width, A attention layers.
 """
@@ -18,9 +18,9 @@ from meteor.features import ImageFeatures
 
 @torch.no_grad()
 def encode_row(image: ImageFeatures, codec: Codec) -> pa.RecordBatch:
-    """The image as one row of `FEATURE_SCHEMA`, with what the codec lost.
+    """Encode the image as a row of `FEATURE_SCHEMA`, including the codec's error.
 
-    Packing and measuring run where the features are; packed bytes are copied once, into the row.
+    Packing and measuring run on the features' device; packed bytes are copied once, into the row.
 
     Raises:
         BadImageError: a value is not finite, or too large for the codec.
@@ -28,13 +28,13 @@ def encode_row(image: ImageFeatures, codec: Codec) -> pa.RecordBatch:
     packed, parts = _pack(image.features, codec)
     attention = torch.cat([part_AP.float().flatten() for part_AP in image.cls_attention])
     read_attention = _split_like(attention, image.cls_attention)
-    # One after the other, so that they take the memory of one.
+    # Lazily, so that only one unpacked sub-image is in memory at a time.
     read_features = map(codec.unpack, parts)
     differences = measure_differences(image.features, read_features, image.cls_attention, read_attention)
     if not differences.is_finite:
         for part_PC in [*image.features, *map(codec.unpack, parts)]:
             check_finite("features", part_PC)
-    # Joined although it is one tensor: the row must not change with the caller's memory.
+    # `cat` copies the class tokens, so that the row does not change with the caller's memory.
     payloads = (packed.cpu(), attention.cpu(), torch.cat([image.cls.float().flatten()]).cpu())
     for name, payload in zip(PAYLOAD_COLUMNS[1:], payloads[1:], strict=True):
         check_finite(name, payload)
@@ -57,13 +57,13 @@ def encode_row(image: ImageFeatures, codec: Codec) -> pa.RecordBatch:
 
 
 def codec_metadata(codec: Codec) -> dict[str, str]:
-    """What rows and data files say of their features: the codec, and the calibration if it has one."""
+    """Return the metadata of rows and data files: the codec, and the calibration's digest if the codec has one."""
     calibration = {"calibration": codec.calibration_digest} if codec.calibration_digest else {}
     return {"codec": codec.name, **calibration}
 
 
 def _pack(features: Sequence[torch.Tensor], codec: Codec) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """All sub-images in one piece of memory, and each one's part of it."""
+    """Pack all sub-images into a single tensor, and return it with a view for each sub-image."""
     sizes = [codec.size_bytes(*feature_PC.shape) for feature_PC in features]
     packed = torch.empty(sum(sizes), dtype=torch.uint8, device=features[0].device)
     parts = _split_like(packed.view(codec.dtype), features)
@@ -78,6 +78,6 @@ def _split_like(flat: torch.Tensor, shapes: Sequence[torch.Tensor]) -> list[torc
 
 
 def _binary(buffer: pa.Buffer) -> pa.Array:
-    """An array of one value, the buffer itself."""
+    """Make an array whose only value is the buffer, without a copy."""
     offsets = pa.py_buffer(np.array([0, buffer.size], np.int32))
     return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, buffer])

@@ -1,4 +1,4 @@
-"""The versions that runs resume on: taking hold, who holds which, and letting go."""
+"""Pins, which keep the versions on which runs resume: creation, listing and removal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ _SUFFIX = ".json"
 
 
 def pin_version(cache_uri: str, version: int, run_digest: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep a version from `gc`; the first pin of a run stays.
+    """Pin a version for a run, so that `gc` keeps it; a run's first pin stays.
 
     Returns:
-        The pin in force: ``payload`` and ``manifest_version`` as first pinned.
+        The run's first pin, with ``payload`` and ``manifest_version``.
 
     Raises:
         CacheError: the version was deleted in the meantime.
@@ -25,20 +25,21 @@ def pin_version(cache_uri: str, version: int, run_digest: str, payload: Mapping[
         storage.create_bytes(uri, storage.json_bytes(pinned))
     except AlreadyExistsError:
         return storage.read_json(uri)
-    # `gc` deletes a manifest and then looks for pins; we pin and then look for the manifest: one of the two sees the other.
+    # `gc` deletes a manifest and then looks for pins. Here the pin comes first and then the look for the manifest, so in a
+    # race at least one of the two notices the other.
     if not storage.exists(manifest_uri(cache_uri, version)):
         storage.delete(uri)
         raise CacheError(
-            f"{cache_uri}: version {version} was deleted just before it was pinned; open the latest and pin that"
+            f"{cache_uri}: version {version} was deleted just before it was pinned; open and pin the latest version"
         )
     return pinned
 
 
 def pins(cache_uri: str) -> list[dict[str, Any]]:
-    """All pins: ``run_digest``, ``manifest_version``, ``pinned_s`` (epoch seconds) and what the run noted besides.
+    """List all pins with ``run_digest``, ``manifest_version``, ``pinned_s`` (epoch seconds) and the run's payload.
 
     Raises:
-        StorageError: a pin is damaged, so nobody can tell which version it holds.
+        StorageError: a pin is damaged, so the version that it keeps is unknown.
     """
     found = []
     for info in storage.list_objects(storage.join(cache_uri, PINS)):
@@ -48,7 +49,7 @@ def pins(cache_uri: str) -> list[dict[str, Any]]:
 
 
 def unpin(cache_uri: str, run_digest: str) -> None:
-    """Let `gc` have the version that only this run held; a run that is started again pins the latest version then.
+    """Remove a run's pin, so that `gc` may delete its version; if the run starts again, it pins the latest version.
 
     Raises:
         CacheError: the run has no pin.

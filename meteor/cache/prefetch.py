@@ -1,11 +1,11 @@
-"""Reading ahead: what comes next is read by threads, in order and within a memory limit, while the caller works."""
+"""Reading ahead: threads read the next values in order and within a memory limit, while the caller works."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-# A limit in bytes alone would let tiny images, or one that is repeated for ever, make an endless queue.
+# With a limit in bytes alone, tiny images or an endlessly repeated image would make an endless queue.
 MAX_IMAGES_AHEAD = 1024
 
 Value = TypeVar("Value")
@@ -19,15 +19,14 @@ def read_ahead(
     num_threads: int,
     max_bytes: int,
 ) -> Generator[Value, None, None]:
-    """``read(key)`` for each key, in the order of the keys, with the coming ones read by threads in the meantime.
+    """Yield ``read(key)`` for each key in order, while threads read the following values.
 
     Args:
-        keys: may repeat, may be endless; pulled in the thread that iterates, no further than is read ahead.
-        read: called in the threads; its error comes out at the key's place and ends the iterator.
-        size_bytes: of a key's value, known before it is read.
-        num_threads: values read at the same time.
-        max_bytes: values that are read or being read and not yet handed out take no more than this together; one value
-            that is larger by itself is read alone.
+        keys: keys, which may repeat and be endless; the iterating thread takes only as many as are read ahead.
+        read: function that the threads call; its error is raised when the key's turn comes, and ends the iterator.
+        size_bytes: function that returns the size of a key's value before it is read.
+        num_threads: values that are read at the same time.
+        max_bytes: most bytes of all values that are waiting or being read; a larger value is read alone.
     """
     with ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch") as pool:
         window = _Window(pool, iter(keys), read, size_bytes, max_bytes)
@@ -35,16 +34,16 @@ def read_ahead(
             window.fill()
             while window.waiting:
                 value = window.take()
-                # Before the value goes out: the threads read on while the caller works with it.
+                # Filled before the value is yielded, so that the threads read on while the caller works with it.
                 window.fill()
                 yield value
         finally:
-            # Also where the caller stops early: leaving the pool waits only for what has begun.
+            # If the caller stops early, leaving the pool waits only for reads that have begun.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Window(Generic[Value]):
-    """The values that are waiting to be handed out, oldest first."""
+    """The values that are read ahead, oldest first."""
 
     def __init__(
         self,
@@ -63,12 +62,12 @@ class _Window(Generic[Value]):
         self._futures: dict[str, Future[Value]] = {}
 
     def fill(self) -> None:
-        """Begin to read as many of the following keys as the limit allows, and one at least."""
+        """Begin to read as many of the following keys as the limits allow, but at least one."""
         while self._following is not None and len(self.waiting) < MAX_IMAGES_AHEAD:
             key, size = self._following, self._size_bytes(self._following)
             if self.waiting and self._num_bytes + size > self._max_bytes:
                 return
-            # A key that is waiting already is read once; it counts again, so that the limit holds in any case.
+            # A key that is waiting already is not read again, but counts again, so that the limit always holds.
             if not self._places[key]:
                 self._futures[key] = self._pool.submit(self._read, key)
             self._places[key] += 1
@@ -77,7 +76,7 @@ class _Window(Generic[Value]):
             self._following = next(self._keys, None)
 
     def take(self) -> Value:
-        """The oldest value, once it is there."""
+        """Wait for the oldest value and remove it from the window."""
         key, size = self.waiting.popleft()
         value = self._futures[key].result()
         self._num_bytes -= size

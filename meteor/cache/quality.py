@@ -1,4 +1,4 @@
-"""What storing costs: how far the features that a reader gets are from those that the encoder gave.
+"""Errors of storage: differences between the encoder's features and the features that a reader gets.
 
 Letters: P patches of a sub-image, N patches of all sub-images, C vision width, A attention layers, S sub-images.
 """
@@ -16,19 +16,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from meteor.cache.codec import ROWS_AT_ONCE
 
-# As many patches of a sub-image as the projector `meteor` keeps unless told otherwise.
+# The projector `meteor` keeps this many patches of a sub-image by default.
 NUM_TOP_PATCHES = 144
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well one image was stored; columns of its row. None: not measured, or beyond what float32 can square.
+    """Errors of an image's stored features; columns of its row. None if not measured, or if squares overflow float32.
 
     Attributes:
-        relative_error: root of the summed squares of all differences over the root of the features' summed squares.
-        min_cosine: the lowest cosine between a patch as it was and as it is read.
-        top_k_agreement: share of the patches that the class token attends to most (the visual expert's
-            `NUM_TOP_PATCHES` of each sub-image and layer) that are still among them.
+        relative_error: norm of all differences divided by the norm of the features.
+        min_cosine: lowest cosine between a patch's features before and after storage.
+        top_k_agreement: share of the patches with the most class-token attention (the visual expert's `NUM_TOP_PATCHES` of
+            each sub-image and layer) that storage leaves among them.
     """
 
     relative_error: float | None
@@ -41,7 +41,14 @@ QUALITY_COLUMNS = tuple(field.name for field in fields(Quality))
 
 @dataclass(frozen=True)
 class Differences:
-    """`Quality` before anybody judged it; what is not finite shows as such."""
+    """Sums from which `Quality` is computed; they keep values that are not finite.
+
+    Attributes:
+        squared_features: sum of the features' squares.
+        squared_errors: sum of the differences' squares.
+        min_cosine: lowest cosine, see `Quality`.
+        top_k_agreement: share of kept patches, see `Quality`.
+    """
 
     squared_features: float
     squared_errors: float
@@ -50,11 +57,11 @@ class Differences:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all features were, as they are and as they are read."""
+        """Whether all features were finite, before and after storage."""
         return math.isfinite(self.squared_features) and math.isfinite(self.squared_errors)
 
     def quality(self) -> Quality:
-        """The values of the row's columns."""
+        """Compute the values of the row's columns."""
         if self.squared_features:
             relative_error = math.sqrt(self.squared_errors / self.squared_features)
         else:
@@ -69,7 +76,9 @@ def measure_differences(
     attention: Sequence[torch.Tensor],
     read_attention: Sequence[torch.Tensor],
 ) -> Differences:
-    """Compare what the encoder gave with what a reader gets, on the tensors' device, waiting for it once.
+    """Compare the encoder's features with those that a reader gets, on the tensors' device.
+
+    All results come to the CPU in one transfer, so that a GPU is waited for once.
 
     Args:
         features, read_features: (P, C) for each sub-image.
@@ -78,7 +87,7 @@ def measure_differences(
     norms = [_norms(feature_PC, read_PC) for feature_PC, read_PC in zip(features, read_features, strict=True)]
     norm_N, read_norm_N, error_N = torch.cat(norms, dim=1)
     squared_N, squared_error_N = norm_N.square(), error_N.square()
-    # Of a triangle with these three sides.
+    # The law of cosines gives the angle from the three norms.
     cosine_N = (squared_N + read_norm_N.square() - squared_error_N) / (2 * norm_N * read_norm_N).clamp_min(1e-30)
     cosine_N = torch.where(error_N == 0, 1.0, cosine_N)
     return Differences(
@@ -94,11 +103,11 @@ def measure_differences(
 
 
 def summarise_errors(key_table: pa.Table) -> dict[str, Any]:
-    """The measured errors of a cache or a build, from the rows of its key index or ledger records.
+    """Summarise the measured errors of a cache or a build from the rows of its key index or ledger records.
 
     Returns:
-        ``num_images`` that were measured, ``mean_relative_error``, ``max_relative_error``, ``min_cosine`` and
-        ``mean_top_k_agreement``; None where nothing was measured.
+        ``num_images``, the number of measured images, with ``mean_relative_error``, ``max_relative_error``,
+        ``min_cosine`` and ``mean_top_k_agreement``, each None if nothing was measured.
     """
     error, cosine, agreement = (key_table[name] for name in QUALITY_COLUMNS)
     return {
@@ -111,7 +120,10 @@ def summarise_errors(key_table: pa.Table) -> dict[str, Any]:
 
 
 def _norms(feature_PC: torch.Tensor, read_PC: torch.Tensor) -> torch.Tensor:
-    """(3, P): norms of the features, of what is read, and of the difference. Three norms cost less than products."""
+    """Return the norms (3, P) of the features, of the read features and of their difference.
+
+    Three norms cost less than the products that a cosine needs.
+    """
     norm = functools.partial(torch.linalg.vector_norm, dim=1, dtype=torch.float32)
     norms = []
     for feature_RC, read_RC in zip(feature_PC.split(ROWS_AT_ONCE), read_PC.split(ROWS_AT_ONCE), strict=True):
@@ -121,13 +133,13 @@ def _norms(feature_PC: torch.Tensor, read_PC: torch.Tensor) -> torch.Tensor:
 
 
 def _top_k_agreement(attention: Sequence[torch.Tensor], read_attention: Sequence[torch.Tensor]) -> torch.Tensor:
-    """0-d, over all sub-images and layers; NaN when no layer was cached."""
+    """Return the agreement over all sub-images and layers as a 0-d tensor; NaN if no layer was cached."""
     chosen, read_chosen = _top_patches(attention), _top_patches(read_attention)
     return (chosen & read_chosen).sum() / chosen.sum()
 
 
 def _top_patches(attention: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(S, longest P, A) bool: the patches with the most attention; all of a sub-image with no more than those."""
+    """Return (S, longest P, A) bool: the patches with the most attention, or all patches of a small sub-image."""
     padded_SPA = pad_sequence([part_AP.T for part_AP in attention], batch_first=True, padding_value=-torch.inf)
     best_SKA = padded_SPA.topk(min(NUM_TOP_PATCHES, padded_SPA.shape[1]), dim=1).indices
     chosen_SPA = torch.zeros_like(padded_SPA, dtype=torch.bool).scatter_(1, best_SKA, True)

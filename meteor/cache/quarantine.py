@@ -1,4 +1,4 @@
-"""Images that could not be encoded: kept with a reason, merged like finished files, gone once they are encoded."""
+"""Images that could not be encoded: a table with reasons, which an image leaves as soon as it is encoded."""
 
 import uuid
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ QUARANTINE_SCHEMA = versioned(
     pa.schema(
         [
             *(pa.field(name, pa.string(), nullable=False) for name in ("image_key", "name", "reason", "message")),
-            # Null in tables of schema version 1.
+            # Both are null in tables of schema version 1.
             pa.field("uri", pa.string()),
             pa.field("size_bytes", pa.int64()),
         ]
@@ -25,21 +25,21 @@ QUARANTINE_SCHEMA = versioned(
     CACHE_SCHEMA_VERSION,
 )
 
-# These speak of where the image lay or of the limits in force, not of the bytes behind its key.
+# These reasons come from the image's location or from limits in the settings, not from the image's bytes.
 _RETRYABLE_REASONS = frozenset({"missing", "changed", "aspect_ratio", "too_many_pixels"})
 
 
 @dataclass(frozen=True)
 class QuarantineRow:
-    """One image.
+    """An image that could not be encoded.
 
     Attributes:
-        image_key: sha256 of its bytes, empty if they could not be read.
-        name: its path as samples name it.
+        image_key: sha256 of the file's bytes; empty if they could not be read.
+        name: path of the image as samples write it.
         reason: short stable code, see `BadImageError`.
-        message: the whole sentence.
-        uri: where it was read, empty if unknown.
-        size_bytes: of the file, 0 if unknown.
+        message: description of the problem.
+        uri: URI from which the file was read; empty if unknown.
+        size_bytes: size of the file; 0 if unknown.
     """
 
     image_key: str
@@ -51,32 +51,32 @@ class QuarantineRow:
 
     @property
     def key(self) -> str:
-        """What identifies the image: its image key, or its name where the bytes could not be read."""
+        """Identifier of the image: its image key, or its name if the bytes could not be read."""
         return self.image_key or self.name
 
 
 def retryable(row: QuarantineRow) -> bool:
-    """Whether a build that wants the image must try again: its reason says nothing about the image's bytes.
+    """Return whether a build must try the image again, because the reason says nothing about the image's bytes.
 
-    An image that is bad by its bytes would fail again; with other bytes it has another image key.
+    An image with bad bytes would fail again; with other bytes it would have another image key.
     """
     return row.reason in _RETRYABLE_REASONS
 
 
 def record_quarantine(cache_uri: str, rows: Iterable[QuarantineRow]) -> None:
-    """Publish bad images for the next commit; nothing happens when there are none."""
+    """Publish bad images for the next commit; do nothing if there are none."""
     if listed := list(rows):
         uri = storage.join(cache_uri, LEDGER, f"quarantine-{uuid.uuid4().hex}.parquet")
         storage.write_bytes(uri, table_bytes(quarantine_table(listed)))
 
 
 def quarantine_table(rows: Iterable[QuarantineRow]) -> pa.Table:
-    """The rows as a table of `QUARANTINE_SCHEMA`."""
+    """Convert rows to a table with `QUARANTINE_SCHEMA`."""
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=QUARANTINE_SCHEMA)
 
 
 def quarantine_rows(table: pa.Table) -> list[QuarantineRow]:
-    """The inverse of `quarantine_table`."""
+    """Convert a table from `quarantine_table` back to rows."""
     return [
         QuarantineRow(**{**fields, "uri": fields["uri"] or "", "size_bytes": fields["size_bytes"] or 0})
         for fields in table.to_pylist()
@@ -84,7 +84,7 @@ def quarantine_rows(table: pa.Table) -> list[QuarantineRow]:
 
 
 def merge_quarantine(held: pa.Table, pending: Sequence[pa.Table], encoded: pa.ChunkedArray) -> pa.Table:
-    """Later rows replace earlier ones of the same image; what has been encoded meanwhile leaves. Sorted by key."""
+    """Merge quarantine rows: an image's last row counts, and encoded images are removed. The result is sorted by key."""
     rows = pa.concat_tables([held, *pending])
     if not rows.num_rows:
         return rows

@@ -1,4 +1,4 @@
-"""One image's features in memory, and as the row of a feature file.
+"""Conversion between an image's features in memory and a row of a feature file.
 
 Letters: P patches of a sub-image, C vision width, A attention layers, S sub-images of the image.
 """
@@ -21,35 +21,35 @@ def _list_of_int32(name: str) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False)
 
 
-# What a row says about its image: the same columns in feature files and in the key index.
+# Columns that describe a row's image; feature files and the key index share them.
 IMAGE_FIELDS = (
     pa.field("image_key", pa.string(), nullable=False),
     pa.field("width", pa.int32(), nullable=False),
     pa.field("height", pa.int32(), nullable=False),
-    # 0, 0 when the image is not sliced.
+    # Both are 0 if the image is not sliced.
     pa.field("grid_columns", pa.int32(), nullable=False),
     pa.field("grid_rows", pa.int32(), nullable=False),
-    # Hu, Wu of the global view, then of each slice.
+    # Rows and columns of the global view, then of each slice.
     _list_of_int32("patch_grids"),
     _list_of_int32("attention_layers"),
-    # Over the bytes of features, cls_attention and cls, in this order.
+    # The checksum covers the bytes of features, cls_attention and cls, in this order.
     pa.field("crc32", pa.uint32(), nullable=False),
-    # What the codec lost (`quality.Quality`); null in files of schema version 1.
+    # Errors of the codec (`quality.Quality`); null in files of schema version 1.
     *(pa.field(name, pa.float32()) for name in QUALITY_COLUMNS),
 )
 _READ_FIELDS = [field.name for field in IMAGE_FIELDS if not field.nullable]
-# Last and in this order, so that one range of a file holds all three.
+# These columns come last and in this order, so that a single byte range of a file contains all three.
 PAYLOAD_COLUMNS = ("features", "cls_attention", "cls")
 FEATURE_SCHEMA = pa.schema([*IMAGE_FIELDS, *(pa.field(name, pa.binary(), nullable=False) for name in PAYLOAD_COLUMNS)])
 
 
 def read_row(rows: pa.Table | pa.RecordBatch, position: int, codec: Codec) -> ImageFeatures:
-    """The image in one row of a table of `FEATURE_SCHEMA`.
+    """Decode the image in a row of a table with `FEATURE_SCHEMA`.
 
     Raises:
         CorruptPayloadError: the row's checksum does not match.
     """
-    # Whoever reads features has no use for what was measured when they were stored.
+    # Readers of features do not need the errors that were measured when they were stored.
     fields = {name: rows[name][position].as_py() for name in _READ_FIELDS}
     features, cls_attention, cls = (bytearray(rows[name][position].as_buffer()) for name in PAYLOAD_COLUMNS)
     if payload_crc32(features, cls_attention, cls) != fields["crc32"]:
@@ -64,10 +64,10 @@ def decode_payload(
     cls: bytearray | memoryview,
     codec: Codec,
 ) -> ImageFeatures:
-    """The image behind a row's fields (those of `IMAGE_FIELDS`) and payloads, whose memory the tensors share.
+    """Decode an image from a row's fields (`IMAGE_FIELDS`) and payloads, whose memory the tensors share.
 
     Raises:
-        CacheError: the payloads have other sizes than the fields and the codec say.
+        CacheError: the sizes of the payloads contradict the fields or the codec.
     """
     layout = payload_layout(fields, (len(features), len(cls_attention), len(cls)), codec)
     return ImageFeatures(
@@ -91,7 +91,15 @@ def decode_payload(
 
 @dataclass(frozen=True)
 class PayloadLayout:
-    """How a row's payloads divide: patches and bytes of each sub-image, and C."""
+    """Division of a row's payloads among sub-images.
+
+    Attributes:
+        patch_grids: (rows, columns) of each sub-image.
+        num_patches: number of patches of each sub-image.
+        vision_width: width C of the features.
+        feature_sizes: bytes of each sub-image's features.
+        attention_sizes: bytes of each sub-image's attention.
+    """
 
     patch_grids: tuple[tuple[int, int], ...]
     num_patches: list[int]
@@ -101,7 +109,7 @@ class PayloadLayout:
 
 
 def payload_layout(fields: Mapping[str, Any], sizes_bytes: tuple[int, int, int], codec: Codec) -> PayloadLayout:
-    """The layout of payloads of these sizes (in the order of `PAYLOAD_COLUMNS`).
+    """Compute the layout of payloads from their sizes in the order of `PAYLOAD_COLUMNS`.
 
     Raises:
         CacheError: the sizes contradict the fields or the codec.
@@ -109,6 +117,7 @@ def payload_layout(fields: Mapping[str, Any], sizes_bytes: tuple[int, int, int],
     sides = fields["patch_grids"]
     patch_grids = tuple(zip(sides[::2], sides[1::2], strict=True))
     num_patches = [rows * columns for rows, columns in patch_grids]
+    # The class tokens, one float32 vector per sub-image, give the width: it is stored nowhere else in the row.
     vision_width = sizes_bytes[2] // 4 // max(len(patch_grids), 1)
     feature_sizes = [codec.size_bytes(count, vision_width) for count in num_patches]
     attention_sizes = [4 * len(fields["attention_layers"]) * count for count in num_patches]
@@ -122,7 +131,7 @@ def payload_layout(fields: Mapping[str, Any], sizes_bytes: tuple[int, int, int],
 
 
 def payload_crc32(*payloads: bytes | bytearray | memoryview) -> int:
-    """The crc32 over the payloads one after the other."""
+    """Compute the crc32 over the concatenated payloads."""
     checksum = 0
     for payload in payloads:
         checksum = zlib.crc32(payload, checksum)

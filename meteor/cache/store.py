@@ -1,4 +1,4 @@
-"""Reading a cache: one image's features by its key, with one range read and one checksum."""
+"""Reading of a cache: an image's features by its key, with a single range read and a single checksum."""
 
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ from meteor.cache.verify import verify_files
 from meteor.errors import CacheError, CorruptPayloadError
 from meteor.features import ImageFeatures
 
-# What a read needs to know; of the other columns of the key index nothing is kept in memory.
+# Columns of the key index that a read needs; the others are not kept in memory.
 _READ_COLUMNS = (
     *("image_key", "width", "height", "grid_columns", "grid_rows", "patch_grids", "attention_layers", "crc32", "file"),
     *("features_offset", "features_size", "cls_attention_offset", "cls_attention_size", "cls_offset", "cls_size"),
@@ -32,10 +32,10 @@ _READ_COLUMNS = (
 
 
 class FeatureCache:
-    """One committed version of a cache; what is committed later does not change it. Safe to share between threads.
+    """A committed version of a cache, which later commits do not change; safe to share between threads.
 
-    Holds the key index alone (about 200 bytes an image). A pickled cache is its URI and version, read again where it is
-    loaded.
+    It holds only the key index in memory, about 200 bytes per image. A pickled cache contains only its URI and version, and
+    the process that loads it reads the index again.
     """
 
     def __init__(self, uri: str, info: CacheInfo, manifest: Manifest, disk_tier: DiskTier | None = None) -> None:
@@ -48,20 +48,20 @@ class FeatureCache:
         start, last, last_size = (
             self._index.column(name).to_numpy() for name in ("features_offset", "cls_offset", "cls_size")
         )
-        # From the first byte of the three payloads to the last; two page headers lie in between.
+        # Each range covers the three payloads and the two page headers between them.
         self._sizes_bytes = last + last_size - start
 
     @classmethod
     def open(cls, uri: str, *, version: int | None = None, disk_tier: DiskTier | None = None) -> "FeatureCache":
-        """The cache at ``<root>/<key>/<codec>``.
+        """Open the cache at ``<root>/<key>/<codec>``.
 
         Args:
-            uri: as `create_cache` returned it.
-            version: a committed version; the latest when None.
-            disk_tier: keeps what is read on this node's disk; of use where the cache is on S3.
+            uri: URI from `create_cache`.
+            version: a committed version; None for the latest.
+            disk_tier: disk tier that keeps payloads on this node's disk; useful for a cache on S3.
 
         Raises:
-            CacheError: there is no cache, or no such version, or nothing has been committed.
+            CacheError: the cache or the version does not exist, or nothing has been committed.
         """
         uri = storage.absolute(uri)
         info = read_cache_info(uri)
@@ -75,7 +75,7 @@ class FeatureCache:
 
     @property
     def identity(self) -> CacheIdentity:
-        """What the features were made with; a model compares it with what it needs (`CacheIdentity.require_match`)."""
+        """Identity of the features; a model compares it with the identity that it needs (`CacheIdentity.require_match`)."""
         return self._info.identity
 
     @property
@@ -85,33 +85,33 @@ class FeatureCache:
 
     @property
     def version(self) -> int:
-        """The manifest's version."""
+        """Number of the version."""
         return self.manifest.version
 
     @property
     def digest(self) -> str:
-        """Fingerprint of what this version serves, its place apart from it: 36 hexadecimal digits for MLflow's datasets."""
+        """Fingerprint of this version's content, wherever it is: 36 hexadecimal digits, as MLflow's datasets allow."""
         content = (self.manifest.keys, self._codec.name, self._codec.calibration_digest)
         return hashlib.sha256("\n".join(content).encode()).hexdigest()[:36]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all images' payloads, shadowed rows not counted."""
+        """Bytes of all images' payloads, without shadowed rows."""
         return self.manifest.payload_bytes
 
     @property
     def num_sub_images(self) -> int:
-        """Sub-images of all images."""
+        """Number of sub-images of all images."""
         return len(self._index.column("patch_grids").flatten()) // 2
 
     def keys(self) -> list[str]:
-        """The image keys, sorted."""
+        """Return the image keys, sorted."""
         return self._index.column("image_key").to_pylist()
 
     def missing(self, image_keys: pa.StringArray) -> pa.StringArray:
-        """The keys that are not in this version, each once."""
-        asked = pc.unique(image_keys)
-        return asked.filter(pc.invert(pc.is_in(asked, value_set=self._index.column("image_key"))))
+        """Return the keys that are not in this version, each once."""
+        wanted = pc.unique(image_keys)
+        return wanted.filter(pc.invert(pc.is_in(wanted, value_set=self._index.column("image_key"))))
 
     def __len__(self) -> int:
         return self.manifest.num_images
@@ -120,20 +120,20 @@ class FeatureCache:
         return self._index.find_sorted("image_key", image_key) is not None
 
     def keys_with_attention(self, layers: Sequence[int]) -> list[str]:
-        """The keys whose cached attention covers ``layers``, sorted: those that need not be encoded for them."""
+        """Return the sorted keys of images whose cached attention covers ``layers``, which need not be encoded again."""
         held = self._index.column("attention_layers").to_pylist()
         return [key for key, cached in zip(self.keys(), held, strict=True) if set(layers) <= set(cached)]
 
     def get(self, image_key: str, *, attention_layers: Sequence[int] | None = None) -> ImageFeatures:
-        """One image's features, read in one range and checked; the feature tensors share the memory that was read.
+        """Read and check an image's features in a single range; the feature tensors share the memory that was read.
 
         Args:
             image_key: sha256 of the image file's bytes.
-            attention_layers: the layers wanted, in this order; all that are cached when None.
+            attention_layers: layers whose attention is returned, in this order; None for all cached layers.
 
         Raises:
             CacheError: the image or a layer is not in this version.
-            CorruptPayloadError: the bytes changed since they were written.
+            CorruptPayloadError: the bytes have changed since they were written.
         """
         position = self._position(image_key)
         row = self._index.row(position)
@@ -141,7 +141,8 @@ class FeatureCache:
         if not self._read_from_tier(row, buffer):
             self._read_from_origin(row, buffer)
         features, cls_attention, cls = _payloads(row, buffer)
-        # Copies: behind features of any size these two are not aligned for float32, and they are small.
+        # Attention and class tokens are copied, because behind features of any size they are not aligned for float32. Both
+        # are small.
         image = decode_payload(row, features, bytearray(cls_attention), bytearray(cls), self._codec)
         return image if attention_layers is None else image.with_attention(attention_layers)
 
@@ -153,19 +154,20 @@ class FeatureCache:
         max_bytes: int = 512 << 20,
         attention_layers: Sequence[int] | None = None,
     ) -> Generator[ImageFeatures, None, None]:
-        """The features of the images in the order of ``keys``, with the coming ones read by threads in the meantime.
+        """Yield the features of images in the order of ``keys``, while threads read the following images.
 
-        A key that stands twice among those being read ahead is read once: both places give the same tensors. Closing the
-        iterator, or letting go of it, ends the threads.
+        If a key comes twice among the images that are read ahead, it is read once and yields the same tensors twice. The
+        threads end when the iterator is closed or deleted.
 
         Args:
-            keys: image keys; may repeat, may be endless, are pulled no further than is read ahead.
-            num_threads: images read at the same time.
-            max_bytes: what the images that are read ahead take together; a larger one is read alone.
-            attention_layers: as in `get`.
+            keys: image keys, which may repeat and be endless; only as many are taken as are read ahead.
+            num_threads: images that are read at the same time.
+            max_bytes: most bytes of the images that are read ahead; a larger image is read alone.
+            attention_layers: layers whose attention is returned, see `get`.
 
         Raises:
-            CacheError, CorruptPayloadError: as `get`, when it is this image's turn.
+            CacheError: an image or a layer is not in this version; raised when the image's turn comes.
+            CorruptPayloadError: the bytes have changed since they were written; raised when the image's turn comes.
         """
         return read_ahead(
             keys,
@@ -176,33 +178,33 @@ class FeatureCache:
         )
 
     def quarantine(self) -> list[QuarantineRow]:
-        """The images that could not be encoded."""
+        """Read the rows of the images that could not be encoded."""
         return quarantine_rows(read_quarantine(self.uri, self.manifest))
 
     def quarantined(self) -> dict[str, str]:
-        """Reason by image key, or by name where an image's bytes could not be read."""
+        """Map the image keys of quarantined images, or their names if the bytes could not be read, to reasons."""
         return {row.key: row.reason for row in self.quarantine()}
 
     def codec_error(self) -> dict[str, Any]:
-        """What storing has changed, over all images (`summarise_errors`)."""
+        """Summarise the errors of storage over all images (`summarise_errors`)."""
         return summarise_errors(read_keys(self.uri, self.manifest))
 
     def verify(self, *, on_progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Read everything, page checksums included, and compare it with the key index.
+        """Read all data files, check page checksums, and compare the rows with the key index.
 
         Args:
-            on_progress: gets the number of files read and of all files.
+            on_progress: called with the number of files read and of all files.
 
         Returns:
-            One line for each problem; empty when all is well.
+            A line for each problem; empty if there are none.
         """
         return verify_files(self.uri, read_keys(self.uri, self.manifest), self._codec, on_progress=on_progress)
 
     def pin(self, run_digest: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Note that a run reads this version, at its first start; afterwards the first pin stays.
+        """Pin this version for a run at its first start; later calls leave the first pin unchanged.
 
         Returns:
-            The pin in force: ``payload`` and ``manifest_version`` as first pinned.
+            The run's first pin, with ``payload`` and ``manifest_version``.
 
         Raises:
             CacheError: this version was deleted in the meantime.
@@ -210,7 +212,7 @@ class FeatureCache:
         return pin_version(self.uri, self.version, run_digest, payload)
 
     def _read_from_tier(self, row: Mapping[str, Any], buffer: memoryview) -> bool:
-        """Whether the disk tier had the payload, whole and unchanged."""
+        """Fill the buffer from the disk tier; return False if the payload is absent or damaged there."""
         if self._disk_tier is None:
             return False
         name = _file_id(row), row["features_offset"]
@@ -218,6 +220,7 @@ class FeatureCache:
             return False
         if _is_intact(row, buffer):
             return True
+        # A disk can damage files too; the origin then gives the payload again.
         self._disk_tier.drop(*name)
         return False
 
@@ -233,7 +236,7 @@ class FeatureCache:
             self._disk_tier.write(_file_id(row), start, buffer)
 
     def _size_of(self, image_key: str) -> int:
-        """Bytes that `get` reads; 0 for an image that is not there, which `get` complains about."""
+        """Return the bytes that `get` reads; 0 for an absent image, for which `get` raises the error."""
         position = self._index.find_sorted("image_key", image_key)
         return 0 if position is None else int(self._sizes_bytes[position])
 
@@ -249,7 +252,7 @@ class FeatureCache:
 
 
 def _payloads(row: Mapping[str, Any], buffer: memoryview) -> list[memoryview]:
-    """Features, class-token attention and class tokens inside the range that holds all three."""
+    """Divide the range into features, class-token attention and class tokens."""
     starts = [row[f"{name}_offset"] - row["features_offset"] for name in PAYLOAD_COLUMNS]
     return [buffer[start:][: row[f"{name}_size"]] for name, start in zip(PAYLOAD_COLUMNS, starts, strict=True)]
 
@@ -259,7 +262,7 @@ def _is_intact(row: Mapping[str, Any], buffer: memoryview) -> bool:
 
 
 def _file_id(row: Mapping[str, Any]) -> str:
-    """The unique part of the data file's name."""
+    """Return the unique part of the data file's name."""
     return row["file"].removeprefix(f"{DATA}/").removesuffix(".parquet")
 
 

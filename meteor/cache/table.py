@@ -1,4 +1,4 @@
-"""Small Arrow tables as files, rows found by a value, and numbered versions that exactly one writer publishes."""
+"""Arrow tables as files, search for rows by a value, and numbered versions, each published by exactly one writer."""
 
 import bisect
 import io
@@ -23,12 +23,12 @@ _THREADED_READ_BYTES = 1 << 20
 
 
 def versioned(schema: pa.Schema, schema_version: int) -> pa.Schema:
-    """The schema with its version, so that an older reader can refuse the file."""
+    """Add a version to the schema, so that an older reader can refuse the file."""
     return schema.with_metadata({**(schema.metadata or {}), _SCHEMA_VERSION: str(schema_version).encode()})
 
 
 def check_schema_version(uri: str, found: int, supported: int) -> None:
-    """Refuse files of a newer release; older ones are read. Raises CacheError."""
+    """Refuse files of a newer release. Raises CacheError."""
     if found > supported:
         raise CacheError(
             f"{uri} has schema version {found}, this release reads up to {supported}; install a newer llava-meteor"
@@ -36,28 +36,28 @@ def check_schema_version(uri: str, found: int, supported: int) -> None:
 
 
 def table_bytes(table: pa.Table) -> bytes:
-    """The table as a compressed Parquet file."""
+    """Encode the table as a compressed Parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
 def read_table(uri: str, schema: pa.Schema, *, advice: str) -> pa.Table:
-    """The columns of a `versioned` schema from a file that `table_bytes` made.
+    """Read the columns of a `versioned` schema from a file that `table_bytes` made.
 
     Args:
-        uri: the file.
-        schema: what it must hold.
-        advice: what to do about a damaged one.
+        uri: URI of the file.
+        schema: schema of the table.
+        advice: remedy for a damaged file, which ends the error message.
 
     Raises:
         CorruptPayloadError: the file is damaged.
-        CacheError: a newer release wrote it, or it is another table.
+        CacheError: a newer release wrote the file, or it holds another table.
     """
     data = storage.read_bytes(uri)
     try:
-        # Half the time of pq.read_table, which counts with thousands of ledger records; for those threads cost more than
-        # they give.
+        # This takes half the time of `pq.read_table`, which matters for thousands of ledger records. For small files,
+        # starting threads costs more time than they save.
         parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         table = parquet.read(use_threads=len(data) > _THREADED_READ_BYTES)
     except (pa.ArrowException, OSError) as error:
@@ -68,10 +68,10 @@ def read_table(uri: str, schema: pa.Schema, *, advice: str) -> pa.Table:
 
 
 def fit_schema(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
-    """The columns of the schema; those that an older release did not write are null.
+    """Select the columns of the schema; nullable columns that an older release did not write are null.
 
     Raises:
-        CacheError: a column is missing that may not be null.
+        CacheError: a column that may not be null is missing.
     """
     for field in schema:
         if field.name not in table.column_names and field.nullable:
@@ -83,7 +83,12 @@ def fit_schema(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
 
 
 def sorted_groups(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The positions that sort the values, equal ones in their order; and where in them each distinct value starts."""
+    """Group equal values.
+
+    Returns:
+        The positions that sort the values, with equal values in their order; and the start of each distinct value's group
+        in these positions.
+    """
     values = values.combine_chunks()
     order = pc.sort_indices(values)
     ordered = values.take(order)
@@ -92,53 +97,53 @@ def sorted_groups(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RowReader:
-    """Single rows of a table in memory, much faster than slicing it; repeated strings are held once."""
+    """Fast access to single rows of a table in memory; each distinct string of the column ``repeated`` is stored once."""
 
     def __init__(self, table: pa.Table, *, repeated: str) -> None:
         self._columns = {name: table[name].combine_chunks() for name in table.column_names}
         self._columns[repeated] = self._columns[repeated].dictionary_encode()
 
     def column(self, name: str) -> pa.Array:
-        """One column."""
+        """Return a column."""
         return self._columns[name]
 
     def row(self, position: int) -> dict[str, Any]:
-        """One row's values by column."""
+        """Return the values of a row by column name."""
         return {name: values[position].as_py() for name, values in self._columns.items()}
 
     def find_sorted(self, name: str, value: str) -> int | None:
-        """The row with ``value`` in a column that is sorted and without repetition, by binary search."""
+        """Find the row with ``value`` in a sorted column without repeats by binary search; return None if there is none."""
         values = self._columns[name]
         position = bisect.bisect_left(range(len(values)), value, key=lambda i: values[i].as_py())
         return position if position < len(values) and values[position].as_py() == value else None
 
 
 def version_name(version: int) -> str:
-    """``v00000012`` for 12."""
+    """Return the name of a version, for example ``v00000012`` for 12."""
     return f"v{version:08d}"
 
 
 def latest_version(folder_uri: str, suffix: str) -> int:
-    """The highest version published in the folder as ``v00000001<suffix>`` and so on; 0 when there is none."""
+    """Return the highest version in the folder with names like ``v00000001<suffix>``; 0 if there is none."""
     pattern = re.compile(rf"/v(\d{{8,}}){re.escape(suffix)}$")
     found = (pattern.search(info.uri) for info in storage.list_objects(folder_uri))
     return max((int(match[1]) for match in found if match), default=0)
 
 
 def publish_next(folder_uri: str, suffix: str, content_after: Callable[[int], bytes | None]) -> int:
-    """Publish the version after the latest; whoever loses a race looks again and builds on the winner's.
+    """Publish the version after the latest; a writer that loses a race tries again after the winner's version.
 
     Args:
-        folder_uri: the folder of versions.
+        folder_uri: folder of the versions.
         suffix: file name extension with its dot.
-        content_after: the next version's bytes, given the latest version (0: none); None when nothing would change. It
-            may raise AlreadyExistsError where it sees that it would lose.
+        content_after: function from the latest version (0 for none) to the next version's bytes, or None if nothing would
+            change. It may raise AlreadyExistsError when it finds that another writer has won.
 
     Returns:
-        The version that holds the content: the new one, or the latest when nothing changed.
+        The version with the content: the new version, or the latest if nothing changed.
 
     Raises:
-        CacheError: other writers won every time.
+        CacheError: other writers won in every attempt.
     """
     for _ in range(_MAX_PUBLISH_ATTEMPTS):
         latest = latest_version(folder_uri, suffix)
@@ -148,7 +153,10 @@ def publish_next(folder_uri: str, suffix: str, content_after: Callable[[int], by
                 return latest
             storage.create_bytes(storage.join(folder_uri, f"{version_name(latest + 1)}{suffix}"), content)
         except AlreadyExistsError:
+            # A random pause separates writers that would otherwise meet again.
             time.sleep(random.uniform(0, _MAX_PAUSE_S))
         else:
             return latest + 1
-    raise CacheError(f"{folder_uri}: {_MAX_PUBLISH_ATTEMPTS} attempts to publish lost against others; try again later")
+    raise CacheError(
+        f"{folder_uri}: {_MAX_PUBLISH_ATTEMPTS} attempts to publish lost against other writers; try again later"
+    )

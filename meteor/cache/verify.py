@@ -1,4 +1,4 @@
-"""Checks of everything a version of a cache names: page checksums, row checksums, and the key index against both."""
+"""Checks of a cache's version: page checksums, row checksums, and the agreement of the key index with the data files."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +24,13 @@ _MAX_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as the key index says.
+    """A contradiction between a data file and the key index.
 
     Attributes:
-        file: below the cache's URI.
-        image_key: the image that cannot be trusted; None: none of the file's images can.
-        message: what is wrong.
-        proven: False where the store refused to give the file, which may be as it was.
+        file: name of the data file below the cache's URI.
+        image_key: key of the damaged image; None if all images of the file are affected.
+        message: description of the problem.
+        proven: False if the store did not deliver the file, which may still be intact.
     """
 
     file: str
@@ -45,7 +45,7 @@ class Problem:
 def verify_files(
     cache_uri: str, index: pa.Table, codec: Codec, *, on_progress: Callable[[int, int], None] | None = None
 ) -> list[str]:
-    """One line for each of `find_problems`."""
+    """Return the problems that `find_problems` finds as lines."""
     return [str(problem) for problem in find_problems(cache_uri, index, codec, on_progress=on_progress)]
 
 
@@ -57,20 +57,21 @@ def find_problems(
     on_progress: Callable[[int, int], None] | None = None,
     max_bytes: int = _MAX_BYTES,
 ) -> list[Problem]:
-    """The problems of the rows that the key index names, by file. Rows that it does not name are not looked at.
+    """Find the problems of all rows in the key index, ordered by file; other rows of the files are not checked.
 
-    Whole files are read, as many at once as fit into the memory given.
+    Whole files are read, as many at once as fit into ``max_bytes``.
 
     Args:
-        cache_uri: the cache.
-        index: its key index, or some rows of it.
-        codec: the cache's.
-        on_progress: called with the number of files done and of all files.
-        max_bytes: memory for files; one that is larger is read alone.
+        cache_uri: URI of the cache.
+        index: the cache's key index, or some of its rows.
+        codec: the cache's codec.
+        on_progress: called with the number of finished files and of all files.
+        max_bytes: memory for files; a larger file is read alone.
     """
     order, starts = sorted_groups(index["file"])
     positions = np.split(order, starts[1:]) if len(order) else []
     metadata = file_metadata(read_cache_info(cache_uri), codec)
+    # The largest file decides, because the threads may all read files of its size at once.
     sizes = [info.size_bytes for info in storage.list_objects(storage.join(cache_uri, DATA))]
     num_threads = max(1, min(_NUM_THREADS, max_bytes // max(sizes, default=1)))
 
@@ -95,21 +96,23 @@ def _problems_of_file(
         data = storage.read_bytes(storage.join(cache_uri, file))
         parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
     except (StorageError, pa.ArrowException, OSError) as error:
-        # A store that is down for an hour has lost nothing yet.
+        # A store that does not answer has not lost the file, so a repair must not drop its images.
         proven = isinstance(error, NotFoundError) or not isinstance(error, StorageError)
         yield Problem(file, None, f"cannot be read ({error}); {len(entries)} images are lost", proven)
         return
     found = {name.decode(): value.decode() for name, value in (parquet.schema_arrow.metadata or {}).items()}
     for name, value in metadata.items():
         if found.get(name) != value:
-            yield Problem(file, None, f"was written for another cache: {name} {found.get(name)}, this one has {value}")
+            yield Problem(
+                file, None, f"was written for another cache: {name} {found.get(name)}, this cache has {value}"
+            )
     for entry in entries:
         for message in _problems_of_image(parquet, memoryview(data), entry, codec):
             yield Problem(file, entry["image_key"], message)
 
 
 def _problems_of_image(parquet: pq.ParquetFile, data: memoryview, entry: dict[str, Any], codec: Codec) -> Iterator[str]:
-    """The bytes that `get` reads, then the row as any other reader of Parquet would find it."""
+    """Check the bytes that `get` reads, then the row in the form in which other Parquet readers see it."""
     ranges = [(entry[f"{column}_offset"], entry[f"{column}_size"]) for column in PAYLOAD_COLUMNS]
     if payload_crc32(*(data[start : start + size] for start, size in ranges)) != entry["crc32"]:
         yield f"the bytes in the ranges {ranges} do not match the checksum in the key index"

@@ -1,4 +1,4 @@
-"""Feature files: many images in one immutable Parquet file, each payload a known byte range of it."""
+"""Writer of feature files: immutable Parquet files of many images, in which each payload is a known byte range."""
 
 import uuid
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ _IMAGE_COLUMNS = [field.name for field in IMAGE_FIELDS]
 _RANGE_FIELDS = [
     pa.field(f"{name}_{part}", pa.int64(), nullable=False) for name in PAYLOAD_COLUMNS for part in ("offset", "size")
 ]
-# Where each image's payloads are: the columns of ledger records and of the key index.
+# Columns of ledger records and of the key index, with the places of each image's payloads.
 KEY_SCHEMA = versioned(
     pa.schema(
         [
@@ -40,9 +40,9 @@ class FileRecord:
     """A finished data file.
 
     Attributes:
-        file: its name below the cache's URI.
-        size_bytes: its size.
-        rows: where each image is, by `KEY_SCHEMA`.
+        file: name of the file below the cache's URI.
+        size_bytes: size of the file.
+        rows: places of the images, a table with `KEY_SCHEMA`.
     """
 
     file: str
@@ -51,34 +51,34 @@ class FileRecord:
 
     @property
     def num_images(self) -> int:
-        """Images in the file."""
+        """Number of images in the file."""
         return self.rows.num_rows
 
 
 def write_feature_file(
     cache_uri: str, rows: Iterable[pa.RecordBatch | pa.Table], codec: Codec | None = None
 ) -> FileRecord:
-    """Write one data file and then its ledger record, which makes the next commit adopt it.
+    """Write a data file and then its ledger record, through which the next commit includes it.
 
     Args:
-        cache_uri: a cache that `create_cache` made.
-        rows: rows of `FEATURE_SCHEMA`, as `encode_row` makes them, in pieces of any size. The file is built in memory.
-        codec: the one that the rows were encoded with; the one in force when None.
+        cache_uri: URI from `create_cache`.
+        rows: rows from `encode_row`, in tables of any size. The file is built in memory.
+        codec: codec of the rows; by default the cache's codec with its calibration.
 
     Raises:
-        CacheError: no rows, or rows of another codec or calibration than the cache's.
+        CacheError: there are no rows, or their codec or calibration is not the cache's.
     """
     info = read_cache_info(cache_uri)
     codec = codec or codec_of(cache_uri, info)
     if codec.name != info.codec:
-        raise CacheError(f"rows of codec {codec.name} do not belong into {cache_uri}, whose codec is {info.codec}")
+        raise CacheError(f"rows of codec {codec.name} do not belong in {cache_uri}, whose codec is {info.codec}")
     file_id = uuid.uuid4().hex
     file = f"{DATA}/{file_id}.parquet"
     data, sizes = _parquet_bytes(rows, file_metadata(info, codec))
     record = FileRecord(file, len(data), _locate(file, data, sizes, codec))
     uri = storage.join(cache_uri, file)
     storage.write_bytes(uri, data)
-    # The content was checked in memory, so the size tells whether all of it arrived.
+    # The content was checked in memory, so its size in the store shows whether it arrived completely.
     if (stored := storage.stat(uri).size_bytes) != len(data):
         raise StorageError(f"{uri} has {stored} bytes after {len(data)} were written; the store lost some, write again")
     storage.write_bytes(storage.join(cache_uri, LEDGER, f"features-{file_id}.parquet"), table_bytes(record.rows))
@@ -86,18 +86,19 @@ def write_feature_file(
 
 
 def file_metadata(info: CacheInfo, codec: Codec) -> dict[str, str]:
-    """What a data file says of itself: the cache key, the codec and its calibration."""
+    """Return the metadata of a data file: the cache key, the codec and the calibration's digest."""
     return {"cache_key": info.identity.key, **codec_metadata(codec)}
 
 
 def _parquet_bytes(
     rows: Iterable[pa.RecordBatch | pa.Table], metadata: dict[str, str]
 ) -> tuple[memoryview, list[tuple[int, int, int]]]:
-    """The file, and each row's payload sizes in the order of `PAYLOAD_COLUMNS`."""
-    # Twice as fast as a file of Python's io.
+    """Build the file, and return it with each row's payload sizes in the order of `PAYLOAD_COLUMNS`."""
+    # Arrow's own stream is twice as fast as a file object of Python's io.
     sink, sizes = pa.BufferOutputStream(), []
     schema = versioned(FEATURE_SCHEMA.with_metadata(metadata), CACHE_SCHEMA_VERSION)
-    # One value is one plain, uncompressed page without levels: the payload is the end of its column chunk.
+    # With these options, a value is one plain, uncompressed page without levels, and ends where its column chunk ends.
+    # `_locate` computes byte ranges from this.
     with pq.ParquetWriter(
         sink,
         schema,
@@ -121,17 +122,17 @@ def _single_rows(pieces: Iterable[pa.RecordBatch | pa.Table], metadata: dict[str
         for name, value in metadata.items():
             if (found := given.get(name.encode(), value.encode()).decode()) != value:
                 raise CacheError(
-                    f"rows of {name} {found} do not belong into a file of {name} {value}: encode them with "
+                    f"rows of {name} {found} do not belong in a file of {name} {value}: encode them with "
                     "meteor.cache.open_codec(cache_uri)"
                 )
-        # Ray's blocks may come with other nullability or larger offsets.
+        # Ray may change the nullability of columns, or widen the offsets of strings and bytes.
         table = fit_schema(table, FEATURE_SCHEMA, "a table of feature rows")
         for position in range(table.num_rows):
             yield table.slice(position, 1)
 
 
 def _locate(file: str, data: memoryview, sizes: list[tuple[int, int, int]], codec: Codec) -> pa.Table:
-    """The byte range of every payload in the file, proved by its checksum."""
+    """Compute the byte range of every payload in the file, and prove it by the row's checksum."""
     if not sizes:
         raise CacheError("a feature file needs at least one row")
     parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))

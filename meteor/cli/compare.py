@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from meteor import storage
 from meteor.cli.options import add_json
 from meteor.errors import NotFoundError, SettingsError
-from meteor.report import VariantResult
+from meteor.report import RunResult
 from meteor.report.paired import paired_difference, question_scores
 
 _DESCRIPTION = """Compare two evaluations on the questions that both answered. Differences are paired by question, so that the
@@ -93,7 +93,7 @@ def compare(a: str, b: str) -> list[Comparison]:
         SettingsError: the evaluations have no scored question in common.
     """
     rows_a, rows_b = _read(a), _read(b)
-    result_a, result_b = (VariantResult(name, {}, predictions=rows) for name, rows in (("a", rows_a), ("b", rows_b)))
+    result_a, result_b = (RunResult(name, {}, predictions=rows) for name, rows in (("a", rows_a), ("b", rows_b)))
     found = []
     for name in dict.fromkeys(row["set"] for row in rows_a):
         difference = paired_difference([result_b], [result_a], name)

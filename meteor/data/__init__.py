@@ -1,1 +1,1 @@
-"""Samples, their images' places, the order of training, and batches."""
+"""Samples, the URIs of their images, the order of training, and batches."""

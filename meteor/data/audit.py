@@ -1,4 +1,4 @@
-"""Audit of a cache: encode a sample of its images again and compare with what is stored."""
+"""Audit of a cache: encode a sample of its images again and compare the result with the stored features."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -17,16 +17,16 @@ _NUM_SHOWN = 5
 
 @dataclass(frozen=True)
 class ImageAudit:
-    """One image, stored against encoded again. All sub-images together.
+    """Differences between the stored and the fresh features of an image, over all its sub-images.
 
     Attributes:
-        image_key: of the image.
+        image_key: the image's key.
         max_error: largest absolute difference of a feature value.
-        relative_error: root of the squared differences' sum over the root of the squared values' sum.
+        relative_error: norm of the differences divided by the norm of the fresh values.
         min_cosine: smallest cosine between the stored and the fresh features of a patch.
-        rank_agreement: Spearman's correlation of the class-token attention over the patches, the smallest of all
-            sub-images and layers: 1 where both rank the patches alike.
-        problem: why the image could not be compared, "" if it could.
+        rank_agreement: Spearman's correlation between the stored and the fresh class-token attention over the patches,
+            the smallest of all sub-images and layers; 1 when both rank the patches alike.
+        problem: reason why the image could not be compared, or "".
     """
 
     image_key: str
@@ -39,7 +39,12 @@ class ImageAudit:
 
 @dataclass(frozen=True)
 class CacheAudit:
-    """All images of the sample, and the largest relative error that passes."""
+    """Result of an audit.
+
+    Attributes:
+        images: comparisons of all images in the sample.
+        tolerance: largest relative error that passes.
+    """
 
     images: tuple[ImageAudit, ...]
     tolerance: float
@@ -47,16 +52,17 @@ class CacheAudit:
     @property
     def failed(self) -> list[ImageAudit]:
         """Images that could not be compared or differ too much."""
-        return [one for one in self.images if one.problem or not one.relative_error <= self.tolerance]
+        # Negated, so that a relative error of nan fails too.
+        return [image for image in self.images if image.problem or not image.relative_error <= self.tolerance]
 
     def to_dict(self) -> dict[str, Any]:
-        """The audit as JSON values."""
-        compared = [one for one in self.images if not one.problem]
+        """Return the audit as JSON values."""
+        compared = [image for image in self.images if not image.problem]
         worst = {
-            "max_error": max((one.max_error for one in compared), default=None),
-            "relative_error": max((one.relative_error for one in compared), default=None),
-            "min_cosine": min((one.min_cosine for one in compared), default=None),
-            "rank_agreement": min((one.rank_agreement for one in compared), default=None),
+            "max_error": max((image.max_error for image in compared), default=None),
+            "relative_error": max((image.relative_error for image in compared), default=None),
+            "min_cosine": min((image.min_cosine for image in compared), default=None),
+            "rank_agreement": min((image.rank_agreement for image in compared), default=None),
         }
         return {
             "num_images": len(self.images),
@@ -64,18 +70,18 @@ class CacheAudit:
             "num_failed": len(self.failed),
             "tolerance": self.tolerance,
             "worst": worst,
-            "images": [asdict(one) for one in self.images],
+            "images": [asdict(image) for image in self.images],
         }
 
     def to_text(self) -> str:
-        """The audit as lines: the worst of each measure, then the images that failed."""
+        """Return the audit as lines: the worst value of each measure, then the images that failed."""
         content = self.to_dict()
         verdict = f"{content['num_failed']} of {len(self.images)} images FAILED" if self.failed else "passed"
         lines = [f"audit of {len(self.images)} images: {verdict} (largest relative error allowed {self.tolerance:g})"]
         for name, value in content["worst"].items():
             lines.append(f"  worst {name.replace('_', ' '):<15} {'-' if value is None else format(value, '.3g')}")
-        for one in self.failed[:_NUM_SHOWN]:
-            lines.append(f"  {one.image_key}: {one.problem or f'relative error {one.relative_error:.3g}'}")
+        for image in self.failed[:_NUM_SHOWN]:
+            lines.append(f"  {image.image_key}: {image.problem or f'relative error {image.relative_error:.3g}'}")
         if len(self.failed) > _NUM_SHOWN:
             lines.append(f"  ... and {len(self.failed) - _NUM_SHOWN} more")
         return "\n".join(lines)
@@ -91,16 +97,16 @@ def audit_cache(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CacheAudit:
-    """Encode a seeded sample of the cache's images again and compare.
+    """Encode a seeded sample of the cache's images again and compare the features.
 
     Args:
-        cache: the version to look at.
-        live: encodes with the cache's own encoder and slicing; who calls has compared the identities.
-        uris: image key -> file, for the images whose files are known.
-        num_images: how many; all where there are fewer.
-        tolerance: largest relative error of an image that passes.
-        seed: of the choice.
-        on_progress: gets (done, total).
+        cache: the version to audit.
+        live: source that encodes with the cache's own encoder and slicing; the caller has compared the identities.
+        uris: image key -> URI, for the images whose files are known.
+        num_images: size of the sample; all images when there are fewer.
+        tolerance: largest relative error with which an image passes.
+        seed: number that fixes the choice of images.
+        on_progress: called with (images done, images in the sample).
 
     Raises:
         CacheError: no file of any cached image is known.
@@ -108,6 +114,7 @@ def audit_cache(
     known = [key for key in cache.keys() if key in uris]  # noqa: SIM118  (a cache is no mapping)
     if not known:
         raise CacheError(f"the dataset index names none of the {len(cache)} images of {cache.uri}: give their run file")
+    # In the order of keys, which is the order of a cache's index.
     chosen = sorted(random.Random(seed).sample(known, min(num_images, len(known))))
     images = []
     for key in chosen:
@@ -129,7 +136,8 @@ def _audit_image(cache: FeatureCache, live: LiveFeatures, key: str) -> ImageAudi
 
 
 def compare_features(stored: ImageFeatures, fresh: ImageFeatures) -> ImageAudit:
-    """Two encodings of one image, of the same patch grids and attention layers."""
+    """Compare two encodings of an image that have equal patch grids and attention layers."""
+    # In float64, so that the comparison adds no rounding error to the differences that it measures.
     stored_PC, fresh_PC = (torch.cat([part.double() for part in image.features]) for image in (stored, fresh))
     difference_PC = stored_PC - fresh_PC
     agreements = [
@@ -146,14 +154,15 @@ def compare_features(stored: ImageFeatures, fresh: ImageFeatures) -> ImageAudit:
     )
 
 
-def rank_correlation(one_P: torch.Tensor, other_P: torch.Tensor) -> float:
-    """Spearman's correlation: 1 for the same order, -1 for the opposite one; 1 where there is one patch.
+def rank_correlation(stored_P: torch.Tensor, fresh_P: torch.Tensor) -> float:
+    """Return Spearman's correlation: 1 for the same order, -1 for the opposite order, and 1 for a single patch.
 
     Equal values are ranked in the order of the patches.
     """
-    if len(one_P) < 2:
+    if len(stored_P) < 2:
         return 1.0
-    ranks = [values.double().argsort(stable=True).argsort().double() for values in (one_P, other_P)]
+    # The second argsort turns an order into ranks.
+    ranks = [values.double().argsort(stable=True).argsort().double() for values in (stored_P, fresh_P)]
     squares = (ranks[0] - ranks[1]).square().sum()
-    count = len(one_P)
+    count = len(stored_P)
     return float(1 - 6 * squares / (count * (count**2 - 1)))

@@ -1,4 +1,4 @@
-"""Work on hundreds of thousands of samples: by threads in order, and without the collector that looks for cycles."""
+"""Helpers for hundreds of thousands of samples: threads that keep the order, and a pause of Python's cycle collector."""
 
 import gc
 import os
@@ -11,13 +11,14 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# More threads would wait for the interpreter's lock.
+# More threads would only wait for the interpreter's lock.
 _MAX_THREADS = 4
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Apply a function by threads; results come in the order of the items, of which few are held at a time."""
+    """Apply a function in threads; results come in the order of the items, and only a few items are held at a time."""
     num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    # `ThreadPoolExecutor.map` would read all items at once.
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(num_threads, "samples") as pool:
         for item in items:
@@ -30,7 +31,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 
 @contextmanager
 def without_cycle_collector() -> Iterator[None]:
-    """Pause Python's collector of cycles: samples form none, and looking for them doubles the time that they take to make."""
+    """Pause Python's cycle collector: samples form no cycles, and the search for them doubles the time to make samples."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

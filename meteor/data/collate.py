@@ -1,4 +1,4 @@
-"""From tokenised samples and cached features to one batch of rows: a sample a row, or several packed into each.
+"""Batches from tokenised samples and cached features, with one sample per row or several packed into each row.
 
 Letters: B rows, L sequence, S sub-images of all samples, P patches (largest), C vision width.
 """
@@ -19,12 +19,18 @@ VisualTokenBudget = Callable[[PatchGrids], list[int]]
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What the prompt needs to know of an image: slice grid (columns, rows) and patch grids, global view first."""
+    """Properties of an image that decide about its place in the prompt.
+
+    Attributes:
+        grid: slice grid (columns, rows), or None for an image without slices.
+        patch_grids: (rows, columns) of patches in each sub-image, global view first.
+    """
 
     grid: tuple[int, int] | None
     patch_grids: tuple[tuple[int, int], ...]
 
     def only_global(self) -> "ImageLayout":
+        """Return the layout without the slices."""
         return ImageLayout(None, self.patch_grids[:1])
 
 
@@ -34,17 +40,18 @@ class Batch:
 
     Attributes:
         input_ids: (B, L) long; `IMAGE_TOKEN_ID` at every visual slot.
-        attention_mask: (B, L) long, the number of the sample in its row, from 1 on; 0 at padding. A token sees the earlier
-            tokens of its own sample and nothing else.
+        attention_mask: (B, L) long, the number of the sample in its row, from 1; 0 at padding. A token attends to the
+            earlier tokens of its own sample and to nothing else.
         labels: (B, L) long, `IGNORE_INDEX` outside answers.
-        turns: (B, L) long, see `TokenisedSample`; numbered in each sample.
-        image_numbers: (B, L) long, the same.
-        features: (S, P, C) in the cache's type, zero at padding; at least one sub-image, so that every batch, text-only
-            ones too, runs the projector on every rank.
+        turns: (B, L) long, number of the turn within its sample (see `TokenisedSample`).
+        image_numbers: (B, L) long, number of the image within its sample (see `TokenisedSample`).
+        features: (S, P, C) in the cache's dtype, zero at padding; at least one sub-image, so that every batch, even a
+            text-only batch, runs the projector on every rank.
         cls_attention: (S, P) float32.
         grids: (S, 2) long, patch rows and columns.
-        num_slots: (S,) long, how many visual slots each sub-image has in ``input_ids``; those without any are left out.
-        num_samples: in all rows; 0 for the batch that stands in where a worker has no sample left.
+        num_slots: (S,) long, number of visual slots of each sub-image in ``input_ids``; sub-images without slots are left
+            out.
+        num_samples: samples in all rows; 0 for the batch that a worker without remaining samples gets.
     """
 
     input_ids: torch.Tensor
@@ -71,7 +78,7 @@ class Batch:
         return Batch(**tensors, num_samples=self.num_samples)
 
     def as_inputs(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of `MeteorForConditionalGeneration.forward`."""
+        """Return the keyword arguments of `MeteorForConditionalGeneration.forward`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_samples"}
 
 
@@ -80,15 +87,16 @@ def expand_images(
 ) -> tuple[TokenisedSample, list[int]]:
     """Replace each image's single placeholder by its visual slots and separators (spec: the prompt, section 6).
 
-    Global view first, then the slices row by row; after each slice one separator, the row's one after the last of a row;
-    none after the global view. A sub-image for which the projector gives no tokens has no separator either.
+    The global view comes first and has no separator. The slices follow row by row, each with a separator behind it: the
+    row separator after the last slice of a row, else the slice separator. A sub-image for which the projector gives no
+    tokens has no separator.
 
     Returns:
         The longer sample, and the number of slots of every sub-image in order.
     """
     longer = TokenisedSample([], [], [], [])
     num_slots: list[int] = []
-    assert sample.input_ids.count(IMAGE_TOKEN_ID) == len(layouts), "one placeholder an image"
+    assert sample.input_ids.count(IMAGE_TOKEN_ID) == len(layouts), "one placeholder per image"
     images = enumerate(layouts, start=1)
     for token, label, turn in zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True):
         if token != IMAGE_TOKEN_ID:
@@ -112,7 +120,7 @@ def _turns_of(sample: TokenisedSample) -> list[int]:
 
 
 def _extend(sample: TokenisedSample, tokens: Sequence[int], label: int, turn: int, number: int) -> None:
-    """Append tokens; of an image's only the slots, not the separators, are its own."""
+    """Append tokens; an image's separators get neither its number nor the turn's, its slots get both."""
     sample.input_ids.extend(tokens)
     sample.labels.extend([label] * len(tokens))
     is_own = [not number or token == IMAGE_TOKEN_ID for token in tokens]
@@ -121,13 +129,13 @@ def _extend(sample: TokenisedSample, tokens: Sequence[int], label: int, turn: in
 
 
 def num_image_tokens(layout: ImageLayout, budget: VisualTokenBudget) -> int:
-    """Length of an image in the sequence: slots and separators."""
+    """Return the length of an image in the sequence: slots and separators."""
     slots = budget(layout.patch_grids)
     return sum(slots) + sum(1 for n in slots[1:] if n)
 
 
 def cut_text(sample: TokenisedSample, max_text_tokens: int) -> TokenisedSample:
-    """Drop text after ``max_text_tokens``; images are never cut, not even those after the limit."""
+    """Drop text after ``max_text_tokens``; images are never cut, not even images behind the limit."""
     kept, num_text = TokenisedSample([], [], []), 0
     for token, label, turn in zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True):
         num_text += token != IMAGE_TOKEN_ID
@@ -149,18 +157,18 @@ def collate(
     sub_images: Literal["all", "global"] = "all",
     padding_side: Literal["left", "right"] = "right",
 ) -> Batch:
-    """Pad rows to one batch; no row at all gives a batch of weight zero that still touches every parameter.
+    """Pad rows to one batch; without any row the batch has weight zero but still touches every parameter.
 
     Args:
-        rows: samples that share a row; each is its tokens with one placeholder an image, and the features of those images
+        rows: samples of each row; a sample is its tokens, with one placeholder per image, and the features of its images
             in order.
-        budget: patch grids -> tokens of each sub-image, the projector's (`meteor.image.budget`).
+        budget: patch grids -> number of the projector's tokens for each sub-image (`meteor.image.budget`).
         separators: token ids after slices and rows.
         pad_id: token id at padding.
-        vision_width: C.
-        select_layer: which of the cached attention rows the projector gets.
+        vision_width: width C of the features.
+        select_layer: layer whose cached attention the projector gets.
         sub_images: ``global`` drops the slices.
-        padding_side: left for generation.
+        padding_side: ``left`` for generation, ``right`` for training.
     """
     expanded: list[list[TokenisedSample]] = []
     num_slots: list[int] = []
@@ -178,10 +186,11 @@ def collate(
                 for image, layout in zip(images, layouts, strict=True)
                 for part in _sub_images(image, layout.patch_grids, select_layer)
             ]
-            # Those that the projector makes no tokens of need not be read by it.
+            # The projector need not read sub-images for which it makes no tokens.
             used = [(part, count) for part, count in zip(sub_images_of_sample, slots, strict=True) if count]
             parts += [part for part, _ in used]
             num_slots += [count for _, count in used]
+    # Every rank must run every module in every step: collective operations would otherwise wait forever.
     if not expanded:
         expanded.append([TokenisedSample([pad_id], [IGNORE_INDEX], [0], [0])])
     if not parts:
@@ -201,19 +210,27 @@ def collate(
 def _sub_images(
     image: ImageFeatures, patch_grids: PatchGrids, select_layer: int
 ) -> list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]:
+    # A cache may hold the attention of several layers, and the projector reads that of its own layer.
     layer = image.attention_layers.index(select_layer)
     return [(image.features[i], image.cls_attention[i][layer], grid) for i, grid in enumerate(patch_grids)]
 
 
 def empty_sub_image(vision_width: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-    """A sub-image of one blank patch without a slot: what a batch without images gives the projector."""
+    """Make a sub-image of one blank patch without a slot, which the projector gets in a batch without images."""
     return torch.zeros(1, vision_width), torch.ones(1), (1, 1)
 
 
 def pad_sub_images(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (P_u, C), attention (P_u,) and grid of each sub-image -> (S, P, C) and (S, P) float32, zero at padding."""
+    """Pad sub-images to the largest number of patches.
+
+    Args:
+        parts: features (P_u, C), attention (P_u,) and grid of each sub-image.
+
+    Returns:
+        Features (S, P, C) in their own dtype and attention (S, P) in float32, zero at padding.
+    """
     num_patches = max(features_PC.shape[0] for features_PC, _, _ in parts)
     features_SPC = parts[0][0].new_zeros(len(parts), num_patches, parts[0][0].shape[1])
     cls_attention_SP = features_SPC.new_zeros(len(parts), num_patches, dtype=torch.float32)
@@ -226,7 +243,11 @@ def pad_sub_images(
 def pad_tokens(
     rows: Sequence[Sequence[TokenisedSample]], pad_id: int, side: Literal["left", "right"]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, numbers of samples in their rows, labels, turns and images of expanded samples, each (B, L) long."""
+    """Pad expanded samples to tensors of equal length.
+
+    Returns:
+        Token ids, attention mask, labels, turns and image numbers as in `Batch`, each (B, L) long.
+    """
     lengths = [sum(len(sample.input_ids) for sample in row) for row in rows]
     input_ids = torch.full((len(rows), max(lengths)), pad_id)
     attention_mask = torch.zeros_like(input_ids)

@@ -1,4 +1,4 @@
-"""Looks at one image of an annotation file: is it there, can it be read, how is it sliced?"""
+"""Inspection of an image that an annotation file names: does it exist, can it be read, how is it sliced?"""
 
 import hashlib
 import io
@@ -24,15 +24,15 @@ _ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp"}
 
 @dataclass(frozen=True)
 class InspectedImage:
-    """What was found out about an image.
+    """Result of an image's inspection.
 
     Attributes:
-        name: as the samples give it.
-        reason: "" if it can be used; else "missing", "outside_roots", "storage", or the reason of a `BadImageError`.
-        message: what is wrong, "" if nothing.
-        plan: its slices, or None if it cannot be used.
-        sha256: of the file's bytes where they were all read, else "".
-        found_as: the other name under which a missing image is there, else "".
+        name: the image's name in the samples.
+        reason: "" if the image can be used; else "missing", "outside_roots", "storage", or a `BadImageError`'s reason.
+        message: description of the problem, or "".
+        plan: the image's slices, or None if it cannot be used.
+        sha256: digest of the file's bytes if the whole file was read, else "".
+        found_as: other name under which a missing image exists, else "".
     """
 
     name: str
@@ -44,7 +44,7 @@ class InspectedImage:
 
 
 def inspect_image(name: str, roots: Mapping[str, str], pixels: PixelSettings, *, full: bool) -> InspectedImage:
-    """Look at an image: its header alone, or with ``full`` all of it, decoded as for the encoder."""
+    """Inspect an image by its header alone, or with ``full`` by decoding it as for the encoder."""
     try:
         uri = resolve_image(name, roots)
         size, sha256 = _read_whole(uri, pixels) if full else (_read_size(uri, pixels), "")
@@ -72,7 +72,7 @@ def _read_whole(uri: str, pixels: PixelSettings) -> tuple[tuple[int, int], str]:
 
 
 def _read_size(uri: str, pixels: PixelSettings) -> tuple[int, int]:
-    """(width, height) as displayed, from the header if it tells, else by decoding, which knows why if it cannot."""
+    """Return (width, height) as displayed, from the header if possible, else by decoding, which names any fault."""
     header = storage.read_range(uri, 0, min(_HEADER_BYTES, storage.stat(uri).size_bytes))
     return _header_size(header) or decode_image(storage.read_bytes(uri), max_pixels=pixels.max_pixels).size
 
@@ -80,9 +80,10 @@ def _read_size(uri: str, pixels: PixelSettings) -> tuple[int, int]:
 def _header_size(header: bytes) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(header), formats=_HEADER_FORMATS) as image:
-            # Asked without need, Pillow decodes a PNG to look for EXIF data behind the pixels.
+            # Pillow decodes a whole PNG when it looks for EXIF data, as these may follow the pixels.
             exif = image.getexif() if _ORIENTATION_KEYS & image.info.keys() else {}
             width, height = image.size
+            # The EXIF orientations 5 to 8 turn the image by 90 degrees.
             return (height, width) if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (width, height)
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
         return None

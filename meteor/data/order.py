@@ -1,7 +1,7 @@
-"""The order of training, as arithmetic: which samples make which global batch, and which rank takes which of them.
+"""The order of training as arithmetic: the samples of each global batch, and their division among ranks.
 
-Nothing here depends on a random generator of a library, so a run resumed elsewhere sees the same batches; nothing
-depends on the number of workers, so a run resumed on another number of workers does too.
+The order depends on no library's random generator, so a run that resumes elsewhere sees the same batches. The batches do
+not depend on the number of workers either, so a run can resume on another number of workers.
 """
 
 import hashlib
@@ -10,57 +10,59 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-# Samples of similar length are looked for among so many global batches, or a quarter of a small epoch (transformers'
-# numbers): sorting the whole epoch by length would give the same batches every epoch.
+# Samples are sorted by length within this many global batches, or within a quarter of a small epoch (both numbers are
+# those of transformers): sorting the whole epoch by length would give the same batches every epoch.
 _GLOBAL_BATCHES_PER_RUN = 50
 _RUNS_PER_EPOCH = 4
 
-# Rows of one forward pass, each the positions of its samples; empty where a worker has nothing left.
+# Rows of one forward pass, each a list of its samples' positions; empty if a worker has no samples left.
 MicroBatch = list[list[int]]
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Optimiser steps an epoch takes; the last batch may be short."""
+    """Return the number of optimiser steps per epoch; the last batch may be short."""
     return -(-num_samples // global_batch_size)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Samples of a mixture that have a weight of their own, one after the other in the table.
+    """Consecutive samples of a table that share a weight in the mixture.
 
     Attributes:
-        num_samples: how many.
-        weight: passes over them in an epoch.
+        num_samples: number of samples.
+        weight: passes over these samples per epoch.
     """
 
     num_samples: int
     weight: float = 1.0
 
     def seen_before(self, epoch: int) -> int:
-        """Samples that the epochs before this one take, repeats counted; rounded down, so that no error adds up."""
+        """Return the number of samples, with repeats, that all epochs before ``epoch`` take together."""
+        # Rounded once from the exact product, so that no error adds up over epochs. The text of a float avoids its binary
+        # digits: 0.1 is 1/10 here.
         return int(epoch * self.num_samples * Fraction(str(self.weight)))
 
 
 def epoch_length(parts: Sequence[Part], epoch: int) -> int:
-    """Samples of an epoch, repeats counted; with weights that are not whole it may differ by one a part."""
+    """Return the samples of an epoch, with repeats; if weights are not whole, epochs may differ by one per part."""
     return sum(part.seen_before(epoch + 1) - part.seen_before(epoch) for part in parts)
 
 
 def epoch_samples(parts: Sequence[Part], *, seed: int, epoch: int, index_digest: str) -> list[int]:
-    """Which samples an epoch takes, and how often.
+    """Choose the samples of an epoch, with repeats.
 
-    Each part is gone through in rounds, every round a permutation of its own; an epoch takes the next ``weight`` rounds, and
-    the epoch after it goes on from there. So a whole weight takes every sample equally often, and of any other no sample is
-    ever seen twice more often than another.
+    Each part is visited in rounds, and every round is a new permutation. An epoch takes the next ``weight`` rounds, and the
+    following epoch continues from there. With a whole weight every sample comes equally often. With any other weight the
+    counts of two samples, summed over all epochs so far, differ by at most one.
 
     Args:
-        parts: of the table, in its order.
-        seed: of the run.
-        epoch: counted from 0.
-        index_digest: of the dataset index.
+        parts: parts of the table in its order.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+        index_digest: digest of the dataset index.
 
     Returns:
-        Positions in the table, ascending, repeated as often as the sample comes.
+        Positions in the table, ascending; a sample that comes several times is repeated.
     """
     samples: list[int] = []
     first = 0
@@ -76,9 +78,10 @@ def epoch_samples(parts: Sequence[Part], *, seed: int, epoch: int, index_digest:
 
 
 def _round(part: Part, context: str, taken: slice) -> list[int]:
-    """Some places of a permutation."""
+    """Return the part of a permutation that ``taken`` names."""
     if taken == slice(0, part.num_samples):
-        return list(range(part.num_samples))  # all of them: their order does not matter
+        # A complete round needs no sorting, as the order of an epoch's samples does not matter here.
+        return list(range(part.num_samples))
     key = _random_keys(context)
     return sorted(range(part.num_samples), key=lambda i: key("round", i))[taken]
 
@@ -92,18 +95,18 @@ def epoch_order(
     index_digest: str,
     group: bool = True,
 ) -> list[list[int]]:
-    """The global batches of an epoch.
+    """Arrange the samples of an epoch in global batches; every sample comes once.
 
-    Every sample comes once. The samples are shuffled; with ``group`` they are then sorted by length inside runs of 50
-    global batches (of a quarter of the epoch, if that is less), cut into batches, and the batches are shuffled. A short
-    last batch is taken from the shuffled samples before grouping, so no length is favoured in it.
+    The samples are shuffled. With ``group`` they are then sorted by length within runs of 50 global batches (or a quarter
+    of the epoch, if that is less) and cut into batches, and the batches are shuffled. A short last batch is taken from the
+    shuffled samples before grouping, so that it favours no length.
 
     Args:
-        lengths: length of each sample: text tokens + 144 a sub-image, whatever the projector.
-        global_batch_size: samples in a batch, at least 1.
-        seed: of the run.
-        epoch: counted from 0.
-        index_digest: of the dataset index, so that other data have another order.
+        lengths: length of each sample: text tokens + 144 per sub-image, whatever the projector.
+        global_batch_size: samples per batch, at least 1.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+        index_digest: digest of the dataset index, so that other data have another order.
         group: put samples of similar length together.
 
     Returns:
@@ -129,16 +132,16 @@ def epoch_order(
 
 
 def pack(batch: Sequence[int], lengths: Sequence[int], *, capacity: int, multiple: int = 1) -> list[list[int]]:
-    """Put the samples of a global batch into rows, several to a row.
+    """Pack the samples of a global batch into rows of several samples each.
 
-    As few rows as the first-fit rule for decreasing lengths needs; then, the number rounded up to ``multiple``, the same
-    samples spread evenly over the rows, so that no worker waits for one whose rows are fuller.
+    The number of rows is that of the first-fit rule for decreasing lengths, rounded up to ``multiple``. The samples are then
+    spread evenly over the rows, so that no worker waits for another with fuller rows.
 
     Args:
         batch: positions of samples.
-        lengths: tokens of every sample of the epoch, visual ones included.
-        capacity: most tokens in a row. A longer sample has a row to itself.
-        multiple: rows that are computed together by all workers; more rows than that rounds up to are not made.
+        lengths: tokens of every sample of the epoch, including visual tokens.
+        capacity: most tokens per row; a longer sample has a row to itself.
+        multiple: rows that all workers compute together; the number of rows is rounded up to it.
 
     Returns:
         Rows of positions, none empty, each in the order of the batch.
@@ -147,6 +150,7 @@ def pack(batch: Sequence[int], lengths: Sequence[int], *, capacity: int, multipl
     full = _first_fit(batch, lengths, places, capacity)
     num_rows = min(-(-len(full) // multiple) * multiple, len(batch))
     rows = _spread(batch, lengths, places, num_rows)
+    # The even spread ignores the capacity; if it exceeds it, the first-fit rows stay.
     if any(len(row) > 1 and sum(lengths[batch[place]] for place in row) > capacity for row in rows):
         rows = full
     return [[batch[place] for place in sorted(row)] for row in rows]
@@ -154,21 +158,21 @@ def pack(batch: Sequence[int], lengths: Sequence[int], *, capacity: int, multipl
 
 def _first_fit(batch: Sequence[int], lengths: Sequence[int], places: Sequence[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    room: list[int] = []
+    num_free: list[int] = []
     for place in places:
         length = lengths[batch[place]]
-        row = next((i for i, left in enumerate(room) if length <= left), None)
+        row = next((i for i, free in enumerate(num_free) if length <= free), None)
         if row is None:
             rows.append([place])
-            room.append(capacity - length)
+            num_free.append(capacity - length)
         else:
             rows[row].append(place)
-            room[row] -= length
+            num_free[row] -= length
     return rows
 
 
 def _spread(batch: Sequence[int], lengths: Sequence[int], places: Sequence[int], num_rows: int) -> list[list[int]]:
-    """The longest sample goes where least is so far: the greedy rule for even sums."""
+    """Put each sample, the longest first, into the row with the fewest tokens: the greedy rule for even sums."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     emptiest = [(0, row) for row in range(num_rows)]
     for place in places:
@@ -183,17 +187,17 @@ def assign(
 ) -> list[list[MicroBatch]]:
     """Divide the rows of a global batch among ranks and micro-steps, evenly by length.
 
-    Every rank takes the same number of micro-steps, as collective operations need; where rows run out, micro-steps are
-    empty lists, the last ones first. Which samples a batch has does not depend on this.
+    Every rank takes the same number of micro-steps, because collective operations need it. If there are too few rows, the
+    last micro-steps are empty lists. The samples of a batch do not depend on this division.
 
     Args:
-        rows: positions of samples, those of one row together; rows of one where nothing is packed.
-        lengths: of every sample of the epoch.
-        world_size: ranks.
-        micro_batch_size: most rows in a micro-step.
+        rows: positions of the samples of each row; rows of one sample when nothing is packed.
+        lengths: length of every sample of the epoch.
+        world_size: number of ranks.
+        micro_batch_size: most rows per micro-step.
 
     Returns:
-        For each rank its micro-steps, each a list of rows in the given order.
+        The micro-steps of each rank, each a list of rows in the given order.
     """
     row_lengths = [sum(lengths[position] for position in row) for row in rows]
     num_steps = max(1, -(-len(rows) // (world_size * micro_batch_size)))
@@ -206,8 +210,8 @@ def assign(
         totals[slot] = total + row_lengths[row]
         if len(slots[slot]) < micro_batch_size:
             heapq.heappush(emptiest, (totals[slot], slot))
-    # Ranks wait for each other at every micro-step, so those with similar sums run together; every other step is dealt
-    # backwards, or rank 0 would always get the longest.
+    # Ranks wait for each other at every micro-step, so micro-batches with similar sums run together. Every other step is
+    # dealt backwards, because rank 0 would otherwise always get the longest.
     by_total = sorted(range(len(slots)), key=lambda slot: (not slots[slot], -totals[slot], slot))
     ranks: list[list[MicroBatch]] = [[] for _ in range(world_size)]
     for step in range(num_steps):
@@ -218,7 +222,8 @@ def assign(
 
 
 def _random_keys(context: str) -> Callable[[str, int], bytes]:
-    """A function that gives each (purpose, number) its own 128 random-looking bits, the same everywhere."""
+    """Return a function that maps (purpose, number) to 128 random-looking bits, which are equal on every machine."""
+    # Copies of a hash that has read the context cost less than hashing it for every sample.
     started = hashlib.blake2b(context.encode(), digest_size=16)
 
     def key(purpose: str, number: int) -> bytes:

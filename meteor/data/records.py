@@ -1,4 +1,4 @@
-"""Records of an annotation file, read block by block: neither the text nor the records of a large file are ever in memory."""
+"""Records of an annotation file, read block by block, so that a large file is never in memory as a whole."""
 
 import codecs
 import json
@@ -11,22 +11,22 @@ from meteor.errors import DataError
 
 _BLOCK_BYTES = 8 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
-# An error this close to the end of the text at hand may only mean that a word or an escape continues in the next block.
+# An error this close to the end of the window may only mean that a word or an escape continues in the next block.
 _LONGEST_WORD = 16
 
 
 def read_records(uri: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[Any]:
-    """Parse a ``.json`` file (one list) or a ``.jsonl`` file (one record a line), one record after the other.
+    """Parse a ``.json`` file (one list) or a ``.jsonl`` file (one record per line), one record after the other.
 
     Args:
         uri: local path or s3://.
-        block_bytes: bytes read at a time.
+        block_bytes: bytes per read.
 
     Yields:
         The records as Python values, in the order of the file.
 
     Raises:
-        NotFoundError: there is no such file.
+        NotFoundError: the file does not exist.
         DataError: the file is not UTF-8, not JSON (with the line and column), or not a list of records.
     """
     text = _Text(uri, block_bytes)
@@ -42,9 +42,10 @@ class _Text:
     """A window on the text of a file, with a cursor.
 
     Attributes:
-        text: the part of the file that is at hand.
+        uri: the file's URI.
+        text: the part of the file in memory.
         at: position of the cursor in ``text``.
-        is_complete: the window reaches the end of the file.
+        is_complete: whether the window reaches the end of the file.
     """
 
     def __init__(self, uri: str, block_bytes: int) -> None:
@@ -57,13 +58,14 @@ class _Text:
         self._num_read = 0
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._values = json.JSONDecoder()
-        # Line and column of the first character at hand.
+        # Line and column of the window's first character, for error messages.
         self._line, self._column = 1, 1
 
     def more(self) -> None:
         """Forget the text before the cursor and read the next block.
 
-        The block is at least as long as the rest: a value that is parsed again has doubled by then.
+        The block is at least as long as the remaining text. A value that does not fit is parsed again with at least twice
+        the text, so the total time stays linear in its length.
         """
         self._line, self._column = self._place(self.at)
         self.text, self.at = self.text[self.at :], 0
@@ -82,7 +84,7 @@ class _Text:
             ) from error
 
     def peek(self) -> str:
-        """Move the cursor over white space; the character there, "" at the end of the file."""
+        """Move the cursor over white space and return the character there, "" at the end of the file."""
         while True:
             match = _SPACE.match(self.text, self.at)
             assert match is not None
@@ -100,15 +102,15 @@ class _Text:
                 if self.is_complete or not self._may_continue(error):
                     raise self.error(error.msg, error.pos) from error
             else:
-                # A number that ends with the window may continue.
+                # A number that ends with the window may continue in the next block.
                 if end + _LONGEST_WORD < len(self.text) or self.is_complete:
                     self.at = end
                     return value
             self.more()
 
     def line(self) -> str | None:
-        """The rest of the line at the cursor; None at the end of the file."""
-        # Not splitlines(): JSON texts may hold other line separators (U+2028) unescaped.
+        """Return the rest of the line at the cursor; None at the end of the file."""
+        # splitlines() would also split at other separators (U+2028), which JSON strings may contain unescaped.
         while (end := self.text.find("\n", self.at)) < 0 and not self.is_complete:
             self.more()
         if self.at > len(self.text):
@@ -116,7 +118,7 @@ class _Text:
         return self.text[self.at :] if end < 0 else self.text[self.at : end]
 
     def error(self, message: str, position: int | None = None) -> DataError:
-        """A syntax error at a position of ``text``, the cursor's unless given."""
+        """Make a syntax error for a position in ``text``, by default the cursor's."""
         line, column = self._place(self.at if position is None else position)
         return DataError(f"{self.uri}, line {line}, column {column}: not valid JSON ({message}).")
 
@@ -153,7 +155,7 @@ def _refuse(text: _Text) -> None:
         raise text.error("Extra data")
     raise DataError(
         f"{text.uri} holds a {type(value).__name__}, not a list of records: give LLaVA's form, or .jsonl with one "
-        f"record a line."
+        f"record per line."
     )
 
 

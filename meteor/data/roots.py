@@ -1,4 +1,4 @@
-"""Where an image is: its name in the annotation file, joined to the configured roots and kept inside them."""
+"""URIs of images: names from annotation files, joined to the configured roots and never outside them."""
 
 import os
 import posixpath
@@ -10,17 +10,17 @@ from meteor.errors import ImagePathError
 
 
 def resolve_image(name: str, roots: Mapping[str, str]) -> str:
-    """The URI of an image. Whether it exists is not looked at.
+    """Return the URI of an image, without checking that the image exists.
 
     Args:
-        name: as a sample gives it: relative to a root, or an absolute path or s3:// URI inside one.
-        roots: prefix of a name -> folder or s3:// URI that holds what follows the prefix; "" is the default. The
-            longest prefix that fits wins, and a prefix ends at a slash (``coco`` is ``coco/``): with
-            ``{"coco/": "s3://bucket/coco", "": "/data"}`` the name ``coco/train2017/1.jpg`` is
+        name: the image's name in a sample: relative to a root, or an absolute path or s3:// URI inside a root.
+        roots: prefix of a name -> folder or s3:// URI to which the rest of the name is joined; "" is the default. The
+            longest prefix that fits wins, and a prefix ends at a slash (``coco`` means ``coco/``). With
+            ``{"coco/": "s3://bucket/coco", "": "/data"}`` the name ``coco/train2017/1.jpg`` becomes
             ``s3://bucket/coco/train2017/1.jpg``.
 
     Raises:
-        ImagePathError: no root fits, or the place is outside its root: by "..", by another bucket, by an absolute path,
+        ImagePathError: no root fits, or the image is outside its root: by "..", by another bucket, by an absolute path,
             or, on local disk, by a symbolic link inside the root.
     """
     if not name or "\0" in name:
@@ -33,6 +33,7 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
             f"No root is configured for the image {name!r}; prefixes known: {sorted(roots)}. Add its prefix, or '' for "
             f"all others, to the roots."
         )
+    # The longest prefix is the most specific.
     prefix = max(prefixes, key=len)
     below = posixpath.normpath(name[len(_as_folder(prefix)) :])
     if below.split("/")[0] in ("..", "") or below == ".":
@@ -52,7 +53,7 @@ def _resolve_absolute(name: str, roots: Mapping[str, str]) -> str:
 
 
 def _checked(name: str, uri: str, root: str) -> str:
-    """The URI, unless a symbolic link in it leads out of the root. A root that is itself a link is fine."""
+    """Return the URI, or refuse it if a symbolic link in it leads out of the root; the root itself may be a link."""
     if "://" in uri:
         return uri
     folder, base = os.path.split(uri)
@@ -82,5 +83,5 @@ def _as_folder(prefix: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _real_folder(folder: str) -> str:
-    # Remembered: hundreds of thousands of images share a few folders, and every component costs a system call.
+    # Cached, because hundreds of thousands of images share a few folders, and every part of a path costs a system call.
     return os.path.realpath(folder)

@@ -1,4 +1,4 @@
-"""Sample sets: the samples of an annotation file as columns, kept by the file's content so that JSON is parsed once."""
+"""Sample sets: the samples of an annotation file as columns, stored by the file's digest, so that JSON is parsed once."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,9 +19,10 @@ from meteor.errors import DataError, NotFoundError
 from meteor.storage.files import new_file, open_file
 from meteor.text.conversation import Role, Turn
 
-# Bumped when the same file would give other records.
+# Increased when a change of the code gives other records for an unchanged file.
 _VERSION = 1
 _BATCH_SIZE = 4096
+# Bytes per read while a file is hashed: few requests to S3, and little memory.
 _HASH_BLOCK_BYTES = 16 << 20
 _ROLES: tuple[Role, Role] = ("human", "gpt")
 
@@ -29,7 +30,7 @@ RECORDS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("images", pa.list_(pa.string()), nullable=False),
-        # Turns alternate and the human begins, so that the words and the number of images say all.
+        # Turns alternate and the human begins, so roles need no column.
         pa.field("texts", pa.list_(pa.string()), nullable=False),
         pa.field("num_images", pa.list_(pa.int16()), nullable=False),
         pa.field("type", pa.string(), nullable=False),
@@ -37,23 +38,23 @@ RECORDS = pa.schema(
     ]
 )
 
-# Called with the number of samples that are done, and their number where it is known.
+# Called with the number of finished samples, and with their total if it is known.
 OnProgress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, eq=False)
 class SampleSet:
-    """The samples of one annotation file; iterating makes them one after the other.
+    """The samples of an annotation file; iterating makes `Sample` objects one after the other.
 
     Attributes:
-        name: of the set, for people.
-        uri: of the file.
-        digest: sha256 of the file.
-        problems: the records that cannot be used.
-        records: a table of `RECORDS`, or the URI of one as Parquet.
-        weight: passes over the set in an epoch of training.
-        id_prefix: stands before every sample's id.
-        positions: the rows of ``records`` that belong to the set, ascending; all of them when None.
+        name: name of the set in messages.
+        uri: URI of the annotation file.
+        digest: sha256 of the annotation file.
+        problems: records that cannot be used.
+        records: table with the schema `RECORDS`, or the URI of a Parquet file with it.
+        weight: passes over the set per epoch of training.
+        id_prefix: text in front of every sample's id.
+        positions: rows of ``records`` that belong to the set, ascending; None for all rows.
     """
 
     name: str
@@ -75,7 +76,7 @@ class SampleSet:
         uri: str = "",
         digest: str = "",
     ) -> "SampleSet":
-        """A set of samples that are in memory already."""
+        """Make a set from samples in memory."""
         return cls(name, uri, digest, tuple(problems), pa.Table.from_batches([_batch(list(samples))], RECORDS))
 
     def __len__(self) -> int:
@@ -86,25 +87,25 @@ class SampleSet:
             yield from batch
 
     def batches(self) -> Iterator[list[Sample]]:
-        """The samples, a few thousand at a time."""
+        """Yield the samples in lists of up to a few thousand."""
         for batch in self._batches():
             columns = [batch.column(name).to_pylist() for name in RECORDS.names]
             yield [self._sample(*values) for values in zip(*columns, strict=True)]
 
     @cached_property
     def ids(self) -> pa.StringArray:
-        """The samples' ids."""
+        """Ids of the samples."""
         ids = self._column("id")
         return pc.binary_join_element_wise(self.id_prefix, ids, "") if self.id_prefix else ids
 
     @cached_property
     def images(self) -> pa.ListArray:
-        """The names of each sample's images."""
+        """Image names of each sample."""
         return self._column("images")
 
     @cached_property
     def distinct_images(self) -> pa.StringArray:
-        """The names of the images of all samples, each once."""
+        """Image names of all samples, each once."""
         return pc.unique(self.images.flatten())
 
     @cached_property
@@ -114,28 +115,30 @@ class SampleSet:
 
     @property
     def selection(self) -> str:
-        """A fingerprint of which samples of the file belong to the set; "" for all."""
+        """Fingerprint of the samples that were chosen from the file; "" for all samples."""
         return "" if self.positions is None else hashlib.sha256(self.positions.astype("<i8").tobytes()).hexdigest()
 
     def select(self, positions: Sequence[int] | np.ndarray) -> "SampleSet":
-        """The samples at these positions, which ascend."""
+        """Return the set of the samples at these positions, which must ascend."""
         chosen = np.asarray(positions, dtype=np.int64)
         return replace(self, positions=chosen if self.positions is None else self.positions[chosen])
 
     def share(self, fraction: float, seed: int) -> "SampleSet":
-        """A seeded share of the samples, in their order; the set itself for a fraction of 1."""
+        """Return a seeded share of the samples in their order; a fraction of 1 returns the set itself."""
         if fraction == 1:
             return self
+        # Ranks by hash: a larger share with this seed contains every smaller one.
         ranked = sorted(range(len(self)), key=lambda i: hashlib.sha256(f"[{seed},{i}]".encode()).digest())
         return self.select(sorted(ranked[: max(1, round(fraction * len(self)))]))
 
     def with_prefix(self, prefix: str) -> "SampleSet":
-        """The set with ids, also of its problems, that begin with ``prefix``."""
+        """Return the set with ``prefix`` in front of the ids of its samples and problems."""
         problems = [replace(problem, sample_id=f"{prefix}{problem.sample_id}") for problem in self.problems]
         return replace(self, id_prefix=prefix, problems=problems)
 
     def count_shared(self, others: Iterable["SampleSet"]) -> int:
-        """How many samples show the same images in the same dialogue as a sample of another set."""
+        """Count the samples whose images and dialogue are equal to those of a sample in another set."""
+        # Comparing first words column by column leaves few candidates to be made into Python objects.
         mine = [(sample.images, sample.turns) for sample in self]
         firsts = pa.array([_first_words(images, turns) for images, turns in mine], pa.string())
         found: set[Any] = set()
@@ -144,7 +147,7 @@ class SampleSet:
             columns = [alike.column(name).to_pylist() for name in RECORDS.names]
             samples = [self._sample(*values) for values in zip(*columns, strict=True)]
             found.update((sample.images, sample.turns) for sample in samples)
-        return sum(one in found for one in mine)
+        return sum(content in found for content in mine)
 
     def _sample(
         self, id_: str, images: list[str], texts: list[str], num_images: list[int], type_: str, system: str | None
@@ -181,21 +184,22 @@ class SampleSet:
             yield from self.records.to_batches(_BATCH_SIZE)
             return
         with open_file(self.records) as file:
-            # Threads would read ahead whole columns.
+            # With threads, Arrow would read whole columns ahead.
             yield from pq.ParquetFile(file).iter_batches(_BATCH_SIZE, use_threads=False)
 
 
 def load_set(uri: str, *, name: str, folder: str, on_progress: OnProgress | None = None) -> SampleSet:
-    """Read an annotation file, or find what was read of a file with the same content.
+    """Read an annotation file, or find the records that were stored for a file with equal content.
 
     Args:
         uri: local path or s3://, ``.json`` or ``.jsonl`` (see `meteor.data.samples.iter_samples`).
-        name: of the set.
-        folder: local or s3:// folder that keeps records by their file's digest; nothing in it ever changes.
-        on_progress: called as samples are read; their number is not known.
+        name: name of the set.
+        folder: local or s3:// folder that stores records by the digest of their file; files in it never change.
+        on_progress: called while samples are read; their total is not known.
 
     Raises:
-        NotFoundError, DataError: as `iter_samples`; or the file changed while it was read.
+        NotFoundError: the file does not exist.
+        DataError: the file is not JSON or not a list of records, or it changed while it was read.
     """
     found = storage.stat(uri)
     digest = _file_digest(uri, folder)
@@ -210,8 +214,8 @@ def load_set(uri: str, *, name: str, folder: str, on_progress: OnProgress | None
         with without_cycle_collector():
             problems = _keep_records(uri, records, on_progress)
         if storage.stat(uri) != found:
-            raise DataError(f"{uri} changed while it was read: start again when it is whole") from None
-        # The records are complete when this is there.
+            raise DataError(f"{uri} changed while it was read: start again when it is complete") from None
+        # Written last: its existence means that the records are complete.
         storage.write_json(contents, problems)
     return SampleSet(name, uri, digest, [SampleProblem(**problem) for problem in problems], records)
 
@@ -224,10 +228,10 @@ def _keep_records(uri: str, target: str, on_progress: OnProgress | None) -> list
         pq.ParquetWriter(path, RECORDS, compression="zstd", compression_level=1, use_dictionary=["type"]) as writer,
     ):
         read = iter_samples(uri)
-        while some := list(islice(read, _BATCH_SIZE)):
-            writer.write_batch(_batch([one for one in some if isinstance(one, Sample)]))
-            problems += [vars(one) for one in some if isinstance(one, SampleProblem)]
-            num_read += len(some)
+        while batch := list(islice(read, _BATCH_SIZE)):
+            writer.write_batch(_batch([record for record in batch if isinstance(record, Sample)]))
+            problems += [vars(record) for record in batch if isinstance(record, SampleProblem)]
+            num_read += len(batch)
             if on_progress is not None:
                 on_progress(num_read, None)
     return problems
@@ -246,7 +250,7 @@ def _batch(samples: Sequence[Sample]) -> pa.RecordBatch:
 
 
 def _file_digest(uri: str, folder: str) -> str:
-    """sha256 of the file, as long as it is the one that was hashed before."""
+    """Return the file's sha256; a file with unchanged size and etag is not hashed again."""
     info = storage.stat(uri)
     known = storage.join(folder, "files", f"{hashlib.sha256(storage.absolute(uri).encode()).hexdigest()}.json")
     state = {"uri": storage.absolute(uri), "size_bytes": info.size_bytes, "etag": info.etag}
@@ -274,12 +278,12 @@ def _first_words(images: Sequence[str], turns: Sequence[Turn]) -> str:
 
 
 def _all_first_words(batch: pa.RecordBatch) -> pa.Array:
-    """`_first_words` of each record."""
+    """Return `_first_words` of each record."""
     firsts = []
     for name in ("images", "texts"):
         lists = batch.column(name)
         is_empty = pc.equal(pc.list_value_length(lists), 0)
-        # The first value of each list is at its offset; an empty list has none.
+        # The first value of each list is at the list's offset; an empty list has no first value.
         starts = pc.if_else(is_empty, pa.scalar(None, pa.int32()), lists.offsets[:-1])
         firsts.append(pc.fill_null(lists.values.take(starts), ""))
     return pc.binary_join_element_wise(*firsts, "\0")

@@ -1,4 +1,4 @@
-"""Samples, read from LLaVA's JSON or JSONL: what cannot be used is listed with its reason, never dropped in silence."""
+"""Samples from LLaVA's JSON or JSONL; records that cannot be used are listed with a reason, never dropped in silence."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ class Sample:
     """One record of an annotation file.
 
     Attributes:
-        id: unique in its file.
+        id: the sample's id, unique in its file.
         images: names of the images, relative to the configured roots or absolute, in the order of the placeholders.
         turns: the dialogue.
-        type: what scores are grouped by; "" if the record says nothing.
-        system: system prompt in place of the template's own, or None.
+        type: category by which scores are grouped; "" if the record has none.
+        system: system prompt that replaces the template's, or None.
     """
 
     id: str
@@ -37,9 +37,9 @@ class SampleProblem:
     """A record that cannot be used.
 
     Attributes:
-        sample_id: its id, as ``Sample.id`` would be.
+        sample_id: the id that a sample of this record would have.
         reason: a short stable code, for example ``"image_without_placeholder"``.
-        message: what is wrong.
+        message: description of the problem.
     """
 
     sample_id: str
@@ -50,19 +50,19 @@ class SampleProblem:
 def iter_samples(uri: str, *, for_generation: bool = False) -> Iterator[Sample | SampleProblem]:
     """Read an annotation file record by record.
 
-    A record has ``conversations`` and, as it likes, ``id`` (default: its position), ``image`` (a name or a list of
-    names; absent, null or "" for text alone) and ``type`` or ``category``. Of records with the same id the second
-    becomes ``id#2``, and so on, also where the first cannot be used: ids do not change when a record is repaired.
+    A record has ``conversations`` and optionally ``id`` (default: its position), ``image`` (a name or a list of names;
+    absent, null or "" for text alone) and ``type`` or ``category``. If several records share an id, the second becomes
+    ``id#2``, and so on. Records that cannot be used are counted too, so that ids do not change when they are repaired.
 
     Args:
-        uri: local path or s3://, ending in ``.json`` (one list) or ``.jsonl`` (one record a line).
-        for_generation: the last turn may be a question without its answer.
+        uri: local path or s3://, ending in ``.json`` (one list) or ``.jsonl`` (one record per line).
+        for_generation: allow a last turn that is a question without its answer.
 
     Yields:
-        For each record, in the order of the file, its sample or why it cannot be used.
+        The sample of each record, in the order of the file, or the problem because of which it cannot be used.
 
     Raises:
-        NotFoundError: no such file.
+        NotFoundError: the file does not exist.
         DataError: the file is not JSON (with the line and column), or not a list of records.
     """
     ids = _UniqueIds()
@@ -71,9 +71,15 @@ def iter_samples(uri: str, *, for_generation: bool = False) -> Iterator[Sample |
 
 
 def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample], list[SampleProblem]]:
-    """Read a file that is small enough for lists: its samples, and its records that cannot be used; see `iter_samples`."""
-    read = list(iter_samples(uri, for_generation=for_generation))
-    return [one for one in read if isinstance(one, Sample)], [one for one in read if isinstance(one, SampleProblem)]
+    """Read a file that fits into memory: its samples, and the records that cannot be used; see `iter_samples`."""
+    samples: list[Sample] = []
+    problems: list[SampleProblem] = []
+    for record in iter_samples(uri, for_generation=for_generation):
+        if isinstance(record, Sample):
+            samples.append(record)
+        else:
+            problems.append(record)
+    return samples, problems
 
 
 def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | SampleProblem:
@@ -88,12 +94,12 @@ def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | 
         return SampleProblem(sample_id, found.reason, found.message)
     sample = Sample(sample_id, images, found.turns, _sample_type(record), found.system)
     if not _is_text(sample):
-        return SampleProblem(sample_id, "bad_text", "a text holds half of a surrogate pair, which is no character")
+        return SampleProblem(sample_id, "bad_text", "a text contains half of a surrogate pair, which is no character")
     return sample
 
 
 def _is_text(sample: Sample) -> bool:
-    """Whether UTF-8 can hold it: JSON can write half of a surrogate pair, and no tokenizer or table takes one."""
+    """Return whether UTF-8 can encode the sample: JSON allows half of a surrogate pair, tokenizers and tables do not."""
     words = "".join([sample.type, sample.system or "", *sample.images, *(turn.text for turn in sample.turns)])
     try:
         words.encode()
@@ -116,11 +122,13 @@ def _sample_type(record: dict[str, Any]) -> str:
 
 def _stated_id(record: Any, position: int) -> str:
     stated = record.get("id") if isinstance(record, dict) else None
-    # Half of a surrogate pair, which JSON can write, becomes a question mark.
+    # Half of a surrogate pair, which JSON allows, becomes a question mark.
     return str(position) if stated is None or stated == "" else str(stated).encode(errors="replace").decode()
 
 
 class _UniqueIds:
+    """Ids of the records of a file so far; repeated ids get a number."""
+
     def __init__(self) -> None:
         self._num_uses: Counter[str] = Counter()
         self._taken: set[str] = set()
@@ -128,6 +136,7 @@ class _UniqueIds:
     def take(self, stated: str) -> str:
         self._num_uses[stated] += 1
         unique = stated if self._num_uses[stated] == 1 else f"{stated}#{self._num_uses[stated]}"
+        # A file may already contain an id like "a#2".
         while unique in self._taken:
             self._num_uses[stated] += 1
             unique = f"{stated}#{self._num_uses[stated]}"

@@ -1,4 +1,4 @@
-"""Where the images of LLaVA's published data come from, by their names, and what is known to go wrong with them."""
+"""Sources of the images in LLaVA's published data, recognised by image names, with their known defects."""
 
 import posixpath
 import re
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of images that annotation files of the field name.
+    """A published folder of images that annotation files refer to.
 
     Attributes:
-        name: what reports call it: the folder, as the names spell it.
-        pattern: matches the image names that belong to it.
-        origin: where the images are to be had.
-        trap: what is known to be missing or odd in it; "" if nothing.
+        name: name in reports: the folder as image names spell it.
+        pattern: regular expression that matches the image names of this source.
+        origin: place from which the images can be downloaded.
+        trap: known missing images or oddities; "" if there are none.
     """
 
     name: str
@@ -72,7 +72,7 @@ _COMPILED = tuple((re.compile(source.pattern), source) for source in SOURCES)
 
 
 def find_source(image_name: str) -> Source:
-    """The published source an image belongs to by its name, or one named after its first folder."""
+    """Return the published source of an image by its name, or else a source named after the image's folder."""
     for pattern, source in _COMPILED:
         if pattern.search(image_name):
             return source
@@ -84,6 +84,6 @@ def find_source(image_name: str) -> Source:
 
 
 def other_spelling(image_name: str) -> str | None:
-    """The name under which a missing image may lie instead: OCR-VQA's .gif for .jpg."""
+    """Return the name under which a missing image may exist instead: OCR-VQA's .gif for .jpg."""
     stem, ending = posixpath.splitext(image_name)
     return f"{stem}.gif" if ending == ".jpg" and find_source(image_name) is OCR_VQA else None

@@ -1,7 +1,7 @@
-"""The sample table: everything a training worker needs of the data set, planned once on the driver, stored with the run.
+"""The sample table: everything that a training worker needs from the data set, planned on the driver, stored with the run.
 
-To train, workers read this table, the token tables that it names, and the feature cache. They open no annotation file, and with
-cached features no image.
+Workers read this table, the token tables that it names, and the feature cache. They open no annotation file, and with
+cached features they open no image.
 """
 
 import bisect
@@ -18,7 +18,7 @@ from meteor.data.order import Part
 from meteor.data.token_table import TokenTable
 from meteor.text.tokens import TokenisedSample
 
-# In the place of ``max_text_tokens`` when nothing is cut.
+# Value of ``max_text_tokens`` if the sample's text is not cut.
 WHOLE = -1
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -37,23 +37,23 @@ _PARTS = b"parts"
 
 
 class SampleTable:
-    """Samples with their image keys and lengths, over the token tables that hold their words; opened by every worker of a run.
+    """Samples with their image keys and lengths, and the token tables that hold their text.
 
     Attributes:
-        parts: rows of one file stand together; the order needs the number and the weight of each file's rows.
-        grouping_lengths: lengths that batches are made by, whatever the projector.
-        lengths: tokens that each sample really takes.
-        num_sub_images: sub-images of each sample that the projector is given.
-        sample_ids: unique in the table.
+        parts: number and weight of each annotation file's rows, which are consecutive; the training order needs both.
+        grouping_lengths: lengths by which samples are grouped into batches, whatever the projector.
+        lengths: tokens of each sample, including the projector's visual tokens.
+        num_sub_images: number of sub-images of each sample that the projector gets.
+        sample_ids: ids of the samples, unique in the table.
     """
 
     def __init__(self, table: pa.Table, tokens: Sequence[TokenTable], parts: Sequence[Part] = ()) -> None:
-        """Put a table over token tables.
+        """Join a table of samples with its token tables.
 
         Args:
-            table: columns of `SAMPLE_SCHEMA`.
-            tokens: for each part the table that its ``token_row`` counts in.
-            parts: in the order of the rows; one of all rows unless given.
+            table: table with the schema `SAMPLE_SCHEMA`.
+            tokens: token table of each part, to whose rows ``token_row`` refers.
+            parts: parts in the order of the rows; by default one part with all rows.
         """
         self._table = table
         self._tokens = list(tokens)
@@ -70,24 +70,25 @@ class SampleTable:
         return self._table.num_rows
 
     def tokens(self, position: int) -> TokenisedSample:
-        """Tokens and labels of a sample, one placeholder for each image."""
+        """Return tokens and labels of a sample, with one placeholder for each image."""
         tokens = self._tokens[bisect.bisect_right(self._part_ends, position)]
         limit = self._columns["max_text_tokens"][position].as_py()
         return tokens.row(self._columns["token_row"][position].as_py(), None if limit == WHOLE else limit)
 
     def image_keys(self, position: int) -> list[str]:
+        """Return the keys of a sample's images, in the order of the placeholders."""
         return self._columns["image_keys"][position].as_py()
 
     def num_answer_tokens(self, position: int) -> int:
-        """Labels that the loss counts; the first token of a row has nothing before it and is never one."""
+        """Return the number of labels that enter the loss; a row's first token never does, as nothing predicts it."""
         return self._columns["num_answer_tokens"][position].as_py()
 
     def answer_counts(self) -> list[int]:
-        """`num_answer_tokens` of every sample."""
+        """Return `num_answer_tokens` of every sample."""
         return self._columns["num_answer_tokens"].to_pylist()
 
     def totals(self) -> dict[str, int]:
-        """Counts for plans and summaries; the separators after slices are text, as in `Batch.num_text_tokens`."""
+        """Return counts for plans and summaries; separators after slices count as text, as in `Batch.num_text_tokens`."""
         names = ("sub_images", "visual_tokens", "text_tokens")
         return {
             "samples": len(self),
@@ -97,15 +98,15 @@ class SampleTable:
         }
 
     def flat_image_keys(self) -> pa.StringArray:
-        """The keys of all samples' images, in order, as often as they are shown."""
+        """Return the image keys of all samples in order, with repeats."""
         return self._columns["image_keys"].flatten()
 
     def all_image_keys(self) -> list[str]:
-        """`flat_image_keys` as a list."""
+        """Return `flat_image_keys` as a list."""
         return self.flat_image_keys().to_pylist()
 
     def write(self, uri: str) -> None:
-        """Store the table. Its token tables are stored already, and stay where they are."""
+        """Store the table; its token tables must be stored already, and only their URIs are written."""
         assert all(tokens.uri for tokens in self._tokens), "workers read token tables by their URI"
         parts = [
             (part.num_samples, part.weight, tokens.uri) for part, tokens in zip(self.parts, self._tokens, strict=True)
@@ -125,9 +126,9 @@ class SampleTable:
 
     @classmethod
     def mixture(cls, tables: Sequence["SampleTable"], weights: Sequence[float]) -> "SampleTable":
-        """The rows of several tables, each with its weight; see `meteor.data.order.epoch_samples`."""
+        """Join the rows of several tables, each with a weight; see `meteor.data.order.epoch_samples`."""
         return cls(
-            pa.concat_tables([one._table for one in tables]),
-            [tokens for one in tables for tokens in one._tokens],
+            pa.concat_tables([table._table for table in tables]),
+            [tokens for table in tables for tokens in table._tokens],
             [Part(len(table), weight) for table, weight in zip(tables, weights, strict=True)],
         )

@@ -1,4 +1,7 @@
-"""Which samples a run trains on and how long each is: arithmetic over columns of samples, token lengths and images."""
+"""Planning of a sample table: the samples that a run trains on, and the length of each.
+
+The arithmetic works on whole columns of samples, token lengths and images, without a Python object per sample.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,23 +22,30 @@ from meteor.image.pixels import PixelSettings
 
 @dataclass(frozen=True)
 class IndexedImage:
-    """What the dataset index says about one image."""
+    """An image's entry in the dataset index.
+
+    Attributes:
+        image_key: the image's key.
+        width: width in pixels.
+        height: height in pixels.
+        reason: reason why the image cannot be used, or "".
+    """
 
     image_key: str
     width: int
     height: int
-    reason: str  # "" where the image is good
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
 class IndexedImages:
-    """What the dataset index says about images, by columns.
+    """Entries of images in the dataset index, as columns.
 
     Attributes:
-        names: as samples name them, each once.
+        names: image names as samples spell them, each once.
         keys: image keys.
         widths, heights: (N,) int, in pixels.
-        reasons: why an image cannot be used, "" where it is good.
+        reasons: reason why each image cannot be used, "" for a good image.
     """
 
     names: pa.StringArray
@@ -46,7 +56,7 @@ class IndexedImages:
 
     @classmethod
     def of(cls, images: Mapping[str, IndexedImage]) -> "IndexedImages":
-        """From a few images by name."""
+        """Make columns from a few images by name."""
         rows = list(images.values())
         return cls(
             pa.array(images, pa.string()),
@@ -58,11 +68,11 @@ class IndexedImages:
 
     @classmethod
     def from_rows(cls, rows: pa.Table, quarantined: Mapping[str, str]) -> "IndexedImages":
-        """From rows of the dataset index (`DatasetIndex.rows_named`).
+        """Take columns from rows of the dataset index (`DatasetIndex.rows_named`).
 
         Args:
-            rows: its columns name, image_key, width, height and reason.
-            quarantined: image key -> why the encoder refused the image.
+            rows: table with the columns name, image_key, width, height and reason.
+            quarantined: image key -> reason why the encoder refused the image.
         """
         keys, reasons = rows["image_key"].combine_chunks(), rows["reason"].combine_chunks()
         if quarantined:
@@ -75,7 +85,7 @@ class IndexedImages:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """A sample that does not take part, and why."""
+    """A sample that is left out of training, and the reason."""
 
     sample_id: str
     reason: str
@@ -84,7 +94,13 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """A sample table and what did not get into it."""
+    """A sample table and the samples that it leaves out.
+
+    Attributes:
+        table: samples to train on.
+        excluded: samples that are left out.
+        num_cut: number of samples whose text was cut.
+    """
 
     table: SampleTable
     excluded: tuple[Exclusion, ...]
@@ -92,7 +108,7 @@ class TablePlan:
 
     @classmethod
     def mixture(cls, plans: Sequence["TablePlan"], weights: Sequence[float]) -> "TablePlan":
-        """Several files' as one; see `SampleTable.mixture`."""
+        """Join the plans of several files; see `SampleTable.mixture`."""
         return cls(
             SampleTable.mixture([plan.table for plan in plans], weights),
             tuple(exclusion for plan in plans for exclusion in plan.excluded),
@@ -100,7 +116,7 @@ class TablePlan:
         )
 
     def reasons(self) -> dict[str, int]:
-        """Number of excluded samples by reason."""
+        """Count the excluded samples by reason."""
         return dict(Counter(exclusion.reason for exclusion in self.excluded))
 
 
@@ -117,12 +133,12 @@ def plan_table(
     """Lay out the images of every sample and cut its text to ``max_length``.
 
     Args:
-        samples: in the order of the annotation file; problems are carried into the exclusions.
-        tokens: a row for each sample.
-        images: what the dataset index knows.
-        budget: patch grids -> visual tokens of each sub-image.
-        pixels: slicing, and which aspect ratios are refused.
-        max_length: tokens of a sample; only text is cut.
+        samples: samples in the order of the annotation file; their problems become exclusions.
+        tokens: token table with one row per sample.
+        images: entries of the dataset index.
+        budget: patch grids -> number of visual tokens of each sub-image.
+        pixels: settings of slicing and of refused aspect ratios.
+        max_length: most tokens per sample; only text is cut.
         sub_images: ``global`` counts the global view alone.
 
     Raises:
@@ -135,12 +151,13 @@ def plan_table(
     for row, problem in lengths.problems.items():
         excluded.setdefault(row, ("tokenisation", f"Sample {samples.ids[row].as_py()!r}{problem}"))
     num_image_tokens = shown.visual_tokens + shown.separators
-    # Text that fits beside the images.
-    room = max_length - num_image_tokens
+    # Text tokens that fit beside the images; negative if the images alone are too long.
+    max_text_tokens = max_length - num_image_tokens
     used = np.ones(len(samples), np.bool_)
     used[list(excluded)] = False
-    is_cut = used & (lengths.num_text_tokens > room)
-    for row in np.flatnonzero(is_cut & (lengths.first_answer >= room)).tolist():
+    is_cut = used & (lengths.num_text_tokens > max_text_tokens)
+    # Without any answer token a sample would teach nothing.
+    for row in np.flatnonzero(is_cut & (lengths.first_answer >= max_text_tokens)).tolist():
         message = (
             f"its images take {num_image_tokens[row]} of {max_length} tokens and its question the rest: no room for an "
             "answer; raise max_length or keep fewer visual tokens"
@@ -149,20 +166,20 @@ def plan_table(
         used[row] = is_cut[row] = False
     num_answers = lengths.num_answer_tokens.copy()
     for row in np.flatnonzero(is_cut).tolist():
-        num_answers[row] = tokens.num_answer_tokens(row, int(room[row]))
+        num_answers[row] = tokens.num_answer_tokens(row, int(max_text_tokens[row]))
     columns = {
         "sample_id": samples.ids,
         "token_row": np.arange(len(samples)),
-        "max_text_tokens": np.where(is_cut, room, WHOLE),
+        "max_text_tokens": np.where(is_cut, max_text_tokens, WHOLE),
         "num_sub_images": shown.projected,
         "num_visual_tokens": shown.visual_tokens,
-        "num_text_tokens": np.where(is_cut, np.maximum(room, 0), lengths.num_text_tokens) + shown.separators,
+        "num_text_tokens": np.where(is_cut, np.maximum(max_text_tokens, 0), lengths.num_text_tokens) + shown.separators,
         "num_answer_tokens": num_answers,
-        # All text and all sub-images, whatever is trained on: variants share their batches.
+        # All text and all sub-images, even if a variant uses fewer, so that all variants of a study get equal batches.
         "grouping_length": lengths.num_text_tokens + GROUPING_TOKENS_PER_SUB_IMAGE * shown.sub_images,
     }
     table = _table(columns, shown, images, used)
-    problems = [Exclusion(one.sample_id, one.reason, one.message) for one in samples.problems]
+    problems = [Exclusion(problem.sample_id, problem.reason, problem.message) for problem in samples.problems]
     found = [Exclusion(samples.ids[row].as_py(), *excluded[row]) for row in sorted(excluded)]
     return TablePlan(SampleTable(table, [tokens]), (*problems, *found), int(is_cut.sum()))
 
@@ -181,15 +198,18 @@ def _table(
 
 @dataclass(frozen=True, eq=False)
 class _Shown:
-    """The images that samples show: where each is in the index, and sums for each sample.
+    """The images that samples show: their rows in the index, and sums per sample.
 
     Attributes:
-        names: of all samples' images in their order.
-        places: their rows in the index, null where it has none.
-        offsets: where each sample's images begin, and the end.
-        is_bad: for each image whether it cannot be used.
-        refused: (width, height) -> why an image of this size is refused.
-        sub_images, projected, visual_tokens, separators: (samples,) int; projected sub-images are those with tokens.
+        names: image names of all samples in order, with repeats.
+        places: row of each image in the index, or null.
+        offsets: (samples + 1,) int, position of each sample's first image in ``names``, and the number of names.
+        is_bad: (images,) bool, whether an image cannot be used.
+        refused: (width, height) -> error with which images of this size are refused.
+        sub_images: (samples,) int, number of sub-images.
+        projected: (samples,) int, number of sub-images with visual tokens.
+        visual_tokens: (samples,) int, number of visual tokens.
+        separators: (samples,) int, number of separators after slices.
     """
 
     names: pa.StringArray
@@ -216,6 +236,7 @@ class _Shown:
         places = pc.index_in(names, value_set=images.names)
         is_good = pc.fill_null(pc.equal(images.reasons.take(places), ""), False).to_numpy(zero_copy_only=False)
         rows = pc.fill_null(places, 0).to_numpy()[is_good]
+        # Images have few distinct sizes, so slicing is planned once per size; width and height make one integer.
         sizes, size_of = np.unique(images.widths[rows] << 32 | images.heights[rows], return_inverse=True)
         counts, refused = _count_by_size(sizes, budget, pixels, only_global)
         by_image = np.zeros((len(names), 4), np.int64)
@@ -226,10 +247,10 @@ class _Shown:
         return cls(names, places, offsets, is_bad, refused, *(sums[offsets[1:]] - sums[offsets[:-1]]).T)
 
     def excluded(self, samples: SampleSet, images: IndexedImages) -> dict[int, tuple[str, str]]:
-        """Row -> reason and message of the samples with an image that cannot be used, by the first of these images.
+        """Map the row of each sample with an unusable image to reason and message for the first of these images.
 
         Raises:
-            DataError: it is not in the index.
+            DataError: an image is not in the index.
         """
         found: dict[int, tuple[str, str]] = {}
         bad = np.flatnonzero(self.is_bad)
@@ -253,7 +274,18 @@ class _Shown:
 def _count_by_size(
     sizes: np.ndarray, budget: VisualTokenBudget, pixels: PixelSettings, only_global: bool
 ) -> tuple[np.ndarray, dict[tuple[int, int], BadImageError]]:
-    """For each size (width << 32 | height): sub-images, those with tokens, visual tokens, separators; 0 if refused."""
+    """Count what an image of each size takes.
+
+    Args:
+        sizes: (N,) int, width << 32 | height in pixels.
+        budget: patch grids -> number of visual tokens of each sub-image.
+        pixels: settings of slicing.
+        only_global: count tokens and separators of the global view alone.
+
+    Returns:
+        (N, 4) numbers of sub-images, sub-images with tokens, visual tokens and separators, all 0 for a refused size; and
+        the errors of the refused sizes.
+    """
     counts = np.zeros((len(sizes), 4), np.int64)
     refused: dict[tuple[int, int], BadImageError] = {}
     known: dict[ImageLayout, tuple[int, int, int, int]] = {}
@@ -282,5 +314,5 @@ def _offsets(lists: pa.ListArray) -> np.ndarray:
 
 
 def _rows_of(places: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The list that each place of the flat values lies in."""
+    """Return the number of the list to which each position in the flat values belongs."""
     return np.searchsorted(offsets, places, side="right") - 1

@@ -1,4 +1,4 @@
-"""The tokens of a sample set, computed once for a tokenizer and a template, and shared by all runs that train on them."""
+"""Token tables: the tokens of a sample set for a tokenizer and a template, computed once and shared by all runs."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from meteor.storage.files import new_file, open_file
 from meteor.text.batches import BatchTokeniser, TokenBatch
 from meteor.text.tokens import TokenisedSample
 
-# Bumped when the same samples would get other tokens.
+# Increased when a change of the code gives other tokens for unchanged samples.
 _VERSION = 1
 _LENGTHS = pa.schema(
     [
@@ -35,13 +35,13 @@ _LENGTHS = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class TokenLengths:
-    """What planning needs to know of each row of a token table.
+    """Numbers about each row of a token table, from which a sample table is planned.
 
     Attributes:
-        num_text_tokens: (N,) int, images not counted.
-        num_answer_tokens: (N,) int, labels.
-        first_answer: (N,) int, text tokens before the first label.
-        problems: row -> what is wrong with its sample, as text that continues ``Sample 'id'``; other rows are left out.
+        num_text_tokens: (N,) int, number of tokens without image placeholders.
+        num_answer_tokens: (N,) int, number of labels.
+        first_answer: (N,) int, number of text tokens before the first label.
+        problems: row -> problem of the row's sample, as text that continues ``Sample 'id'``; only rows with a problem.
     """
 
     num_text_tokens: np.ndarray
@@ -51,7 +51,7 @@ class TokenLengths:
 
 
 class TokenTable:
-    """Tokens by row; it never changes. A local file is mapped into memory, one on S3 is read."""
+    """Immutable table of tokens by row; a local file is mapped into memory, a file on S3 is read into memory."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch], lengths: TokenLengths | None = None, uri: str = "") -> None:
         self.uri = uri
@@ -61,28 +61,30 @@ class TokenTable:
 
     @classmethod
     def of(cls, batches: Iterable[TokenBatch]) -> "TokenTable":
-        """A table in memory."""
+        """Make a table in memory."""
         batches = list(batches)
         lengths = pa.Table.from_batches(map(_length_batch, batches), _LENGTHS)
         return cls([_token_batch(batch, pa.int32()) for batch in batches], _read_lengths(lengths))
 
     @classmethod
     def write(cls, uri: str, batches: Iterable[TokenBatch], *, vocabulary_size: int = 1 << 31) -> "TokenTable":
-        """Store a table, batch by batch, and open it; ``uri`` ends in ``.arrow``, its lengths are kept beside it."""
+        """Store a table batch by batch and open it; ``uri`` ends in ``.arrow``, and the lengths are stored beside it."""
+        # Ids are written as numbers of fixed size, so that a row can be read from the mapped file without decoding.
+        # A small vocabulary fits into 16 bits, which halves the file.
         schema = _token_schema(pa.int16() if vocabulary_size <= 1 << 15 else pa.int32())
         lengths = []
         with new_file(uri) as path, pa.ipc.new_file(path, schema) as writer:
             for batch in batches:
                 writer.write_batch(_token_batch(batch, schema.field("input_ids").type.value_type))
                 lengths.append(_length_batch(batch))
-        # The table is complete when its lengths are there.
+        # Written last: the existence of the lengths means that the table is complete.
         with new_file(_lengths_uri(uri)) as path:
             pq.write_table(pa.Table.from_batches(lengths, _LENGTHS), path, compression="zstd")
         return cls.open(uri)
 
     @classmethod
     def open(cls, uri: str) -> "TokenTable":
-        """A stored table. Raises NotFoundError if there is none."""
+        """Open a stored table. Raises NotFoundError if it does not exist."""
         is_remote = uri.startswith("s3://")
         reader = pa.ipc.open_file(pa.BufferReader(storage.read_bytes(uri)) if is_remote else open_file(uri))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
@@ -93,22 +95,23 @@ class TokenTable:
 
     @cached_property
     def lengths(self) -> TokenLengths:
-        """The lengths of all rows."""
+        """Lengths of all rows."""
         return self._lengths or stored_lengths(self.uri)
 
     def row(self, row: int, max_text_tokens: int | None = None) -> TokenisedSample:
-        """Tokens and labels of a sample, with one placeholder for each image.
+        """Return tokens and labels of a sample, with one placeholder for each image.
 
         Args:
-            row: of the table.
-            max_text_tokens: drop text after so many tokens; images are never cut, not even those after the limit.
+            row: row of the table.
+            max_text_tokens: number of text tokens after which text is dropped; images are never cut, not even images
+                behind the limit.
         """
         input_ids, is_answer, turns = self._arrays(row, max_text_tokens)
         labels = np.where(is_answer, input_ids, IGNORE_INDEX)
         return TokenisedSample(input_ids.tolist(), labels.tolist(), turns.tolist())
 
     def num_answer_tokens(self, row: int, max_text_tokens: int) -> int:
-        """Labels among so many first text tokens of a row."""
+        """Count the labels among the first ``max_text_tokens`` text tokens of a row."""
         return int(self._arrays(row, max_text_tokens)[1].sum())
 
     def _arrays(self, row: int, max_text_tokens: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -135,15 +138,15 @@ def tokenise_set(
     folder: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> TokenTable:
-    """Tokenise a sample set, or find the table of the same samples, tokenizer and template.
+    """Tokenise a sample set, or find the stored table for equal samples, tokenizer and template.
 
     Args:
-        samples: the set, or a share of it.
+        samples: sample set, possibly a share of a file.
         tokenizer: a fast tokenizer.
         template: ``plain``, ``vicuna_v1`` or ``chat``.
-        folder: local or s3:// folder that keeps tables by what decides about them; nothing in it ever changes. When None,
-            the table is in memory alone, for a few samples.
-        on_progress: called with the samples done and in all, as they are tokenised.
+        folder: local or s3:// folder that stores tables by a digest of these three; files in it never change. If None, the
+            table is only in memory, which suits a few samples.
+        on_progress: called with the number of finished samples and of all samples.
 
     Raises:
         SettingsError: the tokenizer does not fit (no end token, no chat template).
@@ -163,8 +166,8 @@ def _tokenise(
 ) -> Iterator[TokenBatch]:
     tokeniser = BatchTokeniser(tokenizer, template)
 
-    def tokenise(some: list[Sample]) -> TokenBatch:
-        return tokeniser([sample.conversation for sample in some])
+    def tokenise(batch: list[Sample]) -> TokenBatch:
+        return tokeniser([sample.conversation for sample in batch])
 
     num_done = 0
     with without_cycle_collector():
@@ -176,9 +179,9 @@ def _tokenise(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that decides about the tokens of a conversation, wherever the tokenizer was loaded from."""
+    """Return the sha256 of everything that decides about a conversation's tokens, whatever the tokenizer's location."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls of the tokenizer leave these behind.
+    # Earlier calls of the tokenizer leave their truncation and padding in the backend.
     description |= {"truncation": None, "padding": None}
     return _digest(description, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
 
@@ -188,7 +191,7 @@ def _digest(*content: Any) -> str:
 
 
 def stored_lengths(uri: str) -> TokenLengths:
-    """The lengths of the rows of a stored token table, without its tokens."""
+    """Read the lengths of a stored token table's rows, without its tokens."""
     with open_file(_lengths_uri(uri)) as file:
         return _read_lengths(pq.read_table(file))
 
@@ -208,7 +211,7 @@ def _length_batch(batch: TokenBatch) -> pa.RecordBatch:
     is_text = batch.input_ids != IMAGE_TOKEN_ID
     texts, answers = (np.concatenate([[0], np.cumsum(flags)]) for flags in (is_text, batch.is_answer))
     starts, ends = batch.offsets[:-1], batch.offsets[1:]
-    # The next label at or after each start; where a sample has none, planning never asks.
+    # The next label at or after each start. A sample without labels gets another sample's, which planning never reads.
     labels = np.append(np.flatnonzero(batch.is_answer), len(batch.input_ids))
     first_label = labels[answers[starts]]
     columns = [
@@ -220,7 +223,7 @@ def _length_batch(batch: TokenBatch) -> pa.RecordBatch:
 
 
 def _token_schema(id_type: pa.DataType) -> pa.Schema:
-    # Turns as runs: the turn, where it begins and ends.
+    # Turns are stored as runs (turn, start, end), three numbers per run instead of one per token.
     return pa.schema(
         [
             ("input_ids", pa.list_(id_type)),
@@ -242,7 +245,16 @@ def _token_batch(batch: TokenBatch, id_type: pa.DataType) -> pa.RecordBatch:
 
 
 def _runs(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of equal values other than 0, as (value, start, end) in their sample; and where each sample's numbers begin."""
+    """Find the runs of equal values other than 0 within samples.
+
+    Args:
+        values: (tokens,) int, values of all samples one after the other.
+        offsets: (samples + 1,) int, start of each sample in ``values``, and its length.
+
+    Returns:
+        (runs, 3) int32 rows (value, start, end), counted from the sample's start; and (samples + 1,) offsets of each
+        sample's numbers in the flattened rows.
+    """
     starts_run = np.ones(len(values) + 1, np.bool_)
     starts_run[1:-1] = values[1:] != values[:-1]
     starts_run[offsets] = True

@@ -1,1 +1,1 @@
-"""Answers in, scores out."""
+"""Evaluation: questions of benchmarks, a model's answers, and their scores."""

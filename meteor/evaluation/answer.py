@@ -1,4 +1,4 @@
-"""Greedy answers to questions about images, batched, from cached or live features."""
+"""Greedy answers to batches of questions about images, from cached or live features."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ class Answerer:
     Args:
         model_uri: directory of a finished model, local or S3.
         device: "cpu" or "cuda".
-        dtype: of the weights.
+        dtype: dtype of the weights.
     """
 
     def __init__(self, model_uri: str, *, device: str, dtype: torch.dtype) -> None:
@@ -46,11 +46,17 @@ class Answerer:
         cache.identity.require_match(CacheIdentity.from_dict(self.model.config.cache_identity))
 
     def answer(self, questions: Sequence[Question], source: FeatureSource, *, max_new_tokens: int) -> list[str]:
-        """Greedy answers, in the order given."""
+        """Answer the questions greedily and return the texts in their order."""
         return self.processor.batch_decode(self.generate(self.batch(questions, source), max_new_tokens=max_new_tokens))
 
     def batch(self, questions: Sequence[Question], source: FeatureSource, *, with_answers: bool = False) -> Batch:
-        """What the model is asked, on its device; ``with_answers`` the samples' last turns follow, with labels."""
+        """Make the model's inputs for the questions, on its device.
+
+        Args:
+            questions: questions with their image keys.
+            source: features of the images.
+            with_answers: include the samples' last turns as labelled answers, to score given texts.
+        """
         processor = self.processor
         samples = []
         images = source.prefetch(key for question in questions for key in question.image_keys)
@@ -71,15 +77,17 @@ class Answerer:
             vision_width=self.model.config.vision_config.hidden_size,
             select_layer=self.model.config.select_layer,
             sub_images=processor.sub_images,
+            # Generation appends tokens on the right, so the padding must be on the left.
             padding_side="left",
         ).to(self.device)
 
     def generate(self, batch: Batch, *, max_new_tokens: int, min_new_tokens: int = 0, **kwargs: Any) -> torch.Tensor:
-        """Greedy tokens of the answers (B, new tokens); ``kwargs`` go to Hugging Face's ``generate``."""
+        """Generate the answers' tokens (B, new tokens) greedily; ``kwargs`` go to Hugging Face's ``generate``."""
         return self.model.generate(
             **batch.as_inputs(),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
+            # Greedy decoding, so that an evaluation gives equal answers every time.
             do_sample=False,
             eos_token_id=self.processor.tokenizer.eos_token_id,
             pad_token_id=self.processor.tokenizer.pad_token_id,
@@ -89,7 +97,7 @@ class Answerer:
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[str]:
-    """The directory itself where it is local; else a copy that is gone when the block ends."""
+    """Yield a local directory as it is, or a copy of a remote directory that is deleted when the block ends."""
     if "://" not in uri:
         yield uri
         return
@@ -97,6 +105,7 @@ def local_copy(uri: str) -> Iterator[str]:
     if not files:
         raise NotFoundError(f"there is no model at {uri}: give the directory that finetune leaves")
     with tempfile.TemporaryDirectory() as folder:
+        # A finished model's directory has no subfolders.
         for info in files:
             storage.download_file(info.uri, str(Path(folder) / info.uri.rpartition("/")[2]))
         yield folder

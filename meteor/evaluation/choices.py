@@ -1,4 +1,4 @@
-"""Which option an answer to a multiple-choice question names; and MMMU's reading of open answers."""
+"""Reading of answers: the option that an answer to a multiple-choice question names, and MMMU's open answers."""
 
 import random
 import re
@@ -6,24 +6,29 @@ from collections.abc import Mapping, Sequence
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ENDS = ",.!?;:'"
+# MMMU's parser searches answers with more words than this for the text of an option.
 _LONG_ANSWER = 5
+# Phrases of MMMU's parser, behind which it expects the answer.
 _KEY_PHRASES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
 
 def list_options(options: Sequence[str]) -> str:
-    """``A. red``, a line each."""
+    """Write the options as lines like ``A. red``."""
     return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
 def read_letter(prediction: str, options: Sequence[str]) -> str:
-    """The letter of the option that an answer names, "" where it names none or several.
+    """Return the letter of the option that an answer names, "" if it names none or several.
 
-    In this order: a letter alone, or at the start with a mark behind it ("B", "(B) red", "B: red"); the text of exactly one
-    option; exactly one letter in brackets, or as a word ("The answer is B"). "A" before a word is the article.
+    The first of these readings that succeeds counts:
+
+    - a letter alone, or at the start with a mark behind it ("B", "(B) red", "B: red")
+    - the text of exactly one option
+    - exactly one letter in brackets, or as a word ("The answer is B"); an "A" before a word is the article
 
     Args:
         prediction: the model's answer.
-        options: texts of A, B, ...; no letter beyond them counts.
+        options: texts of the options A, B, ...; letters beyond them do not count.
     """
     letters = LETTERS[: len(options)]
     text = prediction.strip()
@@ -37,6 +42,7 @@ def read_letter(prediction: str, options: Sequence[str]) -> str:
     bracketed = set(re.findall(rf"\(([{letters}])\)", text))
     if len(bracketed) == 1:
         return bracketed.pop()
+    # The apostrophe excludes letters of contractions such as "I'd".
     words = set(re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", text)) - _articles(text)
     return words.pop() if len(words) == 1 else ""
 
@@ -50,15 +56,15 @@ def _plain(text: str) -> str:
 
 
 def read_mmmu_choice(prediction: str, options: Sequence[str], *, seed: str) -> str:
-    """The letter that MMMU's official parser reads; a seeded choice where it reads none.
+    """Return the letter that MMMU's official parser reads, or a seeded choice if it reads none.
 
-    It looks for "(A)", then for " A ", then, in answers of more than five words, for an option's text; of several finds the
-    one that begins last counts. The official code draws at random where nothing is found, from one generator over the whole
-    run, so that scores depend on the order of questions; here the draw depends on ``seed`` alone.
+    The parser looks for "(A)", then for " A ", then, in answers of more than five words, for an option's text. If it finds
+    several, the last in the text counts. If it finds none, the official code draws from one random generator over the whole
+    run, so that scores depend on the order of questions. Here the draw depends on ``seed`` alone.
 
     Args:
         prediction: the model's answer.
-        options: texts of A, B, ...
+        options: texts of the options A, B, ...
         seed: the question's id.
     """
     letters = LETTERS[: len(options)]
@@ -68,24 +74,26 @@ def read_mmmu_choice(prediction: str, options: Sequence[str], *, seed: str) -> s
     text = f" {text} "
     places: Mapping[str, int] = {}
     for find in ("({})", " {} "):
-        places = places or {one: text.rfind(find.format(one)) for one in letters if find.format(one) in text}
+        places = places or {
+            letter: text.rfind(find.format(letter)) for letter in letters if find.format(letter) in text
+        }
     if not places and len(text.split()) > _LONG_ANSWER:
         low = text.lower()
         places = {
-            one: low.rfind(option.lower())
-            for one, option in zip(letters, options, strict=True)
+            letter: low.rfind(option.lower())
+            for letter, option in zip(letters, options, strict=True)
             if option.lower() in low
         }
     if places:
-        return max(places, key=lambda one: places[one])
+        return max(places, key=lambda letter: places[letter])
     return random.Random(seed).choice(letters)
 
 
 def mmmu_open_score(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if MMMU's official reading of an open answer finds one of the references in it.
+    """Return 1.0 if MMMU's official parser finds a reference in an open answer, else 0.0.
 
-    Sentences are cut down to what follows "is", "answer", and the like; numbers are compared as numbers rounded to two
-    decimals, texts by containment.
+    Each sentence is cut to the words that follow "is", "answer" and similar words. Numbers are compared after rounding to
+    two decimals; a text is found if the answer contains it.
     """
     found: list[str | float] = []
     parts = _key_parts(prediction)
@@ -94,7 +102,9 @@ def mmmu_open_score(prediction: str, answers: Sequence[str]) -> float:
     wanted = [form for answer in answers for form in _normal_forms(answer)]
     numbers = {form for form in wanted if isinstance(form, float)}
     texts = [form for form in wanted if isinstance(form, str)]
-    return float(any(one in numbers if isinstance(one, float) else any(text in one for text in texts) for one in found))
+    return float(
+        any(form in numbers if isinstance(form, float) else any(text in form for text in texts) for form in found)
+    )
 
 
 def _key_parts(prediction: str) -> list[str]:
@@ -123,5 +133,5 @@ def _normal_forms(text: str) -> list[str | float]:
         return [round(float(text.replace(",", "")), 2)]
     except ValueError:
         low = text.lower()
-        # A single letter would be found in nearly every answer.
+        # A single letter alone would be found in nearly every answer.
         return [f" {low}", f"{low} "] if len(low) == 1 else [low]

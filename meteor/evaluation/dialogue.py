@@ -1,4 +1,4 @@
-"""One person, one model: questions about images shown in between, answers as they come."""
+"""A dialogue with a model about images: questions, and answers that appear word by word."""
 
 import hashlib
 import time
@@ -24,7 +24,13 @@ from meteor.text.conversation import Turn
 
 @dataclass(frozen=True, eq=False)
 class ShownImage:
-    """An image of the dialogue: where it is, as a viewer shows it, and what the frozen encoder makes of it."""
+    """An image of the dialogue.
+
+    Attributes:
+        uri: URI of the file.
+        image: the decoded image, turned as a viewer shows it.
+        features: output of the frozen encoder.
+    """
 
     uri: str
     image: Image.Image
@@ -33,11 +39,14 @@ class ShownImage:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and what it cost.
+    """An answer and its cost.
 
     Attributes:
+        text: the answer.
+        num_prompt_tokens: tokens of the prompt, including visual tokens.
+        num_tokens: tokens of the answer.
         first_token_s: seconds from the question to the first token.
-        tokens_per_s: of the tokens after the first; None where there are none.
+        tokens_per_s: speed after the first token; None if the answer has a single token.
     """
 
     text: str
@@ -48,7 +57,7 @@ class Reply:
 
 
 class Dialogue:
-    """Turns so far, with their images; an image is encoded once.
+    """The turns of a dialogue so far with their images, each of which is encoded once.
 
     Args:
         answerer: a finished model with its vision tower.
@@ -59,14 +68,15 @@ class Dialogue:
         self._shown = ShownImages(answerer.model, answerer.processor)
         self.turns: list[Turn] = []
         self.images: list[ShownImage] = []
-        self._num_asked = 0
+        # Images that belong to earlier questions.
+        self._num_discussed = 0
 
     def show(self, uri: str) -> ShownImage:
-        """Read and encode an image; it belongs to the next question.
+        """Read and encode an image, which then belongs to the next question.
 
         Raises:
-            NotFoundError: no such file.
-            BadImageError: it is no image, or one that the model cannot be shown.
+            NotFoundError: the file does not exist.
+            BadImageError: the file is not an image, or the model cannot use the image.
         """
         data = storage.read_bytes(uri)
         image = decode_image(data, max_pixels=self.answerer.processor.pixels.max_pixels)
@@ -75,19 +85,19 @@ class Dialogue:
         return shown
 
     def ask(self, text: str, *, max_new_tokens: int, on_text: Callable[[str], None] = lambda piece: None) -> Reply:
-        """Greedy answer to the next question, about all that was said and shown.
+        """Answer the next question greedily, given all earlier turns and images.
 
         Args:
             text: the question.
-            max_new_tokens: longest answer.
-            on_text: called with pieces of the answer as they come; together they are the answer.
+            max_new_tokens: most tokens of the answer.
+            on_text: called with each piece of the answer as it comes; the pieces together are the answer.
 
         Raises:
             ConversationError: the question is empty.
         """
         if not text.strip():
-            raise ConversationError("the question is empty: say something")
-        turns = [*self.turns, Turn("human", text.strip(), len(self.images) - self._num_asked)]
+            raise ConversationError("the question is empty: write a text")
+        turns = [*self.turns, Turn("human", text.strip(), len(self.images) - self._num_discussed)]
         keys = tuple(shown.features.image_key for shown in self.images)
         sample = Sample("dialogue", tuple(shown.uri for shown in self.images), tuple(turns))
         started = time.perf_counter()
@@ -96,14 +106,14 @@ class Dialogue:
         tokens = self.answerer.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         [answer] = self.answerer.processor.batch_decode(tokens)
         self.turns = [*turns, Turn("gpt", answer)]
-        self._num_asked = len(self.images)
+        self._num_discussed = len(self.images)
         first_s, last_s, count = streamer.times.seconds[0], streamer.times.seconds[-1], len(streamer.times.seconds)
         rate = (count - 1) / (last_s - first_s) if count > 1 else None
         return Reply(answer, batch.input_ids.shape[1], count, first_s - started, rate)
 
 
 class _Streamer(TextStreamer):
-    """transformers' way to give text as soon as it is certain; and when each token came."""
+    """Streamer of transformers that gives text as soon as it is final, and records the time of each token."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

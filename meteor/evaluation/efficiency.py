@@ -1,4 +1,4 @@
-"""What answering costs: the prompt's pass and the tokens after it timed apart, and memory (paper, Table 4)."""
+"""Measured cost of answers: time of the prompt's pass, speed of the tokens after it, and memory (paper, Table 4)."""
 
 import resource
 import time
@@ -18,18 +18,18 @@ from meteor.features import FeatureSource
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Of answering one question after the other.
+    """Measurements of a model that answers one question after the other.
 
     Attributes:
-        hardware: device, threads where it is the CPU, and torch's version: only rows of the same hardware compare.
-        num_questions: asked in each round.
-        prefill_s: seconds of the prompt's pass, projector included, features at hand: median over rounds of the mean of a
-            question.
-        tokens_per_s: of the answers after their first token: median over rounds.
-        memory_bytes: at the peak; allocated on the GPU, else of the process.
-        num_prompt_tokens: mean of a question, visual ones included.
-        num_visual_tokens: mean of a question; those that are real, where a projector leaves slots unused.
-        used_share: of the visual slots, those with a real token: 1 but for adaptive projectors.
+        hardware: device, number of threads on a CPU, and torch's version; compare only measurements on equal hardware.
+        num_questions: questions per round.
+        prefill_s: seconds per question for the prompt's pass, including the projector but not the reading of features;
+            the median over rounds.
+        tokens_per_s: speed of the answers after their first token; the median over rounds.
+        memory_bytes: peak of the memory that torch allocated on the GPU, or of the process's memory on a CPU.
+        num_prompt_tokens: mean number of prompt tokens per question, including visual tokens.
+        num_visual_tokens: mean number of visual tokens per question, without slots that the projector leaves unused.
+        used_share: share of the visual slots that hold a token; 1 except for adaptive projectors.
     """
 
     hardware: str
@@ -50,14 +50,14 @@ def measure_answers(
     new_tokens: int = 32,
     rounds: int = 3,
 ) -> Efficiency:
-    """Answer each question by itself, exactly ``new_tokens`` long, several times over.
+    """Answer each question alone with exactly ``new_tokens`` tokens, in several rounds, and measure the cost.
 
     Args:
-        answerer: the model, which nothing else should be using.
-        questions: the same for all models that are compared.
-        source: where their features come from; reading them is not timed.
-        new_tokens: at least 2.
-        rounds: timed, after one that is not.
+        answerer: the model; no other work should run on its device.
+        questions: questions, which must be equal for all models that are compared.
+        source: source of the images' features; reading them is not timed.
+        new_tokens: tokens per answer, at least 2.
+        rounds: number of timed rounds, which follow an untimed one.
     """
     assert new_tokens > 1, "speed is measured after the first token"
     batches = [answerer.batch([question], source) for question in questions]
@@ -66,7 +66,8 @@ def measure_answers(
     prefills, decodes = [], []
     for number in range(rounds + 1):
         prefill_s, decode_s = _timed(answerer, batches, new_tokens)
-        if number:  # the first round loads kernels and caches
+        # The first round loads kernels and fills caches.
+        if number:
             prefills.append(prefill_s)
             decodes.append(decode_s)
     num_slots = sum(batch.num_visual_tokens for batch in batches)
@@ -92,16 +93,16 @@ def _count_used(answerer: Answerer, batch: Batch) -> int:
 
 
 def describe_hardware(device: str) -> str:
-    """What a measurement depends on besides the model."""
+    """Return the device's name with torch's version, on which a measurement depends besides the model."""
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     return f"{name}, torch {torch.__version__}"
 
 
 class TokenTimes(BaseStreamer):
-    """For ``generate(streamer=...)``: when each token of the answers was there, in `time.perf_counter` seconds.
+    """Streamer for ``generate(streamer=...)`` that records the time of each answer token in `time.perf_counter` seconds.
 
-    On a GPU it waits for every token, as ``generate`` does anyway to see whether all answers have ended.
+    On a GPU it waits for every token; ``generate`` waits too, to see whether all answers have ended.
     """
 
     def __init__(self) -> None:
@@ -109,6 +110,7 @@ class TokenTimes(BaseStreamer):
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        # The first call of `generate` passes the prompt's tokens.
         if not self._is_prompt:
             self.seconds.append(time.perf_counter())
         self._is_prompt = False
@@ -118,12 +120,14 @@ class TokenTimes(BaseStreamer):
 
 
 def _timed(answerer: Answerer, batches: Sequence[Batch], new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first tokens, and from there to the last ones, of all batches."""
+    """Return the seconds up to the first tokens, and from there to the last tokens, summed over all batches."""
     prefill_s = decode_s = 0.0
+    # Work that is still queued on the GPU would count as the first batch's.
     if answerer.device == "cuda":
         torch.cuda.synchronize()
     for batch in batches:
         times, started = TokenTimes(), time.perf_counter()
+        # Equal lengths, so that a model with short answers does not appear faster.
         answerer.generate(batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=times)
         prefill_s += times.seconds[0] - started
         decode_s += times.seconds[-1] - times.seconds[0]
@@ -133,4 +137,5 @@ def _timed(answerer: Answerer, batches: Sequence[Batch], new_tokens: int) -> tup
 def _peak_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    # Linux gives KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

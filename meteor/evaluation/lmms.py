@@ -1,6 +1,7 @@
-"""The model for lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval): its tasks, prompts and scores, our answers.
+"""Adapter for lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which gives tasks and prompts and scores answers.
 
-lmms-eval finds `manifest` by the entry-point group ``lmms_eval.models`` and imports this file; nothing else here does.
+lmms-eval finds `manifest` by the entry-point group ``lmms_eval.models`` and imports this file. Nothing in this library
+imports it, because lmms-eval is an optional package.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ _MAX_NEW_TOKENS = 128
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval registers: the model ``llava_meteor``."""
+    """Return the entry under which lmms-eval registers the model ``llava_meteor``."""
     return ModelManifest("llava_meteor", simple_class_path=f"{__name__}.LlavaMeteor")
 
 
@@ -35,9 +36,9 @@ class LlavaMeteor(lmms):
 
     Args:
         pretrained: directory that finetune leaves, local or s3://.
-        batch_size: questions answered together.
-        device: "cuda" where there is one if not given.
-        dtype: bfloat16 on a GPU, float32 elsewhere if not given.
+        batch_size: questions per batch.
+        device: device of the model; by default "cuda" if there is a GPU.
+        dtype: dtype of the weights; by default bfloat16 on a GPU and float32 elsewhere.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class LlavaMeteor(lmms):
         self._batch_size, self.device = int(batch_size), torch.device(chosen)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy answers, in the order of the requests, each cut at the first of its task's stop texts."""
+        """Answer the requests greedily; each answer is cut at the first of its task's stop texts."""
+        # Batches share a longest answer, and prompts of similar length come together; the longest first, so that memory
+        # runs out at the start or not at all.
         answers = [""] * len(requests)
         order = sorted(
             range(len(requests)), key=lambda i: (_longest(requests[i]), len(requests[i].args[0])), reverse=True
@@ -64,8 +67,8 @@ class LlavaMeteor(lmms):
         bar = tqdm(total=len(requests), desc="llava_meteor", disable=self._rank != 0)
         for batch in _batches(order, self._batch_size, lambda i: _longest(requests[i])):
             shown = ShownImages(self._answerer.model, self._answerer.processor)
-            asked = [self._question(i, requests[i], shown) for i in batch]
-            texts = self._answerer.answer(asked, shown, max_new_tokens=_longest(requests[batch[0]]))
+            questions = [self._question(i, requests[i], shown) for i in batch]
+            texts = self._answerer.answer(questions, shown, max_new_tokens=_longest(requests[batch[0]]))
             for i, text in zip(batch, texts, strict=True):
                 context, options = requests[i].args[:2]
                 answers[i] = _cut(text, options.get("until") or [])
@@ -75,7 +78,12 @@ class LlavaMeteor(lmms):
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Sum of the log-probabilities of each continuation's tokens, end token included; and whether greedy gives them."""
+        """Score given continuations.
+
+        Returns:
+            The sum of the log-probabilities of each continuation's tokens with the end token, and whether greedy decoding
+            would give these tokens.
+        """
         results = []
         for i, request in enumerate(tqdm(requests, desc="llava_meteor", disable=self._rank != 0)):
             shown = ShownImages(self._answerer.model, self._answerer.processor)
@@ -88,6 +96,7 @@ class LlavaMeteor(lmms):
             inputs = {name: value for name, value in batch.as_inputs().items() if name != "labels"}
             with torch.inference_mode():
                 log_LV = self._answerer.model(**inputs).logits[0, :-1].float().log_softmax(-1)
+            # The logits at a position predict the following token.
             wanted_L = batch.labels[0, 1:]
             places = (wanted_L != IGNORE_INDEX).nonzero().squeeze(-1)
             wanted_T, log_TV = wanted_L[places], log_LV[places]
@@ -103,12 +112,13 @@ class LlavaMeteor(lmms):
         return self.task_dict[task][split][doc_id]
 
     def _question(self, number: int, request: Any, shown: ShownImages) -> Question:
-        """Images first, as in training; placeholders that the task wrote into its text are taken out."""
+        """Make a question with its images first, as in training; placeholders in the task's text are removed."""
         context, doc_to_visual = request.args[0], request.args[2]
         visuals = (doc_to_visual(self._document(request)) or []) if doc_to_visual is not None else []
-        images = [visual for one in visuals for visual in (one if isinstance(one, list | tuple) else [one])]
+        # Some tasks nest their images in lists.
+        images = [image for visual in visuals for image in (visual if isinstance(visual, list | tuple) else [visual])]
         if not all(isinstance(image, Image.Image) for image in images):
-            raise SettingsError("llava_meteor sees images alone: leave tasks with videos or sound out")
+            raise SettingsError("llava_meteor reads images only: leave tasks with videos or sound out")
         keys = tuple(f"{number}/{i}" for i in range(len(images)))
         for key, image in zip(keys, images, strict=True):
             shown.add(key, image)
@@ -121,7 +131,7 @@ def _longest(request: Any) -> int:
 
 
 def _batches(order: Sequence[int], size: int, key: Any) -> Iterable[list[int]]:
-    """Of up to ``size``, all of one key."""
+    """Yield batches of up to ``size`` neighbours with equal ``key``."""
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) == size or key(batch[0]) != key(i)):

@@ -1,4 +1,4 @@
-"""How a benchmark scores an answer, and how the scores of its questions become one number."""
+"""Metrics of benchmarks: the score of an answer, and the number that the scores of all questions give."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,25 +20,25 @@ from meteor.evaluation.scoring import (
 )
 from meteor.intervals import mean_influences
 
-# Rows of `meteor.evaluation.score_table`, all of which have a score.
+# Rows of `meteor.evaluation.score_table` that have a score.
 Rows = Sequence[Mapping[str, Any]]
-# A number, and the influence of each row on it (`meteor.intervals`).
+# A number, and each row's influence on it, from which its standard error is estimated (`meteor.intervals`).
 Estimate = tuple[float, list[float]]
 
 
 def mean_score(rows: Rows) -> Estimate:
-    """Of all questions."""
+    """Return the mean score of all questions."""
     scores = [row["score"] for row in rows]
     return sum(scores) / len(scores), mean_influences(scores)
 
 
 def mean_of_types(rows: Rows) -> Estimate:
-    """The mean of the types' means: ChartQA's human and augmented halves weigh the same."""
+    """Return the mean of the types' means, so that ChartQA's human and augmented halves have equal weight."""
     return _over_types(rows, mean_score)
 
 
 def f1_of_types(rows: Rows) -> Estimate:
-    """The mean over types of F1, "yes" being positive: POPE's three categories."""
+    """Return the mean F1 of the types, with "yes" as the positive class, as for POPE's three categories."""
     return _over_types(rows, _f1)
 
 
@@ -56,32 +56,34 @@ def _over_types(rows: Rows, estimate: Callable[[Rows], Estimate]) -> Estimate:
 
 
 def _f1(rows: Rows) -> Estimate:
-    """2 hits / (2 hits + false alarms + misses), a ratio of two sums: its influences are those of its linear part."""
+    """Return 2 hits / (2 hits + false alarms + misses) with influences from the linear part of this ratio of sums."""
     tops = [2.0 * (row["read_as"] == row["answer"] == "yes") for row in rows]
     bottoms = [top + (row["read_as"] != row["answer"]) for top, row in zip(tops, rows, strict=True)]
+    # The sum is 0 if every answer is a right "no"; the score is then 0.
     whole = max(sum(bottoms), 1.0)
     value = sum(tops) / whole
     return value, [(top - value * bottom) / whole for top, bottom in zip(tops, bottoms, strict=True)]
 
 
 def no_extra(rows: Rows) -> dict[str, float]:
+    """Return no further numbers."""
     return {}
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One benchmark's way to score.
+    """Scoring of a benchmark.
 
     Attributes:
-        name: as ``scores.json`` and MLflow call it.
-        score: (question, prediction) -> 0 ... 1; None where it cannot be known here.
-        version: changes when a score of the same answer would.
-        read: (question, prediction) -> what is compared: a letter, yes or no.
-        wrong: (question) -> what a question counts as that could not be asked.
-        combine: scores of all questions -> one number.
-        extra: more numbers over the same rows.
-        circular: a question's prompts (its `unit`) are right together or not at all.
-        of_text: the score depends on the prediction's text alone.
+        name: name in ``scores.json`` and MLflow.
+        score: function (question, prediction) -> 0 ... 1, or None if the score cannot be computed here.
+        version: number that increases when a change of the code gives an unchanged answer another score.
+        read: function (question, prediction) -> the part that is compared: a letter, yes or no.
+        wrong: function (question) -> wrong answer for a question whose image is quarantined.
+        combine: function that turns the rows of all questions into one number.
+        extra: function that gives further numbers for these rows.
+        circular: whether a question counts as right only if all its prompts (its `unit`) are right.
+        of_text: whether the score depends on the prediction's text alone.
     """
 
     name: str
@@ -105,7 +107,7 @@ EXACT_MATCH = Metric(
 
 
 def relaxed(*, compat: bool) -> Metric:
-    """ChartQA's relaxed accuracy; see `relaxed_accuracy` for ``compat``."""
+    """Make ChartQA's relaxed accuracy; see `relaxed_accuracy` for ``compat``."""
     return Metric(
         "relaxed_accuracy" if compat else "relaxed_accuracy_zero_repaired",
         lambda question, prediction: relaxed_accuracy(prediction, question.references[0], compat=compat),
@@ -145,7 +147,7 @@ def _pope_extra(rows: Rows) -> dict[str, float]:
     scores = [
         pope_scores([row["read_as"] for row in part], [row["answer"] for row in part]) for part in by_type.values()
     ]
-    return {name: sum(one[name] for one in scores) / len(scores) for name in scores[0]}
+    return {name: sum(numbers[name] for numbers in scores) / len(scores) for name in scores[0]}
 
 
 POPE_F1 = Metric(
@@ -159,7 +161,7 @@ POPE_F1 = Metric(
 
 
 def _statement(row: Mapping[str, Any]) -> str:
-    """NLVR's ids are split-number-order: "test-3776-0-1" is the second order of boxes of "test-3776-0"."""
+    """Return the id of a row's statement: "test-3776-0" for "test-3776-0-1", which shows its boxes in another order."""
     return str(row["id"]).rpartition("-")[0]
 
 
@@ -167,6 +169,7 @@ def _consistency(rows: Rows) -> dict[str, float]:
     by_statement: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         by_statement[_statement(row)].append(row["score"])
+    # A statement counts as consistent only if it is judged right for every order of its boxes.
     several = [scores for scores in by_statement.values() if len(scores) > 1]
     if not several:
         return {}
@@ -185,14 +188,14 @@ TRUE_FALSE = Metric(
 
 
 def judged(verdicts: Mapping[str, float] | None) -> Metric:
-    """MM-Vet's: a judge's verdicts by question id, each in [0, 1]; without them there is no score here."""
+    """Make MM-Vet's metric from a judge's verdicts by question id, each in [0, 1]; without verdicts scores are None."""
 
     def score(question: Question, prediction: str) -> float | None:
         if verdicts is None:
             return None
         if question.id not in verdicts:
             raise DataError(
-                f"the judge's file has no verdict on question {question.id!r}: give all, of the same answers"
+                f"the judge's file has no verdict on question {question.id!r}: give a verdict on every answer of this run"
             )
         return verdicts[question.id]
 

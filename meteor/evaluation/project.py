@@ -1,4 +1,4 @@
-"""The compressor alone: a cache's images as visual tokens, scores and kept patches in files, without a language model."""
+"""The projector without a language model: a cache's images as files of visual tokens, scores and kept patches."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +20,18 @@ _NUM_SHOWN = 5
 
 @dataclass(frozen=True)
 class Projection:
-    """What a run over a cache did.
+    """Summary of a run over a cache.
 
     Attributes:
-        folder: where the files are.
-        num_images: images that were asked for, quarantined ones included.
-        num_before: those whose files were there already.
-        num_written: those written now; the other counts are of these.
-        num_sub_images, num_tokens, num_bytes: of what was written now.
-        quarantined: reason by image key (or name) of images asked for that no features could be made of.
-        seconds: that it took.
+        folder: folder of the files.
+        num_images: requested images, including quarantined images.
+        num_before: images whose files existed before.
+        num_written: images that this run wrote.
+        num_sub_images: sub-images in the written files.
+        num_tokens: visual tokens in the written files.
+        num_bytes: bytes of the written files.
+        quarantined: image key (or name) -> reason, for requested images without features.
+        seconds: duration of the run.
     """
 
     folder: str
@@ -43,7 +45,7 @@ class Projection:
     seconds: float
 
     def to_text(self) -> str:
-        """For people, a line each."""
+        """Return the summary as lines for people."""
         counts = f"{_num(self.num_written, 'image')}, {_num(self.num_sub_images, 'sub-image')}, "
         counts += f"{_num(self.num_tokens, 'token')}, {format_bytes(self.num_bytes)}"
         lines = [f"projected    {counts} in {format_duration(self.seconds)}"]
@@ -70,32 +72,32 @@ def project_cache(
     num_threads: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Projection:
-    """Write one file (`image_bytes` says what is in it) for each image, except those that are there already.
+    """Write one file (see `image_bytes`) for each image whose file does not exist yet.
 
-    A run that was cut off is started again with the same arguments. ``project.json``, written first, says what a folder
-    holds, so that tokens of different projectors, caches or types never mix in one.
+    After an interruption, start again with unchanged arguments. The run writes ``project.json`` first, which describes the
+    folder's content, so that tokens of different projectors, caches or dtypes never share a folder.
 
     Args:
-        cache: read in the version that it was opened with.
-        projector: on its device and in its type.
-        folder_uri: local or s3://.
-        keys: image keys; all of the cache when None.
-        names: name of an image's file below the folder, without ".safetensors", by image key; the key where none is given.
-        batch_size: sub-images that go through the projector together.
-        overwrite: start over: what the folder holds of an earlier run is deleted.
-        num_threads: images read, and files written, at the same time.
-        on_progress: gets the number of images done and of all that were to be done.
+        cache: the cache, read in the version in which it was opened.
+        projector: the projector on its device and in its dtype.
+        folder_uri: folder of the files, local or s3://.
+        keys: image keys; None for all images of the cache.
+        names: image key -> name of the file below the folder, without ".safetensors"; the default is the image key.
+        batch_size: sub-images per batch.
+        overwrite: start over and delete the files of an earlier run in this folder.
+        num_threads: images that are read, and files that are written, at the same time.
+        on_progress: called with the number of finished images and of all images to write.
 
     Raises:
         CacheMismatchError: the projector was trained on another cache.
         CacheError: the cache is empty, a key is neither in it nor quarantined, or two images would have one name.
-        SettingsError: the folder holds other things, or the batch size is below 1.
+        SettingsError: the folder contains other files, or the batch size is below 1.
         DataError: tokens are not finite.
     """
     start = time.perf_counter()
     cache.identity.require_match(projector.cache_identity)
     if batch_size < 1:
-        raise SettingsError(f"the batch size is {batch_size}; give the sub-images of a batch, 1 or more")
+        raise SettingsError(f"the batch size is {batch_size}; give a number of sub-images, 1 or more")
     wanted, quarantined = _divide(cache, keys)
     files = file_uris(folder_uri, wanted, names or {})
     there = claim_folder(folder_uri, describe_source(cache, projector), files.values(), overwrite=overwrite)
@@ -124,10 +126,10 @@ def project_cache(
     )
 
 
-def _divide(cache: FeatureCache, asked: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
-    """The keys that the cache holds, each once, and the reasons of those that are quarantined."""
+def _divide(cache: FeatureCache, requested: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    """Divide the requested keys into those in the cache, each once, and the quarantined ones with their reasons."""
     reasons = cache.quarantined()
-    keys = dict.fromkeys([*cache.keys(), *reasons] if asked is None else asked)
+    keys = dict.fromkeys([*cache.keys(), *reasons] if requested is None else requested)
     held = [key for key in keys if key in cache]
     absent = [key for key in keys if key not in cache]
     if unknown := [key for key in absent if key not in reasons]:
@@ -135,7 +137,7 @@ def _divide(cache: FeatureCache, asked: Sequence[str] | None) -> tuple[list[str]
             f"{len(unknown)} of {len(keys)} images are not in version {cache.version} of {cache.uri}: "
             f"{', '.join(unknown[:_NUM_SHOWN])}; run cache_features over the data set"
         )
-    if asked is None and not held:
+    if requested is None and not held:
         raise CacheError(f"{cache.uri} holds no images; run cache_features")
     return held, {key: reasons[key] for key in absent}
 

@@ -1,4 +1,4 @@
-"""A folder of projected images: what it may hold, which are done, and what is in a file."""
+"""Folders of projected images: the record of their content, the format of their files, and the writer."""
 
 import json
 import posixpath
@@ -22,13 +22,13 @@ RECORD = "project.json"
 _SUFFIX = ".safetensors"
 _NUM_DELETERS = 16
 _NUM_SHOWN = 5
-# Folders whose records differ in one of these hold different tokens.
+# If the records of two folders differ in one of these fields, their tokens differ.
 _DECIDING = ("format", "projector_digest", "cache_key", "codec", "dtype")
 _FORMAT = 1
 
 
 def describe_source(cache: FeatureCache, projector: TrainedProjector) -> dict[str, Any]:
-    """What a folder's ``project.json`` says: which projector, which cache, which type."""
+    """Return the content of a folder's ``project.json``: the projector, the cache and the dtype of its tokens."""
     return {
         "format": _FORMAT,
         "projector_digest": projector.digest,
@@ -43,44 +43,46 @@ def describe_source(cache: FeatureCache, projector: TrainedProjector) -> dict[st
 
 
 def file_uris(folder_uri: str, keys: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
-    """Image key -> its file, named by ``names`` or by the key.
+    """Map each image key to the URI of its file, which is named by ``names`` or else by the key.
 
     Raises:
-        CacheError: a name leaves the folder, or two images would have one name.
+        CacheError: a name leads out of the folder, or two images would have one name.
     """
     folder_uri = storage.absolute(folder_uri)
     relative = {key: posixpath.normpath(names.get(key, key).replace("://", "/").lstrip("/")) for key in keys}
     if outside := [name for name in relative.values() if name.split("/")[0] == ".."]:
-        raise CacheError(f"the names {outside[:_NUM_SHOWN]} lead out of the folder; ask for these images by image key")
+        raise CacheError(f"the names {outside[:_NUM_SHOWN]} lead out of the folder; name these images by image key")
     if len(set(relative.values())) < len(relative):
         taken = list(relative.values())
         repeated = sorted({name for name in taken if taken.count(name) > 1})
-        raise CacheError(f"several images would be written to {', '.join(repeated[:_NUM_SHOWN])}; ask by image key")
+        raise CacheError(
+            f"several images would be written to {', '.join(repeated[:_NUM_SHOWN])}; name them by image key"
+        )
     return {key: storage.join(folder_uri, f"{name}{_SUFFIX}") for key, name in relative.items()}
 
 
 def claim_folder(folder_uri: str, record: Mapping[str, Any], files: Iterable[str], *, overwrite: bool) -> set[str]:
-    """Make sure that the folder holds, and will hold, nothing but images of this record.
+    """Reserve the folder for images of this record, and refuse a folder with other images.
 
     Args:
         folder_uri: local or s3://; need not exist.
-        record: `describe_source`.
+        record: result of `describe_source`.
         files: URIs that are going to be written.
-        overwrite: delete the images of an earlier run first. Only files of a folder with a record, and ``files``, are
-            deleted.
+        overwrite: first delete the images of an earlier run. In a folder without a record, only ``files`` are deleted.
 
     Returns:
-        URIs of all files that are there, complete.
+        URIs of all files in the folder, all of them complete.
 
     Raises:
-        SettingsError: the folder holds images of something else, or files of these names that nobody vouches for.
+        SettingsError: the folder has images of another record, or files of these names without any record.
     """
     folder_uri, files = storage.absolute(folder_uri), set(files)
     record_uri = storage.join(folder_uri, RECORD)
     there = {info.uri for info in storage.list_objects(folder_uri)}
     if overwrite:
         ours = {uri for uri in there if uri.endswith(_SUFFIX)} if record_uri in there else files & there
-        # The record last: a crash in between leaves fewer images of the old one.
+        # The record changes last: after a crash in between, the remaining images still fit the old record.
+        # Each deletion on S3 is a round trip, so threads save most of the time.
         with ThreadPoolExecutor(_NUM_DELETERS) as pool:
             list(pool.map(storage.delete, ours))
         storage.write_json(record_uri, record)
@@ -88,10 +90,10 @@ def claim_folder(folder_uri: str, record: Mapping[str, Any], files: Iterable[str
     if record_uri not in there:
         if strangers := sorted(files & there):
             raise SettingsError(
-                f"{folder_uri} has no {RECORD}, but files of the names that would be written, {strangers[0]} for example: "
-                "name another folder, or start over with overwrite (--overwrite)"
+                f"{folder_uri} has no {RECORD}, but has files with names that would be written, for example "
+                f"{strangers[0]}: name another folder, or start over with overwrite (--overwrite)"
             )
-        # Where another process began in the meantime, its record is looked at below.
+        # If another process has created the record in the meantime, the check below compares it.
         with suppress(AlreadyExistsError):
             storage.create_bytes(record_uri, storage.json_bytes(record))
     _check_record(folder_uri, storage.read_json(record_uri), record)
@@ -110,19 +112,23 @@ def _check_record(folder_uri: str, found: Any, record: Mapping[str, Any]) -> Non
 
 
 def image_bytes(image: ProjectedImage, cache: FeatureCache, projector: TrainedProjector) -> bytes:
-    """An image's ``.safetensors`` file, complete in itself.
+    """Encode an image's ``.safetensors`` file, which can be read without the cache or the record.
 
     Letters: S sub-images, the global view first, then the slices row by row; P patches and K kept tokens of a sub-image;
     D LLM width.
 
-    Its tensors: ``tokens`` (sum of K, D) in the type that the projector ran in, in map order within a sub-image;
-    ``num_tokens`` (S,) int32, K of each; ``patch_grids`` (S, 2) int32, rows and columns; ``indices`` (sum of K,) int32, the
-    patch (row * columns + column, within its sub-image) that each token stands for, where the projector's tokens stand for
-    single patches; ``visual_scores`` and ``native_scores`` (sum of P,) float32, where the projector computes them.
+    The tensors are:
 
-    Its metadata, all strings: ``image_key``, ``width``, ``height``, ``grid`` ("columns,rows" of slices, empty when the
-    image is not sliced), ``cache_key``, ``codec``, ``version``, ``projector_digest``, ``projector`` (settings, JSON),
-    ``select_layer``. To divide it again::
+    - ``tokens`` (sum of K, D) in the projector's dtype, in map order within a sub-image
+    - ``num_tokens`` (S,) int32, number K of each sub-image
+    - ``patch_grids`` (S, 2) int32, rows and columns
+    - ``indices`` (sum of K,) int32, the patch (row * columns + column within the sub-image) of each token; only if the
+      projector's tokens stand for single patches
+    - ``visual_scores`` and ``native_scores`` (sum of P,) float32; only if the projector computes them
+
+    The metadata, all strings, are ``image_key``, ``width``, ``height``, ``grid`` ("columns,rows" of slices, empty for an
+    image without slices), ``cache_key``, ``codec``, ``version``, ``projector_digest``, ``projector`` (settings as JSON) and
+    ``select_layer``. Divide the tensors by sub-image with::
 
         tensors = safetensors.torch.load_file(path)
         num_tokens = tensors["num_tokens"].tolist()
@@ -159,13 +165,13 @@ def image_bytes(image: ProjectedImage, cache: FeatureCache, projector: TrainedPr
 
 
 class FileWriter:
-    """Writes files by threads, a bounded number of them waiting; leaving the block waits for all.
+    """Context that writes files in threads with a bounded queue; its end waits for all files.
 
     Args:
-        num_threads: files written at the same time.
+        num_threads: files that are written at the same time.
 
     Attributes:
-        num_bytes: that were written, complete after the block.
+        num_bytes: bytes written so far; the total is known after the block.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -175,7 +181,7 @@ class FileWriter:
         self._waiting: deque[Future[int]] = deque()
 
     def write(self, uri: str, content: Callable[[], bytes]) -> None:
-        """Write what ``content()`` gives, in a thread; an earlier file's error may come out here."""
+        """Write the result of ``content()`` in a thread; the error of an earlier file may be raised here."""
         self._waiting.append(self._pool.submit(_write, uri, content))
         while len(self._waiting) > self._max_waiting:
             self._take()
@@ -185,7 +191,7 @@ class FileWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown()
-        # After an error that one counts, not those of the files behind it.
+        # If the block has raised an error, this error counts, not those of files that were still waiting.
         while self._waiting and kind is None:
             self._take()
 

@@ -1,6 +1,7 @@
-"""What a projector makes of images by itself: their sub-images batched, the results divided again.
+"""Images through a projector alone: sub-images are batched, and the results are divided by image again.
 
-Letters: S sub-images of a batch, P patches of one, K tokens kept of one, D LLM width, C vision width, A attention layers.
+Letters: S sub-images of a batch, P patches and K kept tokens of a sub-image, D LLM width, C vision width, A attention
+layers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,12 +21,12 @@ _Part = tuple[torch.Tensor, torch.Tensor, tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class ProjectedSubImage:
-    """What a projector makes of one sub-image, on the CPU.
+    """A projector's output for a sub-image, on the CPU.
 
     Attributes:
-        tokens: (K, D) in the weights' type, in map order.
-        indices: (K,), the patch (row * columns + column) each token stands for; None if tokens stand for no single one.
-        visual_scores, native_scores: (P,) float32; None where the projector computes none.
+        tokens: (K, D) in the weights' dtype, in map order.
+        indices: (K,), the patch (row * columns + column) of each token; None if tokens do not stand for single patches.
+        visual_scores, native_scores: (P,) float32; None if the projector computes no scores.
     """
 
     tokens: torch.Tensor
@@ -36,7 +37,7 @@ class ProjectedSubImage:
 
 @dataclass(eq=False)
 class ProjectedImage:
-    """An image's sub-images, the global view first, as far as they are done."""
+    """An image with its finished sub-images, the global view first."""
 
     image_key: str
     width: int
@@ -53,12 +54,12 @@ class ProjectedImage:
 def project_images(
     projector: TrainedProjector, images: Iterable[ImageFeatures], *, batch_size: int = 32
 ) -> Iterator[ProjectedImage]:
-    """Run the projector over images, in order; a batch holds sub-images of several.
+    """Run the projector over images in order; a batch may hold sub-images of several images.
 
     Args:
-        projector: on its device.
-        images: with the attention of the projector's layer; pulled as they are needed.
-        batch_size: sub-images of a batch. None sees another, so it changes results by rounding alone.
+        projector: the projector on its device.
+        images: features with the attention of the projector's layer, read only when they are needed.
+        batch_size: sub-images per batch. The projector treats each alone, so this number changes only the rounding.
 
     Raises:
         DataError: tokens are not finite.
@@ -69,7 +70,7 @@ def project_images(
         for (result, _), sub_image in zip(batch, projected, strict=True):
             if not sub_image.tokens.isfinite().all():
                 raise DataError(
-                    f"image {result.image_key}: its tokens are not finite in {sub_image.tokens.dtype}; take bfloat16 or "
+                    f"image {result.image_key}: its tokens are not finite in {sub_image.tokens.dtype}; use bfloat16 or "
                     "float32, and if that does not help, this projector's training went wrong"
                 )
             result.sub_images.append(sub_image)
@@ -78,7 +79,7 @@ def project_images(
 
 
 def _sub_images(images: Iterable[ImageFeatures], layer: int) -> Iterator[tuple[ProjectedImage, _Part]]:
-    """Each sub-image as `pad_sub_images` takes it, with the image that its result belongs to."""
+    """Yield each sub-image in the form for `pad_sub_images`, with the image to which its result belongs."""
     for image in images:
         row = image.attention_layers.index(layer)
         result = ProjectedImage(image.image_key, image.width, image.height, image.grid, image.patch_grids)
@@ -97,7 +98,7 @@ def _project(parts: Sequence[_Part], projector: TrainedProjector) -> list[Projec
 
 
 def _split(output: ProjectorOutput, num_patches: Sequence[int]) -> list[ProjectedSubImage]:
-    """The sub-images without their padding."""
+    """Divide the projector's output by sub-image and remove the padding."""
     tokens_SKD, mask_SK = output.tokens.cpu(), output.mask.cpu()
     indices_SK = None if output.indices is None else output.indices.cpu()
     visual_SP, native_SP = (

@@ -1,6 +1,6 @@
-"""Images of question sets that are no files yet: inside the benchmark's own files, or to be resized first.
+"""Images of question sets that must be written as files first, because they are inside tables or must be resized.
 
-They are written once, below the caches' root, and from there on are images as any others: indexed, encoded, cached.
+They are written once below the caches' root. After that they are indexed, encoded and cached like all other images.
 """
 
 import io
@@ -21,7 +21,7 @@ _DONE = "written.json"
 
 
 def is_written(questions: QuestionSet) -> bool:
-    """Whether the set's images are there, made from the files that it was read from."""
+    """Return whether the set's images have been written from the current version of its files."""
     if not questions.has_own_images or questions.image_root is None:
         return True
     try:
@@ -33,15 +33,15 @@ def is_written(questions: QuestionSet) -> bool:
 def write_images(
     questions: QuestionSet, roots: Mapping[str, str], *, max_pixels: int, on_written: Callable[[int], None]
 ) -> None:
-    """Write them; what says that all are there comes last, so that an interrupted call is begun again.
+    """Write the images, and last the record that all of them exist, so that an interrupted call starts again.
 
-    An image that is missing is left out, and one that cannot be decoded is written as it is: the index says why later.
+    A missing image is left out, and an image that cannot be decoded is written unchanged; the dataset index reports both.
 
     Args:
-        questions: its `has_own_images` is true.
-        roots: of images that are resized, without the set's own.
-        max_pixels: larger ones are not decoded.
-        on_written: called with how many are written so far.
+        questions: question set whose `has_own_images` is true.
+        roots: roots of the images to resize, without the set's own root.
+        max_pixels: number of pixels above which an image is not decoded.
+        on_written: called with the number of images written so far.
     """
     assert questions.image_root is not None
     root, num_written, pending = questions.image_root, 0, deque[Future[None]]()
@@ -56,14 +56,14 @@ def write_images(
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         for name, data in _contents(questions, roots):
             pending.append(pool.submit(_write, storage.join(root, name), data, questions.long_side, max_pixels))
-            # A few at a time: a benchmark's images together do not fit into memory.
+            # Only a few images wait at a time, because a benchmark's images together do not fit into memory.
             settle(2 * _NUM_THREADS)
         settle(0)
     storage.write_json(storage.join(root, _DONE), questions.sources)
 
 
 def _contents(questions: QuestionSet, roots: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes of the file as it is): inside the benchmark's files, in its folder, or under the run's roots."""
+    """Yield (name, bytes of the unchanged file) from the benchmark's files, its folder, or the run's roots."""
     if questions.embedded is not None:
         new_names = {old: new for new, old in questions.resized.items()}
         for name, data in questions.embedded():
@@ -82,7 +82,7 @@ def _write(uri: str, data: bytes, long_side: int | None, max_pixels: int) -> Non
 
 
 def resize(data: bytes, long_side: int, max_pixels: int) -> bytes:
-    """An image file as PNG, its longer side ``long_side`` pixels; as it is where it cannot be decoded."""
+    """Resize an image file to a PNG with a longer side of ``long_side`` pixels; a file that is no image stays as it is."""
     try:
         image = decode_image(data, max_pixels=max_pixels)
     except BadImageError:
@@ -90,5 +90,6 @@ def resize(data: bytes, long_side: int, max_pixels: int) -> bytes:
     scale = long_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     sink = io.BytesIO()
+    # PNG is lossless, so resizing is the only change; the lowest compression level saves time.
     image.resize(size, Image.Resampling.BICUBIC).save(sink, "PNG", compress_level=1)
     return sink.getvalue()

@@ -1,4 +1,4 @@
-"""A run's question sets: which files, which benchmark, where their images are."""
+"""The question sets of a run, with their files, benchmark and images."""
 
 import hashlib
 import json
@@ -17,23 +17,23 @@ from meteor.evaluation.questions import Question
 
 @dataclass(frozen=True, eq=False)
 class QuestionSet:
-    """Questions as a run asks them.
+    """The questions of a benchmark with a run's options.
 
     Attributes:
-        name: in the run.
-        format: of its files, a key of `BENCHMARKS`.
+        name: name of the set in the run.
+        format: format of the files, a key of `BENCHMARKS`.
         uri: folder or file.
-        benchmark: how it is read and scored.
-        metric: with the set's own options.
-        questions: in the order of the file; images in the set's own folder are named ``@<name>/...``.
+        benchmark: reading and scoring of the set.
+        metric: metric with the set's options.
+        questions: questions in the order of the file; images in the set's own folder are named ``@<name>/...``.
         problems: records that cannot be used.
-        digest: of what is asked and of the right answers, wherever the files are.
-        facts: what scores depend on besides the model: split, OCR, and the like.
-        image_root: what ``@<name>/`` stands for; None where all its images are under the run's own roots.
-        sources: files that were read -> etag.
-        embedded: gives images that must be written to ``image_root`` first; None where they are files already.
-        resized: name in ``image_root`` -> URI-less name of the image that is resized to it; empty without ``long_side``.
-        long_side: pixels; None for images as they are.
+        digest: digest of the questions and the right answers, wherever the files are.
+        facts: options on which scores depend besides the model, such as split and OCR.
+        image_root: folder for which ``@<name>/`` stands; None if all images are under the run's own roots.
+        sources: URI -> etag of the files that were read.
+        embedded: function that yields images to be written to ``image_root`` first; None if the images are files already.
+        resized: name in ``image_root`` -> name of the image that is resized to it; empty without ``long_side``.
+        long_side: longer side of resized images in pixels; None for unchanged images.
     """
 
     name: str
@@ -53,22 +53,23 @@ class QuestionSet:
 
     @property
     def scoring_digest(self) -> str:
-        """sha256 over the questions, the right answers and how answers are scored."""
+        """Digest of the questions, the right answers, the options and the metric: everything but the model."""
         content = [self.digest, self.facts, self.metric.name, self.metric.version]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def prefix(self) -> str:
-        """Of the names of images in its own folder."""
+        """First part of the names of images in the set's own folder."""
         return f"@{self.name}/"
 
     @property
     def folder(self) -> Folder:
+        """Files of the set."""
         return Folder(self.uri, self.benchmark.title, self.benchmark.origin)
 
     @property
     def has_own_images(self) -> bool:
-        """Whether they must be written before they can be read; see `meteor.evaluation.question_images`."""
+        """Whether images must be written before they can be read; see `meteor.evaluation.question_images`."""
         return self.embedded is not None or bool(self.resized)
 
 
@@ -87,19 +88,19 @@ def load_question_set(
     """Read a benchmark's files.
 
     Args:
-        name: of the set in its run.
+        name: name of the set in its run.
         format: key of `BENCHMARKS`.
-        uri: folder with the files as published, or one LLaVA JSON / JSONL.
-        embedded_root: images that come inside other files, or are resized, are written below it.
-        split: the benchmark's own default where None.
-        ocr: OCR tokens in the prompt.
+        uri: folder with the files as published, or a JSON or JSONL file in LLaVA's form.
+        embedded_root: folder below which images are written that come inside other files or are resized.
+        split: split of the benchmark; None for its default.
+        ocr: put OCR tokens into the prompt.
         compat: see `meteor.evaluation.scoring.relaxed_accuracy`.
-        verdicts: the judge's file.
-        long_side: every image is resized to it first.
+        verdicts: URI of the judge's file.
+        long_side: resize every image to this longer side in pixels.
 
     Raises:
-        NotFoundError: a file is missing; with where it is to be had.
-        SettingsError: the benchmark has no such split, or no OCR tokens.
+        NotFoundError: a file is missing; the message names its source.
+        SettingsError: the benchmark lacks this split, or has no OCR tokens.
         DataError: a file is damaged.
     """
     benchmark = BENCHMARKS[format]
@@ -107,15 +108,15 @@ def load_question_set(
     if split not in benchmark.splits:
         raise SettingsError(f"{benchmark.title} has no split {split!r} here; known: {', '.join(benchmark.splits)}")
     if ocr and not benchmark.has_ocr:
-        raise SettingsError(f"{benchmark.title} has no OCR tokens: leave data.evaluate.{name}.ocr away")
+        raise SettingsError(f"{benchmark.title} has no OCR tokens: remove data.evaluate.{name}.ocr")
     folder = _Recorded(uri, benchmark.title, benchmark.origin)
     try:
         loaded = benchmark.load(folder, split=split, ocr=ocr)
     except NotFoundError:
-        # A whole folder that is not there is a wrong path more often than a missing file.
+        # An absent or empty folder is more likely a wrong path than a set of missing files.
         if not folder.is_file and not storage.list_objects(uri):
             raise NotFoundError(
-                f"data.evaluate.{name}.path={uri!r} is empty or does not exist: {benchmark.title} is to be had from "
+                f"data.evaluate.{name}.path={uri!r} is empty or does not exist: download {benchmark.title} from "
                 f"{benchmark.origin}"
             ) from None
         raise
@@ -144,15 +145,16 @@ def load_question_set(
         | ({"verdicts": hashlib.sha256(storage.read_bytes(verdicts)).hexdigest()} if verdicts else {})
         | ({"note": benchmark.note} if benchmark.note else {}),
         image_root=image_root,
-        sources={one: storage.stat(one).etag for one in [*folder.used, *filter(None, [verdicts])]},
+        sources={file: storage.stat(file).etag for file in [*folder.used, *filter(None, [verdicts])]},
         embedded=loaded.embedded,
         resized=resized,
         long_side=long_side,
     )
 
 
+# `is_written` compares the record with that of the last run, to see whether the files have changed.
 class _Recorded(Folder):
-    """A folder that remembers which files were read."""
+    """A folder that records the files that were read from it."""
 
     def __init__(self, uri: str, benchmark: str, origin: str) -> None:
         super().__init__(uri, benchmark, origin)
@@ -187,15 +189,15 @@ def _placed(question: Question, prefix: str, *, ending: str) -> Question:
 def _digest(questions: Sequence[Question]) -> str:
     content = [
         [
-            one.id,
-            one.sample.images,
-            [[turn.role, turn.text, turn.num_images] for turn in one.sample.turns],
-            one.sample.system,
-            one.sample.type,
-            one.references,
-            one.choices,
-            one.group,
+            question.id,
+            question.sample.images,
+            [[turn.role, turn.text, turn.num_images] for turn in question.sample.turns],
+            question.sample.system,
+            question.sample.type,
+            question.references,
+            question.choices,
+            question.group,
         ]
-        for one in questions
+        for question in questions
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

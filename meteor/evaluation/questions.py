@@ -1,4 +1,4 @@
-"""The one form inside: whatever file a benchmark comes in, its questions look like this."""
+"""Questions in the form that all benchmarks share, whatever the form of their files."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,15 +10,15 @@ from meteor.text.conversation import Turn
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt: the sample's turns up to its last answer, which is what the model should say.
+    """A prompt: the sample's turns up to its last answer, which the model should give.
 
     Attributes:
-        id: unique in its set.
-        sample: turns and image names; its ``type`` is what scores are grouped by.
-        references: right answers; the ten annotators' where there are ten; empty where the owner keeps them.
+        id: the question's id, unique in its set.
+        sample: turns and image names; scores are grouped by its ``type``.
+        references: right answers, or those of ten annotators; empty if the benchmark's owner does not publish them.
         choices: texts of the options A, B, ...; empty for free answers.
-        group: what prompts share that are scored together (the rotations of one question); its own id elsewhere.
-        image_keys: of its images, in order; empty before the index is known.
+        group: common id of prompts that are scored together, such as the rotations of a question; "" for a single prompt.
+        image_keys: keys of the images in order; empty before the index is known.
     """
 
     id: str
@@ -30,26 +30,28 @@ class Question:
 
     @property
     def text(self) -> str:
+        """Text of the last human turn."""
         return next(turn.text for turn in reversed(self.sample.turns) if turn.role == "human")
 
     @property
     def answer(self) -> str:
-        """The most frequent reference, the earlier of equals; "" if there is none."""
+        """The most frequent reference, the earliest among equally frequent ones; "" without references."""
         return Counter(self.references).most_common(1)[0][0] if self.references else ""
 
     @property
     def unit(self) -> str:
+        """Id of the prompts that are scored together with this one."""
         return self.group or self.id
 
 
 @dataclass(frozen=True)
 class LoadedQuestions:
-    """What a benchmark's loader returns.
+    """Result of a benchmark's loader.
 
     Attributes:
-        questions: in the order of the file.
-        embedded: gives (name, bytes of the file) of images that come inside the benchmark's own files; None where they
-            are files already.
+        questions: questions in the order of the file.
+        embedded: function that yields (name, bytes of the file) of images inside the benchmark's own files; None if the
+            images are files already.
         problems: records that cannot be used.
     """
 
@@ -68,11 +70,11 @@ def ask(
     choices: Sequence[str] = (),
     group: str = "",
 ) -> Question:
-    """A question in one turn, its images before its text."""
+    """Make a question of a single turn, with its images before its text."""
     sample = Sample(id, tuple(images), (Turn("human", text.strip(), len(images)),), type)
     return Question(id, sample, tuple(references), tuple(choices), group)
 
 
 def last_answer(turns: Sequence[Turn]) -> str:
-    """The reference answer: the last turn's, "" where the sample ends with a question."""
+    """Return the reference answer: the text of the last turn, or "" if the sample ends with a question."""
     return turns[-1].text if turns[-1].role == "gpt" else ""

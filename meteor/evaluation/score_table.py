@@ -1,4 +1,4 @@
-"""From questions and predictions to rows (one a prompt) and to a set's table of scores with 95 % intervals."""
+"""Scores of a question set: one row per prompt, and a table of scores with 95 % intervals."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,23 @@ UNTYPED = "untyped"
 
 
 def score_rows(
-    name: str, asked: Sequence[tuple[Question, str, str]], metric: Metric = EXACT_MATCH
+    name: str, predictions: Sequence[tuple[Question, str, str]], metric: Metric = EXACT_MATCH
 ) -> list[dict[str, Any]]:
-    """One row a prompt, in the order given.
+    """Score predictions and return one row per prompt, in their order.
 
     Args:
-        name: of the question set.
-        asked: (question, prediction, reason): ``reason`` says why its image is quarantined, "" where it is not; such a
-            question counts as wrong, also with the right answer.
-        metric: of the benchmark.
+        name: name of the question set.
+        predictions: (question, prediction, reason) per prompt; ``reason`` says why the image is quarantined, or is "". A
+            question with a quarantined image counts as wrong, whatever the prediction.
+        metric: the benchmark's metric.
 
     Returns:
-        ``set``, ``id``, ``group``, ``image``, ``type``, ``question``, ``answer``, ``references``, ``prediction``,
-        ``read_as``, ``score`` (0 ... 1, or None), ``quarantined``, ``quarantine_reason``. The mean of ``score`` over a set is
-        its mean over questions: of several rotations of one question the first carries the score, the others None.
+        Rows with ``set``, ``id``, ``group``, ``image``, ``type``, ``question``, ``answer``, ``references``, ``prediction``,
+        ``read_as``, ``score`` (0 ... 1, or None), ``quarantined`` and ``quarantine_reason``. If a question has several
+        rotations, its first row has the score and the others None, so that a mean over rows is a mean over questions.
     """
     rows = []
-    for question, prediction, reason in asked:
+    for question, prediction, reason in predictions:
         score: float | None = None
         if question.references:
             score = metric.score(question, prediction)
@@ -63,6 +63,7 @@ def _score_together(rows: Sequence[dict[str, Any]]) -> None:
         if row["score"] is None:
             continue
         if (leader := first.setdefault(row["group"], row)) is not row:
+            # The minimum is 1 only if every rotation is right.
             leader["score"] = min(leader["score"], row["score"])
             row["score"] = None
 
@@ -70,18 +71,22 @@ def _score_together(rows: Sequence[dict[str, Any]]) -> None:
 def score_table(
     rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], metric: Metric = EXACT_MATCH
 ) -> dict[str, Any]:
-    """One set's scores, over all questions and for each type.
+    """Combine the rows of a set into scores, over all questions and for each type.
 
     Args:
-        rows: of `score_rows`, of one set.
-        questions: the same, for what always giving one answer would score.
-        metric: of the benchmark.
+        rows: rows of a set from `score_rows`.
+        questions: questions of these rows, for the score of a constant answer.
+        metric: the benchmark's metric.
 
     Returns:
-        ``metric`` and ``metric_version``; ``score`` and its ``interval`` [low, high] (95 %, clustered by image; None with
-        fewer than two), both None where answers cannot be scored here; ``num_questions``, ``num_quarantined``;
-        ``majority_score`` (what always giving the most frequent answer would score); the metric's further numbers under
-        ``extra``; and ``by_type``: the same for each type, by name.
+        A table with these entries. Everything from ``score`` to ``extra`` is also in ``by_type``, for each type by name.
+
+        - ``metric`` and ``metric_version``
+        - ``score``, or None if answers cannot be scored here
+        - ``interval``, the 95 % interval [low, high], clustered by image; None with fewer than two images
+        - ``num_questions`` and ``num_quarantined``
+        - ``majority_score``, the score of always giving the most frequent answer
+        - ``extra``, further numbers of the metric
 
     Raises:
         DataError: there are no rows.
@@ -112,6 +117,7 @@ def _part(rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], metr
     if not scored:
         return content
     value, influences = metric.combine(scored)
+    # Questions about an image are not independent, so the image is the unit of the standard error.
     clusters = [row["image"] or row["group"] for row in scored]
     error, num_clusters = standard_error(influences, clusters), len(set(clusters))
     return content | {
@@ -123,11 +129,12 @@ def _part(rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], metr
 
 
 def _majority_score(questions: Sequence[Question], metric: Metric) -> float | None:
-    """What giving the most frequent reference to every question would score; None where a judge decides."""
+    """Return the score of giving the most frequent reference to every question; None if a judge decides."""
     if not metric.of_text:
         return None
     known = [question for question in questions if question.references]
     [(constant, _)] = Counter(normalise_answer(question.answer) for question in known).most_common(1)
+    # `normalise_answer` has lowered the letters of options.
     constant = constant.upper() if known[0].choices else constant
     rows = score_rows("", [(question, constant, "") for question in known], metric)
     return metric.combine([row for row in rows if row["score"] is not None])[0]

@@ -1,4 +1,4 @@
-"""What a model's projector keeps of an image, and the scores by which it chose (the paper's Figure 4)."""
+"""Patches of an image that a projector keeps, and the scores by which it chooses them (the paper's Figure 4)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,14 @@ from meteor.projector import Projector
 
 @dataclass(frozen=True, eq=False)
 class SelectedPatches:
-    """One sub-image: scores over its P patches, row-major, and the indices of the K kept ones; None where it has none."""
+    """Scores and kept patches of a sub-image.
+
+    Attributes:
+        visual: (P,) float32, scores of the visual expert over patches in row-major order; None without this expert.
+        native: (P,) float32, scores of the native expert; None without this expert.
+        combined: (P,) float32, scores by which patches were chosen; None for a projector that does not select.
+        kept: (K,) int, indices of the kept patches.
+    """
 
     visual: np.ndarray | None
     native: np.ndarray | None
@@ -27,12 +34,12 @@ def select_patches(projector: Projector, image: ImageFeatures, *, select_layer: 
     """Run the projector over an image's sub-images.
 
     Args:
-        projector: in evaluation mode.
-        image: its features.
+        projector: the projector in evaluation mode.
+        image: features of the image.
         select_layer: hidden state whose class-token attention the projector reads.
 
     Returns:
-        One for each sub-image, the global view first; a projector that does not select keeps every patch.
+        The selection of each sub-image, the global view first; a projector that does not select keeps every patch.
     """
     row = image.attention_layers.index(select_layer)
     parts = [
@@ -56,7 +63,7 @@ def select_patches(projector: Projector, image: ImageFeatures, *, select_layer: 
 
 
 def _combined(settings: Mapping[str, Any], visual: np.ndarray | None, native: np.ndarray | None) -> np.ndarray | None:
-    """The scores that the choice goes by: both experts are computed even where only one of them chooses."""
+    """Return the scores that decide the choice; projectors compute both experts even if only one of them decides."""
     if native is None or settings.get("experts") == "visual":
         return visual
     if visual is None or settings.get("experts") == "native":

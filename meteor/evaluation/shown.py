@@ -1,4 +1,4 @@
-"""Images that are shown now, each encoded once: features in memory, for a dialogue or a batch of questions."""
+"""Features in memory for images of a dialogue or of a batch of questions, each encoded once."""
 
 from collections.abc import Generator, Iterable
 
@@ -14,11 +14,11 @@ from meteor.vision.encode_images import encode_sliced
 
 
 class ShownImages:
-    """A feature source (`meteor.vision.live.FeatureSource`) of what a finished model is shown.
+    """Feature source (`meteor.features.FeatureSource`) for images that a finished model gets directly.
 
     Args:
-        model: with its vision tower.
-        processor: its slicing.
+        model: the model with its vision tower.
+        processor: the model's processor, which defines the slicing.
     """
 
     def __init__(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> None:
@@ -26,12 +26,13 @@ class ShownImages:
         self._features: dict[str, ImageFeatures] = {}
 
     def add(self, key: str, image: Image.Image) -> ImageFeatures:
-        """Slice and encode an image; one of the same key is taken as it is.
+        """Slice and encode an image unless its key is known.
 
         Raises:
-            BadImageError: it is too long, or the encoder's output is not finite.
+            BadImageError: the image's aspect ratio is too extreme, or the encoder's output is not finite.
         """
         if key not in self._features:
+            # Cameras store the rotation apart from the pixels; slicing needs the image as a viewer shows it.
             image = as_shown(image)
             plan = self._pixels.plan(image.width, image.height)
             sliced = SlicedImage(key, image.width, image.height, plan, tuple(slice_image(image, plan)))
@@ -45,5 +46,5 @@ class ShownImages:
     def prefetch(
         self, keys: Iterable[str], *, num_threads: int = 1, max_bytes: int = 0
     ) -> Generator[ImageFeatures, None, None]:
-        """One after the other; they are in memory."""
+        """Yield the features in order; nothing is read ahead, as they are in memory."""
         yield from map(self.get, keys)

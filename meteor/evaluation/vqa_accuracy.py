@@ -1,7 +1,7 @@
 """VQA accuracy: agreement with ten annotators, after the official evaluator's normalisation (Antol et al., 2015; VQA v2).
 
-The tables are the official ones, odd entries included (``somebody'd`` loses its apostrophe): other spellings would count
-other answers as equal.
+The tables are the official ones, including odd entries (``somebody'd`` loses its apostrophe): corrected tables would treat
+other answers as equal, and scores would not compare with published ones.
 """
 
 import re
@@ -18,10 +18,11 @@ _DIGITS = {
 _ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# A period goes unless a digit follows: "3.5" keeps its own, and so does ".5".
+# A period is removed unless a digit follows: "3.5" and ".5" keep theirs.
 _PERIOD = re.compile(r"\.(?!\d)")
 
-# Written once, without the apostrophes; each is also known with some of several apostrophes missing, see below.
+# The official table maps spellings without apostrophes to these words; words with two apostrophes also have entries in
+# which only one of them is missing, which the loop below adds.
 _ONE_APOSTROPHE = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
 how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
 somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
@@ -44,12 +45,13 @@ _CONTRACTIONS |= {
 }
 
 
-@lru_cache(maxsize=1 << 16)  # VQAv2's validation split has 2 million references, most of them the same few words
+# VQAv2's validation split has 2 million references, and most of them are a few frequent words.
+@lru_cache(maxsize=1 << 16)
 def normalise_vqa(text: str) -> str:
-    """Punctuation, then case, number words, articles and contractions, as the official evaluator treats them.
+    """Normalise punctuation, case, number words, articles and contractions as the official evaluator does.
 
-    A punctuation mark disappears where it stands beside a space somewhere in the text, or where the text has a comma
-    between digits; elsewhere it becomes a space.
+    A punctuation mark is removed if it stands beside a space anywhere in the text, or if the text has a comma between
+    digits; otherwise it becomes a space.
     """
     has_number = _COMMA_IN_NUMBER.search(text) is not None
     plain = text
@@ -61,26 +63,26 @@ def normalise_vqa(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over annotators of min(1, matches among the *others* / 3), in [0, 1].
+    """Return the mean over annotators of min(1, matches among the *other* annotators / 3), in [0, 1].
 
-    Answer and references are normalised only where the references are not all equal, as the official evaluator does: "2."
-    does not match ten times "2".
+    As in the official evaluator, answer and references are normalised only if the references are not all equal: "2." does
+    not match ten times "2".
 
     Args:
         prediction: the model's answer.
-        answers: of the annotators, ten in the published data.
+        answers: answers of the annotators, ten in the published data.
 
     Raises:
         ValueError: there are no answers.
     """
     if not answers:
         raise ValueError("VQA accuracy needs at least one reference answer")
-    # Line breaks and tabs become spaces; what else is inside stays.
+    # Like the official evaluator, this replaces line breaks and tabs by spaces and keeps all other characters.
     prediction, *references = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers))
     if len(set(references)) > 1:
         prediction, *references = map(normalise_vqa, (prediction, *references))
     num_matches = Counter(references)[prediction]
     num_others = len(references) - num_matches
-    # Those who gave this answer see one match fewer among the others.
+    # Annotators who gave this answer have one match fewer among the others.
     total = num_matches * min(1.0, (num_matches - 1) / 3) + num_others * min(1.0, num_matches / 3)
     return total / len(references)

@@ -10,7 +10,7 @@ from PIL import Image
 from meteor.report import paper
 from meteor.report.canvas import MANY_VARIANTS, Drawing, Look, variant_looks
 from meteor.report.csv_files import csv_files
-from meteor.report.data import SelectionPanel, StudyTable, VariantResult
+from meteor.report.data import RunResult, SelectionPanel, StudyTable
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
 from meteor.report.predictions import PredictionRow, choose_predictions
 from meteor.report.provenance import (
@@ -152,7 +152,7 @@ class ReportContent:
 
 def build_content(
     title: str,
-    variants: Sequence[VariantResult],
+    variants: Sequence[RunResult],
     panels: Sequence[SelectionPanel],
     cache: Mapping[str, Any] | None,
     notes: Sequence[str],
@@ -196,7 +196,7 @@ def build_content(
 
 
 def _study_section(
-    runs: Sequence[VariantResult],
+    runs: Sequence[RunResult],
     panels: Sequence[SelectionPanel],
     tables: Sequence[StudyTable],
     looks: Mapping[str, Look],
@@ -218,13 +218,13 @@ def _study_section(
     )
 
 
-def _table_section(spec: StudyTable, runs: Sequence[VariantResult]) -> TableSection:
+def _table_section(spec: StudyTable, runs: Sequence[RunResult]) -> TableSection:
     mine = [run for name in spec.variants for run in runs if run.group == name]
     beside = None if spec.paper is None else paper.paper_table(spec.paper, mine)
     return TableSection(spec.title, spec.control, results_table(spec, mine), beside)
 
 
-def _loss_figure(stage: str, runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Drawing:
+def _loss_figure(stage: str, runs: Sequence[RunResult], looks: Mapping[str, Look]) -> Drawing:
     found = curves(runs, stage)
     return loss_figure(stage, found, {label: looks[label.split(", ")[0]] for label in found})
 
@@ -236,7 +236,7 @@ def _selections(panels: Sequence[SelectionPanel]) -> tuple[SelectionSection, ...
     )
 
 
-def _score_sections(variants: Sequence[VariantResult], looks: Mapping[str, Look]) -> tuple[ScoreSection, ...]:
+def _score_sections(variants: Sequence[RunResult], looks: Mapping[str, Look]) -> tuple[ScoreSection, ...]:
     sections = []
     for index, name in enumerate(question_sets(variants), start=1):
         scores = {v.name: v.scores[name] for v in variants if v.scores is not None and name in v.scores}
@@ -254,7 +254,7 @@ def _score_sections(variants: Sequence[VariantResult], looks: Mapping[str, Look]
     return tuple(sections)
 
 
-def _answer_rows(variants: Sequence[VariantResult], thumbnails: Mapping[str, Image.Image]) -> tuple[AnswerRow, ...]:
+def _answer_rows(variants: Sequence[RunResult], thumbnails: Mapping[str, Image.Image]) -> tuple[AnswerRow, ...]:
     rows = choose_predictions(variants)
     names = dict.fromkeys(row.image for row in rows if row.image in thumbnails)
     drawn = {name: _thumbnail(thumbnails[name], f"thumbnail_{index:02d}") for index, name in enumerate(names, start=1)}

@@ -5,14 +5,14 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from meteor.report.data import StudyTable, VariantResult
+from meteor.report.data import RunResult, StudyTable
 from meteor.report.paired import paired_difference
 from meteor.report.seeds import by_variant
 from meteor.report.study import numbers
 from meteor.report.tables import question_sets
 
 
-def csv_files(runs: Sequence[VariantResult], tables: Sequence[StudyTable]) -> dict[str, str]:
+def csv_files(runs: Sequence[RunResult], tables: Sequence[StudyTable]) -> dict[str, str]:
     """Return file name -> content of the file.
 
     - ``runs.csv`` has a row per run, with variant, seed and every number of `meteor.report.study.numbers`.
@@ -28,7 +28,7 @@ def csv_files(runs: Sequence[VariantResult], tables: Sequence[StudyTable]) -> di
     }
 
 
-def _score_rows(runs: Sequence[VariantResult]) -> Iterable[Mapping[str, Any]]:
+def _score_rows(runs: Sequence[RunResult]) -> Iterable[Mapping[str, Any]]:
     for run in runs:
         for name, table in (run.scores or {}).items():
             for kind, entry in [("", table), *table["by_type"].items()]:
@@ -47,7 +47,7 @@ def _score_rows(runs: Sequence[VariantResult]) -> Iterable[Mapping[str, Any]]:
                 }
 
 
-def _difference_rows(runs: Sequence[VariantResult], tables: Sequence[StudyTable]) -> Iterable[Mapping[str, Any]]:
+def _difference_rows(runs: Sequence[RunResult], tables: Sequence[StudyTable]) -> Iterable[Mapping[str, Any]]:
     groups = by_variant(runs)
     for table in tables:
         control = groups.get(table.control, [])

@@ -13,7 +13,7 @@ from meteor.runs.reading import StageRecord
 
 
 @dataclass(frozen=True)
-class VariantResult:
+class RunResult:
     """Results of one variant, or of one seed of a variant.
 
     Attributes:

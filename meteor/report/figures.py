@@ -21,7 +21,7 @@ from meteor.report.canvas import (
     plain_axes,
     to_drawing,
 )
-from meteor.report.data import VariantResult
+from meteor.report.data import RunResult
 from meteor.report.measures import column, final_loss, median_rate, smooth
 from meteor.report.seeds import by_variant
 from meteor.report.tables import metric_title
@@ -194,13 +194,13 @@ def _add_legend(
         text.set_parse_math(False)
 
 
-def comparable_runs(variants: Sequence[VariantResult], stage: str) -> dict[str, StageRecord]:
+def comparable_runs(variants: Sequence[RunResult], stage: str) -> dict[str, StageRecord]:
     """Return variant -> record of a stage, for variants that reported at least one step."""
     runs = {variant.name: variant.stages[stage] for variant in variants if stage in variant.stages}
     return {name: run for name, run in runs.items() if run.metrics}
 
 
-def curves(variants: Sequence[VariantResult], stage: str) -> dict[str, list[StageRecord]]:
+def curves(variants: Sequence[RunResult], stage: str) -> dict[str, list[StageRecord]]:
     """Return label -> records of a stage, one per seed; variants that share the stage share a curve with all their names."""
     names: dict[tuple[str, ...], list[str]] = {}
     runs: dict[tuple[str, ...], list[StageRecord]] = {}

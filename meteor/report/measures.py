@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from meteor.report.data import VariantResult
+from meteor.report.data import RunResult
 from meteor.runs.reading import StageRecord
 from meteor.stages import TRAINING_STAGES
 
@@ -57,7 +57,7 @@ def final_loss(run: StageRecord) -> float | None:
     return float(smooth(losses)[-1]) if len(losses) else None
 
 
-def training_seconds(variant: VariantResult) -> dict[str, float]:
+def training_seconds(variant: RunResult) -> dict[str, float]:
     """Return stage -> seconds of all steps, for training stages that have finished."""
     runs = {stage: variant.stages[stage] for stage in TRAINING_STAGES if stage in variant.stages}
     seconds = {stage: step_seconds(run) for stage, run in runs.items() if run.finished}

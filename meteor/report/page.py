@@ -14,7 +14,7 @@ from meteor import storage
 from meteor.errors import DataError
 from meteor.report.canvas import Drawing
 from meteor.report.content import ReportContent, build_content
-from meteor.report.data import SelectionPanel, StudyTable, VariantResult
+from meteor.report.data import RunResult, SelectionPanel, StudyTable
 from meteor.report.tables import GAPS, Table
 
 # Characters that Markdown reads as markup; "_" is markup only at the edge of a word, so that names stay readable.
@@ -33,7 +33,7 @@ def write_report(
     uri: str,
     *,
     title: str,
-    variants: Sequence[VariantResult],
+    variants: Sequence[RunResult],
     panels: Sequence[SelectionPanel] = (),
     cache: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from meteor.intervals import mean_influences, standard_error, student_interval
-from meteor.report.data import VariantResult
+from meteor.report.data import RunResult
 
 # (question set, id, text of the question): LLaVA's mixtures use an id for several questions.
 Question = tuple[str, str, str]
@@ -38,9 +38,7 @@ class Difference:
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
-def paired_difference(
-    runs: Sequence[VariantResult], control: Sequence[VariantResult], question_set: str
-) -> Difference | None:
+def paired_difference(runs: Sequence[RunResult], control: Sequence[RunResult], question_set: str) -> Difference | None:
     """Compare a variant with its control; equal seeds are compared with each other.
 
     The interval comes from `meteor.intervals`, with images as clusters. It says whether other questions would give the same
@@ -79,7 +77,7 @@ def paired_difference(
     )
 
 
-def _scores(runs: Sequence[VariantResult], question_set: str) -> dict[int | None, dict[Question, float]]:
+def _scores(runs: Sequence[RunResult], question_set: str) -> dict[int | None, dict[Question, float]]:
     """Return seed -> question -> score; a question whose image is quarantined counts, as wrong for every variant."""
     return {run.seed: question_scores(run.predictions, question_set) for run in runs if run.predictions}
 
@@ -99,7 +97,7 @@ def _mean_of(seeds: Mapping[int | None, Mapping[Question, float]]) -> dict[Quest
     return {question: mean(table[question] for table in tables) for question in common}
 
 
-def _images(runs: Sequence[VariantResult]) -> dict[Question, str]:
+def _images(runs: Sequence[RunResult]) -> dict[Question, str]:
     """Return question -> image name; a question without an image is a cluster of its own."""
     return {_question(row): row.get("image") or str(_question(row)) for run in runs for row in run.predictions or []}
 

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.resources import files
 from statistics import mean
 
-from meteor.report.data import VariantResult
+from meteor.report.data import RunResult
 from meteor.report.seeds import by_variant
 from meteor.report.tables import (
     NOT_RECORDED,
@@ -19,7 +19,7 @@ from meteor.report.tables import (
     shares_right,
 )
 
-Groups = Mapping[str, Sequence[VariantResult]]
+Groups = Mapping[str, Sequence[RunResult]]
 
 REMARKS = (
     "Shaded rows marked (paper) are printed in the paper: LLaVA-UHD and LLaVA-Meteor with Vicuna-13B, 595K / 665K samples, "
@@ -48,7 +48,7 @@ def paper_rows() -> tuple[Mapping[str, str], ...]:
     return tuple(csv.DictReader(text.splitlines()))
 
 
-def paper_table(number: int, runs: Sequence[VariantResult]) -> Table:
+def paper_table(number: int, runs: Sequence[RunResult]) -> Table:
     """Lay out our results as in a table of the paper, below the paper's rows.
 
     Args:
@@ -111,17 +111,17 @@ def _efficiency(groups: Groups) -> Table:
     return Table(columns, tuple(rows), theirs=len(_EFFICIENCY))
 
 
-def _column(runs: Sequence[VariantResult], question_set: str) -> str:
+def _column(runs: Sequence[RunResult], question_set: str) -> str:
     """Return the column of the paper's tables for a question set; "" if it is none of the paper's benchmarks."""
     found = next(run.scores[question_set] for run in runs if run.scores and question_set in run.scores)
     return found.get("column", "")
 
 
-def _llm(run: VariantResult) -> str:
+def _llm(run: RunResult) -> str:
     settings = next((stage.settings for stage in run.stages.values()), {})
     return str(settings.get("llm", {}).get("path", NOT_RECORDED)).rstrip("/").rpartition("/")[2]
 
 
-def _mean_score(runs: Sequence[VariantResult], question_set: str) -> str:
+def _mean_score(runs: Sequence[RunResult], question_set: str) -> str:
     shares = shares_right(runs, question_set)
     return f"{100 * mean(shares):.1f}" if shares else NOT_RUN

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meteor.report.data import VariantResult
+from meteor.report.data import RunResult
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PredictionRow:
     answers: Mapping[str, tuple[str, float]]
 
 
-def choose_predictions(variants: Sequence[VariantResult], num_rows: int = 9) -> list[PredictionRow]:
+def choose_predictions(variants: Sequence[RunResult], num_rows: int = 9) -> list[PredictionRow]:
     """Choose questions evenly from those that all variants, some, and none got right.
 
     The choice is the same every time, so that a caller of `write_report` can find out before which thumbnails it needs.
@@ -40,7 +40,7 @@ def choose_predictions(variants: Sequence[VariantResult], num_rows: int = 9) -> 
     return [row for group, num in zip(groups, _shares(groups, num_rows), strict=True) for row in _spread(group, num)]
 
 
-def _join_by_question(variants: Sequence[VariantResult]) -> list[PredictionRow]:
+def _join_by_question(variants: Sequence[RunResult]) -> list[PredictionRow]:
     # The question belongs to the key, as LLaVA's mixtures use an id for several questions.
     questions: dict[tuple[str, str, str], dict[str, Any]] = {}
     answers: dict[tuple[str, str, str], dict[str, tuple[str, float]]] = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meteor.formatting import flatten, format_count, format_value, humanise
-from meteor.report.data import VariantResult
+from meteor.report.data import RunResult
 from meteor.report.tables import Table
 from meteor.runs.reading import StageRecord
 from meteor.stages import STAGES
@@ -46,7 +46,7 @@ class SettingsBlock:
     text: str
 
 
-def provenance(variants: Sequence[VariantResult]) -> Provenance:
+def provenance(variants: Sequence[RunResult]) -> Provenance:
     """Lay out the facts in ``run.json`` of every stage of every variant."""
     runs = _runs(variants)
     facts = {title: _facts(run) for title, run in runs.items()}
@@ -63,7 +63,7 @@ def provenance(variants: Sequence[VariantResult]) -> Provenance:
     )
 
 
-def settings_blocks(variants: Sequence[VariantResult]) -> list[SettingsBlock]:
+def settings_blocks(variants: Sequence[RunResult]) -> list[SettingsBlock]:
     """Return every distinct settings document once, below the names of the stages that used it."""
     titles: dict[str, list[str]] = {}
     for title, run in _runs(variants).items():
@@ -72,7 +72,7 @@ def settings_blocks(variants: Sequence[VariantResult]) -> list[SettingsBlock]:
     return [SettingsBlock("; ".join(names), text) for text, names in titles.items()]
 
 
-def projector_notes(variants: Sequence[VariantResult]) -> list[str]:
+def projector_notes(variants: Sequence[RunResult]) -> list[str]:
     """Return remarks about projectors that differ, or may differ, from the published ones."""
     names = {
         str(run.settings["projector"]["name"])
@@ -82,7 +82,7 @@ def projector_notes(variants: Sequence[VariantResult]) -> list[str]:
     return [f"{name}: {_PROJECTOR_NOTES[name]}" for name in sorted(names & _PROJECTOR_NOTES.keys())]
 
 
-def missing_pieces(variants: Sequence[VariantResult], cache: Mapping[str, Any] | None) -> list[str]:
+def missing_pieces(variants: Sequence[RunResult], cache: Mapping[str, Any] | None) -> list[str]:
     """Return a sentence per part of the report that a reader would expect and not find."""
     sentences = [] if cache is not None else ["No facts about the feature cache were given."]
     for variant in variants:
@@ -102,7 +102,7 @@ def missing_pieces(variants: Sequence[VariantResult], cache: Mapping[str, Any] |
     return sentences
 
 
-def _runs(variants: Sequence[VariantResult]) -> dict[str, StageRecord]:
+def _runs(variants: Sequence[RunResult]) -> dict[str, StageRecord]:
     return {f"{v.name}, {stage}": v.stages[stage] for v in variants for stage in _STAGES if stage in v.stages}
 
 

@@ -5,18 +5,18 @@ from dataclasses import replace
 from statistics import mean
 from typing import Any
 
-from meteor.report.data import VariantResult
+from meteor.report.data import RunResult
 
 
-def by_variant(results: Sequence[VariantResult]) -> dict[str, list[VariantResult]]:
+def by_variant(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     """Return variant -> results, one per seed, in the given order."""
-    groups: dict[str, list[VariantResult]] = {}
+    groups: dict[str, list[RunResult]] = {}
     for result in results:
         groups.setdefault(result.group, []).append(result)
     return groups
 
 
-def merge_seeds(results: Sequence[VariantResult]) -> list[VariantResult]:
+def merge_seeds(results: Sequence[RunResult]) -> list[RunResult]:
     """Merge the seeds of each variant into one result.
 
     Its scores are means over seeds, with the lowest and highest seed as the interval; everything else comes from the first
@@ -25,7 +25,7 @@ def merge_seeds(results: Sequence[VariantResult]) -> list[VariantResult]:
     return [_merge(name, runs) for name, runs in by_variant(results).items()]
 
 
-def _merge(name: str, runs: Sequence[VariantResult]) -> VariantResult:
+def _merge(name: str, runs: Sequence[RunResult]) -> RunResult:
     # An evaluated seed is preferred, so that a failed seed does not hide the others.
     first = next((run for run in runs if run.scores is not None), runs[0])
     scored = [run.scores for run in runs if run.scores is not None]

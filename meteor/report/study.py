@@ -5,7 +5,7 @@ from statistics import mean
 from typing import Any
 
 from meteor.formatting import format_bytes, format_number, format_share
-from meteor.report.data import StudyTable, VariantResult
+from meteor.report.data import RunResult, StudyTable
 from meteor.report.measures import training_seconds
 from meteor.report.paired import Difference, paired_difference
 from meteor.report.seeds import by_variant
@@ -22,7 +22,7 @@ from meteor.report.tables import (
 )
 
 
-def results_table(spec: StudyTable, runs: Sequence[VariantResult]) -> Table:
+def results_table(spec: StudyTable, runs: Sequence[RunResult]) -> Table:
     """Lay out size and scores of each variant, and its differences from the control on the same questions."""
     groups = by_variant(runs)
     sets = question_sets(runs)
@@ -44,7 +44,7 @@ def results_table(spec: StudyTable, runs: Sequence[VariantResult]) -> Table:
     return Table(tuple(columns), tuple(rows))
 
 
-def cost_table(runs: Sequence[VariantResult]) -> Table:
+def cost_table(runs: Sequence[RunResult]) -> Table:
     """Lay out the cost of training and answering per variant, measured on the same hardware with the same questions."""
     columns = (
         *("Variant", "Projector parameters", "Tokens per image", "Training time", "Training tokens/s"),
@@ -77,7 +77,7 @@ def cost_table(runs: Sequence[VariantResult]) -> Table:
     return Table(columns, tuple(rows))
 
 
-def numbers(run: VariantResult) -> dict[str, float]:
+def numbers(run: RunResult) -> dict[str, float]:
     """Return name -> number of a run, for MLflow and for spreadsheets, without numbers that the run lacks."""
     seconds = training_seconds(run)
     found: dict[str, float | None] = {
@@ -97,7 +97,7 @@ def _present(spec: StudyTable, groups: Mapping[str, Any]) -> list[str]:
     return [variant for variant in spec.variants if variant in groups]
 
 
-def _score(runs: Sequence[VariantResult], question_set: str) -> str:
+def _score(runs: Sequence[RunResult], question_set: str) -> str:
     """Format the mean over seeds, with the lowest and the highest seed."""
     shares = shares_right(runs, question_set)
     if not shares:
@@ -119,7 +119,7 @@ def _points(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
-def _training_rate(run: VariantResult) -> str:
+def _training_rate(run: RunResult) -> str:
     stage = run.stages.get("finetune")
     seconds = training_seconds(run).get("finetune")
     if stage is None or not seconds:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Drawing, Look, new_figure, plain_axes, to_drawing
-from meteor.report.data import SelectionPanel, SubImageScores, VariantResult
+from meteor.report.data import RunResult, SelectionPanel, SubImageScores
 from meteor.report.seeds import by_variant
 from meteor.report.selection_figures import bare_axes, dim, image_pixels, kept_mask
 from meteor.report.tables import question_sets, shares_right
@@ -16,7 +16,7 @@ _FIELDS = (("visual_scores", "visual"), ("native_scores", "native"), ("combined_
 _LABEL_POINTS = TEXT_POINTS - 1
 
 
-def pareto_figure(runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Drawing | None:
+def pareto_figure(runs: Sequence[RunResult], looks: Mapping[str, Look]) -> Drawing | None:
     """Draw score against visual tokens per image, with a chart per question set; None if no variant has both numbers.
 
     A line joins the variants that no variant with at most as many tokens beats.
@@ -43,7 +43,7 @@ def pareto_figure(runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> D
 Point = tuple[str, float, float, float, float]  # variant, tokens, mean score, lowest, highest; scores in percent
 
 
-def _points(runs: Sequence[VariantResult], question_set: str) -> list[Point]:
+def _points(runs: Sequence[RunResult], question_set: str) -> list[Point]:
     points = []
     for variant, mine in by_variant(runs).items():
         tokens = mine[0].num_visual_tokens_per_image

@@ -17,7 +17,7 @@ from meteor.formatting import (
     humanise,
 )
 from meteor.report.canvas import MANY_VARIANTS
-from meteor.report.data import VariantResult
+from meteor.report.data import RunResult
 from meteor.report.measures import final_loss, median_rate, step_seconds, total, training_seconds
 from meteor.runs.reading import StageRecord
 from meteor.stages import TRAINING_STAGES
@@ -47,7 +47,7 @@ class Table:
     theirs: int = 0
 
 
-def headline_table(variants: Sequence[VariantResult]) -> Table:
+def headline_table(variants: Sequence[RunResult]) -> Table:
     """Lay out a row per variant: cost in tokens, parameters and time, and scores."""
     sets = question_sets(variants)
     score_columns = [score_title(variants, name) for name in sets] or ["Score"]
@@ -74,7 +74,7 @@ def headline_table(variants: Sequence[VariantResult]) -> Table:
     return Table(columns, tuple(rows))
 
 
-def stage_table(variants: Sequence[VariantResult], stage: str) -> Table:
+def stage_table(variants: Sequence[RunResult], stage: str) -> Table:
     """Lay out steps, loss, time and rates of a training stage, with a row per variant."""
     columns = (
         "Variant",
@@ -108,7 +108,7 @@ def stage_table(variants: Sequence[VariantResult], stage: str) -> Table:
     return Table(columns, tuple(rows))
 
 
-def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
+def score_table(variants: Sequence[RunResult], question_set: str) -> Table:
     """Lay out scores with 95 % intervals: all questions, each type of question, and more numbers of the metric."""
     tables = {variant.name: (variant.scores or {}).get(question_set) for variant in variants}
     types = sorted({name for table in tables.values() if table is not None for name in table["by_type"]})
@@ -131,7 +131,7 @@ def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
     return _transpose(table) if len(variants) > MANY_VARIANTS else table
 
 
-def difference_table(variants: Sequence[VariantResult]) -> Table | None:
+def difference_table(variants: Sequence[RunResult]) -> Table | None:
     """Lay out the settings in which variants differ, without the run's name and the report's settings; None if none do."""
     values = _settings_by_stage(variants)
     names = tuple(variant.name for variant in variants)
@@ -159,7 +159,7 @@ def cache_table(cache: Mapping[str, Any]) -> Table:
     return Table(("Fact", "Value"), tuple(rows), numeric=False)
 
 
-def format_training_time(variant: VariantResult) -> str:
+def format_training_time(variant: RunResult) -> str:
     """Format the time of both training stages together; the text says so if only one has finished."""
     seconds = training_seconds(variant)
     if not seconds:
@@ -176,13 +176,13 @@ def format_tokens(num_visual_tokens_per_image: float | None) -> str:
     )
 
 
-def format_size(variant: VariantResult) -> str:
+def format_size(variant: RunResult) -> str:
     """Format the number of parameters of the projector."""
     count = variant.num_projector_parameters
     return NOT_RECORDED if count is None else format_parameters(count)
 
 
-def shares_right(runs: Sequence[VariantResult], question_set: str) -> list[float]:
+def shares_right(runs: Sequence[RunResult], question_set: str) -> list[float]:
     """Return the scores of the runs on a question set, 0 to 1, without runs that lack a score."""
     tables = [run.scores[question_set] for run in runs if run.scores and question_set in run.scores]
     return [table["score"] for table in tables if table["score"] is not None]
@@ -202,7 +202,7 @@ def metric_title(metric: str) -> str:
     return _METRICS.get(metric, metric.replace("_", " ").capitalize())
 
 
-def score_title(variants: Sequence[VariantResult], question_set: str) -> str:
+def score_title(variants: Sequence[RunResult], question_set: str) -> str:
     """Return the title of a score, for example "VQA accuracy, textvqa"; a single set's name is omitted."""
     found = next((run.scores[question_set] for run in variants if run.scores and question_set in run.scores), {})
     title = metric_title(str(found.get("metric", "score")))
@@ -222,11 +222,11 @@ def score_facts(table: Mapping[str, Any]) -> str:
     return "; ".join(filter(None, facts)) + "."
 
 
-def question_sets(variants: Sequence[VariantResult]) -> list[str]:
+def question_sets(variants: Sequence[RunResult]) -> list[str]:
     return list(dict.fromkeys(name for variant in variants for name in variant.scores or {}))
 
 
-def _settings_by_stage(variants: Sequence[VariantResult]) -> dict[str, dict[str, dict[str, Any]]]:
+def _settings_by_stage(variants: Sequence[RunResult]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return variant -> stage -> flat settings, without shared stages, whose settings are those of one variant."""
     return {
         variant.name: {
@@ -264,7 +264,7 @@ def _transpose(table: Table) -> Table:
     return Table(("Variant", *turned[0][1:]), tuple(turned[1:]), table.numeric)
 
 
-def _score_cell(variant: VariantResult, question_set: str) -> str:
+def _score_cell(variant: RunResult, question_set: str) -> str:
     entry = (variant.scores or {}).get(question_set)
     return NOT_RUN if entry is None else _score_text(entry)
 

@@ -1,8 +1,8 @@
-"""Files and objects by URI, a local path or s3://bucket/key: the only door to boto3 and to pyarrow's file systems.
+"""Files and objects by URI, a local path or s3://bucket/key: the only package that uses boto3.
 
-Every write appears whole or not at all. The usual AWS_* variables and profiles configure S3, AWS_ENDPOINT_URL and
-AWS_REGION included. A URI names one file; folders exist only as prefixes of names, on local disk too. Every request is
-tried a bounded number of times; the error after the last one names the URI.
+Every write appears whole or not at all. The usual AWS_* variables and profiles configure S3, including AWS_ENDPOINT_URL
+and AWS_REGION. A URI names one file; folders exist only as prefixes of names, on local disk too. Every request is tried
+a bounded number of times; the error after the last attempt names the URI.
 """
 
 import json
@@ -41,37 +41,38 @@ __all__ = [
 
 
 def absolute(uri: str) -> str:
-    """The URI that means the same from any working directory: local paths expanded, s3 without a trailing slash."""
+    """Return the URI in a form that no working directory changes; an s3 URI loses its trailing slash."""
     return uri.rstrip("/") if _is_s3(uri) else os.path.abspath(os.path.expanduser(uri))
 
 
 def join(uri: str, *parts: str) -> str:
-    """``uri`` with ``parts`` below it; a part may hold slashes itself."""
+    """Append ``parts`` to ``uri`` as folders or names; a part may contain slashes."""
     below = [part.strip("/") for part in parts]
     return "/".join([uri.rstrip("/"), *below]) if _is_s3(uri) else os.path.join(uri, *below)
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file. Raises NotFoundError if there is none."""
+    """Read the whole file. Raises NotFoundError if it does not exist."""
     with _at(uri) as place:
         return place.read()
 
 
 def read_range(uri: str, start: int, size_bytes: int) -> bytes:
-    """``size_bytes`` bytes from ``start`` on; see `read_range_into`."""
+    """Read ``size_bytes`` bytes from offset ``start``; see `read_range_into`."""
     buffer = bytearray(size_bytes)
     read_range_into(uri, start, buffer)
     return bytes(buffer)
 
 
 def read_range_into(uri: str, start: int, buffer: bytearray | memoryview) -> None:
-    """Fill ``buffer`` with the file's bytes from ``start`` on, without a copy in between.
+    """Fill ``buffer`` with the file's bytes from offset ``start``, without a copy in between.
 
     Raises:
-        NotFoundError: there is no such file.
+        NotFoundError: the file does not exist.
         StorageError: the file ends inside the range.
     """
     if not len(buffer):
+        # HTTP cannot express an empty range.
         return
     with _at(uri) as place:
         num_read = place.read_into(start, memoryview(buffer))
@@ -83,27 +84,27 @@ def read_range_into(uri: str, start: int, buffer: bytearray | memoryview) -> Non
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
-    """Write the file, replacing what was there; a reader sees the old content or the new, never half."""
+    """Write the file and replace an earlier one; a reader sees the old content or the new, never a mixture."""
     with _at(uri) as place:
         place.write(data)
 
 
 def create_bytes(uri: str, data: bytes) -> None:
-    """Write the file only if there is none: of several writers exactly one succeeds.
+    """Write the file only if it does not exist; exactly one of several writers succeeds.
 
-    On S3 a put whose answer was lost is sent again and can lose against itself: who gets AlreadyExistsError must look
-    at what is there before concluding that somebody else wrote it.
+    On S3 a put whose answer was lost is sent again, and can find the object that its first attempt wrote. After
+    AlreadyExistsError the caller must therefore read the object before it concludes that another writer wrote it.
 
     Raises:
-        AlreadyExistsError: there was one already.
-        StorageError: the store does not obey conditional puts, so that two writers could both succeed.
+        AlreadyExistsError: the file existed already.
+        StorageError: the store does not obey conditional puts, so two writers could both succeed.
     """
     with _at(uri) as place:
         place.create(data)
 
 
 def read_json(uri: str) -> Any:
-    """The file's JSON value. Raises StorageError if it holds none."""
+    """Read the file's JSON value. Raises StorageError if the file is not JSON."""
     data = read_bytes(uri)
     try:
         return json.loads(data)
@@ -117,20 +118,20 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """``value`` as readable JSON without NaN, keys sorted: equal values give equal bytes."""
+    """Encode ``value`` as readable JSON with sorted keys, so that equal values give equal bytes; NaN is refused."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def upload_file(local_path: str, uri: str) -> None:
-    """Copy a local file to ``uri``, replacing what was there."""
+    """Copy a local file to ``uri`` and replace an earlier file there."""
     if not os.path.isfile(local_path):
-        raise NotFoundError(f"{local_path} is not there to be copied to {uri}")
+        raise NotFoundError(f"{local_path} does not exist and cannot be copied to {uri}")
     with _at(uri) as place:
         place.upload(local_path)
 
 
 def download_file(uri: str, local_path: str) -> None:
-    """Copy ``uri`` to a local path, which appears when it is complete."""
+    """Copy ``uri`` to a local path, which appears only when the copy is complete."""
     target = absolute(local_path)
     with _at(uri) as place, partial_file(target) as partial:
         place.download(partial)
@@ -138,13 +139,13 @@ def download_file(uri: str, local_path: str) -> None:
 
 
 def stat(uri: str) -> ObjectInfo:
-    """Size and etag. Raises NotFoundError if there is no such file (a folder is none)."""
+    """Return size, etag and time of a file. Raises NotFoundError if it does not exist or is a folder."""
     with _at(uri) as place:
         return place.stat()
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file of exactly this name; False for a folder."""
+    """Return whether a file has exactly this name; False for a folder."""
     try:
         stat(uri)
     except NotFoundError:
@@ -153,36 +154,39 @@ def exists(uri: str) -> bool:
 
 
 def delete(uri: str) -> None:
-    """Delete the file; absent is fine."""
+    """Delete the file if it exists."""
     with _at(uri) as place:
         place.delete()
 
 
 def list_objects(prefix_uri: str) -> list[ObjectInfo]:
-    """All files below the folder, recursively, sorted by URI; none when it is absent. Unfinished writes never show."""
+    """List all files below the folder, recursively, sorted by URI, without unfinished writes.
+
+    The list is empty when the folder does not exist.
+    """
     with _at(prefix_uri) as place:
         return sorted(place.list(), key=lambda info: info.uri)
 
 
 def delete_leftovers(prefix_uri: str, older_than_s: float, dry_run: bool) -> list[str]:
-    """Delete what broken-off writes below the folder left: partial files, unfinished multi-part uploads.
+    """Delete the remains of broken-off writes below the folder: partial files and unfinished multi-part uploads.
 
-    No listing shows them, but they cost space.
+    No listing shows these remains, but they take space.
 
     Args:
-        prefix_uri: a folder; absent is fine.
-        older_than_s: keep what is younger, by the clock of `now_s`: it may belong to a write that is going on.
-        dry_run: only say what would be deleted.
+        prefix_uri: folder, which need not exist.
+        older_than_s: least age by the clock of `now_s`; younger remains are kept, because a write may be going on.
+        dry_run: only list the files that would be deleted.
 
     Returns:
-        Their URIs, sorted; an upload's ends in ``?uploadId=...``.
+        The URIs of the remains, sorted; the URI of an upload ends in ``?uploadId=...``.
     """
     with _at(prefix_uri) as place:
         return sorted(place.leftovers(older_than_s, dry_run))
 
 
 def now_s(uri: str) -> float:
-    """The time in epoch seconds by the clock that `ObjectInfo.modified_s` is measured with: on S3 the store's."""
+    """Return the time in epoch seconds by the clock that sets `ObjectInfo.modified_s`: on S3 the store's clock."""
     with _at(uri) as place:
         return place.now_s()
 
@@ -196,7 +200,7 @@ def _at(uri: str) -> Iterator[Place]:
     if "://" in uri and not _is_s3(uri):
         raise StorageError(f"{uri}: only local paths and s3:// are supported")
     if _is_s3(uri):
-        # In this order: some of boto3's errors are the operating system's as well.
+        # `s3_errors` is the inner context because some of boto3's errors are also OSErrors, which the outer one takes.
         with disk_errors(uri), s3_errors(uri):
             yield S3Object(absolute(uri))
     else:

@@ -1,4 +1,4 @@
-"""Large files that are written piece by piece and read in part, on local disk and on S3 alike."""
+"""Large files that are written piece by piece and read in parts, on local disk and on S3."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from meteor.storage.local import disk_errors, partial_file
 
 @contextmanager
 def new_file(uri: str) -> Iterator[str]:
-    """Give a local path to write to; the file appears at ``uri`` when the block ends, and not at all when it fails."""
+    """Yield a local path to write to; the file appears at ``uri`` when the block ends, and never if the block fails."""
     if uri.startswith("s3://"):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "file")
@@ -30,19 +30,21 @@ def new_file(uri: str) -> Iterator[str]:
 
 
 def open_file(uri: str) -> pa.NativeFile:
-    """Open a file for reading parts of it; a local one is mapped into memory, of one on S3 ranges are asked for.
+    """Open a file for reading in parts: a local file is mapped into memory, an object on S3 is read by byte ranges.
 
     Raises:
-        NotFoundError: there is no such file.
+        NotFoundError: the file does not exist.
     """
     if uri.startswith("s3://"):
+        # Parquet's reader asks for many small ranges; the buffer turns them into requests of 1 MiB.
         return pa.PythonFile(io.BufferedReader(_Ranges(uri), 1 << 20), mode="r")
+    # Raises the library's own error when the file does not exist.
     storage.stat(uri)
     return pa.memory_map(storage.absolute(uri))
 
 
 class _Ranges(io.RawIOBase):
-    """An object of the store as a file with a position."""
+    """An S3 object as a readable file with a position; every read is a request for a byte range."""
 
     def __init__(self, uri: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files on local disk: whole or absent, after a power cut too."""
+"""Files on local disk that are complete or absent, even after a power cut."""
 
 import errno
 import os
@@ -25,6 +25,7 @@ class LocalFile:
             return file.read()
 
     def read_into(self, start: int, buffer: memoryview) -> int:
+        # Unbuffered, so that the bytes go straight into the caller's buffer; the kernel may return fewer than asked for.
         num_read = 0
         with open(self.path, "rb", buffering=0) as file:
             file.seek(start)
@@ -36,6 +37,7 @@ class LocalFile:
         self._publish(lambda file: file.write(data), os.replace)
 
     def create(self, data: bytes) -> None:
+        # A hard link fails if the name exists, whereas a rename would replace the file.
         self._publish(lambda file: file.write(data), os.link)
 
     def upload(self, source: str) -> None:
@@ -78,7 +80,7 @@ class LocalFile:
     def _walk(self) -> Iterator[ObjectInfo]:
         for folder, _, names in os.walk(self.path):
             for name in names:
-                # Another process may delete a file between the walk and the look at it.
+                # Another process may delete a file after the walk has found its name.
                 with suppress(FileNotFoundError):
                     yield LocalFile(os.path.join(folder, name)).stat()
 
@@ -88,7 +90,7 @@ class LocalFile:
 
 @contextmanager
 def disk_errors(uri: str) -> Iterator[None]:
-    """The errors of the operating system as ours, with the URI and what to do."""
+    """Raise the operating system's errors as this library's, with the URI and a remedy."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -100,15 +102,15 @@ def disk_errors(uri: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise StorageError(
-                f"{uri} cannot be written: {error.strerror}. Nothing of it was left behind; free space there or choose "
-                "another folder, and start again: what was finished before is kept"
+                f"{uri} cannot be written: {error.strerror}. No part of it was left behind; free space there or choose "
+                "another folder, and start again: work that was finished before is kept"
             ) from error
         raise StorageError(f"{uri}: {error.strerror or error}") from error
 
 
 @contextmanager
 def partial_file(path: str) -> Iterator[str]:
-    """A new name beside ``path`` to write to and move from; gone at the end whatever happens."""
+    """Yield a new name beside ``path``, to write to and then move; the name is removed at the end in every case."""
     folder = os.path.dirname(path)
     try:
         _make_folder(folder)
@@ -130,13 +132,14 @@ def _make_folder(folder: str) -> None:
     try:
         os.mkdir(folder)
     except FileExistsError:
+        # Another process made the folder in the meantime.
         if not os.path.isdir(folder):
             raise
     _sync_folder(parent)
 
 
 def _sync_folder(folder: str) -> None:
-    # Without this a new name may be gone after a power cut, although the file's bytes are safe.
+    # Without this a new name may be lost in a power cut, although the file's bytes are safe.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What storage knows of one file or object, on whatever it lies."""
+"""The interface that local files and S3 objects share, and the description of one file."""
 
 import math
 import os
@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# Names that begin so are unfinished or passing; a listing never shows them, `delete_leftovers` removes them.
+# Names with this prefix are unfinished or temporary; a listing never shows them, and `delete_leftovers` removes them.
 PARTIAL_PREFIX = ".partial-"
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One file or object.
+    """Description of a file or object.
 
     Attributes:
-        etag: changes when the content does (the modification time in ns on local disk).
-        modified_s: when it was written, in epoch seconds of the clock that `now_s` reads. Not part of equality: S3 tells
-            milliseconds in a listing and seconds elsewhere. Not known (nan) is older than nothing.
+        uri: the file's URI.
+        size_bytes: number of bytes.
+        etag: text that changes when the content does; on local disk the modification time in ns.
+        modified_s: time of the last write, in epoch seconds of the clock that `now_s` reads; nan if it is not known. It
+            is not part of equality, because S3 gives milliseconds in a listing and seconds elsewhere.
     """
 
     uri: str
@@ -28,7 +30,7 @@ class ObjectInfo:
 
 
 class Place(Protocol):
-    """What local files and S3 objects can both do; `meteor.storage` says what each means."""
+    """Operations of local files and of S3 objects; the functions of `meteor.storage` describe them."""
 
     def read(self) -> bytes: ...
     def read_into(self, start: int, buffer: memoryview) -> int: ...
@@ -44,10 +46,10 @@ class Place(Protocol):
 
 
 def partial_name() -> str:
-    """A name that nothing has and no listing shows."""
+    """Return a new, unused name that no listing shows."""
     return f"{PARTIAL_PREFIX}{uuid.uuid4().hex}"
 
 
 def is_partial(path: str) -> bool:
-    """Whether the last part of a path or key is such a name."""
+    """Return whether the last part of a path or key is the name of an unfinished file."""
     return os.path.basename(path).startswith(PARTIAL_PREFIX)

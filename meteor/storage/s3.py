@@ -1,4 +1,4 @@
-"""Objects of an S3 store: bounded requests, reads that go on where they broke."""
+"""Objects of an S3 store: a bounded number of requests, and reads that continue where a connection broke."""
 
 import io
 import time
@@ -14,16 +14,16 @@ from meteor.storage import s3_create
 from meteor.storage.client import boto3_module, s3_client
 from meteor.storage.place import ObjectInfo, is_partial
 
-# Above it a write goes in parts, each sent again by itself when it fails.
+# Writes from this size on are sent in parts; a part that fails is sent again alone.
 _MULTIPART_BYTES = 64 << 20
 _PART_BYTES = 16 << 20
-# The client holds ten parts at most: 160 MB.
+# The client holds at most ten parts in memory: 160 MB.
 _NUM_PART_THREADS = 4
 _NUM_UPLOAD_ATTEMPTS = 3
-# Of one read, with pauses of 0.2, 0.4, 0.8 and 1.6 s between them.
+# Attempts per read, with pauses of 0.2, 0.4, 0.8 and 1.6 s between them.
 _NUM_READ_ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.2
-# Of a stream at once; measured as fast as larger ones.
+# Bytes read from a stream at a time; larger windows measured no faster.
 _WINDOW_BYTES = 1 << 20
 
 
@@ -39,12 +39,12 @@ class S3Object:
 
     def address(self) -> dict[str, str]:
         if not self.key:
-            raise StorageError(f"{self.uri!r} names a bucket and nothing in it; write s3://bucket/key")
+            raise StorageError(f"{self.uri!r} names a bucket without a key; write s3://bucket/key")
         return {"Bucket": self.bucket, "Key": self.key}
 
     def read(self) -> bytes:
         response = self.client.get_object(**self.address())
-        # The bytes object inside is filled in place and handed out without a copy.
+        # BytesIO keeps the bytes object that it is given, so filling it in place returns the content without a copy.
         content = io.BytesIO(bytes(response["ContentLength"]))
         with content.getbuffer() as buffer:
             self._fill(buffer, 0, response)
@@ -62,39 +62,39 @@ class S3Object:
         )
         if response["ContentLength"] > num_bytes:
             response["Body"].close()
-            raise StorageError(f"{self.uri}: the store ignores byte ranges; use one that answers them (RFC 9110)")
+            raise StorageError(f"{self.uri}: the store ignores byte ranges; use a store that supports them (RFC 9110)")
         return response
 
     def _fill(self, buffer: memoryview, start: int, response: Any) -> None:
-        """Read the response's body into the buffer; a body that breaks off is asked for again from there on."""
+        """Read the response's body into the buffer; if it breaks off, request the remaining bytes."""
         broken = (boto3_module("botocore.exceptions").BotoCoreError, OSError)
         position, pause_s = 0, _FIRST_PAUSE_S
         for attempt in range(1, _NUM_READ_ATTEMPTS + 1):
             body = response["Body"]
             try:
                 while position < len(buffer):
-                    # At the end of a body that is too short this raises IncompleteReadError.
+                    # If the body ends too early, this raises IncompleteReadError.
                     position += body.readinto(buffer[position : position + _WINDOW_BYTES])
             except broken as error:
                 if attempt == _NUM_READ_ATTEMPTS:
                     raise StorageError(
                         f"{self.uri}: reading broke off {attempt} times, the last time {start + position} bytes into the "
-                        f"object with {len(buffer) - position} to go ({error}). The store or the way to it is "
-                        "overloaded or down; what was finished is kept, so start again when it is well"
+                        f"object with {len(buffer) - position} to go ({error}). The store or the network is "
+                        "overloaded or down; finished work is kept, so start again when the store answers"
                     ) from error
             else:
-                # At the end the checksum is compared, where the store sent one.
+                # Reading to the end makes botocore compare the checksum, if the store sent one.
                 body.readinto(bytearray(1))
                 return
             finally:
                 body.close()
             time.sleep(pause_s)
             pause_s *= 2
-            # If-Match: the rest of another version must not be mixed in.
+            # If-Match keeps the bytes of two versions of the object from being mixed.
             response = self._get_range(start + position, len(buffer) - position, IfMatch=response["ETag"])
 
     def write(self, data: bytes | memoryview) -> None:
-        # boto3 takes no memoryview; as a file that Arrow makes of it nothing is copied.
+        # boto3 takes no memoryview; Arrow's reader presents it as a file without a copy.
         if len(data) < _MULTIPART_BYTES:
             self.client.put_object(**self.address(), Body=pa.BufferReader(data))
         else:
@@ -113,13 +113,13 @@ class S3Object:
                 send()
                 return
             except failures as error:
-                # The answer to the request that ends an upload was lost; sent again, it finds no upload. Which of the
-                # two it was nobody can tell, so all is sent again.
+                # If the answer to the request that completes an upload is lost, the repeated request finds no upload.
+                # This looks like an upload that never existed, so the whole file is sent again.
                 if "NoSuchUpload" not in str(error) or attempt == _NUM_UPLOAD_ATTEMPTS:
                     raise
 
     def download(self, target: str) -> None:
-        # Continues broken parts by itself, five times each, with If-Match.
+        # boto3 itself continues parts that break off, up to five times each, with If-Match.
         self.client.download_file(Filename=target, **self.address())
 
     def stat(self) -> ObjectInfo:
@@ -148,7 +148,7 @@ class S3Object:
                     yield f"s3://{self.bucket}/{upload['Key']}?uploadId={upload['UploadId']}"
 
     def _abort(self, key: str, upload_id: str) -> None:
-        # It may have ended by itself in the meantime.
+        # The upload may have been completed or aborted in the meantime.
         with suppress(self.client.exceptions.NoSuchUpload):
             self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
 
@@ -156,7 +156,7 @@ class S3Object:
         pages = self.client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self.bucket, Prefix=self._prefix()):
             for found in page.get("Contents", []):
-                # Consoles and Arrow mark folders by empty objects that end in a slash.
+                # Web consoles and Arrow represent folders by empty objects whose keys end in a slash.
                 if not found["Key"].endswith("/"):
                     yield _info(f"s3://{self.bucket}/{found['Key']}", found["Size"], found)
 
@@ -164,7 +164,7 @@ class S3Object:
         return f"{self.key}/" if self.key else ""
 
     def now_s(self) -> float:
-        # Asked for below the place: whoever may use a part of the bucket alone may not ask about all of it.
+        # The listing has this prefix because some credentials have rights for a part of the bucket only.
         found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix(), MaxKeys=1)
         answer = found["ResponseMetadata"]["HTTPHeaders"]
         return parsedate_to_datetime(answer["date"]).timestamp()

@@ -1,4 +1,4 @@
-"""Writing an object only if there is none: conditional puts, and the refusal of stores that do not obey them."""
+"""Conditional puts, which write an object only if it does not exist, and the refusal of stores that ignore them."""
 
 import os
 import threading
@@ -14,16 +14,16 @@ _CONFLICT = {"ConditionalRequestConflict", "409"}
 _UNKNOWN = {"NotImplemented", "501", "InvalidArgument", "InvalidRequest"}
 
 _PROBING = threading.Lock()
-# The stores that obey conditional puts, by process, endpoint and bucket.
+# Stores that obey conditional puts, by process, endpoint and bucket.
 _OBEDIENT: set[tuple[int, str, str]] = set()
 
 
 def create(client: Any, address: dict[str, str], data: bytes) -> None:
-    """Put ``data`` if there is nothing at the address.
+    """Put ``data`` if no object exists at the address.
 
     Raises:
         StorageError: the store does not obey conditional puts.
-        ClientError: there was something, another writer won, or the store refuses for another reason.
+        ClientError: an object exists, another writer was faster, or the store refuses for another reason.
     """
     _check_store(client, address["Bucket"], address["Key"])
     for attempt in range(_NUM_CREATE_ATTEMPTS):
@@ -31,14 +31,14 @@ def create(client: Any, address: dict[str, str], data: bytes) -> None:
             client.put_object(**address, Body=data, IfNoneMatch="*")
             return
         except client.exceptions.ClientError as error:
-            # 409: another conditional put is under way; sent again, this one succeeds or gets 412.
+            # 409: another conditional put is under way; a repeated request succeeds or gets 412.
             if code_of(error) not in _CONFLICT or attempt + 1 == _NUM_CREATE_ATTEMPTS:
                 raise
             time.sleep(0.1 * 2**attempt)
 
 
 def _check_store(client: Any, bucket: str, key: str) -> None:
-    """Try beside ``key`` whether the store obeys If-None-Match, the first time the bucket is written to."""
+    """Test with an object beside ``key`` whether the store obeys If-None-Match, once per process and bucket."""
     store = os.getpid(), client.meta.endpoint_url, bucket
     with _PROBING:
         if store in _OBEDIENT:
@@ -60,7 +60,7 @@ def _obeys(client: Any, address: dict[str, str]) -> bool:
             try:
                 client.put_object(**address, Body=b"", IfNoneMatch="*")
             except client.exceptions.ClientError as error:
-                # The first may be refused too: its answer was lost, and sent again it lost against itself.
+                # Even the first put can be refused: if its answer was lost, the retry finds the object it wrote.
                 if code_of(error) in EXISTS | _CONFLICT:
                     return True
                 if code_of(error) in _UNKNOWN:

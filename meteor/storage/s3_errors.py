@@ -1,4 +1,4 @@
-"""What an S3 store, or the way to it, can say, in sentences that name the object and what to do."""
+"""Errors of an S3 store and of the network, as messages that name the object and a remedy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +21,9 @@ _WRONG_KEY = "the store does not know these credentials, or they belong to anoth
 _EXPIRED = "the credentials have expired; renew them (aws sso login, or a new AWS_SESSION_TOKEN) and start again"
 _SKEWED = "this machine's clock differs too much from the store's; set it"
 _REGION = "the bucket lies in another region than {region}{right}; set AWS_REGION"
-_BUSY = "the store is overloaded or down ({num} attempts); what was finished is kept, so start again when it is well"
-_FULL = "the store takes no more: it is full, or a quota is reached; delete what is not needed (meteor cache gc)"
-# By the store's code: what it means and what to do. A HEAD has no body, so that only the status is known.
+_BUSY = "the store is overloaded or down ({num} attempts); finished work is kept, so start again when the store answers"
+_FULL = "the store is full, or a quota is reached; delete files that are not needed (meteor cache gc)"
+# Error code -> meaning and remedy. The answer to HEAD has no body, so its code is the HTTP status alone.
 _MEANING = {
     **dict.fromkeys(["AccessDenied", "403", "Forbidden", "AllAccessDisabled"], _DENIED),
     **dict.fromkeys(["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidClientTokenId"], _WRONG_KEY),
@@ -40,7 +40,7 @@ _MEANING = {
 
 @contextmanager
 def s3_errors(uri: str) -> Iterator[None]:
-    """The errors of boto3 as ours, with the URI and what to do."""
+    """Raise boto3's errors as this library's, with the URI and a remedy."""
     errors = boto3_module("botocore.exceptions")
     try:
         yield
@@ -51,7 +51,7 @@ def s3_errors(uri: str) -> Iterator[None]:
 
 
 def code_of(client_error: Any) -> str:
-    """The store's code for a refusal, or the HTTP status where it sent none."""
+    """Return the store's code for a refusal, or the HTTP status if the store sent no code."""
     return str(client_error.response.get("Error", {}).get("Code", ""))
 
 
@@ -61,11 +61,12 @@ def _refusal(uri: str, error: Any) -> StorageError:
         bucket = uri.removeprefix("s3://").partition("/")[0]
         where = s3_client().meta.endpoint_url
         return NotFoundError(
-            f"{uri} does not exist: there is no bucket {bucket!r} at {where}; make it or correct the name"
+            f"{uri} does not exist: there is no bucket {bucket!r} at {where}; create the bucket or correct its name"
         )
     if code in MISSING:
         return NotFoundError(f"{uri} does not exist ({code})")
     if code in EXISTS and error.operation_name == "GetObject":
+        # The read had If-Match (`S3Object._fill`).
         return StorageError(f"{uri} was replaced while it was read; read it again")
     if code in EXISTS:
         return AlreadyExistsError(f"{uri} exists already")
@@ -87,7 +88,7 @@ def _failure(error: Any, errors: Any) -> str:
     if isinstance(error, (errors.ConnectionError, errors.HTTPClientError)):
         client = s3_client()
         return (
-            f"no answer from {client.meta.endpoint_url} in {num_attempts(client)} attempts ({error}). Look at "
-            "AWS_ENDPOINT_URL, AWS_REGION and the network; what was finished is kept, so start again when it is well"
+            f"no answer from {client.meta.endpoint_url} in {num_attempts(client)} attempts ({error}). Check "
+            "AWS_ENDPOINT_URL, AWS_REGION and the network; finished work is kept, so start again when the store answers"
         )
     return str(error)

@@ -164,7 +164,7 @@ class AnswerActor:
         image_uris: dict[str, str],
         questions: Any,
     ) -> None:
-        configure_worker_logging(variant=settings.name, stage="evaluate")
+        configure_worker_logging(run=settings.name, stage="evaluate")
         self._questions: list[tuple[int, Question]] = ray.get(questions)
         device = "cuda" if settings.runtime.gpus_per_worker else "cpu"
         if device == "cpu":

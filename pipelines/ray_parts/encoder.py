@@ -78,7 +78,7 @@ class Encoder:
     """
 
     def __init__(self, settings: RunSettings, cache_uri: str) -> None:
-        configure_worker_logging(variant=settings.name, stage="cache_features")
+        configure_worker_logging(run=settings.name, stage="cache_features")
         self._device = DeviceEncoder(settings)
         self._pixels = pixel_settings(settings)
         self._cache_uri = cache_uri

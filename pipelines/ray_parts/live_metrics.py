@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-_TAGS = ("variant", "stage", "run")
+_TAGS = ("run", "stage", "digest")
 # Name -> description. Ray adds "ray_" before each name, and "_total" after the name of a counter.
 COUNTERS = {
     "meteor_images_encoded": "images that the encoder has processed, bad images included",
@@ -48,13 +48,13 @@ class LiveMetrics:
     """Metrics of one stage, set in the process that does the work; Ray's agent on the node exports them.
 
     Args:
-        variant: name of the run.
+        run: name of the run.
         stage: name of the stage.
-        run: digest of the stage; 12 digits of it, as in the folder's name, become a tag.
+        digest: digest of the stage; 12 digits of it, as in the folder's name, become a tag.
     """
 
-    def __init__(self, variant: str, stage: str, run: str) -> None:
-        self._tags = {"variant": variant, "stage": stage, "run": run[:12]}
+    def __init__(self, run: str, stage: str, digest: str) -> None:
+        self._tags = {"run": run, "stage": stage, "digest": digest[:12]}
         self._known: dict[str, Counter | Gauge] = {}
 
     def encoded(self, outcomes: Sequence[Mapping[str, Any]]) -> None:

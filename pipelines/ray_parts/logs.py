@@ -23,8 +23,8 @@ _OURS = ("meteor", "pipelines", "jobs", "__main__")  # a stage's module is "__ma
 class JsonFormatter(logging.Formatter):
     """Formatter that writes a record as one line of JSON.
 
-    A line has ``time`` (UTC), ``level``, ``logger``, ``message`` and ``host``. It also has ``variant``, ``stage``, ``run``
-    (the digest), ``rank``, ``step`` and ``error`` (a traceback), if they are known.
+    A line has ``time`` (UTC), ``level``, ``logger``, ``message`` and ``host``. It also has ``run`` (its name), ``stage``,
+    ``digest`` (of the stage), ``rank``, ``step`` and ``error`` (a traceback), if they are known.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -59,7 +59,7 @@ def configure_worker_logging(**about: Any) -> None:
     Lines at INFO come from the driver, once instead of once per worker.
 
     Args:
-        about: fields of the lines: ``stage``, ``variant``, ``run``, ``rank``.
+        about: fields of the lines: ``run``, ``stage``, ``digest``, ``rank``.
     """
     _configure_lines(logging.WARNING)
     # Ray Train would repeat the numbers of every step.

@@ -41,7 +41,7 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
         )
     # Parameters go through JSON, so that tuples equal the lists that are read back.
     log = StageLog.new(settings, folder, params=json.loads(json.dumps(params, default=str)), tags=tags)
-    with log_context(variant=settings.name, stage=folder.stage, run=folder.digest[:12]):
+    with log_context(run=settings.name, stage=folder.stage, digest=folder.digest[:12]):
         log.open()
         try:
             yield log

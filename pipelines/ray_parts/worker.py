@@ -79,9 +79,9 @@ class WorkerTask:
 def train_worker(task: WorkerTask) -> None:
     """Train a stage in a worker; the entry point for `ray.train.torch.TorchTrainer`."""
     configure_worker_logging(
-        variant=task.settings.name,
+        run=task.settings.name,
         stage=task.stage,
-        run=task.run_uri[-12:],
+        digest=task.run_uri[-12:],
         rank=ray.train.get_context().get_world_rank(),
     )
     settings, stage = task.settings, task.stage_settings

@@ -15,7 +15,7 @@ from meteor.assembly.study import study_uri
 from meteor.config import RunSettings, expand_study
 from meteor.errors import MeteorError, NotFoundError, SettingsError, TrackingError
 from meteor.projector.file import count_parameters
-from meteor.report import StudyTable, VariantResult
+from meteor.report import RunResult, StudyTable
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import identify, stages_of
 from meteor.runs.mlflow_log import make_tracker, study_run
@@ -120,12 +120,12 @@ def find_folder(settings: RunSettings, stage: Stage, inputs: Inputs) -> StageFol
         return None
 
 
-def collect(settings: RunSettings, inputs: Inputs) -> VariantResult:
+def collect(settings: RunSettings, inputs: Inputs) -> RunResult:
     """Read the results of a run that belongs to no study."""
     return read_record(RunRecord(settings.name, settings.name, None, find_folders(settings, inputs)))
 
 
-def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) -> VariantResult:
+def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) -> RunResult:
     """Read the results of a run from the folders of its stages; a folder that no longer exists is skipped with a warning.
 
     Args:
@@ -153,10 +153,10 @@ def _below(prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
 
 
-def read_result(name: str, stages: Mapping[str, StageRecord], **more: Any) -> VariantResult:
+def read_result(name: str, stages: Mapping[str, StageRecord], **more: Any) -> RunResult:
     """Make a result from the records of its stages; read answers and scores if the evaluation has finished."""
     scores, predictions = _read_answers(name, stages.get("evaluate"))
-    return VariantResult(
+    return RunResult(
         name=name,
         stages=stages,
         scores=scores,
@@ -201,7 +201,7 @@ def _tokens_per_image(stages: Mapping[str, StageRecord], efficiency: Mapping[str
     return totals["visual_tokens"] / totals["images"] * (efficiency or {}).get("used_share", 1.0)
 
 
-def unequal_samples(variants: Sequence[VariantResult]) -> list[str]:
+def unequal_samples(variants: Sequence[RunResult]) -> list[str]:
     """Return a sentence per stage in which runs used different numbers of samples, so that scores are not comparable."""
     sentences = []
     for stage in ("pretrain", "finetune"):

@@ -155,7 +155,7 @@ def check_logs(one: Cluster) -> None:
     ours = [json.loads(line) for line in lines if line.startswith("{")]
     steps = [line for line in ours if re.search(r"pretrain: step [1-9]", line["message"])]
     assert steps
-    assert all(line["stage"] == "pretrain" and line["variant"] == "demo_cluster" for line in steps)
+    assert all(line["stage"] == "pretrain" and line["run"] == "demo_cluster" for line in steps)
     assert {line["run"] for line in steps} == {stage_folder("pretrain").rpartition("-")[2]}
 
 

@@ -103,7 +103,7 @@ def test_a_slice_without_tokens_has_no_separator_either():
 
 @pytest.mark.parametrize("num_layouts", [0, 1, 3])
 def test_placeholders_and_images_must_be_equally_many(num_layouts):
-    with pytest.raises(AssertionError, match="one placeholder an image"):
+    with pytest.raises(AssertionError, match="one placeholder per image"):
         expand_images(make_sample(V, V, 9), [make_layout()] * num_layouts, at_most(2), SEPARATORS)
 
 

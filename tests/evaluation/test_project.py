@@ -189,7 +189,7 @@ def test_files_that_nobody_vouches_for_are_not_taken_for_results(make_cache, tra
     file, stranger = folder / f"{'a' * 64}.safetensors", folder / "model.safetensors"
     file.write_text("features, say")
     stranger.write_text("weights")
-    with pytest.raises(SettingsError, match=r"has no project\.json, but files of the names"):
+    with pytest.raises(SettingsError, match=r"has no project\.json, but has files with names"):
         project_cache(cache, projector, str(folder))
     assert not (folder / "project.json").exists()
     project_cache(cache, projector, str(folder), overwrite=True)

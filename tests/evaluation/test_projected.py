@@ -54,5 +54,5 @@ def test_tokens_that_are_not_finite_are_refused_naming_the_image(make_features, 
     _, projector = trained({"name": "mlp"}, dtype=torch.float16)
     projector.module.mlp[2].weight.fill_(60000)
     projector.module.mlp[0].bias.fill_(100)
-    with pytest.raises(DataError, match=f"image {'a' * 64}: its tokens are not finite in torch.float16; take bfloat16"):
+    with pytest.raises(DataError, match=f"image {'a' * 64}: its tokens are not finite in torch.float16; use bfloat16"):
         list(project_images(projector, [make_features("a" * 64)]))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from meteor.image.slicing import plan_slices
-from meteor.report import SelectionPanel, SubImageScores, VariantResult
+from meteor.report import RunResult, SelectionPanel, SubImageScores
 from meteor.runs.reading import StageRecord
 
 
@@ -34,7 +34,7 @@ def make_run():
 def make_variant(make_run):
     def make(name="meteor", *, stages=None, scores=None, predictions=None, parameters=34_977_024, tokens=540.25):
         runs = {stage: make_run(stage) for stage in ("pretrain", "finetune", "evaluate")} if stages is None else stages
-        return VariantResult(name, runs, scores, predictions, parameters, tokens)
+        return RunResult(name, runs, scores, predictions, parameters, tokens)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Data files in which many rows are dead: their living rows move to a new file, so that `gc` can delete the old one."""
+"""Compaction of data files with many dead rows: live rows move to a new file, so that `gc` can delete the old file."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,19 @@ from meteor.cache.upkeep.usage import Usage, payload_bytes_by_file
 from meteor.cache.writer import write_feature_file
 from meteor.errors import CacheError, NotFoundError, StorageError
 
-# Below this share of dead bytes a file stays: moving its rows costs more than the space is worth.
+# A file with a smaller share of dead bytes stays, because moving its rows would cost more than the space is worth.
 MIN_DEAD_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Compaction:
-    """A data file to be written again: its size, and the bytes of payloads that the latest version does not serve."""
+    """A data file to compact.
+
+    Attributes:
+        file: name of the file below the cache's URI.
+        size_bytes: size of the file.
+        dead_bytes: bytes of payloads that the latest version does not use.
+    """
 
     file: str
     size_bytes: int
@@ -30,18 +36,18 @@ class Compaction:
 
 
 def plan_compactions(usage: Usage) -> Iterator[Compaction]:
-    """Old data files of which at least `MIN_DEAD_SHARE` is dead, and that no pin would keep anyway."""
+    """Find old data files with at least `MIN_DEAD_SHARE` of dead bytes; files that a pin keeps are left out."""
     for file, live_bytes in sorted(usage.live_bytes.items()):
         info = usage.files.get(file)
         if info is None or file in usage.needed_by_others or not usage.is_old(file):
             continue
-        # The size says at once that most files are full; the ledger record says how full the others are.
+        # The size alone shows that most files have few dead bytes; only for the others is the ledger record read.
         if info.size_bytes - live_bytes < MIN_DEAD_SHARE * info.size_bytes:
             continue
         try:
             record = read_record(usage.cache_uri, record_of(file))
         except (CacheError, NotFoundError):
-            # `repair` reports it; without a record there is no telling.
+            # Without its record the file's dead bytes are unknown; `repair` reports the missing record.
             continue
         total_bytes = payload_bytes_by_file(record).get(file, 0)
         if total_bytes - live_bytes >= MIN_DEAD_SHARE * total_bytes > 0:
@@ -49,12 +55,12 @@ def plan_compactions(usage: Usage) -> Iterator[Compaction]:
 
 
 def compact(cache_uri: str, files: Sequence[str]) -> tuple[int, int, list[str]]:
-    """Write the living rows of each file to a new file, then publish a version that reads them there.
+    """Write the live rows of each file to a new file, then publish a version that uses the new files.
 
-    A crash in between leaves rows twice, of which the first stay in use and the second are for the next `gc`.
+    After a crash in between, the old rows stay in use, and the next `gc` deletes their copies.
 
     Returns:
-        The version, the number of files moved, and why others were not.
+        The version, the number of compacted files, and a line for each file that could not be compacted.
     """
     latest = latest_manifest(cache_uri)
     if not files:
@@ -64,9 +70,9 @@ def compact(cache_uri: str, files: Sequence[str]) -> tuple[int, int, list[str]]:
     for file in files:
         rows = keys.filter(pc.equal(keys["file"], file))
         try:
-            record = write_feature_file(cache_uri, _living_rows(cache_uri, file, rows["row_group"].to_pylist()))
+            record = write_feature_file(cache_uri, _live_rows(cache_uri, file, rows["row_group"].to_pylist()))
         except (CacheError, StorageError, pa.ArrowException, OSError) as error:
-            failures.append(f"{file} stays as it is ({error}); see `meteor cache verify`")
+            failures.append(f"{file} cannot be compacted ({error}); see `meteor cache verify`")
             continue
         places = _places(file, record.rows["image_key"])
         moved.append(record.rows.append_column("moved_from", places))
@@ -75,15 +81,16 @@ def compact(cache_uri: str, files: Sequence[str]) -> tuple[int, int, list[str]]:
     return publish_edit(cache_uri, lambda held: _at_new_places(held, pa.concat_tables(moved))), len(moved), failures
 
 
-def _living_rows(cache_uri: str, file: str, row_groups: Sequence[int]) -> Iterator[pa.Table]:
+def _live_rows(cache_uri: str, file: str, row_groups: Sequence[int]) -> Iterator[pa.Table]:
     data = storage.read_bytes(storage.join(cache_uri, file))
     parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    # A row group is an image, so this keeps the memory of a single image besides the file.
     for row_group in row_groups:
         yield fit_schema(parquet.read_row_group(row_group), FEATURE_SCHEMA, file)
 
 
 def _at_new_places(held: pa.Table, moved: pa.Table) -> pa.Table:
-    """The key index with the rows that are still where they were taken from replaced by their copies."""
+    """Return the key index with moved rows pointing to their new files; rows that changed in the meantime stay."""
     found = pc.index_in(_places(held["file"], held["image_key"]), value_set=moved["moved_from"].combine_chunks())
     positions = pc.if_else(
         pc.is_null(found), pa.array(range(held.num_rows), pa.int64()), pc.add(found.cast(pa.int64()), held.num_rows)

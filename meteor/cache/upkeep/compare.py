@@ -1,4 +1,4 @@
-"""Two caches side by side: what they were made with, which images they hold, and whether their numbers agree."""
+"""Comparison of two caches: their identities, their images, and the agreement of their numbers."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,17 +17,17 @@ _NUM_SHOWN = 5
 
 @dataclass(frozen=True)
 class CacheDiff:
-    """The difference of two versions of caches, ``a`` and ``b``; image keys are sorted.
+    """Differences between two versions of caches, ``a`` and ``b``; image keys are sorted.
 
     Attributes:
-        a, b: URI and version of each.
-        identity: fields of the identities that differ, one line each, a's value first.
-        codecs: name of each codec, and its calibration where it has one.
-        num_common: images in both.
-        only_in_a, only_in_b: images in one of them.
-        other_layers: images in both, with the attention of other layers, or of the same in another order.
-        other_numbers: images in both with the same layers and other bytes. None when that says nothing: identities or
-            codecs differ.
+        a, b: URI and version of each cache.
+        identity: lines that describe differing fields of the identities, with a's value first.
+        codecs: name of each codec, with the calibration's digest if the codec has one.
+        num_common: number of images in both caches.
+        only_in_a, only_in_b: keys of images in only one cache.
+        other_layers: keys of images in both caches whose attention layers or their order differ.
+        other_numbers: keys of images in both caches with equal layers but different bytes. None if identities or codecs
+            differ, because different bytes are then no news.
     """
 
     a: str
@@ -42,16 +42,16 @@ class CacheDiff:
 
     @property
     def equal(self) -> bool:
-        """Whether both serve the same bytes for the same images."""
+        """Whether both caches have equal images with equal bytes."""
         differences = self.identity or self.only_in_a or self.only_in_b or self.other_layers or self.other_numbers
         return not differences and self.codecs[0] == self.codecs[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """Return all fields as JSON values."""
         return {"equal": self.equal, **asdict(self)}
 
     def to_text(self) -> str:
-        """For people: counts, and the first few keys of each."""
+        """Return the differences as lines: counts, and the first few keys of each kind."""
         lines = [f"a  {self.a}", f"b  {self.b}"]
         lines += [f"identity: {difference}" for difference in self.identity]
         if self.codecs[0] != self.codecs[1]:
@@ -68,7 +68,7 @@ class CacheDiff:
 
 
 def diff_caches(a: FeatureCache, b: FeatureCache) -> CacheDiff:
-    """Compare by key indexes and identities alone; no data file is read."""
+    """Compare two caches by their key indexes and identities, without reading data files."""
     keys_a, keys_b = read_keys(a.uri, a.manifest), read_keys(b.uri, b.manifest)
     only_in_a, rows_a = _split(keys_a, keys_b)
     only_in_b, rows_b = _split(keys_b, keys_a)
@@ -78,6 +78,7 @@ def diff_caches(a: FeatureCache, b: FeatureCache) -> CacheDiff:
     codecs = (_codec_of(a), _codec_of(b))
     other_numbers = None
     if not identity and codecs[0] == codecs[1]:
+        # The key index has the checksum of every payload, so data files need not be read.
         same_bytes = rows_a["crc32"].to_numpy() == rows_b["crc32"].to_numpy()
         other_numbers = _keys_where(rows_a, same_layers & ~same_bytes)
     return CacheDiff(
@@ -94,7 +95,7 @@ def diff_caches(a: FeatureCache, b: FeatureCache) -> CacheDiff:
 
 
 def _split(keys: pa.Table, others: pa.Table) -> tuple[tuple[str, ...], pa.Table]:
-    """The image keys that the other index lacks, and the rows of those that it has; both sorted by key."""
+    """Return the image keys that the other index lacks, and the rows of shared keys, both sorted by key."""
     shared = pc.is_in(keys["image_key"], value_set=others["image_key"])
     return tuple(keys.filter(pc.invert(shared))["image_key"].to_pylist()), keys.filter(shared)
 

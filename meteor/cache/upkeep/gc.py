@@ -1,8 +1,8 @@
-"""Removing what no reader needs: superseded versions, shadowed rows, and what crashed writers left behind.
+"""Clean-up of a cache: superseded versions, files without live rows, and remains of crashed writers.
 
-A plan says what would go and why; carrying it out looks at everything again and deletes what still nobody needs. Each
-file goes after everything that names it, so that a reader never sees a version whose files are gone and a crash
-in between leaves no more than work for the next run.
+A plan lists the files to delete with reasons. Its execution makes a fresh plan and deletes only files that both plans name.
+A file is deleted after everything that refers to it. A reader therefore never sees a version whose files are gone, and
+after a crash the next run finishes the work.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,25 +20,31 @@ from meteor.cache.upkeep.usage import Usage, read_usage
 from meteor.errors import CacheError, NotFoundError
 
 DAY_S = 24 * 3600.0
+# Each deletion on S3 is a round trip, so threads save most of the time.
 _NUM_DELETERS = 16
-# Each folder before those that its files name.
+# Order of deletion: files of a folder may refer only to files of folders behind it.
 _ORDER = (MANIFESTS, KEYS, QUARANTINE, LEDGER, DATA)
 
 
 def plan_gc(cache_uri: str, *, older_than_s: float = DAY_S, now_s: float | None = None) -> GcPlan:
-    """Find what nobody needs. Nothing is changed.
+    """Find the files that no version or writer needs, without changing anything.
 
-    Kept are: the latest version, those that runs have pinned, those superseded less than ``older_than_s`` ago, and all
-    that these name; data files that the next commit will merge; and whatever is younger than ``older_than_s``, which is
-    the longest that a writer may take between a file and what makes it count, and a reader of an old version to finish.
+    The plan keeps:
+
+    - the latest version, pinned versions, and versions superseded less than ``older_than_s`` ago, with all their files
+    - data files that the next commit will merge
+    - all files younger than ``older_than_s``
+
+    A writer may therefore take up to ``older_than_s`` from a file to the record that makes it count, and a reader may use a
+    superseded version for this time.
 
     Args:
-        cache_uri: the cache.
-        older_than_s: see above.
-        now_s: the time to count from; the store's clock when None.
+        cache_uri: URI of the cache.
+        older_than_s: least age of a file to delete.
+        now_s: time from which ages are counted, in epoch seconds; None for the store's clock.
 
     Raises:
-        CacheError: there is no cache, or a version to be kept is damaged, so that nobody can tell what it needs.
+        CacheError: the cache does not exist, or a version to be kept is damaged, so its files are unknown.
         StorageError: a pin is damaged.
     """
     cache_uri = storage.absolute(cache_uri)
@@ -51,7 +57,9 @@ def plan_gc(cache_uri: str, *, older_than_s: float = DAY_S, now_s: float | None 
         now_s=now_s,
         latest=usage.latest,
         kept_versions=tuple(sorted(usage.kept_versions.items(), reverse=True)),
-        deletions=tuple(sorted(_deletions(usage), key=lambda one: (_ORDER.index(_folder(one.file)), one.file))),
+        deletions=tuple(
+            sorted(_deletions(usage), key=lambda deletion: (_ORDER.index(_folder(deletion.file)), deletion.file))
+        ),
         compactions=tuple(plan_compactions(usage)),
         leftovers=tuple(storage.delete_leftovers(cache_uri, older_than_s, True)),
         num_files=len(usage.files),
@@ -60,19 +68,20 @@ def plan_gc(cache_uri: str, *, older_than_s: float = DAY_S, now_s: float | None 
 
 
 def run_gc(plan: GcPlan, *, on_progress: Callable[[int, int], None] | None = None) -> GcReport:
-    """Do what the plan says, except where it has become wrong.
+    """Carry out a plan, except for files that are needed by now.
 
     Args:
-        plan: of `plan_gc`.
-        on_progress: called with the number of files deleted and to be deleted.
+        plan: result of `plan_gc`.
+        on_progress: called with the number of deleted files and of all files to delete.
 
     Raises:
-        CacheError: a run pinned a version while it was being deleted. It is there again, and nothing else is gone.
+        CacheError: a run pinned a version while it was being deleted. The version is restored, and its files still exist.
     """
+    # Between plan and execution a run may have pinned a version, or a commit may have merged a file.
     fresh = plan_gc(plan.cache_uri, older_than_s=plan.older_than_s, now_s=plan.now_s)
     still_unneeded = set(fresh.deletions)
     deletions = [deletion for deletion in plan.deletions if deletion in still_unneeded]
-    by_folder = [[one.file for one in deletions if _folder(one.file) == folder] for folder in _ORDER]
+    by_folder = [[deletion.file for deletion in deletions if _folder(deletion.file) == folder] for folder in _ORDER]
     _delete_versions(plan.cache_uri, by_folder[0])
     num_done = len(by_folder[0])
     for files in by_folder[1:]:
@@ -82,12 +91,12 @@ def run_gc(plan: GcPlan, *, on_progress: Callable[[int, int], None] | None = Non
                 if on_progress:
                     on_progress(num_done, len(deletions))
     leftovers = storage.delete_leftovers(plan.cache_uri, plan.older_than_s, False)
-    to_compact = {one.file for one in fresh.compactions}
+    to_compact = {compaction.file for compaction in fresh.compactions}
     version, num_compacted, notes = compact(
-        plan.cache_uri, [one.file for one in plan.compactions if one.file in to_compact]
+        plan.cache_uri, [compaction.file for compaction in plan.compactions if compaction.file in to_compact]
     )
     if num_kept := len(plan.deletions) - len(deletions):
-        notes = [f"{num_kept} files that the plan named were kept: they are needed by now", *notes]
+        notes = [f"{num_kept} files of the plan were kept, because they are needed by now", *notes]
     return GcReport(
         num_deleted=len(deletions),
         deleted_bytes=sum(deletion.size_bytes for deletion in deletions),
@@ -105,7 +114,7 @@ def _deletions(usage: Usage) -> Iterable[Deletion]:
 
 
 def _why_unneeded(usage: Usage, file: str) -> str:
-    """Empty for a file that must stay."""
+    """Return the reason why a file is not needed, or "" for a file that must stay."""
     if file in usage.named or not usage.is_old(file):
         return ""
     folder, _, name = file.partition("/")
@@ -118,17 +127,21 @@ def _why_unneeded(usage: Usage, file: str) -> str:
         if f"{LEDGER}/{record}" not in usage.files:
             return "its writer never finished it"
         return "all rows shadowed or dropped" if record in usage.merged and usage.is_old(f"{LEDGER}/{record}") else ""
-    # Quarantine records are few and small, and what a damaged quarantine table is made from again.
+    # Quarantine records always stay: they are few and small, and `repair` rebuilds a damaged quarantine table from them.
     data = f"{DATA}/{name.removeprefix(FEATURES_PREFIX)}"
     is_dead = name.startswith(FEATURES_PREFIX) and name in usage.merged and data not in usage.named
     return "all rows shadowed or dropped" if is_dead and usage.is_old(data) else ""
 
 
 def _delete_versions(cache_uri: str, files: list[str]) -> None:
-    """Delete manifests. `FeatureCache.pin` writes first and looks after that, as we do: one of the two sees the other."""
+    """Delete manifests, and restore them if a run has pinned one of them in the meantime.
+
+    `pin_version` writes a pin and then looks for the manifest. Here the deletion comes first and then the look for pins, so
+    in a race at least one of the two notices the other.
+    """
     contents: dict[str, bytes] = {}
     for uri in (storage.join(cache_uri, file) for file in files):
-        # Another gc may be faster.
+        # Another `gc` may have deleted the manifest already.
         with suppress(NotFoundError):
             contents[uri] = storage.read_bytes(uri)
         storage.delete(uri)
@@ -138,7 +151,7 @@ def _delete_versions(cache_uri: str, files: list[str]) -> None:
             storage.write_bytes(uri, contents[uri])
             raise CacheError(
                 f"{cache_uri}: run {pin['run_digest']} pinned version {pin['manifest_version']} while it was being "
-                "deleted; it is there again, and nothing it needs is gone. Run gc again"
+                "deleted; the version is restored, and its files still exist. Run gc again"
             )
 
 

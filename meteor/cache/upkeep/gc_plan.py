@@ -1,4 +1,4 @@
-"""What a clean-up would do, and what it did, as values and as text."""
+"""Plan and report of a clean-up, as values and as text."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from meteor.formatting import format_bytes
 
 @dataclass(frozen=True)
 class Deletion:
-    """A file below the cache's URI that nobody needs, and why."""
+    """A file below the cache's URI that is not needed, and the reason."""
 
     file: str
     size_bytes: int
@@ -18,18 +18,18 @@ class Deletion:
 
 @dataclass(frozen=True)
 class GcPlan:
-    """What `run_gc` would do.
+    """Work that `run_gc` would do.
 
     Attributes:
-        cache_uri: the cache.
-        older_than_s: nothing younger is touched.
-        now_s: the time of the plan, by the store's clock.
+        cache_uri: URI of the cache.
+        older_than_s: least age of a file to delete.
+        now_s: time of the plan in epoch seconds, by the store's clock.
         latest: the latest version.
-        kept_versions: numbers, and why each is kept.
-        deletions: in the order in which they are carried out.
-        compactions: data files whose living rows move to a new file; a later run deletes the old one.
+        kept_versions: (version, reason) of each version that is kept.
+        deletions: files to delete, in the order of their deletion.
+        compactions: data files whose live rows move to a new file; a later run deletes the old file.
         leftovers: URIs of unfinished writes.
-        num_files, num_bytes: everything that lies below the cache's URI.
+        num_files, num_bytes: number and size of all files below the cache's URI.
     """
 
     cache_uri: str
@@ -54,7 +54,7 @@ class GcPlan:
         return not (self.deletions or self.compactions or self.leftovers)
 
     def by_reason(self) -> dict[str, tuple[int, int]]:
-        """Number and bytes of the files to be deleted, by folder and reason."""
+        """Return number and bytes of the files to delete, by folder and reason."""
         found: dict[str, tuple[int, int]] = {}
         for deletion in self.deletions:
             name = f"{deletion.file.partition('/')[0]}: {deletion.reason}"
@@ -63,11 +63,11 @@ class GcPlan:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """Return all fields as JSON values."""
         return {"deleted_bytes": self.deleted_bytes, **asdict(self)}
 
     def to_text(self) -> str:
-        """For people."""
+        """Return the plan as lines for people."""
         lines = [f"{self.cache_uri}: {self.num_files:,} files, {format_bytes(self.num_bytes)}"]
         lines += [f"  keep version {version}: {reason}" for version, reason in self.kept_versions]
         lines += [
@@ -76,7 +76,7 @@ class GcPlan:
         ]
         if self.compactions:
             lines.append(
-                f"  write {len(self.compactions):,} data files again without their dead rows, "
+                f"  compact {len(self.compactions):,} data files, which frees "
                 f"{format_bytes(sum(compaction.dead_bytes for compaction in self.compactions))}"
             )
         if self.leftovers:
@@ -89,14 +89,14 @@ class GcPlan:
 
 @dataclass(frozen=True)
 class GcReport:
-    """What `run_gc` did.
+    """Work that `run_gc` has done.
 
     Attributes:
-        num_deleted, deleted_bytes: files that went.
-        num_compacted: data files whose living rows moved.
-        num_leftovers: unfinished writes that went.
-        version: the latest version; a new one if rows moved.
-        notes: what the plan said and could not be done, and why.
+        num_deleted, deleted_bytes: number and size of the deleted files.
+        num_compacted: data files whose live rows were moved.
+        num_leftovers: unfinished writes that were deleted.
+        version: the latest version; a new version if rows were moved.
+        notes: parts of the plan that were not carried out, with reasons.
     """
 
     num_deleted: int
@@ -107,13 +107,15 @@ class GcReport:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """Return all fields as JSON values."""
         return asdict(self)
 
     def to_text(self) -> str:
-        """For people."""
+        """Return the report as lines for people."""
         done = f"deleted {self.num_deleted:,} files, {format_bytes(self.deleted_bytes)}"
         done += f", and {self.num_leftovers:,} unfinished writes" if self.num_leftovers else ""
         if self.num_compacted:
-            done += f"; wrote {self.num_compacted:,} data files again for version {self.version}, a later gc deletes the old"
+            done += (
+                f"; compacted {self.num_compacted:,} data files in version {self.version}, a later gc deletes the old"
+            )
         return "\n".join([done, *self.notes])

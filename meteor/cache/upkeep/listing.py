@@ -1,4 +1,4 @@
-"""All caches below a root, the damaged ones too: what each holds, how large it is, and who pins it."""
+"""Listing of all caches below a root, including damaged caches: their content, size and pins."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,25 +15,25 @@ from meteor.cache.manifest import Manifest, read_keys, read_manifest, read_quara
 from meteor.errors import CacheError, StorageError
 from meteor.formatting import format_bytes
 
-# <cache key>/<codec>/<file>
+# A file's path below the root: <cache key>/<codec>/<file>.
 _FILE = re.compile(r"([0-9a-f]{64})/([^/]+)/(.+)")
 _MANIFEST = re.compile(rf"{MANIFESTS}/v(\d{{8,}})\.json")
 
 
 @dataclass(frozen=True)
 class CacheListing:
-    """One cache.
+    """A cache in the listing.
 
     Attributes:
         uri: ``<root>/<key>/<codec>``.
-        key, codec: as the path says.
-        num_files, stored_bytes: everything that lies below the URI.
-        created_s, modified_s: when its first and its last file were written, in epoch seconds.
-        num_pins: runs that hold a version.
-        version: the latest version; 0 when nothing has been committed.
-        num_images, num_sub_images, payload_bytes, num_quarantined: of that version.
-        identity: what the features were made with; None where that cannot be read.
-        error: why something cannot be read; empty when all can.
+        key, codec: cache key and codec from the path.
+        num_files, stored_bytes: number and size of all files below the URI.
+        created_s, modified_s: times of the first and the last write, in epoch seconds.
+        num_pins: number of runs that pin a version.
+        version: the latest version; 0 if nothing has been committed.
+        num_images, num_sub_images, payload_bytes, num_quarantined: counts of the latest version.
+        identity: identity of the features; None if it cannot be read.
+        error: reason why a part of the cache cannot be read; empty if all parts can.
     """
 
     uri: str
@@ -53,11 +53,11 @@ class CacheListing:
     error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """Return all fields as JSON values."""
         return {**vars(self), "identity": self.identity.to_dict() if self.identity else None}
 
     def to_text(self) -> str:
-        """For people, one line and what is wrong."""
+        """Return a line for people, and a second line if there is an error."""
         written = datetime.fromtimestamp(self.modified_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
         line = (
             f"{self.uri}  version {self.version}, {self.num_images:,} images, {self.num_sub_images:,} sub-images, "
@@ -67,7 +67,7 @@ class CacheListing:
 
 
 def list_caches(root_uri: str) -> list[CacheListing]:
-    """Every cache below the root, by URI. One listing of the root, then two small files of each cache."""
+    """List every cache below the root, sorted by URI; this lists the root once and reads two small files per cache."""
     root_uri = storage.absolute(root_uri)
     start = len(storage.join(root_uri, ""))
     caches: dict[tuple[str, str], dict[str, storage.ObjectInfo]] = {}
@@ -110,7 +110,7 @@ def _listing(root_uri: str, key: str, codec: str, files: Mapping[str, storage.Ob
 
 
 def _latest(uri: str, files: Iterable[str]) -> dict[str, int]:
-    """The fields that the latest version knows."""
+    """Return the fields of the latest version."""
     version = max((int(match[1]) for name in files if (match := _MANIFEST.fullmatch(name))), default=0)
     if not version:
         return {}
@@ -126,7 +126,7 @@ def _latest(uri: str, files: Iterable[str]) -> dict[str, int]:
 
 
 def _counts(uri: str, manifest: Manifest) -> tuple[int, int]:
-    """Sub-images and quarantined images, counted where a manifest of schema version 1 does not say."""
+    """Return the numbers of sub-images and quarantined images, counted if a manifest of schema version 1 lacks them."""
     if manifest.num_sub_images is not None and manifest.num_quarantined is not None:
         return manifest.num_sub_images, manifest.num_quarantined
     grids = read_keys(uri, manifest)["patch_grids"]

@@ -1,4 +1,4 @@
-"""Dropping what is damaged from the key index, so that the next build encodes it again and everything else stays."""
+"""Repair of a cache: damaged images leave the key index, so that the next build encodes them again."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ from meteor.errors import CacheError, CorruptPayloadError, NotFoundError
 
 @dataclass(frozen=True)
 class Repair:
-    """What `repair` found and did.
+    """Result of a repair.
 
     Attributes:
-        cache_uri: the cache.
+        cache_uri: URI of the cache.
         checked_version: the version that was the latest.
-        version: the version that lacks what is damaged; the checked one when nothing was to be changed.
-        problems: of the data files.
+        version: the version without the damaged images; the checked version if nothing had to change.
+        problems: problems of the data files.
         dropped: keys of the images that the next build encodes again.
-        notes: what was wrong besides data files, and what was done about it.
+        notes: problems outside data files, and their treatment.
     """
 
     cache_uri: str
@@ -43,39 +43,39 @@ class Repair:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values, problems as lines."""
+        """Return all fields as JSON values, with problems as lines."""
         return {**vars(self), "problems": [str(problem) for problem in self.problems]}
 
     def to_text(self) -> str:
-        """For people: every problem, and what to do."""
+        """Return every problem and the next action as lines for people."""
         lines = [*self.notes, *map(str, self.problems)]
         if num_unproven := sum(not problem.proven for problem in self.problems):
             lines.append(
-                f"{num_unproven} files were not given out and are kept: repair again when the store answers, or delete "
-                "them if they are lost"
+                f"{num_unproven} files could not be read from the store and are kept: repair again when the store answers, "
+                "or delete them if they are lost"
             )
         if self.version == self.checked_version:
             lines.append(f"version {self.version}: nothing to change")
         else:
             lines.append(
-                f"version {self.version} takes the place of version {self.checked_version}: {len(self.dropped)} damaged "
-                "images left it" + (", run cache_features to encode them again" if self.dropped else "")
+                f"version {self.version} replaces version {self.checked_version}: {len(self.dropped)} damaged images were "
+                "removed" + (", run cache_features to encode them again" if self.dropped else "")
             )
         return "\n".join(lines)
 
 
 def repair(cache_uri: str, *, on_progress: Callable[[int, int], None] | None = None) -> Repair:
-    """Verify the latest version, and publish one whose key index lacks exactly the damaged images.
+    """Verify the latest version, and publish a version whose key index lacks exactly the damaged images.
 
-    A key index or quarantine table that cannot be read is made again from the ledger. Safe while others write; a second
-    repair finds nothing to do. Older versions, pinned ones too, stay as they are.
+    A key index or quarantine table that cannot be read is rebuilt from the ledger. Other processes may write during the
+    repair, and a second repair finds nothing to do. Older versions, including pinned ones, do not change.
 
     Args:
-        cache_uri: the cache.
-        on_progress: called with the number of data files done and of all data files.
+        cache_uri: URI of the cache.
+        on_progress: called with the number of finished data files and of all data files.
 
     Raises:
-        CacheError: there is no cache, nothing has been committed, or a newer release wrote to it.
+        CacheError: the cache does not exist, nothing has been committed, or a newer release wrote to it.
         StorageError: the store does not answer.
     """
     cache_uri = storage.absolute(cache_uri)
@@ -94,7 +94,7 @@ def repair(cache_uri: str, *, on_progress: Callable[[int, int], None] | None = N
     notes += _files_without_record(cache_uri, keys)
     problems = find_problems(cache_uri, keys, codec, on_progress=on_progress)
     proven = [problem for problem in problems if problem.proven]
-    # A damaged record that no version has merged would stop every commit.
+    # A damaged record that no version has merged would make every commit fail, so this version marks it as merged.
     if proven or not unreadable.keys() <= set(manifest.records):
         version = publish_edit(
             cache_uri, lambda latest: latest.filter(pc.invert(_is_damaged(latest, proven))), unreadable=unreadable
@@ -119,7 +119,7 @@ def _unreadable_records(cache_uri: str) -> dict[str, CorruptPayloadError]:
 
 
 def _files_without_record(cache_uri: str, keys: pa.Table) -> list[str]:
-    """Nothing is lost while the key index is there; a rebuild from the ledger would lose them."""
+    """Describe data files without a ledger record: the key index still serves them, but a rebuild would lose them."""
     listed = set(ledger_names(cache_uri))
     return [
         f"{file} has no ledger record; the key index serves it as long as it is intact"
@@ -129,7 +129,7 @@ def _files_without_record(cache_uri: str, keys: pa.Table) -> list[str]:
 
 
 def _is_damaged(keys: pa.Table, problems: Collection[Problem]) -> pa.ChunkedArray:
-    """Which rows are those of the problems; a row of the same image elsewhere is not."""
+    """Return which rows have a problem; a row of a damaged image in another file has none."""
     files = pa.array({problem.file for problem in problems if problem.image_key is None}, pa.string())
     images = pa.array({f"{problem.file} {problem.image_key}" for problem in problems}, pa.string())
     places = pc.binary_join_element_wise(keys["file"], keys["image_key"], " ")

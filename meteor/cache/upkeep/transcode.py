@@ -1,4 +1,4 @@
-"""The same features in another codec, from one variant of a cache to another, without the encoder."""
+"""Transcoding: a cache's features stored in another codec, without the encoder."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,6 +15,7 @@ from meteor.cache.writer import write_feature_file
 from meteor.errors import BadImageError, CacheError
 from meteor.features import ImageFeatures
 
+# Large files keep the listing short; a commit now and then keeps most of the work if the process dies.
 FILE_BYTES = 128 << 20
 FILES_PER_COMMIT = 16
 _READ_AHEAD_BYTES = 256 << 20
@@ -23,30 +24,30 @@ _READ_AHEAD_BYTES = 256 << 20
 def transcode(
     source_uri: str, codec: str, *, on_progress: Callable[[int, int], None] | None = None, num_threads: int = 8
 ) -> str:
-    """Make the variant of a cache in another codec beside it, or complete it: what it holds already is left alone.
+    """Store a cache's features in another codec beside it, or complete an earlier transcoding.
 
-    The measured errors of its rows are against the source's features. Images go one by one; in memory are a data file
-    and what is read ahead of it. The quarantine comes along.
+    The measured errors of the new rows are relative to the source's features. Only a data file and the images that are read
+    ahead are in memory. The source's quarantine is copied too.
 
     Args:
-        source_uri: ``<root>/<key>/<codec>``; its latest version is taken.
-        codec: the variant's codec; int8 is calibrated on the source if it has not been yet.
-        on_progress: called with the number of images done and of all images.
-        num_threads: images read at the same time.
+        source_uri: ``<root>/<key>/<codec>``, of which the latest version is used.
+        codec: codec of the new cache; int8 is calibrated on the source unless it has a calibration.
+        on_progress: called with the number of finished images and of all images.
+        num_threads: images that are read at the same time.
 
     Returns:
-        The variant's URI, all committed.
+        The URI of the new cache, with everything committed.
 
     Raises:
-        CacheError: the source is int8, has this codec already, has nothing committed, or does not lie in a folder named
-            after its key.
-        SettingsError: there is no such codec.
+        CacheError: the source is int8, has this codec already, has no committed version, or is not in a folder that is
+            named by its key.
+        SettingsError: no codec has this name.
     """
     source = FeatureCache.open(source_uri)
     target_uri = _create_target(source, codec)
     if needs_calibration(target_uri):
         calibrate(target_uri, source.prefetch(source.keys()[:CALIBRATION_IMAGES], num_threads=num_threads))
-    # Adopts what an interrupted run had finished.
+    # Include files that an interrupted run has finished.
     commit(target_uri)
     wanted, held = _layers_by_key(source), _layers_by_key(_latest(target_uri))
     missing = [key for key, layers in wanted.items() if key not in held or not layers <= held[key]]
@@ -61,7 +62,7 @@ def transcode(
 
 
 class _Variant:
-    """The rows of a variant as they come: files of about `FILE_BYTES`, a commit now and then."""
+    """Writer of a transcoded cache: files of about `FILE_BYTES`, and a commit after `FILES_PER_COMMIT` files."""
 
     def __init__(self, cache_uri: str) -> None:
         self._cache_uri = cache_uri
@@ -83,7 +84,7 @@ class _Variant:
             self._write()
 
     def finish(self, quarantine: Sequence[QuarantineRow]) -> None:
-        """Write what is left and the quarantine of both, and commit all."""
+        """Write the remaining rows and the quarantine rows of source and target, and commit."""
         if self._rows:
             self._write()
         held = _latest(self._cache_uri)
@@ -102,16 +103,16 @@ class _Variant:
 def _create_target(source: FeatureCache, codec: str) -> str:
     if source.codec == INT8_CODEC:
         raise CacheError(
-            f"{source.uri} is {INT8_CODEC}: no other codec can bring back what it left out. Transcode from the variant it "
-            "was made from, or run cache_features with the codec you want"
+            f"{source.uri} is {INT8_CODEC}: no other codec can restore the precision that it lost. Transcode the cache from "
+            "which it was made, or run cache_features with the codec you want"
         )
     if source.codec == codec:
         raise CacheError(f"{source.uri} is {codec} already; name another codec")
     root_uri, key, folder = source.uri.rsplit("/", 2)
     if (key, folder) != (source.identity.key, source.codec):
         raise CacheError(
-            f"{source.uri} does not end in its key and codec, {source.identity.key}/{source.codec}, so that its variant would "
-            "not be found beside it: copy the cache to such a place"
+            f"{source.uri} does not end in its key and codec, {source.identity.key}/{source.codec}, so the new cache would "
+            "not be found beside it: copy the cache to a folder with this ending"
         )
     return create_cache(root_uri, source.identity, codec)
 

@@ -1,4 +1,4 @@
-"""Who needs which file of a cache: what `gc` decides by."""
+"""Usage of a cache's files: the references by which `gc` decides."""
 
 import math
 import re
@@ -20,17 +20,17 @@ _MANIFEST = re.compile(rf"{MANIFESTS}/v(\d{{8,}})\.json")
 
 @dataclass(frozen=True)
 class Usage:
-    """The files below a cache's URI and what names them.
+    """The files below a cache's URI and the references to them.
 
     Attributes:
-        cache_uri: the cache.
-        before_s: files written before this moment are old.
-        files: everything, by name below the cache's URI.
-        latest: the latest version, 0 when there is none.
-        kept_versions: why each version that must stay must.
-        named: manifests of these versions, and everything that they name.
-        merged: names of the ledger records that the latest version holds.
-        live_bytes: payload bytes that the latest version serves from each data file.
+        cache_uri: URI of the cache.
+        before_s: time before which a file must be written to be old, in epoch seconds.
+        files: all files, by name below the cache's URI.
+        latest: the latest version; 0 if there is none.
+        kept_versions: version -> reason, for each version that must stay.
+        named: manifests of the kept versions, and all files that they name.
+        merged: names of the ledger records that the latest version includes.
+        live_bytes: data file -> payload bytes that the latest version uses from it.
         needed_by_others: data files that a pinned version other than the latest names.
     """
 
@@ -45,19 +45,19 @@ class Usage:
     needed_by_others: frozenset[str]
 
     def is_old(self, file: str) -> bool:
-        """Whether the file is old; one that is gone is."""
+        """Return whether the file is old; a file that is gone counts as old."""
         return file not in self.files or self.files[file].modified_s <= self.before_s
 
 
 def read_usage(cache_uri: str, *, before_s: float) -> Usage:
-    """Look at the whole cache: one listing, and the key index of every version that must stay.
+    """List the cache once, and read the key index of every version that must stay.
 
     Raises:
-        CacheError: a version that must stay is damaged, so that nobody can tell what it needs.
+        CacheError: a version that must stay is damaged, so its files are unknown.
         StorageError: a pin is damaged.
     """
     start = len(storage.join(cache_uri, ""))
-    # Pins after the listing, so that none of a version that is deleted by this listing is missed.
+    # Pins are read after the listing, so that no earlier pin of a listed version is missed.
     files = {info.uri[start:]: info for info in storage.list_objects(cache_uri)}
     pinned: dict[int, list[str]] = {}
     for pin in pins(cache_uri):
@@ -99,7 +99,7 @@ def _kept_versions(
             kept[version] = "the latest"
         elif version in pinned:
             kept[version] = f"pinned by {', '.join(pinned[version])}"
-        # Also where the store does not tell the time (nan).
+        # The negation keeps a version whose time is unknown (nan).
         elif not next_written_s <= before_s:
             kept[version] = "superseded a short while ago"
         next_written_s = written_s[version]
@@ -112,15 +112,15 @@ def _read_version(cache_uri: str, version: int) -> tuple[Manifest, dict[str, int
         keys = read_keys(cache_uri, manifest)
     except (CacheError, NotFoundError) as error:
         raise CacheError(
-            f"{cache_uri}: version {version} must be kept and cannot be read ({error}), so nobody can tell what it needs and "
-            "nothing was deleted. Run `meteor cache verify --repair` if it is the latest and remove its pins if it has any; "
+            f"{cache_uri}: version {version} must be kept but cannot be read ({error}), so its files are unknown and "
+            "nothing was deleted. If it is the latest, run `meteor cache verify --repair`; if it has pins, remove them; "
             "otherwise wait until it was superseded long enough ago"
         ) from error
     return manifest, payload_bytes_by_file(keys)
 
 
 def payload_bytes_by_file(keys: pa.Table) -> dict[str, int]:
-    """Bytes of the payloads of a key index's rows in each data file."""
+    """Sum the payload bytes of a key index's rows by data file."""
     sizes = [keys[f"{column}_size"] for column in PAYLOAD_COLUMNS]
     total = pc.add(pc.add(sizes[0], sizes[1]), sizes[2])
     sums = pa.table({"file": keys["file"], "bytes": total}).group_by("file").aggregate([("bytes", "sum")])

@@ -1,4 +1,4 @@
-"""TextVQA, VQAv2 and VizWiz: ten annotators' answers a question, scored by VQA accuracy."""
+"""TextVQA, VQAv2 and VizWiz, with answers of ten annotators per question, scored by VQA accuracy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,15 +10,16 @@ from meteor.evaluation.questions import LoadedQuestions, Question, ask
 
 
 def load_textvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``TextVQA_0.5.1_<split>.json``, ``train_images/``; with ``ocr`` the tokens of ``TextVQA_Rosetta_OCR_v0.2_<split>.json``.
+    """Read ``TextVQA_0.5.1_<split>.json`` with images in ``train_images/``.
 
-    With OCR tokens the prompt is that of LLaVA's own evaluation, which raises scores by about ten points.
+    With ``ocr`` the prompt contains the tokens of ``TextVQA_Rosetta_OCR_v0.2_<split>.json``, as in LLaVA's own evaluation.
+    They raise scores by about ten points.
     """
     records = folder.json(f"TextVQA_0.5.1_{split}.json")["data"]
     tokens: dict[str, list[str]] = {}
     if ocr:
         found = folder.json(f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
-        tokens = {one["image_id"]: one["ocr_tokens"] for one in found}
+        tokens = {record["image_id"]: record["ocr_tokens"] for record in found}
     names = [f"{record['image_id']}.jpg" for record in records]
     place = folder.image_folder("train_images", "test_images", embedded=names)
     questions = []
@@ -32,7 +33,10 @@ def load_textvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``v2_OpenEnded_mscoco_*_questions.json``, for val ``v2_mscoco_val2014_annotations.json``; ``val2014/``, ``test2015/``."""
+    """Read ``v2_OpenEnded_mscoco_*_questions.json`` with images in ``val2014/`` or ``test2015/``.
+
+    The split val also needs ``v2_mscoco_val2014_annotations.json``; the answers of the test splits are not public.
+    """
     year = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}[split]
     records = folder.json(f"v2_OpenEnded_mscoco_{year}_questions.json")["questions"]
     known = {}
@@ -40,6 +44,7 @@ def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         annotations = folder.json("v2_mscoco_val2014_annotations.json")["annotations"]
         known = {annotation["question_id"]: annotation for annotation in annotations}
     images = "val2014" if split == "val" else "test2015"
+    # COCO's file names contain the image's id with twelve digits.
     names = [f"COCO_{images}_{record['image_id']:012d}.jpg" for record in records]
     place = folder.image_folder(images, "", embedded=names)
     questions = []
@@ -58,17 +63,21 @@ def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def submit_vqav2(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
-    """EvalAI's form. It wants an answer to every question of the test split, test-dev being part of it; others get ""."""
+    """Make EvalAI's file, which needs an answer to every question of the test split.
+
+    The split test-dev is a part of test, so the other questions of test get an empty answer.
+    """
     whole = "v2_OpenEnded_mscoco_test2015_questions.json"
     ids = [int(question.id) for question in questions]
     if storage.exists(storage.join(folder.uri, whole)):
         known = set(ids)
-        ids += [one["question_id"] for one in folder.json(whole)["questions"] if one["question_id"] not in known]
-    return "submission.json", [{"question_id": one, "answer": answers.get(str(one), "")} for one in ids]
+        records = folder.json(whole)["questions"]
+        ids += [record["question_id"] for record in records if record["question_id"] not in known]
+    return "submission.json", [{"question_id": id_, "answer": answers.get(str(id_), "")} for id_ in ids]
 
 
 def load_vizwiz(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``<split>.json`` or ``Annotations/<split>.json``, images in ``<split>/``."""
+    """Read ``<split>.json`` or ``Annotations/<split>.json`` with images in ``<split>/``."""
     records = folder.json(f"Annotations/{split}.json", f"{split}.json")
     place = folder.image_folder(split, "", embedded=[record["image"] for record in records])
     questions = [
@@ -85,5 +94,5 @@ def load_vizwiz(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def submit_vizwiz(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
-    """EvalAI's form."""
-    return "submission.json", [{"image": one.id, "answer": answers[one.id]} for one in questions]
+    """Make EvalAI's file."""
+    return "submission.json", [{"image": question.id, "answer": answers[question.id]} for question in questions]

@@ -1,4 +1,4 @@
-"""DocVQA and InfoVQA (ANLS), ChartQA (relaxed accuracy), GQA (exact match)."""
+"""DocVQA and InfoVQA (scored by ANLS), ChartQA (by relaxed accuracy) and GQA (by exact match)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from meteor.evaluation.questions import LoadedQuestions, ask
 
 
 def load_docvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``<split>_v1.0_withQT.json`` or ``<split>_v1.0.json`` of task 1; images in ``documents/`` or ``spdocvqa_images/``."""
+    """Read task 1 from ``<split>_v1.0[_withQT].json`` with images in ``documents/`` or ``spdocvqa_images/``."""
     records = folder.json(*_with_subfolders("spdocvqa_qas", f"{split}_v1.0_withQT.json", f"{split}_v1.0.json"))["data"]
     names = [record["image"].rpartition("/")[2] for record in records]
     place = folder.image_folder("documents", "spdocvqa_images", f"{split}/documents", embedded=names)
@@ -17,7 +17,7 @@ def load_docvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def load_infovqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``infographicsVQA_<split>_v1.0_withQT.json`` or without QT; images in ``infographicsvqa_images/``."""
+    """Read ``infographicsVQA_<split>_v1.0[_withQT].json`` with images in ``infographicsvqa_images/``."""
     stem = f"infographicsVQA_{split}_v1.0"
     records = folder.json(*_with_subfolders("infographicsvqa_qas", f"{stem}_withQT.json", f"{stem}.json"))["data"]
     names = [record["image_local_name"] for record in records]
@@ -26,7 +26,7 @@ def load_infovqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def _about_pages(records: Sequence[Mapping[str, Any]], images: Sequence[str], *, type_key: str) -> LoadedQuestions:
-    """One question a record, about one image; the first of its types counts."""
+    """Make a question about one image from each record; if a record has several types, the first counts."""
     return LoadedQuestions(
         [
             ask(
@@ -42,7 +42,7 @@ def _about_pages(records: Sequence[Mapping[str, Any]], images: Sequence[str], *,
 
 
 def load_chartqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``<split>/<split>_human.json`` and ``<split>/<split>_augmented.json``, images in ``<split>/png/``."""
+    """Read ``<split>/<split>_human.json`` and ``<split>/<split>_augmented.json`` with images in ``<split>/png/``."""
     questions = []
     for half in ("human", "augmented"):
         records = folder.json(*_with_subfolders("ChartQA Dataset", f"{split}/{split}_{half}.json"))
@@ -62,7 +62,7 @@ def load_chartqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def load_gqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``<split>_questions.json`` of questions1.2.zip, images in ``images/``."""
+    """Read ``<split>_questions.json`` of questions1.2.zip with images in ``images/``."""
     records = folder.json(*_with_subfolders("questions1.2", f"{split}_questions.json"))
     place = folder.image_folder("images", embedded=[f"{record['imageId']}.jpg" for record in records.values()])
     questions = [
@@ -79,5 +79,5 @@ def load_gqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def _with_subfolders(subfolder: str, *names: str) -> list[str]:
-    """Unpacked beside the images, or in the archive's own folder."""
+    """Return the names for files unpacked beside the images, then for files in the archive's own folder."""
     return [*names, *(f"{subfolder}/{name}" for name in names)]

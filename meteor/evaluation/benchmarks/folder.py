@@ -1,4 +1,4 @@
-"""A benchmark's files as their owners publish them, local or on S3; errors name what is missing and where it is to be had."""
+"""A benchmark's files as their owners publish them, local or on S3; errors name the missing file and its source."""
 
 import io
 import json
@@ -14,12 +14,12 @@ from meteor.errors import DataError, NotFoundError
 
 
 class Folder:
-    """One benchmark's folder.
+    """A benchmark's folder.
 
     Args:
-        uri: local folder or s3://; or one LLaVA file.
-        benchmark: its name, for errors.
-        origin: where its files are to be had.
+        uri: local folder or s3://, or a file in LLaVA's form.
+        benchmark: name of the benchmark in errors.
+        origin: place from which the files can be downloaded.
     """
 
     def __init__(self, uri: str, benchmark: str, origin: str) -> None:
@@ -27,14 +27,14 @@ class Folder:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is one LLaVA file, whose images are under the run's image roots."""
+        """Whether the URI names a file in LLaVA's form, whose images are under the run's image roots."""
         return self.uri.endswith((".json", ".jsonl"))
 
     def find(self, *names: str) -> str:
-        """The URI of the first of these files that is there.
+        """Return the URI of the first of these files that exists.
 
         Raises:
-            NotFoundError: none of them is, with where they are to be had.
+            NotFoundError: none of the files exists; the message names their source.
         """
         for name in names:
             if storage.exists(uri := storage.join(self.uri, name)):
@@ -42,32 +42,35 @@ class Folder:
         raise self.missing(" or ".join(names))
 
     def missing(self, name: str) -> NotFoundError:
-        return NotFoundError(f"{self._benchmark} needs {name} in {self.uri}: it is to be had from {self._origin}")
+        """Make the error for a missing file."""
+        return NotFoundError(f"{self._benchmark} needs {name} in {self.uri}: download it from {self._origin}")
 
     def json(self, *names: str) -> Any:
-        """Raises:
-        NotFoundError: see `find`.
-        DataError: it is not JSON.
+        """Read the first of these files that exists as JSON.
+
+        Raises:
+            NotFoundError: none of the files exists.
+            DataError: the file is not JSON.
         """
         uri = self.find(*names)
         return _parsed(storage.read_bytes(uri), uri)
 
     def json_lines(self, *names: str) -> Iterator[Any]:
-        """One record a line; see `json`."""
+        """Yield the records of a file with one JSON record per line; see `json`."""
         uri = self.find(*names)
         for line in storage.read_bytes(uri).split(b"\n"):
             if line.strip():
                 yield _parsed(line, uri)
 
     def table(self, *names: str) -> list[dict[str, str]]:
-        """A TSV file; every value a text, also "None" and "nan", which are options here; "" where there is none."""
+        """Read a TSV file; every value is a text, even "None" and "nan", which are options; a missing value is ""."""
         uri = self.find(*names)
         data = storage.read_bytes(uri)
         header = data.partition(b"\n")[0].decode("utf-8-sig").strip("\r").split("\t")
         try:
             table = pyarrow.csv.read_csv(
                 io.BytesIO(data),
-                # An image in base64 is a megabyte and more; a block must hold a whole row.
+                # A row may contain an image of some megabytes in base64, and Arrow needs every row within one block.
                 read_options=pyarrow.csv.ReadOptions(block_size=1 << 28),
                 parse_options=pyarrow.csv.ParseOptions(delimiter="\t", newlines_in_values=True),
                 convert_options=pyarrow.csv.ConvertOptions(
@@ -75,14 +78,14 @@ class Folder:
                 ),
             )
         except pa.ArrowInvalid as error:
-            raise DataError(f"{uri} is no tab-separated table ({error}): download it again") from error
+            raise DataError(f"{uri} is not a tab-separated table ({error}): download it again") from error
         return table.to_pylist()
 
     def parquet_files(self, part: str) -> list[str]:
-        """URIs of the Parquet files below the folder whose file name begins with ``part``, sorted.
+        """List the URIs of the Parquet files below the folder whose file name begins with ``part``, sorted.
 
         Raises:
-            NotFoundError: there are none.
+            NotFoundError: there are no such files.
         """
         found = [info.uri for info in storage.list_objects(self.uri) if info.uri.endswith(".parquet")]
         wanted = sorted(uri for uri in found if uri.rpartition("/")[2].startswith(part))
@@ -91,20 +94,22 @@ class Folder:
         return wanted
 
     def image_folder(self, *folders: str, embedded: Sequence[str]) -> str:
-        """The one of several folders that holds the images, with its slash; "" for the benchmark's own.
+        """Return which of several folders holds the images, with a slash at its end; "" for the benchmark's own folder.
 
-        A few of the images are looked for: single ones that are missing are the index's business, all of them is a path.
+        Only three of the images are looked for. If all three are missing, the path is wrong; the dataset index reports
+        single missing images.
 
         Args:
-            folders: to look in, "" for the benchmark's own.
-            images: names without their folder.
+            folders: candidates below the benchmark's folder, "" for this folder itself.
+            embedded: names of the images without their folder.
 
         Raises:
-            NotFoundError: none of them is in any of the folders.
-            DataError: there are no images, and so no questions.
+            NotFoundError: no folder contains one of the three images.
+            DataError: there are no images, and therefore no questions.
         """
         if not embedded:
-            raise DataError(f"{self._benchmark}: the files in {self.uri} hold no questions: download them again")
+            raise DataError(f"{self._benchmark}: the files in {self.uri} contain no questions: download them again")
+        # On S3 each look is a request, so only the first, the middle and the last image are looked for.
         few = [embedded[i] for i in sorted({0, len(embedded) // 2, len(embedded) - 1})]
         prefixes = [f"{folder}/" if folder else "" for folder in folders]
         for prefix in prefixes:
@@ -121,7 +126,7 @@ def _parsed(data: bytes, uri: str) -> Any:
 
 
 def read_parquet(uri: str, columns: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """Rows of a Parquet file; columns that it does not have are left out."""
+    """Read the rows of a Parquet file; columns that the file lacks are left out."""
     file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(uri)))
     known = set(file.schema_arrow.names)
     return file.read(columns=[name for name in columns if name in known] if columns else None).to_pylist()

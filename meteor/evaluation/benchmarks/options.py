@@ -1,4 +1,4 @@
-"""MMBench, MMMU and SEED: options A, B, ... of which one is named."""
+"""MMBench, MMMU and SEED-Bench: multiple-choice questions with options A, B, ..."""
 
 import ast
 import base64
@@ -14,15 +14,17 @@ from meteor.evaluation.questions import LoadedQuestions, Question, ask
 
 # The published file numbers the rotations of question i as i + 1,000,000, i + 2,000,000, ...
 _ROTATION = 1_000_000
-# An image's field may hold the number of the row that has the image.
+# Up to this many characters, an image's field is the number of another row that contains the image.
 _LONGEST_REFERENCE = 64
+# MMMU's tables have the columns image_1 to image_7.
 _MMMU_IMAGES = 7
 
 
 def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``mmbench_<split>_20230712.tsv`` or ``MMBench_<SPLIT>_EN[_legacy].tsv``, images in base64 inside.
+    """Read ``mmbench_<split>_20230712.tsv`` or ``MMBench_<SPLIT>_EN[_legacy].tsv`` with images in base64.
 
-    Rotations that the file brings along are used; a question without them gets its own.
+    Circular evaluation asks each question once per rotation of its options. Rotations in the file are used; they are made
+    for a question without any.
     """
     names = [
         f"mmbench_{split}_20230712.tsv",
@@ -36,6 +38,7 @@ def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         index = int(row["index"])
         options = [row[letter] for letter in LETTERS if row.get(letter)]
         right = LETTERS.index(row["answer"]) if row.get("answer") else None
+        # A question with a single prompt has no rotations in the file.
         alone = num_prompts[index % _ROTATION] == 1
         for turn in range(len(options) if alone else 1):
             text = "\n".join(filter(None, [row.get("hint", ""), row["question"]]))
@@ -45,6 +48,7 @@ def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
                     str(index + turn * _ROTATION),
                     with_suffix(text, list_options(turned), OPTION_LETTER),
                     [_mmbench_image(index % _ROTATION)],
+                    # Each rotation moves the right option forward by a place.
                     [] if right is None else [LETTERS[(right - turn) % len(options)]],
                     type=row.get("category", ""),
                     choices=turned,
@@ -65,15 +69,15 @@ def _mmbench_images(rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, by
             continue
         if len(content) <= _LONGEST_REFERENCE:
             if len(encoded.get(content, "")) <= _LONGEST_REFERENCE:
-                raise DataError(f"MMBench's row {index} names row {content!r} for its image, which has none")
+                raise DataError(f"MMBench's row {index} refers to row {content!r} for its image, but that row has none")
             content = encoded[content]
         yield _mmbench_image(int(index)), base64.b64decode(content)
 
 
 def load_mmmu(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """Parquet files ``<Subject>/<split>-*.parquet`` as published, several images a question inside.
+    """Read Parquet files ``<Subject>/<split>-*.parquet`` as published, with several images per question inside.
 
-    Images come before the text; "<image 1>" stays in it and says which is meant.
+    Images come before the text, in which "<image 1>" stays as the reference to an image.
     """
     split = {"val": "validation"}.get(split, split)
     files = folder.parquet_files(split)
@@ -113,14 +117,14 @@ def _mmmu_image(row: Mapping[str, Any], number: int) -> str:
 
 
 def _listed(text: str) -> list[str]:
-    """MMMU writes lists as Python prints them: "['$6', '$7']"; what is no list is its only element."""
+    """Read a list that MMMU writes as Python prints it, "['$6', '$7']"; any other text is the only element."""
     if not text.startswith("["):
         return [text] if text else []
-    return [str(one) for one in ast.literal_eval(text)]
+    return [str(element) for element in ast.literal_eval(text)]
 
 
 def load_seed(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``SEED-Bench.json``, images in ``SEED-Bench-image/``; the questions on images, not those on videos."""
+    """Read ``SEED-Bench.json`` with images in ``SEED-Bench-image/``; questions about videos are left out."""
     content = folder.json("SEED-Bench.json")
     names = {number: name for name, number in content.get("question_type", {}).items()}
     records = [record for record in content["questions"] if record.get("data_type", "image") == "image"]

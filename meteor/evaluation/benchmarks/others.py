@@ -1,4 +1,4 @@
-"""POPE, MM-Vet, and files in LLaVA's forms: samples with conversations, question.jsonl, NLVR's statements."""
+"""POPE, MM-Vet, and files in LLaVA's forms: samples with conversations, question.jsonl and NLVR's statements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 
 def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``coco_pope_<category>.json``, a record a line, images of COCO's val2014."""
+    """Read ``coco_pope_<category>.json``, with one record per line and images of COCO's val2014."""
     questions = []
     for category in POPE_CATEGORIES:
         name = f"coco_pope_{category}.json"
@@ -24,7 +24,7 @@ def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         place = folder.image_folder("val2014", embedded=[record["image"] for record in records])
         questions += [
             ask(
-                # Every category counts from 1.
+                # The ids of every category begin at 1.
                 f"{category}/{record['question_id']}",
                 with_suffix(record["text"], SHORT_ANSWER),
                 [f"{place}{record['image']}"],
@@ -37,7 +37,7 @@ def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def load_mmvet(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """``mm-vet.json``, images in ``images/``."""
+    """Read ``mm-vet.json`` with images in ``images/``."""
     records = folder.json("mm-vet.json")
     place = folder.image_folder("images", embedded=[record["imagename"] for record in records.values()])
     questions = [
@@ -54,12 +54,14 @@ def load_mmvet(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
 
 
 def answers_for_judge(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
-    """The file that MM-Vet's online evaluator takes."""
+    """Make the file for MM-Vet's online evaluator."""
     return "for_judge.json", {question.id: answers[question.id] for question in questions}
 
 
 def read_verdicts(uri: str) -> dict[str, float]:
-    """A judge's verdicts: id -> number, or MM-Vet's own grade file (id -> {"score": [number, ...]}, whose mean counts).
+    """Read a judge's verdicts by question id.
+
+    The file maps ids to numbers, or is MM-Vet's own grade file (id -> {"score": [number, ...]}), whose means count.
 
     Raises:
         DataError: a verdict is not in [0, 1].
@@ -67,29 +69,30 @@ def read_verdicts(uri: str) -> dict[str, float]:
     verdicts = {}
     for question_id, content in storage.read_json(uri).items():
         scores = content["score"] if isinstance(content, dict) else content
-        values = [float(one) for one in (scores if isinstance(scores, list) else [scores])]
-        if not values or not all(0 <= one <= 1 for one in values):
-            raise DataError(f"{uri}: the verdict on {question_id!r} is {scores!r}, and must be in 0 ... 1")
+        values = [float(score) for score in (scores if isinstance(scores, list) else [scores])]
+        if not values or not all(0 <= value <= 1 for value in values):
+            raise DataError(f"{uri}: the verdict on {question_id!r} is {scores!r}, but must be in 0 ... 1")
         verdicts[question_id] = sum(values) / len(values)
     return verdicts
 
 
 def load_llava(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """One file: samples with ``conversations``, the last answer being the reference; or a ``question.jsonl``.
+    """Read a file of samples with ``conversations``, whose last answers are the references, or a ``question.jsonl``.
 
-    Of the latter: ``question_id``, ``image``, ``text``, and as it likes ``category`` and ``answer`` or ``label``.
+    A record of ``question.jsonl`` has ``question_id``, ``image`` and ``text``, and optionally ``category`` and ``answer`` or
+    ``label``.
     """
     first = next(iter(read_records(folder.uri)), None)
     if isinstance(first, dict) and "text" in first and "conversations" not in first:
         return LoadedQuestions([_read_question(record, folder.uri) for record in read_records(folder.uri)])
     samples, problems = load_samples(folder.uri)
-    questions = [Question(one.id, one, (last_answer(one.turns),)) for one in samples]
+    questions = [Question(sample.id, sample, (last_answer(sample.turns),)) for sample in samples]
     return LoadedQuestions(questions, problems=tuple(problems))
 
 
 def _read_question(record: Mapping[str, Any], uri: str) -> Question:
     if "text" not in record or "question_id" not in record:
-        raise DataError(f"{uri}: a record of a question file needs question_id and text, and has {sorted(record)}")
+        raise DataError(f"{uri}: a record of a question file needs question_id and text, but has {sorted(record)}")
     images, answer = record.get("image") or [], record.get("answer", record.get("label"))
     return ask(
         str(record["question_id"]),
@@ -101,17 +104,24 @@ def _read_question(record: Mapping[str, Any], uri: str) -> Question:
 
 
 def answers_of_llava(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
-    """The answers file of LLaVA's own evaluation scripts, a record a line."""
-    rows = [{"question_id": _number(one.id), "prompt": one.text, "text": answers[one.id]} for one in questions]
+    """Make the answers file of LLaVA's own evaluation scripts, with one record per line."""
+    rows = [
+        {"question_id": _number(question.id), "prompt": question.text, "text": answers[question.id]}
+        for question in questions
+    ]
     return "answers.jsonl", rows
 
 
+# LLaVA's own question files have numbers as ids, and its scripts match answers by these.
 def _number(question_id: str) -> int | str:
     return int(question_id) if question_id.isdecimal() else question_id
 
 
 def load_nlvr(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
-    """Statements in LLaVA's form, answered true or false: a file, or a folder with ``nlvr_llava.json`` and ``images/``."""
+    """Read statements to be judged true or false, in LLaVA's form.
+
+    The data are a file, or a folder with ``nlvr_llava.json`` and ``images/``.
+    """
     if folder.is_file:
         return load_llava(folder, split=split, ocr=ocr)
     loaded = load_llava(Folder(folder.find("nlvr_llava.json"), "NLVR", ""), split=split, ocr=ocr)

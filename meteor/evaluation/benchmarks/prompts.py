@@ -1,4 +1,4 @@
-"""What LLaVA's evaluation says after a question; answers come in this form because the model was trained on it."""
+"""Texts that LLaVA's evaluation appends to a question; models trained on them answer in the form that they request."""
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -6,5 +6,5 @@ OPTION_LETTER = "Answer with the option's letter from the given choices directly
 
 
 def with_suffix(text: str, *suffixes: str) -> str:
-    """Each on a line of its own."""
+    """Append each suffix on a separate line."""
     return "\n".join([text.strip(), *suffixes])

@@ -1,4 +1,4 @@
-"""One entry a benchmark; a new one is a loader, and a line here."""
+"""Registry of benchmarks; a new benchmark needs a loader and an entry here."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,33 +21,34 @@ from meteor.evaluation.metrics import (
 )
 from meteor.evaluation.questions import LoadedQuestions, Question
 
+# Most new tokens of an answer: a word or phrase, or a sentence that explains a choice.
 SHORT = 16
 LONG = 128
 
 
 class Loader(Protocol):
-    """Reads a folder's questions of a split; ``ocr`` puts OCR tokens into the prompt where the benchmark has them."""
+    """Function that reads a split's questions from a folder; ``ocr`` puts the benchmark's OCR tokens into the prompt."""
 
     def __call__(self, folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions: ...
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is read, asked and scored.
+    """Reading, prompts and scoring of a benchmark.
 
     Attributes:
-        title: as the field calls it.
-        load: see `Loader`; what it reads is in its docstring.
-        metric: of answers.
-        splits: that can be read; the first is the default.
-        max_new_tokens: longest answer.
-        origin: where its files are to be had.
-        column: of the paper's tables; "" for none.
-        in_folder: its images lie beside its questions; else under the run's image roots.
-        has_ocr: its prompt can have OCR tokens.
-        export: (folder, questions, answers by id) -> name and content of a file for whoever scores it elsewhere.
-        exported_splits: where that file is wanted; every split if not given.
-        note: what a reader of its scores must know.
+        title: published name.
+        load: loader of the questions; its docstring names the files.
+        metric: metric of the answers.
+        splits: splits that can be read; the first is the default.
+        max_new_tokens: most tokens per answer.
+        origin: place from which the files can be downloaded.
+        column: column in the paper's tables; "" for a benchmark outside them.
+        in_folder: whether the images are beside the questions; otherwise they are under the run's image roots.
+        has_ocr: whether the prompt can contain OCR tokens.
+        export: function (folder, questions, answers by id) -> name and content of a file for scoring elsewhere.
+        exported_splits: splits for which this file is written; all splits if empty.
+        note: remark for readers of the scores; a changed note changes the set's digest (`QuestionSet.scoring_digest`).
     """
 
     title: str
@@ -165,7 +166,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         MMMU_ACCURACY,
         ("val", "dev"),
         max_new_tokens=LONG,
-        origin="https://huggingface.co/datasets/MMMU/MMMU (one folder of Parquet files a subject)",
+        origin="https://huggingface.co/datasets/MMMU/MMMU (one folder of Parquet files per subject)",
         column="MMMU",
     ),
     "pope": Benchmark(

@@ -84,7 +84,7 @@ def test_a_file_that_is_gone_or_cut_short_takes_all_its_images_along(cache_uri, 
     assert [problem.image_key for problem in done.problems] == [None, None]
     assert FeatureCache.open(cache_uri).keys() == keys_of(*images[4:])
     assert FeatureCache.open(cache_uri).verify() == []
-    assert "4 damaged images left" in done.to_text()
+    assert "4 damaged images were removed" in done.to_text()
     assert json.loads(json.dumps(done.to_dict()))["problems"] == [str(problem) for problem in done.problems]
 
 
@@ -235,7 +235,7 @@ def test_a_store_that_does_not_answer_loses_no_image(cache_uri, make_image, monk
     done = repair(cache_uri)
     assert (done.version, done.dropped) == (1, ())
     assert "503" in done.to_text()
-    assert "1 files were not given out and are kept" in done.to_text()
+    assert "1 files could not be read from the store and are kept" in done.to_text()
 
 
 def test_nothing_to_repair_says_what_to_do(cache_uri, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_an_image_that_the_codec_cannot_hold_is_quarantined(make_cache, make_ima
 
 def test_int8_is_the_end(make_cache, make_image) -> None:
     uri = make_cache([make_image("a")], "int8")
-    with pytest.raises(CacheError, match=r"bring back.*cache_features"):
+    with pytest.raises(CacheError, match=r"restore the precision.*cache_features"):
         transcode(uri, "float16")
 
 

@@ -18,7 +18,7 @@ def seen(monkeypatch):
 
         def _key(self, tags):
             assert set(tags) == set(self._tags)
-            assert (tags["variant"], tags["stage"], tags["run"]) == ("k64", "pretrain", "0123456789ab")
+            assert (tags["run"], tags["stage"], tags["digest"]) == ("k64", "pretrain", "0123456789ab")
             return (self._name, *(tags[name] for name in self._tags[3:]))
 
         def inc(self, value, tags):

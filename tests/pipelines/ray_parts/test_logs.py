@@ -29,10 +29,10 @@ def line(message="done", **changes):
 
 
 def test_a_line_says_what_it_is_about():
-    with log_context(variant="k64", stage="pretrain", run="0123"):
+    with log_context(run="k64", stage="pretrain", digest="0123"):
         inside = line("step 1")
     assert (inside["message"], inside["level"], inside["logger"]) == ("step 1", "INFO", "pipelines.one")
-    assert (inside["variant"], inside["stage"], inside["run"]) == ("k64", "pretrain", "0123")
+    assert (inside["run"], inside["stage"], inside["digest"]) == ("k64", "pretrain", "0123")
     assert "stage" not in line()
 
 
@@ -40,7 +40,7 @@ def test_threads_of_variants_that_run_at_the_same_time_do_not_mix():
     found = {}
 
     def stage(name):
-        with log_context(variant=name):
+        with log_context(run=name):
             # As the progress of a stage is told.
             thread = threading.Thread(target=copy_context().run, args=(lambda: found.setdefault(name, line()),))
             thread.start()
@@ -51,7 +51,7 @@ def test_threads_of_variants_that_run_at_the_same_time_do_not_mix():
         thread.start()
     for thread in stages:
         thread.join()
-    assert {name: one["variant"] for name, one in found.items()} == {"a": "a", "b": "b"}
+    assert {name: one["run"] for name, one in found.items()} == {"a": "a", "b": "b"}
 
 
 def test_a_worker_is_about_one_thing_in_all_its_threads(monkeypatch, capsys):
