@@ -157,14 +157,14 @@ class DiskTier:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
-    def _evict(self, num_needed: int) -> bool:
+    def _evict(self, needed_bytes: int) -> bool:
         """Delete least recently used files until enough bytes are free; return False if an eviction is running."""
         with open(os.path.join(self.folder, _EVICTION), "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            target_bytes = min(self.limit_bytes * _KEPT_SHARE, self.limit_bytes - num_needed)
+            target_bytes = min(self.limit_bytes * _KEPT_SHARE, self.limit_bytes - needed_bytes)
             files = sorted(self._files())
             kept_bytes = sum(file.size_bytes for file in files)
             for file in files:
