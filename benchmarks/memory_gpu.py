@@ -16,7 +16,7 @@ from train_work import SHAPES, make_model
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import Batch
 from meteor.planning.activations import count_layer_bytes
-from meteor.planning.memory import Setup, plan_memory
+from meteor.planning.memory import Setup, estimate_memory
 from meteor.planning.sizes import BatchSizes, find_model_sizes
 from meteor.train.build import checkpoint_activations, freeze_for
 from meteor.train.engine import make_engine
@@ -41,7 +41,7 @@ def main() -> None:
                 )
                 gc.collect()
                 torch.cuda.empty_cache()
-    parts = [f"{part}: planned / measured" for part in ("state, GB", "peak of a step, GB")]
+    parts = [f"{part}: estimated / measured" for part in ("state, GB", "peak of a step, GB")]
     print_table(["shape", "stage", "checkpointing", *parts, "ratio of the peaks"], rows)
 
 
@@ -81,15 +81,15 @@ def measure(
         trained=stage == "finetune",
     )
     num_answers = int((batch.labels != IGNORE_INDEX).sum())
-    planned = plan_memory(
+    estimate = estimate_memory(
         sizes,
         BatchSizes(layers, num_sub_images=len(batch.grids), num_answer_tokens=num_answers),
         replace(Setup(1, 0, dtype.itemsize, checkpointing), overhead_bytes=0),
     )
-    state = sum(planned.gpu.get(part, 0) for part in ("weights", "masters", "moments"))
-    pairs = [(state, measured_state), (planned.gpu_total, measured_peak)]
-    cells = [f"{plan / 1e9:.2f} / {count / 1e9:.2f}" for plan, count in pairs]
-    return [*cells, f"{planned.gpu_total / measured_peak:.2f}" if measured_peak else "-"]
+    state = sum(estimate.gpu.get(part, 0) for part in ("weights", "masters", "moments"))
+    pairs = [(state, measured_state), (estimate.gpu_total, measured_peak)]
+    cells = [f"{estimated / 1e9:.2f} / {measured / 1e9:.2f}" for estimated, measured in pairs]
+    return [*cells, f"{estimate.gpu_total / measured_peak:.2f}" if measured_peak else "-"]
 
 
 def make_batch(options: argparse.Namespace, vision_width: int, dtype: torch.dtype) -> Batch:

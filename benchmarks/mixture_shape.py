@@ -114,14 +114,14 @@ def make_records(num_samples: int, paragraphs: list[str], seed: int = 0) -> Iter
         return " ".join(words[start : start + count])
 
     for number in range(num_samples):
-        _, folder, least, most, asked, answered, ending = chance.choices(_PARTS, shares)[0]
+        _, folder, least, most, question_words, answer_words, ending = chance.choices(_PARTS, shares)[0]
         turns = []
         for round_ in range(chance.randint(least, most)):
             end = ending % tuple(chance.randrange(1000) for _ in range(4)) if "%" in ending else ending
-            question = (text(asked) if asked else "") + end
+            question = (text(question_words) if question_words else "") + end
             if folder and round_ == 0:
                 question = f"<image>\n{question}" if chance.random() < 0.7 else f"{question}\n<image>"
-            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": text(answered)}]
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": text(answer_words)}]
         image = {} if folder is None else {"image": image_name(folder, chance.randrange(num_images))}
         yield {"id": f"{number:012d}", **image, "conversations": turns}
 

@@ -86,12 +86,12 @@ HEADINGS = ["samples", "plan", "wall", "CPU", "samples/s", "peak memory", "child
 
 
 def compare_tokenisers(folder: Path) -> None:
-    """Ways to tokenise the texts of 2,000 samples, best of three; a process of its own."""
+    """Time the ways to tokenise the texts of 2,000 samples, best of three, in a separate process."""
     tokenizer = load_tokenizer(str(folder / "llm"))
     samples = list(islice(iter_samples(str(folder / "20000.json")), 2000))
     conversations = [sample.conversation for sample in samples if isinstance(sample, Sample)]
-    segments = [render(one, TEMPLATE) for one in conversations]
-    texts = [part.text for one in segments for part in one if isinstance(part, Text)]
+    segments = [render(conversation, TEMPLATE) for conversation in conversations]
+    texts = [part.text for parts in segments for part in parts if isinstance(part, Text)]
     backend = tokenizer.backend_tokenizer
 
     def encode_batch(threads: str) -> None:
@@ -101,7 +101,7 @@ def compare_tokenisers(folder: Path) -> None:
 
     batches = BatchTokeniser(tokenizer, TEMPLATE)
     ways = {
-        "`tokenise`, one by one": lambda: [tokenise(one, tokenizer, TEMPLATE) for one in conversations],
+        "`tokenise`, one by one": lambda: [tokenise(each, tokenizer, TEMPLATE) for each in conversations],
         "`encode_batch`, ids and offsets alone": lambda: encode_batch("false"),
         "`encode_batch` by its own threads": lambda: encode_batch("true"),
         "`BatchTokeniser`, one thread": lambda: batches(conversations),
@@ -141,7 +141,7 @@ def prepare(folder: Path, num_samples: int) -> None:
         mixture_shape.make_tokenizer(folder / "llm", paragraphs)
     if not file.exists():
         mixture_shape.write_records(file, mixture_shape.make_records(num_samples, paragraphs))
-    names = {name for one in iter_samples(str(file)) if isinstance(one, Sample) for name in one.images}
+    names = {name for sample in iter_samples(str(file)) if isinstance(sample, Sample) for name in sample.images}
     index = storage.join(str(folder), f"index-{num_samples}", "v00000001.parquet")
     storage.write_bytes(index, table_bytes(mixture_shape.make_index(pa.array(sorted(names), pa.string()))))
 
@@ -173,7 +173,7 @@ class Steps:
 
 def _cpu_s() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def plan_columns(folder: Path, num_samples: int) -> dict[str, Any]:
@@ -205,13 +205,13 @@ def plan_one_by_one(folder: Path, num_samples: int) -> dict[str, Any]:
     index = steps("index", lambda: DatasetIndex.open(str(folder / f"index-{num_samples}"), 1))
     names = {name for sample in samples for name in sample.images}
     steps("digest", lambda: index.digest(names))
-    images = steps("images", lambda: indexed_images(index, pa.array(names, pa.string()), {}))
+    images = steps("images", lambda: indexed_images(index, pa.array(sorted(names), pa.string()), {}))
 
     def plan() -> pa.Table:
         rows = []
         for sample in samples:
             plans = [PIXELS.plan(images[name].width, images[name].height) for name in sample.images]
-            layouts = [ImageLayout(one.grid, one.patch_grids) for one in plans]
+            layouts = [ImageLayout(plan.grid, plan.patch_grids) for plan in plans]
             tokens = tokenise(sample.conversation, tokenizer, TEMPLATE, sample_id=sample.id)
             rows.append(
                 {
@@ -220,7 +220,7 @@ def plan_one_by_one(folder: Path, num_samples: int) -> dict[str, Any]:
                     "labels": tokens.labels,
                     "turns": tokens.turns,
                     "image_keys": [images[name].image_key for name in sample.images],
-                    "length": len(tokens.input_ids) + sum(num_image_tokens(one, BUDGET) for one in layouts),
+                    "length": len(tokens.input_ids) + sum(num_image_tokens(layout, BUDGET) for layout in layouts),
                 }
             )
         return pa.Table.from_pylist(rows)

@@ -108,10 +108,10 @@ def wanting(settings: RunSettings, nodes: dict[str, dict[str, Any]]) -> list[str
     there = [node["resources"] for node in nodes.values()]
     requests = [make(settings.runtime) for make in (encoding_request, training_request, answering_request)]
     return [
-        f"{request.to_text()} are asked for, and the cluster has {describe_nodes(there)}, room for {request.room(there)} now: "
-        f"stages wait for nodes for {settings.runtime.wait_for_nodes_minutes:g} minutes"
+        f"{request.to_text()} are requested, and the cluster has {describe_nodes(there)}, room for "
+        f"{request.num_fitting(there)} now: stages wait for nodes for {settings.runtime.wait_for_nodes_minutes:g} minutes"
         for request in requests
-        if request.room(there) < request.num
+        if request.num_fitting(there) < request.num
     ]
 
 

@@ -1,7 +1,7 @@
 """Conventions of all command lines: run files and overrides, exit statuses, one line per error.
 
-Exit statuses: 0 all is well; 1 a check failed, or two things that were compared differ; 2 an error, whose message is on
-standard error, or a wrong command line.
+Exit statuses: 0 for success; 1 if a check failed, or if two things that were compared differ; 2 for a wrong command line or an
+error, whose message is on standard error.
 """
 
 import argparse
@@ -15,13 +15,15 @@ OK, DIFFERS, ERROR = 0, 1, 2
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add ``--run FILE`` and overrides, which may stand before and after any option."""
-    parser.add_argument("--run", required=True, metavar="FILE", help="run file, or the name of one in jobs/runs/")
+    """Add ``--run FILE`` and overrides; overrides may stand before and after any option."""
+    parser.add_argument(
+        "--run", required=True, metavar="FILE", help="run file, or the name of a run file in jobs/runs/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace those of the run file")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line. Overrides are collected from everywhere: argparse takes them from one place only."""
+    """Parse a command line; collect overrides from everywhere, as argparse accepts them in one place only."""
     arguments, rest = parser.parse_known_args(argv)
     wrong = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
     if wrong:
@@ -32,12 +34,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def read_run(arguments: argparse.Namespace) -> RunSettings:
-    """The run file of the command line with its overrides; local paths become absolute."""
+    """Read the command line's run file with its overrides; local paths become absolute."""
     return resolve_paths(load_run(arguments.run, arguments.overrides))
 
 
 def run_command(act: Callable[[], int]) -> int:
-    """Call ``act`` and return its exit status, or `ERROR` after printing the message of an error of ours."""
+    """Call ``act`` and return its exit status; print the message of a `MeteorError` and return `ERROR`."""
     try:
         return act()
     except MeteorError as error:

@@ -1,4 +1,4 @@
-"""Lines about long work: how much is done, how fast it goes, how long it will take."""
+"""Progress lines of long work: how much is done, how fast it goes, how long the rest will take."""
 
 import logging
 import time
@@ -9,9 +9,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Pace:
-    """How fast a count grows, from its first change on: before that, processes start and models load.
+    """Rate at which a count grows.
 
-    A count that falls, because workers go on from a checkpoint, begins anew.
+    The measurement begins with the count's first change: before it, processes start and models load. It begins again if the
+    count falls, which it does when workers resume from a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -19,7 +20,7 @@ class Pace:
         self._since: tuple[float, int] | None = None
 
     def per_s(self, done: int, now_s: float) -> float | None:
-        """The rate when the count is seen at ``done``; None while it is not known."""
+        """Note that the count is ``done`` at the time ``now_s``, and return the rate per second; None while not known."""
         if self._last is not None and (done < self._last or (self._since is None and done > self._last)):
             self._since = now_s, done
         self._last = done
@@ -29,20 +30,27 @@ class Pace:
 
 
 def progress_line(what: str, done: int, total: int | None, per_s: float | None) -> str:
-    """``pretrain: step 120 of 4,650, 1.4 a second, 53 min 56 s left``; without a rate or a total, without what needs it."""
+    """Return a line such as ``pretrain: step 120 of 4,650, 1.4 per second, 53 min 56 s left``.
+
+    Without a total or a rate, the line omits the parts that need it.
+    """
     line = f"{what} {done:,}" if total is None else f"{what} {done:,} of {total:,}"
     if per_s is None:
         return line
     digits = 0 if per_s >= 100 else 1
-    rate = f"{per_s:,.{digits}f} a second" if per_s >= 1 else f"{format_duration(1 / per_s)} each"
+    rate = f"{per_s:,.{digits}f} per second" if per_s >= 1 else f"{format_duration(1 / per_s)} each"
     return f"{line}, {rate}" if total is None else f"{line}, {rate}, {format_duration((total - done) / per_s)} left"
 
 
 class ProgressLog:
-    """A callback of (done, total) that logs a line every few seconds."""
+    """Callback of (done, total) that logs a progress line every few seconds.
+
+    Args:
+        what: beginning of the line, before the count, for example "finetune: tokenising: samples".
+        every_s: seconds between two lines.
+    """
 
     def __init__(self, what: str, *, every_s: float = 5.0) -> None:
-        """``what`` stands before the count, for example "finetune: tokenising: samples"."""
         self._what = what
         self._every_s = every_s
         self._pace = Pace()

@@ -1,4 +1,4 @@
-"""A study: variants of one run trained over one cache, each shared stage once, as many at a time as there is room for."""
+"""Study: variants of a run are trained over one cache; shared stages run once, and as many at the same time as fit."""
 
 import logging
 import sys
@@ -27,8 +27,8 @@ from pipelines.studies.schedule import Outcome, run_tasks
 
 _LOG = logging.getLogger(__name__)
 _DESCRIPTION = """Train and score every variant of a run's `study:` over one cache. Images are encoded once, stages that
-variants agree on are trained once, and all variants see the same batches. A variant that fails stops no other. Started
-again, the study finds finished stages and does the rest."""
+variants share are trained once, and all variants see the same batches. A failed variant stops no other. A second start
+skips finished stages."""
 _RUN: dict[str, Callable[..., Summary]] = {"pretrain": pretrain.run, "finetune": finetune.run, "evaluate": evaluate.run}
 
 
@@ -36,7 +36,7 @@ def run(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs | Non
     """Encode, train, score, measure, report.
 
     Raises:
-        TrainingError: a variant failed, after all others are done and the report is written.
+        TrainingError: a variant failed; it is raised after all others are done and the report is written.
     """
     with timed() as seconds:
         inputs = inputs or Inputs()
@@ -52,7 +52,7 @@ def run(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs | Non
         outcomes = run_tasks(
             {key: [need for need in task.needs if need in tasks] for key, task in tasks.items()},
             lambda key: _run_task(tasks[key], inputs),
-            parallel=settings.study.parallel or room(runs) if settings.study else 1,
+            parallel=settings.study.parallel or num_fitting_runs(runs) if settings.study else 1,
         )
         failed = {tasks[key].label: outcome for key, outcome in outcomes.items() if outcome.error}
         measured = measure_variants(settings, variants, inputs)
@@ -75,8 +75,8 @@ def run(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs | Non
     return summary
 
 
-def room(runs: Sequence[RunSettings]) -> int:
-    """Number of runs that the cluster's CPUs and GPUs have room for at the same time, at least 1."""
+def num_fitting_runs(runs: Sequence[RunSettings]) -> int:
+    """Return how many runs fit the cluster's CPUs and GPUs at the same time, at least 1."""
     have = ray.cluster_resources()
 
     def fits(settings: RunSettings) -> int:
@@ -92,7 +92,7 @@ def _run_task(task: Task, inputs: Inputs) -> Summary:
     try:
         summary = _RUN[task.stage](task.settings, inputs)
     except Exception as error:
-        # The other stages go on for hours, and whoever watches wants to know now.
+        # Other stages may run for hours before the summary names this error.
         _LOG.error("[%s] failed: %s: %s", task.label, type(error).__name__, error)
         raise
     print(f"[{task.label}] {summary.to_text()}", flush=True)
@@ -125,8 +125,8 @@ def _failures(failed: Mapping[str, Outcome]) -> str:
         if outcome.tried
     ]
     skipped = [label for label, outcome in failed.items() if not outcome.tried]
-    lines += [f"  not tried, as they need these: {'; '.join(skipped)}"] if skipped else []
-    return "\n".join(["these stages failed; the same command tries them again, and nothing else", *lines])
+    lines += [f"  not tried, as they need failed stages: {'; '.join(skipped)}"] if skipped else []
+    return "\n".join(["these stages failed; the same command tries them again, and no finished stage", *lines])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="run only this variant (`*` matches any letters), or the variants of the table with this title; may be repeated",
+        help="run only this variant (`*` matches any letters), or the variants of the table with this title; repeatable",
     )
     arguments = parse(parser, argv)
 

@@ -1,4 +1,4 @@
-"""The whole pipeline in one Ray session: every stage of this run and of those it is compared with, then the report."""
+"""Whole pipeline in one Ray session: every stage of this run and of the runs to compare with, then the report."""
 
 import sys
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from meteor.stages import Stage
 from pipelines import cache_features, evaluate, finetune, pretrain, report
 from pipelines.command import stage_main, timed
 
-_DESCRIPTION = """Run cache_features, pretrain, finetune and evaluate for this run and for those in report.compare, then report.
-Stages that have finished are found and not done again."""
+_DESCRIPTION = """Run cache_features, pretrain, finetune and evaluate for this run and for the runs in report.compare, then
+report. Finished stages are skipped."""
 _RUN: dict[Stage, Callable[..., Summary]] = {
     "cache_features": cache_features.run,
     "pretrain": pretrain.run,
@@ -24,7 +24,7 @@ _RUN: dict[Stage, Callable[..., Summary]] = {
 
 
 def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
-    """Run all stages that the run, and those it is compared with, go through; then report."""
+    """Run all stages of this run and of the runs to compare with, then report."""
     with timed() as seconds:
         inputs, counts = inputs or Inputs(), {}
         for compared in compared_runs(settings):
@@ -37,12 +37,12 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
 
 
 def compared_runs(settings: RunSettings) -> list[RunSettings]:
-    """The run, and the runs in ``report.compare``."""
+    """Return the run and the runs in ``report.compare``."""
     return [settings, *(resolve_paths(load_run(path)) for path in settings.report.compare)]
 
 
 def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
-    """The plan of all stages of all runs."""
+    """Return the plan of all stages of all runs as text."""
     inputs = inputs or Inputs()
     return plan_study(settings, compared_runs(settings), inputs).to_text()
 

@@ -1,4 +1,4 @@
-"""Stage 0: index every image once, encode every distinct image once, publish the features."""
+"""Stage 0, cache_features: index every image once, encode every distinct image once, publish the features."""
 
 import collections
 import logging
@@ -38,15 +38,15 @@ from pipelines.ray_parts.tracked import reuse, tracked
 
 _LOG = logging.getLogger(__name__)
 _CODEC_ERRORS = ("mean_relative_error", "max_relative_error", "min_cosine", "mean_top_k_agreement")
-_DESCRIPTION = """Slice the images of all sample sets and cache what the frozen encoder sees. The first pass indexes files
-(a later run reads only new and changed ones), the second encodes distinct images that the cache does not have yet."""
+_DESCRIPTION = """Slice the images of all sample sets and cache their features from the frozen encoder. The first pass indexes
+image files; a later run reads only new and changed files. The second pass encodes the distinct images that the cache lacks."""
 
 
 def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
     """Index, encode, publish.
 
     Raises:
-        QuarantineLimitError: too many bad images, after the good ones were published.
+        QuarantineLimitError: too many images are bad; it is raised after the good images are published.
     """
     with timed() as seconds:
         inputs = inputs or Inputs()
@@ -86,7 +86,7 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
 
 
 def _write_question_images(settings: RunSettings, sets: Iterable[QuestionSet]) -> None:
-    """Write the images that come inside benchmarks' own files, or are resized, as files."""
+    """Write images as files if they come inside a benchmark's own files, or must be resized."""
     for questions in sets:
         if not is_written(questions):
             _write_images_of(settings, questions)
@@ -104,7 +104,8 @@ def _write_images_of(settings: RunSettings, questions: QuestionSet) -> None:
 
 
 def _missing(settings: RunSettings, cache_uri: str, wanted: Mapping[str, IndexRow]) -> dict[str, IndexRow]:
-    """Images to encode. Files that an interrupted run finished are adopted first, so they are not encoded again."""
+    """Return the images to encode."""
+    # Files that an interrupted run finished enter the cache first, so that their images are not encoded again.
     commit(cache_uri)
     if not latest_manifest(cache_uri):
         return dict(wanted)
@@ -150,13 +151,13 @@ def _summary(
 
 
 def _codec_error(cache: FeatureCache) -> dict[str, float]:
-    """What the codec lost, measured when each row was written; nothing where an older release wrote all of them."""
+    """Return the codec's errors, measured when rows were written; empty if an older release wrote all rows."""
     measured = summarise_errors(read_keys(cache.uri, cache.manifest))
     return {name: measured[name] for name in _CODEC_ERRORS if measured[name] is not None}
 
 
 def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
-    """Say what `run` would do, from the index and from headers of images that it does not have."""
+    """Describe the work of `run`, from the index and from the headers of images that the index lacks."""
     inputs = inputs or Inputs()
     lines = [
         f"  {file.name}: {len(file):,} samples, {len(file.image_names):,} images, {len(file.problems)} unusable"
@@ -171,7 +172,7 @@ def _rows_of(index: DatasetIndex, sets: list[SampleSet]) -> list[IndexRow]:
 
 
 def _to_encode(rows: Iterable[IndexRow], pixels: PixelSettings) -> tuple[dict[str, IndexRow], list[QuarantineRow]]:
-    """Every distinct good image by image key; and the images refused, unreadable or too long."""
+    """Return every distinct good image by image key, and the images that are refused: unreadable, too large or too long."""
     wanted: dict[str, IndexRow] = {}
     refused: list[QuarantineRow] = []
     for row in rows:
@@ -192,7 +193,7 @@ def _refusal(row: IndexRow, reason: str, message: str) -> QuarantineRow:
 
 
 def _new_refusals(cache_uri: str, refused: Iterable[QuarantineRow]) -> list[QuarantineRow]:
-    """Those that the cache's quarantine does not hold in the same words yet: a second run changes nothing."""
+    """Return the refusals that the cache's quarantine lacks, so that a second run writes nothing."""
     known = set(FeatureCache.open(cache_uri).quarantine()) if latest_manifest(cache_uri) else set()
     return [row for row in refused if row not in known]
 
@@ -205,7 +206,7 @@ def _check_share_of_bad(settings: RunSettings, num_images: int, bad: list[Quaran
         )
         raise QuarantineLimitError(
             f"{len(bad)} of {num_images} images are bad ({reasons}), for example {bad[0].name or bad[0].image_key}. "
-            "The good ones are cached. See `meteor data check`, repair the files and run again, or raise data.max_bad_share"
+            "The good images are cached. See `meteor data check`, repair the files and run again, or raise data.max_bad_share"
         )
 
 

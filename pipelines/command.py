@@ -1,4 +1,4 @@
-"""The command line that all stages share."""
+"""Command line that all stages share."""
 
 import argparse
 import time
@@ -13,7 +13,7 @@ from meteor.config import RunSettings
 from meteor.planning.run_check import check_run
 from meteor.runs.folder import Summary
 from pipelines.ray_parts.logs import configure_logging
-from pipelines.ray_parts.runtime import error_of_ours, ray_session
+from pipelines.ray_parts.runtime import find_meteor_error, ray_session
 
 
 def stage_main(
@@ -28,12 +28,12 @@ def stage_main(
     Args:
         stage: name of the module below `pipelines`.
         description: text of ``--help``.
-        run: the stage.
-        plan: text of ``--dry-run``.
+        run: function that runs the stage.
+        plan: function that returns the text of ``--dry-run``.
         argv: words of the command line.
 
     Returns:
-        The exit status, see `meteor.command_line`; with ``--dry-run`` 1 if the data check finds something.
+        The exit status, see `meteor.command_line`. With ``--dry-run`` it is 1 if the data check finds a problem.
     """
     arguments = parse(stage_parser(stage, description), argv)
 
@@ -52,29 +52,29 @@ def stage_main(
 
 
 def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
-    """The options that all stages have."""
+    """Make a parser with the options that all stages have."""
     parser = argparse.ArgumentParser(
         prog=f"python -m pipelines.{stage}",
         description=description,
-        epilog="All settings with their meaning: meteor config explain",
+        epilog="`meteor config explain` prints all settings with their meaning.",
     )
     add_run(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check the data, print the plan, change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check the data and print the plan, without changes")
     return parser
 
 
 def guarded(act: Callable[[], int]) -> int:
     """Call ``act`` with this project's logging and return its exit status.
 
-    Errors of this project become one line and status 2, also when a remote task raised them. Unexpected errors keep their
+    Errors of this project become one line and status 2, even if a remote task raised them. Unexpected errors keep their
     traceback.
     """
     configure_logging()
     try:
         return run_command(act)
-    # An error that a remote task raised has Ray's class and Ray's text.
+    # Ray replaces the class and the text of an error that a remote task raised.
     except ray.exceptions.RayError as error:
-        line = error_of_ours(error)
+        line = find_meteor_error(error)
         if line is None:
             raise
         print_error(*line.split(": ", 1))
@@ -83,6 +83,6 @@ def guarded(act: Callable[[], int]) -> int:
 
 @contextmanager
 def timed() -> Iterator[Callable[[], float]]:
-    """Give a function that returns the seconds since the start of the block."""
+    """Yield a function that returns the seconds since the start of the block."""
     started = time.perf_counter()
     yield lambda: time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Stage 3: a finished model answers held-out questions; answers and scores become tables."""
+"""Stage 3, evaluate: a finished model answers questions; answers and scores become tables."""
 
 import json
 import sys
@@ -25,13 +25,13 @@ from meteor.image.pixels import PixelSettings
 from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import identify
 from pipelines.command import stage_main, timed
-from pipelines.ray_parts.answering import Asked, answer
+from pipelines.ray_parts.answering import SetQuestion, answer
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.tracked import reuse, tracked
 
-_DESCRIPTION = """Answer the question sets of data.evaluate greedily and score them, each with its benchmark's own metric. A
-question whose image is quarantined counts as wrong and is reported. Answers are kept as they come: started again, or with
-more question sets, a model is not asked twice."""
+_DESCRIPTION = """Answer the question sets of data.evaluate greedily and score each set with the metric of its benchmark. A
+question whose image is quarantined counts as wrong and is reported. Answers are kept as they arrive: a second start, or more
+question sets, only answers new questions."""
 _PREDICTIONS = pa.schema(
     [
         *((name, pa.string()) for name in ("set", "id", "group", "image", "type", "question", "answer")),
@@ -46,7 +46,7 @@ _PREDICTIONS = pa.schema(
 
 
 def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
-    """Answer, score; writes ``predictions.parquet``, ``scores.json``, and files for those who score elsewhere."""
+    """Answer and score; write ``predictions.parquet``, ``scores.json``, and files for benchmarks that are scored elsewhere."""
     with timed() as seconds:
         inputs = inputs or Inputs()
         model_uri, model_digest = find_model(settings, inputs)
@@ -58,13 +58,13 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
         index, cache = inputs.index(settings), inputs.cache(settings)
         parent = {"uri": model_uri, "digest": model_digest}
         folder.start(settings, parent=parent, cache=cache.uri, cache_key=cache.identity.key)
-        facts = {one.name: set_facts(one) for one in sets}
+        facts = {question_set.name: set_facts(question_set) for question_set in sets}
         params = {"evaluate": mathematical_settings(settings.evaluate), "sets": facts}
         with tracked(settings, folder, params) as log:
             log.cache(cache, context="evaluation")
-            asked = find_questions(settings, sets, index, cache)
+            questions = find_questions(settings, sets, index, cache)
             live = LiveMetrics(settings.name, "evaluate", folder.digest)
-            predictions, num_new = answer(settings, asked, (model_uri, model_digest), cache, index, live)
+            predictions, num_new = answer(settings, questions, (model_uri, model_digest), cache, index, live)
             provenance = {
                 "model": model_uri,
                 "model_digest": model_digest,
@@ -72,22 +72,24 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
                 "cache_version": cache.version,
             }
             rows, scores = [], {}
-            for one in sets:
-                mine = [ask for ask in asked if ask.set == one.name]
-                questions = [ask.question for ask in mine]
-                answers = {question.id: predictions.get((one.name, question.id), "") for question in questions}
+            for question_set in sets:
+                name, metric = question_set.name, question_set.metric
+                of_set = [question for question in questions if question.set == name]
+                plain = [question.question for question in of_set]
+                answers = {question.id: predictions.get((name, question.id), "") for question in plain}
                 scored = score_rows(
-                    one.name, [(ask.question, answers[ask.question.id], ask.reason) for ask in mine], one.metric
+                    name, [(each.question, answers[each.question.id], each.reason) for each in of_set], metric
                 )
-                scores[one.name] = {**facts[one.name], **score_table(scored, questions, one.metric), **provenance}
+                scores[name] = {**facts[name], **score_table(scored, plain, metric), **provenance}
                 rows += scored
-                _export(folder.uri, one, questions, answers)
+                _export(folder.uri, question_set, plain, answers)
             _write(folder.uri, rows, scores)
             log.metrics(_metrics(scores), pipeline=True)
             log.file("scores.json")
         elapsed = seconds()
         counts: dict[str, Any] = {"questions": len(rows), "answered_now": num_new}
-        counts |= {"quarantined": sum(bool(ask.reason) for ask in asked), "questions_per_s": num_new / elapsed}
+        counts |= {"quarantined": sum(bool(question.reason) for question in questions)}
+        counts |= {"questions_per_s": num_new / elapsed}
         counts |= {line: value for name, table in scores.items() for line, value in _lines(name, table)}
         results = {
             "predictions": storage.join(folder.uri, "predictions.parquet"),
@@ -98,40 +100,43 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
 
 
 def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
-    """Say which questions would be asked of which model."""
+    """Describe the questions that `run` would answer, and the model."""
     inputs = inputs or Inputs()
     model_uri, _ = find_model(settings, inputs)
     lines = ["evaluate: plan", f"  model      {model_uri}"]
-    for one in load_question_sets(settings, inputs):
-        split = f", {one.facts['split']}" if one.facts["split"] else ""
+    for question_set in load_question_sets(settings, inputs):
+        split = f", {question_set.facts['split']}" if question_set.facts["split"] else ""
         lines.append(
-            f"  {one.name:<10} {len(one.questions):,} questions ({one.benchmark.title}{split}), {one.metric.name}, up to "
-            f"{longest_answer(settings, one)} tokens an answer, {len(one.problems)} unusable records"
+            f"  {question_set.name:<10} {len(question_set.questions):,} questions ({question_set.benchmark.title}{split}), "
+            f"{question_set.metric.name}, up to {longest_answer(settings, question_set)} tokens per answer, "
+            f"{len(question_set.problems)} unusable records"
         )
     return "\n".join(lines)
 
 
 def load_question_sets(settings: RunSettings, inputs: Inputs) -> list[QuestionSet]:
-    """The question sets of a run; raises SettingsError if it names none."""
+    """Read the question sets of a run; raise SettingsError if it names none."""
     if not settings.data.evaluate:
-        raise SettingsError("data.evaluate names no question set")
+        raise SettingsError("data.evaluate names no question set: add a question set, or skip this stage")
     return inputs.question_sets(settings)
 
 
-def set_facts(one: QuestionSet) -> dict[str, Any]:
-    """What a set's scores depend on besides the model, for whoever compares them."""
-    first = one.questions[0].text if one.questions else ""
-    return {**one.facts, "title": one.benchmark.title, "column": one.benchmark.column, "prompt": first}
+def set_facts(question_set: QuestionSet) -> dict[str, Any]:
+    """Return everything that a set's scores depend on besides the model, for comparisons with other evaluations."""
+    benchmark = question_set.benchmark
+    first = question_set.questions[0].text if question_set.questions else ""
+    return {**question_set.facts, "title": benchmark.title, "column": benchmark.column, "prompt": first}
 
 
-def longest_answer(settings: RunSettings, one: QuestionSet) -> int:
-    return settings.evaluate.max_new_tokens or one.benchmark.max_new_tokens
+def longest_answer(settings: RunSettings, question_set: QuestionSet) -> int:
+    """Return the largest number of tokens in an answer: the setting, else the benchmark's own limit."""
+    return settings.evaluate.max_new_tokens or question_set.benchmark.max_new_tokens
 
 
 def find_questions(
     settings: RunSettings, sets: Sequence[QuestionSet], index: DatasetIndex, cache: FeatureCache
-) -> list[Asked]:
-    """All questions of all sets, in the order of their files, with their images' keys.
+) -> list[SetQuestion]:
+    """Return all questions of all sets in the order of their files, with the keys of their images.
 
     Raises:
         CacheError: an image has not been indexed or encoded.
@@ -139,22 +144,24 @@ def find_questions(
     """
     images = indexed_images(index, distinct_images(map(as_samples, sets)), cache.quarantined())
     pixels, found = pixel_settings(settings), []
-    for one in sets:
-        if one.problems:
-            problem = one.problems[0]
+    for question_set in sets:
+        if question_set.problems:
+            problem = question_set.problems[0]
             raise SettingsError(
-                f"{one.uri}: {len(one.problems)} records cannot be used, for example {problem.sample_id}: {problem.message}"
+                f"{question_set.uri}: {len(question_set.problems)} records cannot be used, for example {problem.sample_id}: "
+                f"{problem.message}"
             )
-        for question in first_questions(one, settings.evaluate.limit):
+        longest = longest_answer(settings, question_set)
+        for question in first_questions(question_set, settings.evaluate.limit):
             shown = question.sample.images
             reason = next(filter(None, [_reason(name, images, pixels) for name in shown]), "")
             keys = tuple(images[name].image_key for name in shown)
-            found.append(Asked(one.name, replace(question, image_keys=keys), reason, longest_answer(settings, one)))
+            found.append(SetQuestion(question_set.name, replace(question, image_keys=keys), reason, longest))
     return found
 
 
 def _reason(name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings) -> str:
-    """Why an image is quarantined; "" where it is not."""
+    """Return the reason for which an image is quarantined; "" if it is not."""
     if name not in images:
         raise CacheError(f"image {name!r} is not in the dataset index: run cache_features with this question set")
     if images[name].reason:
@@ -166,14 +173,17 @@ def _reason(name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings
     return ""
 
 
-def first_questions(one: QuestionSet, limit: int | None) -> list[Question]:
-    """The first ``limit`` questions with all their prompts; all where it is None."""
-    wanted = set(list(dict.fromkeys(question.unit for question in one.questions))[:limit])
-    return [question for question in one.questions if question.unit in wanted]
+def first_questions(question_set: QuestionSet, limit: int | None) -> list[Question]:
+    """Return the first ``limit`` questions with all their prompts; all questions if ``limit`` is None."""
+    units = set(list(dict.fromkeys(question.unit for question in question_set.questions))[:limit])
+    return [question for question in question_set.questions if question.unit in units]
 
 
 def _metrics(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """``<set>/<metric>``, ``<set>/<further number>`` and ``<set>/<type>``; what cannot be scored here is left out."""
+    """Return numbers for MLflow by name: ``<set>/<metric>``, ``<set>/<extra number>`` and ``<set>/type <type>``.
+
+    Sets that are scored elsewhere have none.
+    """
     found: dict[str, float | None] = {}
     for name, table in scores.items():
         found |= {f"{name}/{table['metric']}": table["score"]}
@@ -183,9 +193,9 @@ def _metrics(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _lines(name: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What the terminal says of a set."""
+    """Yield the terminal's lines about a set, as (label, value)."""
     if table["score"] is None:
-        yield name, "no score here: see the files beside predictions.parquet"
+        yield name, "scored elsewhere: see the files beside predictions.parquet"
         return
     interval = (
         "" if table["interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * end for end in table["interval"]))
@@ -195,13 +205,13 @@ def _lines(name: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((f"{name} {extra}", value) for extra, value in table["extra"].items() if extra != table["metric"])
 
 
-def _export(uri: str, one: QuestionSet, questions: Sequence[Question], answers: Mapping[str, str]) -> None:
-    """The file for a server or a judge. The answer to a quarantined image's question is ""."""
-    benchmark, wanted = one.benchmark, one.benchmark.exported_splits
-    if benchmark.export is None or (wanted and one.facts["split"] not in wanted):
+def _export(uri: str, question_set: QuestionSet, questions: Sequence[Question], answers: Mapping[str, str]) -> None:
+    """Write the file for a server or a judge; a question whose image is quarantined has the answer ""."""
+    benchmark, splits = question_set.benchmark, question_set.benchmark.exported_splits
+    if benchmark.export is None or (splits and question_set.facts["split"] not in splits):
         return
-    file, content = benchmark.export(one.folder, questions, answers)
-    place = storage.join(uri, f"{one.name}_{file}")
+    file, content = benchmark.export(question_set.folder, questions, answers)
+    place = storage.join(uri, f"{question_set.name}_{file}")
     if file.endswith(".jsonl"):
         lines = [json.dumps(row, ensure_ascii=False) for row in content]
         storage.write_bytes(place, ("\n".join(lines) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Stage 2: projector and language model learn from instructions; the encoder stays frozen."""
+"""Stage 2, finetune: projector and language model learn from instructions; the encoder stays frozen."""
 
 import sys
 from functools import partial
@@ -7,8 +7,8 @@ from meteor.planning.steps import plan_text
 from pipelines.command import stage_main
 from pipelines.ray_parts.training import run_stage
 
-_DESCRIPTION = """Train projector and language model on instructions from cached features (paper, section 4.1). Started again
-with the same settings it resumes from its last checkpoint, or says that it is finished."""
+_DESCRIPTION = """Train projector and language model on instructions from cached features (paper, section 4.1). A second start
+with the same settings resumes from the last checkpoint, or says that the stage has finished."""
 
 run = partial(run_stage, stage="finetune")
 plan = partial(plan_text, stage="finetune")

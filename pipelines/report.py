@@ -1,4 +1,4 @@
-"""Stage 4: what the runs found, as Markdown and one self-contained HTML page."""
+"""Stage 4, report: results of runs as Markdown and as a self-contained HTML page."""
 
 import logging
 import sys
@@ -30,12 +30,12 @@ from pipelines.command import stage_main, timed
 from pipelines.studies.results import collect, find_folder, find_records, read_record, study_tables, unequal_samples
 
 _LOG = logging.getLogger(__name__)
-_DESCRIPTION = """Lay settings, loss curves, scores, throughput and figures of this run, and of those in report.compare, side by
-side in report.md and report.html. What has not run is said to be missing."""
+_DESCRIPTION = """Write report.md and report.html, with settings, loss curves, scores, throughput and figures of this run and
+of the runs in report.compare, side by side. The report names stages that have not run."""
 
 
 def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
-    """Collect, draw, write; a study's variants are found in MLflow."""
+    """Collect results, draw figures, write the pages; the variants of a study are found in MLflow."""
     with timed() as seconds:
         inputs = inputs or Inputs()
         variants = _collect_all(settings, inputs)
@@ -55,9 +55,9 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
             tables=study_tables(settings),
         )
         try:
-            _log(settings, uri, failed=any(not one.finished for run in variants for one in run.stages.values()))
+            _log(settings, uri, failed=any(not stage.finished for run in variants for stage in run.stages.values()))
         except TrackingError as error:
-            _LOG.warning("%s. The report is written; run this stage again to keep it in MLflow as well", error)
+            _LOG.warning("%s. The report is written; run this stage again to send it to MLflow", error)
         counts = {"variants": len(shown), "runs": len(variants), "figures_of_images": len(panels)}
         return Summary("report", counts, seconds(), {"markdown": paths.markdown, "html": paths.html})
 
@@ -70,7 +70,7 @@ def _collect_all(settings: RunSettings, inputs: Inputs) -> list[VariantResult]:
 
 
 def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
-    """Keep all files of the report with MLflow's run of the pipeline or study."""
+    """Attach all files of the report to the MLflow run of the pipeline or study."""
     tracker = make_tracker(settings)
     find = parent_run if settings.study is None else study_run
     run_id = find(tracker, settings)
@@ -80,18 +80,18 @@ def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
 
 
 def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
-    """Say which stages of which runs the report would show."""
+    """List the finished stages that the report would show."""
     inputs = inputs or Inputs()
     variants = _collect_all(settings, inputs)
     lines = ["report: plan"]
     for variant in variants:
-        done = [stage for stage, one in variant.stages.items() if one.finished]
+        done = [stage for stage, record in variant.stages.items() if record.finished]
         lines.append(f"  {variant.name}: finished {', '.join(done) or 'nothing'}")
     return "\n".join(lines)
 
 
 def cache_facts(settings: RunSettings, inputs: Inputs) -> dict[str, Any] | None:
-    """Facts about the cache for the report; None if cache_features has not finished."""
+    """Return facts about the cache for the report; None if cache_features has not finished."""
     folder = find_folder(settings, "cache_features", inputs)
     summary = folder.finished() if folder else None
     if summary is None:
@@ -112,7 +112,10 @@ def cache_facts(settings: RunSettings, inputs: Inputs) -> dict[str, Any] | None:
 
 
 def draw_panels(settings: RunSettings, variant: VariantResult) -> list[SelectionPanel]:
-    """Selection figures of some evaluated images, for a projector that selects; its weights alone are loaded."""
+    """Find the kept patches of some evaluated images; empty if the projector selects none.
+
+    Only the weights of the projector are loaded.
+    """
     if not variant.predictions or settings.report.num_figures == 0:
         return []
     evaluated = variant.stages["evaluate"].recorded
@@ -132,7 +135,7 @@ def draw_panels(settings: RunSettings, variant: VariantResult) -> list[Selection
                 prediction=row["prediction"],
                 image=_open(row["uri"], settings),
                 plan=pixel_settings(settings).plan(image.width, image.height),
-                sub_images=tuple(_scores(one) for one in patches),
+                sub_images=tuple(_scores(sub_image) for sub_image in patches),
                 variant=variant.name,
             )
         )
@@ -145,7 +148,7 @@ def _scores(patches: SelectedPatches) -> SubImageScores:
 
 
 def _pick(settings: RunSettings, predictions: Sequence[dict[str, Any]], cache: FeatureCache) -> list[dict[str, Any]]:
-    """Questions about one image each, sliced and unsliced in turn, each image once; the same ones every time."""
+    """Choose questions whose image is cached, each image once, half of them sliced; the choice is the same every time."""
     index = DatasetIndex.latest(index_uri(settings))
     rows = {row.name: row for row in index.rows()} if index else {}
     pixels, seen = pixel_settings(settings), set()

@@ -12,8 +12,8 @@ def test_lines_come_every_few_seconds(monkeypatch, caplog):
         for done in (1_000, 41_000, 51_000, 141_000):
             log(done, 665_298)
     assert caplog.messages == [
-        "finetune: tokenising: samples 41,000 of 665,298, 10,000 a second, 1 min 02 s left",
-        "finetune: tokenising: samples 141,000 of 665,298, 10,000 a second, 52 s left",
+        "finetune: tokenising: samples 41,000 of 665,298, 10,000 per second, 1 min 02 s left",
+        "finetune: tokenising: samples 141,000 of 665,298, 10,000 per second, 52 s left",
     ]
 
 
@@ -24,4 +24,4 @@ def test_without_a_total_the_rate_is_said(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         log(4_000, None)
         log(24_000, None)
-    assert caplog.messages == ["finetune: reading: samples 24,000, 4,000 a second"]
+    assert caplog.messages == ["finetune: reading: samples 24,000, 4,000 per second"]

@@ -1,4 +1,4 @@
-"""From a run's settings to what the rooms below take as plain arguments; each file that settings name is read once."""
+"""Assembly: a run's settings become plain arguments of the folders below, and each file that settings name is read once."""
 
 from meteor.assembly.encoders import cache_identity, load_encoder
 from meteor.assembly.inputs import Inputs

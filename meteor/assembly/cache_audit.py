@@ -1,4 +1,4 @@
-"""The audit of a run's cache: its encoder, its images' files, its latest version."""
+"""Audit of a run's cache: images are encoded again and compared."""
 
 from collections.abc import Callable
 

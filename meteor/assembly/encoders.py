@@ -1,4 +1,4 @@
-"""The frozen encoder that settings name, and the identity of the cache that it fills."""
+"""Frozen encoder that settings name, and identity of its cache."""
 
 import torch
 
@@ -9,10 +9,10 @@ from meteor.vision.encoder import FrozenClip
 
 
 def load_encoder(settings: RunSettings, *, device: str | None = None) -> FrozenClip:
-    """Load the frozen tower at ``vision.path``.
+    """Load the frozen encoder at ``vision.path``.
 
     Raises:
-        SettingsError: there is no tower at that path, or its patch size differs from the slicing's.
+        SettingsError: there is no encoder at that path, or its patch size differs from ``slicing.patch_size``.
     """
     vision = settings.vision
     encoder = FrozenClip.from_pretrained(
@@ -30,7 +30,7 @@ def load_encoder(settings: RunSettings, *, device: str | None = None) -> FrozenC
 
 
 def cache_identity(settings: RunSettings, encoder: FrozenClip) -> CacheIdentity:
-    """The identity of the cache that this encoder fills under these settings."""
+    """Return the identity of the cache that this encoder fills with these settings."""
     return CacheIdentity(
         encoder_digest=encoder.weights_digest,
         encoder_dtype=settings.vision.dtype,

@@ -1,4 +1,4 @@
-"""The feature source of a worker, and what the dataset index says about a stage's images."""
+"""Feature source of a worker, and the images of a stage as the dataset index knows them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -16,10 +16,10 @@ from meteor.vision.live import LiveFeatures
 def open_features(
     settings: RunSettings, source: str, *, cache: str, version: int, uris: Mapping[str, str], device: str
 ) -> FeatureCache | LiveFeatures:
-    """Open the feature source of a worker: the pinned cache version, or the encoder itself."""
+    """Open the feature source of a worker: a version of the cache, or the live encoder."""
     if source == "cache":
         options = settings.cache
-        # In front of a local cache it would keep the same bytes twice.
+        # A disk tier in front of a local cache would keep the same bytes twice.
         tier = (
             DiskTier(options.disk_tier, int(options.disk_tier_gb * 10**9))
             if options.disk_tier and cache.startswith("s3://")
@@ -30,19 +30,19 @@ def open_features(
 
 
 def uris_by_key(rows: Iterable[IndexRow]) -> dict[str, str]:
-    """Image key -> URI of a file with that content, for good images."""
+    """Return image key -> URI of a file with that content, for images that can be used."""
     return {row.image_key: row.uri for row in rows if row.status == "ok"}
 
 
 def indexed_images(
     index: DatasetIndex, names: pa.StringArray, quarantined: Mapping[str, str]
 ) -> dict[str, IndexedImage]:
-    """Look up images in the index by name; names that it lacks are left out.
+    """Look up images in the index by name; the result omits names that the index lacks.
 
     Args:
         index: the dataset index.
         names: names of the images.
-        quarantined: image key -> why the encoder refused the image.
+        quarantined: image key -> reason for which the encoder refused the image.
     """
     rows = index.rows_named(names)
     columns = [rows[name].to_pylist() for name in ("name", "image_key", "width", "height", "reason")]

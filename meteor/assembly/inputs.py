@@ -1,4 +1,4 @@
-"""Everything that run settings name, each file read once per command."""
+"""Files, versions and models that run settings name, each read once per command."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +32,8 @@ T = TypeVar("T")
 class Inputs:
     """Files, versions and fingerprints behind the names in run settings; the `Facts` of `meteor.runs.identity`.
 
-    A command makes one and hands it down, so that nothing is read or hashed twice, however many stages and variants ask.
-    Threads may share it. What a stage publishes meanwhile is seen after `refresh`.
+    A command makes one instance and passes it on, so that no file is read or hashed twice, however many stages and variants
+    need it. Threads may share the instance. Versions that a stage publishes later are seen after `refresh`.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class Inputs:
         self._published: dict[tuple[Any, ...], Any] = {}
 
     def refresh(self) -> None:
-        """Look for newer versions of indexes and caches from now on."""
+        """Forget the newest versions of indexes and caches, so that they are looked up again."""
         with self._lock:
             self._published.clear()
 
     # Samples and questions
 
     def sample_set(self, settings: RunSettings, name: str, uri: str) -> SampleSet:
-        """An annotation file; errors as `meteor.data.sample_sets.load_set`."""
+        """Read an annotation file; for errors see `meteor.data.sample_sets.load_set`."""
         folder = samples_uri(settings)
 
         def read() -> SampleSet:
@@ -59,10 +59,10 @@ class Inputs:
         return replace(self.once(("samples", uri, folder), read), name=name)
 
     def training_sets(self, settings: RunSettings, stage: TrainingStage) -> list[SampleSet]:
-        """The files that a stage trains on, in an order that depends on their content alone.
+        """Read the files that a stage trains on; their order depends on their content alone.
 
         Raises:
-            SettingsError: the run names none, or names one file twice.
+            SettingsError: the run names no file, or names one file twice.
         """
         files = training_files(settings, stage)
         if not files:
@@ -74,25 +74,25 @@ class Inputs:
         return replace(self.sample_set(settings, file.name, file.uri), weight=file.weight)
 
     def all_sets(self, settings: RunSettings) -> list[SampleSet]:
-        """All sample sets of the run, the questions' samples included.
+        """Read all sample sets of the run, with the samples of its questions.
 
         Raises:
-            SettingsError: the run names none.
+            SettingsError: the run names no samples.
         """
         files = [file for file in sample_files(settings) if file.stage is not None]
         sets = [self.sample_set(settings, file.name, file.uri) for file in files]
         return sets + [as_samples(questions) for questions in self.question_sets(settings)]
 
     def question_sets(self, settings: RunSettings) -> list[QuestionSet]:
-        """All question sets of the run; empty if it names none."""
+        """Read all question sets of the run; empty if it names none."""
         return [self.question_set(settings, name) for name in settings.data.evaluate]
 
     def question_set(self, settings: RunSettings, name: str) -> QuestionSet:
-        """A question set of the run; errors as `meteor.evaluation.question_set.load_question_set`."""
-        wanted = settings.data.evaluate[name]
+        """Read a question set of the run; for errors see `meteor.evaluation.question_set.load_question_set`."""
+        options = settings.data.evaluate[name]
         arguments = {
-            **wanted.model_dump(exclude={"path"}),
-            "uri": wanted.path,
+            **options.model_dump(exclude={"path"}),
+            "uri": options.path,
             "embedded_root": storage.join(settings.cache_root, "question_images"),
             "long_side": settings.evaluate.long_side,
         }
@@ -100,7 +100,7 @@ class Inputs:
         return self.once(key, lambda: load_question_set(name, **arguments))
 
     def image_roots(self, settings: RunSettings) -> dict[str, str]:
-        """The run's image roots, and the folders that ``@<question set>/`` stands for."""
+        """Return the run's image roots, and the folders that ``@<question set>/`` stands for."""
         sets = self.question_sets(settings)
         own = {questions.prefix: questions.image_root for questions in sets if questions.image_root is not None}
         return {**settings.data.roots, **own}
@@ -108,21 +108,21 @@ class Inputs:
     # Encoder, index and cache
 
     def encoder(self, settings: RunSettings) -> FrozenClip:
-        """The frozen tower, on the CPU; errors as `load_encoder`."""
+        """Load the frozen encoder on the CPU; for errors see `load_encoder`."""
         key = ("encoder", settings.vision.model_dump_json(), settings.slicing.patch_size)
         return self.once(key, lambda: load_encoder(settings))
 
     def cache_identity(self, settings: RunSettings) -> CacheIdentity:
-        """The identity of the run's feature cache."""
+        """Return the identity of the run's feature cache."""
         key = ("cache", settings.vision.model_dump_json(), settings.slicing.model_dump_json())
         return self.once(key, lambda: cache_identity(settings, self.encoder(settings)))
 
     def cache_uri(self, settings: RunSettings) -> str:
-        """The cache, in the run's codec, that the run reads and fills."""
+        """Return the URI of the cache that the run reads and fills, in the run's codec."""
         return cache_uri(settings, self.cache_identity(settings))
 
     def index(self, settings: RunSettings) -> DatasetIndex:
-        """The version of the dataset index that a stage reads when it starts now.
+        """Open the version of the dataset index that a stage would read if it started now.
 
         Raises:
             CacheError: cache_features has not run.
@@ -135,12 +135,12 @@ class Inputs:
         return self.index_version(settings, version)
 
     def index_version(self, settings: RunSettings, version: int) -> DatasetIndex:
-        """A published version of the dataset index."""
+        """Open a published version of the dataset index."""
         uri = index_uri(settings)
         return self.once(("index", uri, version), lambda: DatasetIndex.open(uri, version))
 
     def cache_version(self, settings: RunSettings) -> int:
-        """The version of the cache that a stage reads when it starts now.
+        """Return the version of the cache that a stage would read if it started now.
 
         Raises:
             CacheError: cache_features has not run.
@@ -154,22 +154,22 @@ class Inputs:
         return version
 
     def cache(self, settings: RunSettings) -> FeatureCache:
-        """The feature cache at that version."""
+        """Open the feature cache at the version of `cache_version`."""
         return self.cache_at(settings, self.cache_version(settings))
 
     def cache_at(self, settings: RunSettings, version: int) -> FeatureCache:
-        """A published version of the run's feature cache."""
+        """Open a published version of the run's feature cache."""
         uri = self.cache_uri(settings)
         return self.once(("open cache", uri, version), lambda: FeatureCache.open(uri, version=version))
 
     def index_digest(self, index: DatasetIndex, sets: Sequence[SampleSet]) -> str:
-        """Digest of the sets' images in a version of the index; errors as `DatasetIndex.digest`."""
-        # Names in a question set's own folder begin with the set's name.
+        """Return the digest of the sets' images in a version of the index; for errors see `DatasetIndex.digest`."""
+        # The URI belongs to the key: image names in a question set's own folder begin with the set's name.
         key = ("index digest", index.uri, index.version, *sorted({(file.digest, file.uri) for file in sets}))
         return self.once(key, lambda: index.digest(distinct_images(sets)))
 
     def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
-        """The language model's tokenizer; errors as `load_tokenizer`."""
+        """Load a language model's tokenizer; for errors see `load_tokenizer`."""
         return self.once(("tokenizer", path), lambda: load_tokenizer(path))
 
     # Facts, for `meteor.runs.identity.identify`
@@ -205,7 +205,7 @@ class Inputs:
         return pins.choose_versions(settings, stage, content, current)
 
     def current_versions(self, settings: RunSettings, stage: TrainingStage) -> Versions:
-        """The versions that a training stage reads when it starts now and has no pin.
+        """Return the versions that a training stage without a pin would read if it started now.
 
         Raises:
             CacheError: cache_features has not run, or not over all of the stage's images.
@@ -223,12 +223,12 @@ class Inputs:
             return None
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T], known: dict[tuple[Any, ...], Any] | None = None) -> T:
-        """The value of a key, made at the first call.
+        """Return the value of a key, which the first call makes.
 
         Args:
-            key: what the value is, and all that it depends on.
-            make: makes the value.
-            known: the store; values that `refresh` forgets have a store of their own.
+            key: name of the value, and everything that the value depends on.
+            make: function that makes the value.
+            known: store of values; those that `refresh` forgets have a store of their own.
         """
         known = self._known if known is None else known
         with self._lock:
@@ -240,5 +240,5 @@ class Inputs:
 def _model_digest(uri: str) -> str:
     files = {info.uri.removeprefix(uri): [info.size_bytes, info.etag] for info in storage.list_objects(uri)}
     if not files:
-        raise SettingsError(f"evaluate.model={uri!r} holds no model: give the directory that finetune leaves")
+        raise SettingsError(f"evaluate.model={uri!r} holds no model: give the model directory that finetune writes")
     return settings_digest(files)

@@ -1,4 +1,4 @@
-"""Places that settings name: annotation files, the dataset index, the feature cache; and the settings of pixels."""
+"""Places that settings name (annotation files, dataset index, feature cache), and the settings of pixels."""
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -16,9 +16,9 @@ class SampleFile:
     """An annotation file of a run.
 
     Attributes:
-        name: the stage, with the file's name if the stage has several files; a question set's own name.
-        uri: the file; for a benchmark its folder.
-        stage: the stage whose settings say how the samples are read; None for questions.
+        name: name of the stage, followed by the file's name if the stage has several files; or the question set's name.
+        uri: URI of the file, or of a benchmark's folder.
+        stage: stage whose settings decide how the samples are read; None for questions.
         weight: passes over the file per epoch; 0 if the file is held out.
     """
 
@@ -29,10 +29,10 @@ class SampleFile:
 
 
 def sample_files(settings: RunSettings) -> list[SampleFile]:
-    """Every annotation file that the run names.
+    """Return every annotation file that the run names.
 
     Raises:
-        SettingsError: the run names none.
+        SettingsError: the run names no annotation file.
     """
     data = settings.data
     files = [file for stage in TRAINING_STAGES for file in training_files(settings, stage)]
@@ -44,15 +44,17 @@ def sample_files(settings: RunSettings) -> list[SampleFile]:
 
 
 def training_files(settings: RunSettings, stage: TrainingStage) -> list[SampleFile]:
-    """The annotation files that a stage trains on; empty if the run names none.
+    """Return the annotation files that a stage trains on; empty if the run names none.
 
     Raises:
-        SettingsError: two of them have the same name.
+        SettingsError: two files have the same name.
     """
     sources = settings.data.sources(stage)
     names = [PurePosixPath(uri).name for uri in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise SettingsError(f"data.{stage} names two files {twice[0]!r}, and samples are told apart by it: rename one")
+        raise SettingsError(
+            f"data.{stage} has two files with the name {twice[0]!r}, which would be part of their sample ids: rename a file"
+        )
     return [
         SampleFile(stage if len(sources) == 1 else f"{stage}, {name}", uri, stage, weight)
         for name, (uri, weight) in zip(names, sources.items(), strict=True)
@@ -60,7 +62,7 @@ def training_files(settings: RunSettings, stage: TrainingStage) -> list[SampleFi
 
 
 def pixel_settings(settings: RunSettings) -> PixelSettings:
-    """Settings that decide the encoder's pixels and which images are refused."""
+    """Return the settings that decide about the encoder's pixels, and about which images are refused."""
     slicing, data = settings.slicing, settings.data
     return PixelSettings(
         max_slices=slicing.max_slices,
@@ -72,15 +74,15 @@ def pixel_settings(settings: RunSettings) -> PixelSettings:
 
 
 def index_uri(settings: RunSettings) -> str:
-    """The dataset index; it lies beside the caches, as both outlive runs."""
+    """Return the URI of the dataset index; it lies beside the caches, as both outlive runs."""
     return storage.join(settings.cache_root, "index")
 
 
 def samples_uri(settings: RunSettings) -> str:
-    """The folder of records and tokens of annotation files, beside the dataset index."""
+    """Return the folder for the records and tokens of annotation files, beside the dataset index."""
     return storage.join(index_uri(settings), "samples")
 
 
 def cache_uri(settings: RunSettings, identity: CacheIdentity) -> str:
-    """The cache, in the run's codec, that the run reads and fills."""
+    """Return the URI of the cache that the run reads and fills, in the run's codec."""
     return storage.join(settings.cache_root, identity.key, settings.cache.codec)

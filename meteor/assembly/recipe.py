@@ -1,4 +1,4 @@
-"""A stage's settings as those who train want them."""
+"""Settings of a training stage as plain arguments for `meteor.train`."""
 
 from meteor.config import FinetuneSettings, StageSettings
 from meteor.train.lora import Lora
@@ -6,7 +6,12 @@ from meteor.train.plan import Recipe
 
 
 def make_recipe(stage: StageSettings, native_weight_full: float | None) -> Recipe:
-    """``native_weight_full``: where the native expert's warm-up ends; None for projectors without one."""
+    """Return the recipe of a stage.
+
+    Args:
+        stage: settings of the stage.
+        native_weight_full: weight of the native expert after its warm-up; None for projectors without this expert.
+    """
     return Recipe(
         lr=stage.lr,
         global_batch_size=stage.global_batch_size,
@@ -27,7 +32,7 @@ def make_recipe(stage: StageSettings, native_weight_full: float | None) -> Recip
 
 
 def make_lora(stage: StageSettings) -> Lora | None:
-    """None where the language model trains in full, or not at all."""
+    """Return the adapters' settings; None if the language model trains in full, or not at all."""
     if not isinstance(stage, FinetuneSettings) or stage.lora is None:
         return None
     return Lora(stage.lora.rank, stage.lora.alpha, stage.lora.dropout, stage.seed)

@@ -1,4 +1,4 @@
-"""The sample tables of a training stage: the samples that are trained on, and those that are held out."""
+"""Sample tables of a training stage: of training samples and of held-out samples."""
 
 import logging
 
@@ -19,11 +19,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def plan_samples(settings: RunSettings, stage: TrainingStage, prepared: PreparedStage) -> TablePlan:
-    """Lay out the samples that the stage trains on.
+    """Plan the table of the samples that a stage trains on.
 
     Raises:
         QuarantineLimitError: too many samples cannot be used.
-        CacheError: images are not in the cache.
+        CacheError: the cache lacks images.
     """
     options = settings.training(stage)
     plans = [_plan_set(settings, stage, prepared, file.share(options.fraction, options.seed)) for file in prepared.sets]
@@ -33,24 +33,24 @@ def plan_samples(settings: RunSettings, stage: TrainingStage, prepared: Prepared
 def plan_held_out(
     settings: RunSettings, stage: TrainingStage, prepared: PreparedStage, inputs: Inputs
 ) -> TablePlan | None:
-    """Lay out the samples whose loss is measured at checkpoints; None if the run names none.
+    """Plan the table of held-out samples, whose loss is measured at checkpoints; None if the run names none.
 
-    They change nothing of what is trained, and are no part of the stage's identity.
+    Held-out samples do not change the training, so that they are no part of the stage's identity.
 
     Raises:
-        CacheError: an image is not in the index version that the stage reads.
+        CacheError: the index version that the stage reads lacks an image.
     """
     uri = settings.data.held_out.get(stage)
     if uri is None:
         return None
     samples = inputs.sample_set(settings, f"{stage}, held out", uri)
     if num_trained := samples.count_shared(prepared.sets):
-        _LOG.warning("%s: %d of %d held-out samples are trained on too", stage, num_trained, len(samples))
+        _LOG.warning("%s: %d of %d held-out samples are training samples too", stage, num_trained, len(samples))
     known = prepared.index.rows_named(samples.distinct_images)["name"].to_pylist()
     if unknown := sorted(samples.image_names.difference(known)):
         raise CacheError(
             f"{len(unknown)} images of data.held_out.{stage}, for example {unknown[0]!r}, are not in the index that this run "
-            "was pinned to at its first start: run cache_features before it, or leave the held-out samples away"
+            "was pinned to at its first start: run cache_features before the first start, or omit the held-out samples"
         )
     return _plan_set(settings, stage, prepared, samples)
 
@@ -84,7 +84,7 @@ def _plan_set(settings: RunSettings, stage: TrainingStage, prepared: PreparedSta
     num_missing = len(cache.missing(plan.table.flat_image_keys())) if options.features == "cache" else 0
     if num_missing:
         raise CacheError(
-            f"{num_missing} images of {samples.uri} are indexed and not in version {cache.version} of {cache.uri}: run "
-            "cache_features again"
+            f"{num_missing} images of {samples.uri} are in the index but not in version {cache.version} of {cache.uri}: "
+            "run cache_features again"
         )
     return plan

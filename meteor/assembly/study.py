@@ -1,4 +1,4 @@
-"""A study's variants, its folder, and the versions of index and caches that all variants read."""
+"""Variants of a study, its folder, and the versions of index and caches that all variants read."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StudyPins:
-    """Versions that all variants read, whatever is published later.
+    """Versions that all variants of a study read, even if newer versions are published.
 
     Attributes:
         index_version: version of the dataset index.
@@ -29,7 +29,7 @@ class StudyPins:
     caches: dict[str, int]
 
     def apply(self, variant: Variant, inputs: Inputs) -> Variant:
-        """Return the variant with settings that name these versions."""
+        """Return the variant with these versions in its settings."""
         settings = variant.settings
         versions = {"index_version": self.index_version, "version": self.caches.get(inputs.cache_uri(settings))}
         cache = settings.cache.model_copy(update=versions)
@@ -37,23 +37,23 @@ class StudyPins:
 
 
 def study_variants(settings: RunSettings) -> list[Variant]:
-    """All variants of a run's study, with absolute paths; errors as `expand_study`."""
+    """Return all variants of a run's study, with absolute paths; for errors see `expand_study`."""
     return [replace(variant, settings=resolve_paths(variant.settings)) for variant in expand_study(settings)]
 
 
 def pinned_variants(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs) -> list[Variant]:
-    """The variants as the study reads them: on its pinned versions, or before its first start on the newest."""
+    """Return the variants with the study's pinned versions; before the study's first start they read the newest."""
     pins = read_pins(settings)
     return [pins.apply(variant, inputs) for variant in variants] if pins else list(variants)
 
 
 def study_uri(settings: RunSettings, *parts: str) -> str:
-    """The study's folder, or a file in it."""
+    """Return the URI of the study's folder, or of a file in it."""
     return storage.join(settings.output, "studies", settings.name, *parts)
 
 
 def read_pins(settings: RunSettings) -> StudyPins | None:
-    """The study's pins; None before its first start."""
+    """Read the study's pins; None before its first start."""
     try:
         return StudyPins(**storage.read_json(study_uri(settings, "pins.json")))
     except NotFoundError:
@@ -61,9 +61,9 @@ def read_pins(settings: RunSettings) -> StudyPins | None:
 
 
 def hold_pins(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs) -> StudyPins:
-    """Make the study's pins at its first start, and again if they lack an image of a variant that was added later.
+    """Pin a study to its versions at its first start, and again if they lack an image of a variant that was added later.
 
-    New pins may make other stages of variants whose images have changed: results of different images are never compared.
+    With new pins, a variant whose images have changed runs its stages again: results from different images are never compared.
 
     Raises:
         CacheError: cache_features has not run for all variants.
@@ -72,7 +72,7 @@ def hold_pins(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs
     pins = read_pins(settings)
     if pins is None or not _holds_all(settings, pins, runs, inputs):
         if pins is not None:
-            _LOG.info("%s: images or caches are new; its runs are planned on the newest versions", settings.name)
+            _LOG.info("%s: there are new images or caches; all variants now read the newest versions", settings.name)
         newest = {uri: inputs.cache_version(run) for uri, run in runs.items()}
         pins = StudyPins(inputs.index(settings).version, newest)
         storage.write_json(study_uri(settings, "pins.json"), vars(pins))
@@ -83,7 +83,7 @@ def hold_pins(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs
 
 
 def _holds_all(settings: RunSettings, pins: StudyPins, runs: dict[str, RunSettings], inputs: Inputs) -> bool:
-    """Whether index and caches at the pinned versions hold every image of every variant."""
+    """Return whether index and caches at the pinned versions hold every image of every variant."""
     if not runs.keys() <= pins.caches.keys():
         return False
     index = inputs.index_version(settings, pins.index_version)

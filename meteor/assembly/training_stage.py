@@ -1,4 +1,4 @@
-"""A training stage before its workers start: its identity, folder, samples, and the projector that it starts from."""
+"""Preparation of a training stage before its workers start: identity, folder, samples, and projector to start from."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from meteor.stages import TrainingStage
 
 @dataclass(frozen=True)
 class PreparedStage:
-    """A training stage that may start.
+    """A training stage that is ready to start.
 
     Attributes:
         folder: the stage's folder, finished or not.
         versions: versions of index and cache that the stage reads.
         sets: sample sets that the stage trains on.
-        index: the dataset index at that version.
-        cache: the feature cache at that version.
+        index: the dataset index, at the version that the stage reads.
+        cache: the feature cache, at the version that the stage reads.
         parent: URI and digest of the projector that stage 2 starts from; None for stage 1.
     """
 
@@ -38,16 +38,16 @@ class PreparedStage:
 
 
 def prepare(settings: RunSettings, stage: TrainingStage, inputs: Inputs) -> PreparedStage:
-    """Find everything that a training stage starts with.
+    """Find everything that a training stage needs to start.
 
     Raises:
-        SettingsError: the stage has no samples, or stage 2 has no stage 1 that has finished.
-        CacheError: cache_features has not run over all of the stage's images.
+        SettingsError: the stage has no samples, or stage 1 has not finished before stage 2.
+        CacheError: cache_features has not run over all images of the stage.
     """
     sets = inputs.training_sets(settings, stage)
     parent = _parent(settings, inputs) if stage == "finetune" else None
     identity = identify(settings, stage, inputs)
-    # Without versions the same question says what is missing.
+    # If `identify` finds no versions, `current_versions` raises with the reason.
     versions = identity.versions or inputs.current_versions(settings, stage)
     return PreparedStage(
         folder=StageFolder(settings.output, identity),
@@ -60,7 +60,7 @@ def prepare(settings: RunSettings, stage: TrainingStage, inputs: Inputs) -> Prep
 
 
 def _parent(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
-    """URI and digest of stage 1: the projector that the settings name, or the result of the run's own stage 1."""
+    """Find URI and digest of the stage-1 projector: the one that the settings name, or the result of the run's stage 1."""
     named = settings.finetune.pretrained
     if named:
         return {"uri": named, "digest": inputs.projector(named)}
@@ -76,7 +76,7 @@ def _parent(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
 
 
 def find_model(settings: RunSettings, inputs: Inputs) -> tuple[str, str]:
-    """URI and digest of the model to evaluate: the one that the settings name, or the result of the run's own stage 2.
+    """Find URI and digest of the model to evaluate: the one that the settings name, or the result of the run's stage 2.
 
     Raises:
         SettingsError: stage 1 or stage 2 has not finished.
@@ -87,6 +87,6 @@ def find_model(settings: RunSettings, inputs: Inputs) -> tuple[str, str]:
     own = StageFolder(settings.output, identify(settings, "finetune", inputs))
     summary = own.finished()
     if summary is None:
-        _parent(settings, inputs)  # raises if it is stage 1 that has to run first
+        _parent(settings, inputs)  # raises if stage 1 must run first
         raise SettingsError("stage 2 of this run has not finished: run finetune first, or set evaluate.model")
     return summary.results["model"], own.digest

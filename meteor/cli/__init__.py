@@ -1,1 +1,1 @@
-"""The `meteor` command: one file a subcommand."""
+"""The `meteor` command: one file per subcommand."""

@@ -1,4 +1,4 @@
-"""`meteor cache`: look into feature caches, check, compare, clean, convert them, and plan new ones."""
+"""`meteor cache`: show, check, compare, clean, convert and plan feature caches."""
 
 import argparse
 import json
@@ -23,53 +23,63 @@ from meteor.formatting import flatten
 from meteor.planning.cache_cost import NUM_RUNS, USD_PER_GB
 from meteor.planning.survey import estimate_cache
 
-_SECONDS_AN_HOUR = 3600
+_SECONDS_PER_HOUR = 3600
 
 
 def add_commands(commands: Any) -> None:
-    actions = commands.add_parser("cache", help="plan, look into, check, clean and convert feature caches")
+    actions = commands.add_parser("cache", help="plan, show, check, clean and convert feature caches")
     add = _adder(actions.add_subparsers(required=True, metavar="ACTION"))
-    listing = add("ls", _ls, "all caches below a root")
-    listing.add_argument("root", metavar="ROOT", help="cache.uri of a run, <output>/cache by default")
-    add("show", _show, "identity, version, images, bytes, codec error, runs that read it", "cache")
-    add("quarantine", _quarantine, "the images that could not be encoded, with reasons", "cache")
+    listing = add("ls", _ls, "list all caches below a root folder")
+    listing.add_argument("root", metavar="ROOT", help="the setting cache.uri of a run, by default <output>/cache")
+    add("show", _show, "show identity, version, images, bytes, codec error, and the runs that read a cache", "cache")
+    add("quarantine", _quarantine, "list the images that could not be encoded, with reasons", "cache")
     verify = add(
-        "verify", _verify, "read everything and compare every checksum; code 1 where something is damaged", "cache"
+        "verify", _verify, "read a whole cache and compare every checksum; exit status 1 if it is damaged", "cache"
     )
     verify.add_argument(
         "--repair",
         action="store_true",
-        help="publish a version without the damaged images: the next build encodes them",
+        help="publish a version without the damaged images; the next build encodes them again",
     )
-    diff = add("diff", _diff, "two caches: which field of the key differs, which images; code 1 if any", "cache")
+    diff = add(
+        "diff", _diff, "compare two caches: fields of the key, and images; exit status 1 if they differ", "cache"
+    )
     diff.add_argument("other", metavar="OTHER", help="the cache to compare with")
-    clean = add("gc", _gc, "list, or with --delete remove, what no kept version needs", "cache")
-    clean.add_argument("--delete", action="store_true", help="do it; without this nothing is changed")
+    clean = add("gc", _gc, "list, or delete with --delete, the files that no kept version needs", "cache")
+    clean.add_argument("--delete", action="store_true", help="delete the files; without it nothing is changed")
     clean.add_argument(
-        "--older-than", type=float, default=24, metavar="HOURS", help="leave younger files alone (default: %(default)s)"
+        "--older-than", type=float, default=24, metavar="HOURS", help="spare younger files (default: %(default)s)"
     )
     clean.add_argument(
-        "--unpin", action="append", default=[], metavar="RUN", help="a run digest that needs no resuming"
+        "--unpin",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="digest of a run that will not be resumed; repeatable",
     )
-    convert = add("transcode", _transcode, "make another codec's variant from a cache, without the encoder", "cache")
+    convert = add("transcode", _transcode, "convert a cache to another codec, without the encoder", "cache")
     convert.add_argument("--codec", required=True, choices=CODEC_NAMES)
-    plan = add("plan", _plan, "images, bytes, encoder time, storage cost, and what the cache saves")
+    plan = add("plan", _plan, "estimate images, bytes, encoder time, storage cost, and the work that a cache saves")
     add_run(plan)
-    plan.add_argument("--rate", type=float, metavar="N", help="sub-images a second of all GPUs together")
+    plan.add_argument("--rate", type=float, metavar="N", help="sub-images per second that all GPUs together encode")
     plan.add_argument(
-        "--usd-per-gb", type=float, default=USD_PER_GB, metavar="USD", help="storage for a month (default: %(default)s)"
+        "--usd-per-gb",
+        type=float,
+        default=USD_PER_GB,
+        metavar="USD",
+        help="price of storing a gigabyte for a month (default: %(default)s)",
     )
     plan.add_argument(
-        "--num-runs", type=int, default=NUM_RUNS, metavar="N", help="training runs (default: %(default)s)"
+        "--num-runs", type=int, default=NUM_RUNS, metavar="N", help="number of training runs (default: %(default)s)"
     )
-    audit = add("audit", _audit, "encode a sample again and compare; code 1 where it differs")
+    audit = add("audit", _audit, "encode some images again and compare; exit status 1 if they differ")
     add_run(audit)
-    audit.add_argument("--images", type=int, default=32, metavar="N", help="how many (default: %(default)s)")
+    audit.add_argument("--images", type=int, default=32, metavar="N", help="number of images (default: %(default)s)")
     audit.add_argument(
         "--tolerance", type=float, default=0.02, metavar="E", help="largest relative error (default: %(default)s)"
     )
-    audit.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
-    audit.add_argument("--device", default=None, help="where to encode, for example cuda (default: cpu)")
+    audit.add_argument("--seed", type=int, default=0, help="seed of the choice of images (default: %(default)s)")
+    audit.add_argument("--device", default=None, help="torch device that encodes, for example cuda (default: cpu)")
 
 
 def _adder(actions: Any) -> Callable[..., argparse.ArgumentParser]:
@@ -89,7 +99,7 @@ def _print(arguments: argparse.Namespace, content: Any, text: str) -> None:
 
 
 def _lines(content: Mapping[str, Any]) -> str:
-    """Aligned lines, nested values by dotted name."""
+    """Return aligned lines; nested values have dotted names."""
     flat = flatten(content)
     width = max(map(len, flat))
     return "\n".join(f"{name:<{width}}  {_value(value)}" for name, value in flat.items())
@@ -101,8 +111,8 @@ def _value(value: Any) -> str:
 
 def _ls(arguments: argparse.Namespace) -> int:
     listings = list_caches(storage.absolute(arguments.root))
-    text = "\n".join(one.to_text() for one in listings) or f"no caches below {arguments.root}"
-    _print(arguments, [one.to_dict() for one in listings], text)
+    text = "\n".join(listing.to_text() for listing in listings) or f"no caches below {arguments.root}"
+    _print(arguments, [listing.to_dict() for listing in listings], text)
     return 0
 
 
@@ -134,7 +144,7 @@ def _quarantine(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    if arguments.repair:  # before anything is opened: the key index itself may be damaged
+    if arguments.repair:  # the cache is not opened first, as the key index itself may be damaged
         done = repair(arguments.cache, on_progress=show_progress("files"))
         _print(arguments, done.to_dict(), done.to_text())
         return 0
@@ -156,9 +166,9 @@ def _gc(arguments: argparse.Namespace) -> int:
     uri = storage.absolute(arguments.cache)
     for run in arguments.unpin:
         unpin(uri, run)
-    plan = plan_gc(uri, older_than_s=arguments.older_than * _SECONDS_AN_HOUR)
+    plan = plan_gc(uri, older_than_s=arguments.older_than * _SECONDS_PER_HOUR)
     if not arguments.delete:
-        _print(arguments, plan.to_dict(), f"{plan.to_text()}\nnothing was changed; --delete does it")
+        _print(arguments, plan.to_dict(), f"{plan.to_text()}\nnothing was changed; --delete deletes the files")
         return 0
     report = run_gc(plan, on_progress=show_progress("files"))
     _print(arguments, {"plan": plan.to_dict(), "done": report.to_dict()}, f"{plan.to_text()}\n{report.to_text()}")
@@ -175,9 +185,9 @@ def _transcode(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     settings = read_run(arguments)
-    plan = estimate_cache(settings, Inputs())
+    cost = estimate_cache(settings, Inputs())
     options = {"rate": arguments.rate, "usd_per_gb": arguments.usd_per_gb, "num_runs": arguments.num_runs}
-    _print(arguments, plan.to_dict(**options), f"cache of run {settings.name}\n{plan.to_text(**options)}")
+    _print(arguments, cost.to_dict(**options), f"cache of run {settings.name}\n{cost.to_text(**options)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`meteor compare`: two evaluations, question by question."""
+"""`meteor compare`: comparison of two evaluations, question by question."""
 
 import argparse
 import json
@@ -14,27 +14,33 @@ from meteor.errors import NotFoundError, SettingsError
 from meteor.report import VariantResult
 from meteor.report.paired import paired_difference, question_scores
 
-_DESCRIPTION = """Compare two evaluations on the questions that both were asked. The 95 % interval is of the paired difference,
-clustered by image: what both find hard cancels. A star marks differences whose interval leaves 0 out."""
+_DESCRIPTION = """Compare two evaluations on the questions that both answered. Differences are paired by question, so that the
+difficulty of a question cancels out. The 95 % interval is clustered by image; a star marks a difference whose interval excludes
+0."""
 
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
-        "compare", help="two evaluations question by question, with intervals", description=_DESCRIPTION
+        "compare", help="compare two evaluations question by question, with intervals", description=_DESCRIPTION
     )
-    place = "folder of an evaluation (evaluate prints it as `run`), or its predictions.parquet; local or s3://"
-    parser.add_argument("a", metavar="A", help=place)
-    parser.add_argument("b", metavar="B", help="the same")
+    place = "folder that evaluate prints as `run`, or the predictions.parquet in it; local or s3://"
+    parser.add_argument("a", metavar="A", help=f"first evaluation: {place}")
+    parser.add_argument("b", metavar="B", help="second evaluation, in the form of A")
     add_json(parser)
     parser.set_defaults(command=_compare)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question set of two evaluations; ``a`` and ``b`` are mean scores of the questions that both were asked.
+    """Comparison of two evaluations, a and b, on one question set.
 
     Attributes:
-        low, high: 95 % interval of b - a; None with fewer than two images.
+        set: name of the question set.
+        a, b: mean scores of the two evaluations on the questions that both answered, 0 to 1.
+        difference: b - a.
+        low, high: 95 % interval of the difference; None with fewer than two images.
+        num_questions: questions that both answered.
+        num_images: images of those questions.
         num_better, num_worse: questions on which b scores higher, and lower, than a.
     """
 
@@ -69,23 +75,28 @@ def _points(value: float | None) -> str:
 def _compare(arguments: argparse.Namespace) -> int:
     found = compare(arguments.a, arguments.b)
     print(
-        json.dumps([vars(one) for one in found], indent=2) if arguments.json else "\n".join(c.to_text() for c in found)
+        json.dumps([vars(comparison) for comparison in found], indent=2)
+        if arguments.json
+        else "\n".join(comparison.to_text() for comparison in found)
     )
     return 0
 
 
 def compare(a: str, b: str) -> list[Comparison]:
-    """Compare two evaluations, a row a question set that both have.
+    """Compare two evaluations on each question set that both have.
+
+    Args:
+        a, b: folder or predictions.parquet of the evaluations.
 
     Raises:
-        NotFoundError: there is no evaluation at one of the places.
-        SettingsError: they have no scored question in common.
+        NotFoundError: there is no evaluation at ``a`` or ``b``.
+        SettingsError: the evaluations have no scored question in common.
     """
     rows_a, rows_b = _read(a), _read(b)
-    one, other = (VariantResult(name, {}, predictions=rows) for name, rows in (("a", rows_a), ("b", rows_b)))
+    result_a, result_b = (VariantResult(name, {}, predictions=rows) for name, rows in (("a", rows_a), ("b", rows_b)))
     found = []
     for name in dict.fromkeys(row["set"] for row in rows_a):
-        difference = paired_difference([other], [one], name)
+        difference = paired_difference([result_b], [result_a], name)
         if difference is None:
             continue
         scores_a, scores_b = question_scores(rows_a, name), question_scores(rows_b, name)
@@ -107,7 +118,9 @@ def compare(a: str, b: str) -> list[Comparison]:
             )
         )
     if not found:
-        raise SettingsError(f"{a} and {b} were not asked one scored question in common")
+        raise SettingsError(
+            f"{a} and {b} have no scored question in common: choose evaluations of the same question sets"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""`meteor config`: show, validate, diff."""
+"""`meteor config`: show, explain, validate and compare run files."""
 
 import argparse
 from typing import Any, get_args, get_origin
@@ -15,14 +15,16 @@ from meteor.projector import build_projector
 
 
 def add_commands(commands: Any) -> None:
-    actions = commands.add_parser("config", help="show, validate or compare run files").add_subparsers(required=True)
-    show = actions.add_parser("show", help="print all settings of a run as YAML")
+    actions = commands.add_parser("config", help="show, explain, validate or compare run files").add_subparsers(
+        required=True
+    )
+    show = actions.add_parser("show", help="print all settings of a run, defaults included, as YAML")
     add_run(show)
     show.set_defaults(command=_show)
     explain = actions.add_parser("explain", help="print every setting with its default and meaning")
     explain.add_argument("--markdown", action="store_true", help="print the reference page, docs/settings.md")
     explain.set_defaults(command=_explain)
-    validate = actions.add_parser("validate", help="check a run file, its projector's settings included")
+    validate = actions.add_parser("validate", help="check a run file and its projector's settings")
     add_run(validate)
     validate.set_defaults(command=_validate)
     diff = actions.add_parser("diff", help="print the settings in which two run files differ")
@@ -46,7 +48,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def explain(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line a setting: dotted name, default, meaning; those that change no result are marked."""
+    """Return text about each setting: dotted name, default, meaning, and whether it changes no result."""
     lines = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -56,11 +58,11 @@ def explain(model: type[BaseModel], prefix: str = "") -> list[str]:
         mark = "  [changes no result]" if isinstance(extra, dict) and extra.get("operational") else ""
         default = "(required)" if field.is_required() else repr(field.default)
         lines.append(f"{prefix}{name} = {default}\n    {field.description}{mark}")
-        # Sections that a run may leave out, or give several of by name.
+        # A section may be optional (Section | None), or there may be several by name (dict[str, Section]).
         for section in get_args(field.annotation):
             if isinstance(section, type) and issubclass(section, BaseModel):
-                of_each = "<name>." if get_origin(field.annotation) is dict else ""
-                lines += explain(section, f"{prefix}{name}.{of_each}")
+                key = "<name>." if get_origin(field.annotation) is dict else ""
+                lines += explain(section, f"{prefix}{name}.{key}")
     return lines
 
 
@@ -71,7 +73,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         projector = run.projector
         build_projector(projector.name, vision_width=8, llm_width=8, **projector.settings)
         visual_token_budget(projector.name, projector.settings)
-    study = f", {len(variants)} runs of its study" if variants else ""
+    study = f", {len(variants)} variants in its study" if variants else ""
     print(f"{arguments.run}: valid, run {settings.name!r}, projector {settings.projector.name!r}{study}")
     return 0
 

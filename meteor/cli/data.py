@@ -1,4 +1,4 @@
-"""`meteor data check`: are samples and images of a run there, readable, and short enough?"""
+"""`meteor data check`: check that a run's samples and images exist, are readable, and short enough."""
 
 import argparse
 import json
@@ -15,7 +15,9 @@ def add_commands(commands: Any) -> None:
     actions = commands.add_parser("data", help="check a run's samples and images").add_subparsers(required=True)
     check = actions.add_parser("check", help="find missing, unreadable and duplicate images, bad records, lengths")
     add_run(check)
-    check.add_argument("--full", action="store_true", help="decode every image: finds truncated ones and duplicates")
+    check.add_argument(
+        "--full", action="store_true", help="decode every image, which finds truncated and duplicate images"
+    )
     add_json(check)
     check.set_defaults(command=_check)
 

@@ -19,10 +19,10 @@ from meteor.report.selection_figures import kept_figure
 from meteor.train.build import DTYPES
 
 _COMMANDS = """/image FILE        show an image with the next question
-/selection FILE    write a figure of what was kept of the last image (.png)
+/selection FILE    write a .png figure of the patches that were kept of the last image
 /new               begin a new dialogue
-/help              this text
-/quit              leave; so does the end of the input (Ctrl-D). Ctrl-C stops an answer"""
+/help              print this text
+/quit              leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def add_commands(commands: Any) -> None:
@@ -31,38 +31,44 @@ def add_commands(commands: Any) -> None:
     )
     _add_model(generate)
     generate.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image, local or s3://; may be given again"
+        "--image", action="append", default=[], metavar="FILE", help="an image, local or s3://; repeatable"
     )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     generate.add_argument(
         "--show-selection",
         metavar="FILE",
-        help="write a figure of the patches that were kept (.png); the first image's",
+        help="write a .png figure of the patches that were kept of the first image",
     )
-    generate.add_argument("--stats", action="store_true", help="how many tokens, how fast, on standard error")
+    generate.add_argument("--stats", action="store_true", help="print number of tokens and speed on standard error")
     generate.set_defaults(command=_generate)
     chat = commands.add_parser(
         "chat",
         help="talk with a model about images",
-        description="Talk with a model; what is asked later may refer to what was said and shown before.",
+        description="Talk with a model; a question may refer to earlier questions, answers and images.",
         epilog=_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(chat)
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="images of the first question")
-    chat.add_argument("--stats", action="store_true", help="how many tokens, how fast, after each answer")
+    chat.add_argument("--stats", action="store_true", help="print number of tokens and speed after each answer")
     chat.set_defaults(command=_chat)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="the directory that finetune leaves; local or s3://"
+        "--model", required=True, metavar="DIR", help="model directory that finetune writes, local or s3://"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)"
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="largest number of tokens in an answer (default: %(default)s)",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one if not given")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="type of the weights (default: float32 on cpu, bfloat16 on cuda)"
+    )
 
 
 def _open(arguments: argparse.Namespace) -> Dialogue:
@@ -72,7 +78,7 @@ def _open(arguments: argparse.Namespace) -> Dialogue:
 
 def _generate(arguments: argparse.Namespace) -> int:
     if arguments.show_selection and not arguments.image:
-        raise SettingsError("--show-selection draws on an image: give one with --image")
+        raise SettingsError("--show-selection draws on an image: give an image with --image")
     dialogue = _open(arguments)
     for uri in arguments.image:
         dialogue.show(uri)
@@ -84,14 +90,14 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    dialogue, watched = _open(arguments), sys.stdin.isatty()
+    dialogue, is_terminal = _open(arguments), sys.stdin.isatty()
     for uri in arguments.image:
-        _shown(dialogue.show(uri))
-    if watched:
-        print("Ask something; /help lists the commands.", file=sys.stderr)
+        _print_shown(dialogue.show(uri))
+    if is_terminal:
+        print("Ask a question; /help lists the commands.", file=sys.stderr)
     while True:
         try:
-            line = input("> " if watched else "").strip()
+            line = input("> " if is_terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
             return 0
         command, _, argument = line.partition(" ")
@@ -101,10 +107,10 @@ def _chat(arguments: argparse.Namespace) -> int:
             if command == "/new":
                 dialogue = Dialogue(dialogue.answerer)
             elif command == "/image":
-                _shown(dialogue.show(argument.strip()))
+                _print_shown(dialogue.show(argument.strip()))
             elif command == "/selection":
                 if not dialogue.images:
-                    raise SettingsError("no image has been shown: /image FILE first")
+                    raise SettingsError("no image has been shown: enter /image FILE first")
                 write_selection(dialogue, dialogue.images[-1], argument.strip())
             elif line.startswith("/"):
                 print(_COMMANDS, file=sys.stderr)
@@ -116,7 +122,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _shown(shown: ShownImage) -> None:
+def _print_shown(shown: ShownImage) -> None:
     count = len(shown.features.patch_grids)
     size = f"{shown.image.width} x {shown.image.height}"
     print(f"{shown.uri}: {size} pixels, {count} sub-image{'s' if count > 1 else ''}", file=sys.stderr)
@@ -146,13 +152,16 @@ def write_selection(dialogue: Dialogue, shown: ShownImage, file: str) -> None:
     if not file.endswith(".png"):
         raise SettingsError(f"the figure's file {file!r} must end in .png")
     model = dialogue.answerer.model
-    found = select_patches(model.projector, shown.features, select_layer=model.config.select_layer)
+    sub_images = select_patches(model.projector, shown.features, select_layer=model.config.select_layer)
     scores: Sequence[SubImageScores] = [
-        SubImageScores(one.combined, one.kept, one.visual, one.native) for one in found if one.combined is not None
+        SubImageScores(sub_image.combined, sub_image.kept, sub_image.visual, sub_image.native)
+        for sub_image in sub_images
+        if sub_image.combined is not None
     ]
-    if len(scores) != len(found):
+    if len(scores) != len(sub_images):
         raise SettingsError(
-            f"the projector {model.config.projector['name']!r} makes its tokens of all patches: it keeps none in particular"
+            f"the projector {model.config.projector['name']!r} computes its tokens from all patches: it selects none, and "
+            "there is no selection to draw"
         )
     plan = dialogue.answerer.processor.pixels.plan(shown.image.width, shown.image.height)
     panel = SelectionPanel(shown.uri, "", "", "", shown.image, plan, tuple(scores))

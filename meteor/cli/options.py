@@ -11,15 +11,21 @@ from meteor.errors import SettingsError
 from meteor.formatting import format_duration
 from meteor.train.build import DTYPES
 
-CACHE_HELP = "<root>/<key>/<codec>, as cache_features prints it"
-# Before, the rate says little.
+CACHE_HELP = "feature cache <root>/<key>/<codec>, as cache_features prints it"
+# The remaining time is shown after this many seconds: a shorter measurement is inaccurate.
 _MIN_RATE_S = 3
 
 
 def choose_dtype(device: str, dtype: str | None) -> torch.dtype:
-    """The type asked for, else float32 on cpu and bfloat16 on cuda; `SettingsError` where there is no such device."""
+    """Return the type named ``dtype``, by default float32 on cpu and bfloat16 on cuda.
+
+    Raises:
+        SettingsError: ``device`` is cuda, and this machine has no CUDA device.
+    """
     if device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device cuda: torch finds no CUDA device on this machine; leave it out, or set it to cpu")
+        raise SettingsError(
+            "--device cuda: torch finds no CUDA device on this machine; omit --device, or set it to cpu"
+        )
     return DTYPES[dtype or ("bfloat16" if device == "cuda" else "float32")]
 
 
@@ -28,7 +34,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def show_progress(what: str) -> Callable[[int, int], None] | None:
-    """Prints "12 of 100 <what>, 2 min 05 s left" over itself on standard error; None where nobody watches."""
+    """Return a callback that prints "12 of 100 <what>, 2 min 05 s left" on standard error, each line over the last.
+
+    The result is None if standard error is no terminal.
+    """
     if not sys.stderr.isatty():
         return None
     first: tuple[int, float] | None = None
@@ -36,13 +45,13 @@ def show_progress(what: str) -> Callable[[int, int], None] | None:
     def show(done: int, total: int) -> None:
         nonlocal first
         now_s, left = time.monotonic(), ""
-        # What was done before the first call took no time of this run.
+        # Items that were done before the first call took no time of this run.
         first = first or (done, now_s)
         if done % max(total // 200, 1) and done != total:
             return
         if first[0] < done < total and now_s - first[1] >= _MIN_RATE_S:
             left = f", {format_duration((now_s - first[1]) / (done - first[0]) * (total - done))} left"
-        # The longer line before must not show behind this one.
+        # The escape sequence clears the rest of a longer line before.
         print(f"\r{done} of {total} {what}{left}\x1b[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show

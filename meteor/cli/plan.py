@@ -13,18 +13,18 @@ from meteor.planning.rates import RateOptions
 from meteor.planning.study import plan_study
 from meteor.train.flops import PEAK_TFLOPS
 
-_DESCRIPTION = """Show what a run, or every variant of its `study:`, will take: which stages have finished, which are shared,
-hours, storage and money for the rest, and what the cache avoids. Rates are those given, else measured by finished stages below
---measured, else computed from --gpu and --mfu."""
+_DESCRIPTION = """Show the cost of a run, or of every variant of its `study:`: finished and shared stages; hours, storage and
+money for the other stages; and the work that the cache avoids. Rates are given by options, else measured by finished stages
+below --measured, else computed from --gpu and --mfu."""
 
 
 def add_commands(commands: Any) -> None:
     """Add ``plan``."""
     parser = commands.add_parser(
-        "plan", help="show what is finished, shared and left of a run or study, and its cost", description=_DESCRIPTION
+        "plan", help="show the stages of a run or study that are left, and their cost", description=_DESCRIPTION
     )
     add_run(parser)
-    parser.add_argument("--measured", metavar="URI", help="root of finished runs (default: the run's own output)")
+    parser.add_argument("--measured", metavar="URI", help="output folder of finished runs (default: the run's own)")
     parser.add_argument(
         "--gpu",
         choices=PEAK_TFLOPS,
@@ -53,7 +53,7 @@ def add_commands(commands: Any) -> None:
 def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
 
 

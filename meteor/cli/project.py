@@ -1,4 +1,4 @@
-"""`meteor project`: the compressor alone, from a feature cache to files of visual tokens."""
+"""`meteor project`: run a projector over a feature cache and write files of visual tokens."""
 
 import argparse
 import json
@@ -13,20 +13,20 @@ from meteor.evaluation.project_folder import RECORD
 from meteor.model.trained_projector import load_trained_projector
 from meteor.train.build import DTYPES
 
-_DESCRIPTION = """Run a trained projector over cached images, without a language model. Writes one .safetensors file an
-image: visual tokens, the patches they stand for, the scores by which those were chosen. Started again, it leaves
-alone what is done. Code 1 where an image that was named is quarantined."""
+_DESCRIPTION = """Run a trained projector over cached images, without a language model. Writes one .safetensors file per
+image: visual tokens, the patches that were kept, and the scores by which they were chosen. A second start skips finished
+images. The exit status is 1 if a named image is quarantined."""
 _EPILOG = f"""A file's tensors (sub-images one after the other, the global view first, then the slices row by row):
-  tokens         (all kept, LLM width)  in --dtype
-  num_tokens     (sub-images,)          kept of each
+  tokens         (all kept, LLM width)  visual tokens, in --dtype
+  num_tokens     (sub-images,)          number of visual tokens per sub-image
   patch_grids    (sub-images, 2)        rows and columns of patches
   indices        (all kept,)            row * columns + column of the patch within its sub-image
-  visual_scores  (all patches,)         the class token's attention, as shares
-  native_scores  (all patches,)         the instruction token's, as shares
-The last three only where the projector has them. Its metadata name image, cache and projector. To divide it:
+  visual_scores  (all patches,)         attention of the class token, as shares
+  native_scores  (all patches,)         attention of the instruction token, as shares
+A projector that selects no patches lacks the last three. The metadata name image, cache and projector. To split the tokens:
   tensors = safetensors.torch.load_file(path)
   tokens = tensors["tokens"].split(tensors["num_tokens"].tolist())
-{RECORD} in DIR says which projector, cache and type its files are of; another's are not added."""
+{RECORD} in DIR names the projector, cache and type of its files; files of another projector, cache or type are not added."""
 
 
 def add_commands(commands: Any) -> None:
@@ -44,16 +44,18 @@ def add_commands(commands: Any) -> None:
         metavar="FILE_OR_DIR",
         help="projector.safetensors of pretrain, or the model directory of finetune; local or s3://",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder or s3:// URI")
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"{IMAGE_HELP} (default: all of the cache)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--out", required=True, metavar="DIR", help="output folder, local or s3://")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"{IMAGE_HELP} (default: all images of the cache)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="sub-images at a time (default: %(default)s)"
+        "--batch-size", type=int, default=32, metavar="N", help="sub-images per batch (default: %(default)s)"
     )
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="of weights and tokens (default: float32 on cpu, bfloat16 on cuda)"
+        "--dtype", choices=list(DTYPES), help="type of weights and tokens (default: float32 on cpu, bfloat16 on cuda)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="start over: delete what DIR holds of an earlier run")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start over: delete the files of an earlier run in DIR"
+    )
     add_json(parser)
     parser.set_defaults(command=_project)
 

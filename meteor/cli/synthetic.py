@@ -1,4 +1,4 @@
-"""`meteor synthetic`: generated images with questions, and tiny models that see them."""
+"""`meteor synthetic`: generate images with questions, and tiny models for them."""
 
 import argparse
 from pathlib import Path
@@ -13,23 +13,31 @@ def add_commands(commands: Any) -> None:
     actions = commands.add_parser("synthetic", help="generate images, questions and tiny models").add_subparsers(
         required=True
     )
-    data = actions.add_parser("data", help="images and LLaVA JSON: captions, questions, held-out questions")
+    data = actions.add_parser("data", help="write images and LLaVA JSON: captions, questions, held-out questions")
     data.add_argument("folder", type=Path)
     data.add_argument("--scenes", type=int, default=240, help="training images (default: %(default)s)")
     data.add_argument("--held-out", type=int, default=60, help="images to evaluate on (default: %(default)s)")
     data.add_argument("--seed", type=int, default=0)
     data.set_defaults(command=_data)
     benchmarks = actions.add_parser(
-        "benchmarks", help="a few questions in the file formats of the twelve benchmarks and of NLVR, a folder each"
+        "benchmarks",
+        help="write a few questions in the file formats of the twelve benchmarks and of NLVR, a folder per benchmark",
     )
     benchmarks.add_argument("folder", type=Path)
-    benchmarks.add_argument("--scenes", type=int, default=8, help="images of each (default: %(default)s)")
+    benchmarks.add_argument("--scenes", type=int, default=8, help="images per benchmark (default: %(default)s)")
     benchmarks.add_argument("--seed", type=int, default=0)
     benchmarks.set_defaults(command=_benchmarks)
-    models = actions.add_parser("models", help="a tiny CLIP trained on generated scenes, a tiny Llama, a tokenizer")
+    models = actions.add_parser(
+        "models", help="make a tiny CLIP trained on generated scenes, a tiny Llama and a tokenizer"
+    )
     models.add_argument("folder", type=Path)
     models.add_argument("--seed", type=int, default=0)
-    models.add_argument("--threads", type=int, default=2, help="of torch; weights are the same for the same number")
+    models.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="threads of torch, whose number decides about the last digits of the weights (default: %(default)s)",
+    )
     models.set_defaults(command=_models)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meteor import storage
-from meteor.config import settings_digest
 from meteor.data.samples import SampleProblem
 from meteor.errors import NotFoundError, SettingsError
 from meteor.evaluation.benchmarks import BENCHMARKS, Benchmark, Folder
@@ -55,7 +54,8 @@ class QuestionSet:
     @property
     def scoring_digest(self) -> str:
         """sha256 over the questions, the right answers and how answers are scored."""
-        return settings_digest([self.digest, self.facts, self.metric.name, self.metric.version])
+        content = [self.digest, self.facts, self.metric.name, self.metric.version]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def prefix(self) -> str:

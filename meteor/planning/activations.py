@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward pass, counted on torch's meta device: shapes without memory.
+"""Bytes that a forward pass keeps for its backward pass, counted on torch's meta device: shapes without memory.
 
 Letters: B rows, L sequence, D LLM width, H heads, d head width, C vision width, P patches.
 """
@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
-# Stand-ins, by the attention that they count.
+# Attention implementation of the model -> name of the function below that has its memory, and computes nothing.
 _COUNTED = {"varlen": "counted_varlen", "sdpa": "counted_sdpa", "eager": "eager"}
 
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes that the language model keeps of a micro batch.
+    """Bytes that the language model keeps for a micro batch.
 
     Attributes:
-        layer: one decoder layer.
-        layer_input: what activation checkpointing keeps of a layer instead.
+        layer: tensors that one decoder layer keeps.
+        layer_input: input of one decoder layer; with activation checkpointing it is all that a layer keeps.
         around: embeddings and the last norm.
     """
 
@@ -41,25 +41,31 @@ def count_layer_bytes(
     trained: bool,
     adapt: Callable[[Any], None] = lambda model: None,
 ) -> LayerBytes:
-    """Count the tensors that autograd saves in one and in two decoder layers of this shape.
+    """Count the bytes that autograd saves in a decoder of this shape.
+
+    A decoder with one layer and a decoder with two layers are counted. Their difference is a layer, and the rest lies around
+    the layers.
 
     Args:
-        config: of any Hugging Face causal LM.
-        dtype: of weights and activations.
-        rows: B of a micro batch.
-        length: L, padding included; `varlen` has none, and counts B x L tokens in one row.
+        config: configuration of any Hugging Face causal LM.
+        dtype: type of weights and activations.
+        rows: B, the rows of a micro batch.
+        length: L, padding included; `varlen` has no padding, and is counted as one row of B x L tokens.
         attention: one of `meteor.model.attention.IMPLEMENTATIONS`.
-        trained: whether the weights take part in training; where they do not, their inputs are not kept.
-        adapt: what is done to a language model before it trains, for example `meteor.train.lora.add_lora`.
+        trained: whether the weights are trained; the inputs of frozen weights are not kept.
+        adapt: change of the language model before it trains, for example `meteor.train.lora.add_lora`.
     """
     shape = (1, rows * length) if attention == "varlen" else (rows, length)
-    one, two = (_count(_decoder(config, n, dtype, _COUNTED[attention], trained, adapt), shape, dtype) for n in (1, 2))
+    one_layer, two_layers = (
+        _count(_decoder(config, n, dtype, _COUNTED[attention], trained, adapt), shape, dtype) for n in (1, 2)
+    )
+    layer = two_layers - one_layer
     mask = {"varlen": 0, "sdpa": 1, "eager": dtype.itemsize}[attention] * rows * length**2
     return LayerBytes(
-        layer=two - one,
+        layer=layer,
         layer_input=rows * length * config.hidden_size * dtype.itemsize,
-        # With visual tokens put into place, the embeddings are there a few times over.
-        around=one - (two - one) + mask + 4 * rows * length * config.hidden_size * dtype.itemsize,
+        # Putting visual tokens into place copies the embeddings; four copies are assumed.
+        around=one_layer - layer + mask + 4 * rows * length * config.hidden_size * dtype.itemsize,
     )
 
 
@@ -88,7 +94,7 @@ def _count(decoder: Any, shape: tuple[int, int], dtype: torch.dtype) -> int:
         embeds_BLD = torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype, requires_grad=True)
         positions_BL = torch.empty(rows, length, dtype=torch.long)
         mask_B1LL = torch.empty(rows, 1, length, length, dtype=dtype)
-    # Their rotary tables are computed from real numbers, and have none here.
+    # Parameters, buffers and inputs are counted elsewhere.
     return count_saved_bytes(
         lambda: decoder(inputs_embeds=embeds_BLD, position_ids=positions_BL, attention_mask=mask_B1LL, use_cache=False),
         [*decoder.parameters(), *decoder.buffers(), embeds_BLD, mask_B1LL],
@@ -96,11 +102,11 @@ def _count(decoder: Any, shape: tuple[int, int], dtype: torch.dtype) -> int:
 
 
 def count_saved_bytes(forward: Callable[[], Any], given: list[torch.Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps after ``forward()``, each memory once, those ``given`` left out."""
+    """Count the bytes that autograd keeps after ``forward()``: each storage once, without those of ``given`` tensors."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        # Held, so that no other storage gets its number.
+        # The storage is held, as a freed one would give its address to the next.
         storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
@@ -113,7 +119,7 @@ def count_saved_bytes(forward: Callable[[], Any], given: list[torch.Tensor]) -> 
 
 
 class _Counted(torch.autograd.Function):
-    """What fused attention keeps: query, key, value, mask, output, and a normaliser for each query and head."""
+    """Memory of fused attention: it keeps query, key, value, mask, output, and a normaliser per query and head."""
 
     @staticmethod
     def forward(
@@ -147,9 +153,9 @@ def _counted_sdpa(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """With a mask keys and values of shared heads are copied, and each layer makes an additive mask of the bool one."""
+    """Count attention with a mask: shared keys and values are copied to all heads, and each layer makes a float mask."""
     times = query_BHLd.shape[1] // key_BHLd.shape[1]
-    key_BHLd, value_BHLd = (one.repeat_interleave(times, dim=1) for one in (key_BHLd, value_BHLd))
+    key_BHLd, value_BHLd = (shared.repeat_interleave(times, dim=1) for shared in (key_BHLd, value_BHLd))
     assert attention_mask is not None
     mask = torch.empty_like(attention_mask, dtype=query_BHLd.dtype)
     return _Counted.apply(query_BHLd, key_BHLd, value_BHLd, mask).transpose(1, 2).contiguous(), None

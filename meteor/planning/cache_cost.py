@@ -1,4 +1,4 @@
-"""What a cache will hold, take and save, by arithmetic from image sizes and the shapes of encoder and LLM.
+"""Size, cost and benefit of a feature cache, computed from image sizes and the shapes of encoder and LLM.
 
 Letters: T tokens of a sub-image (patches and the class token), C vision width.
 """
@@ -9,19 +9,25 @@ from typing import Any
 
 from meteor.formatting import format_bytes
 
-# Multiplications and additions of one LLM parameter for one token: forward, and backward through activations (stage 1,
-# frozen LLM) or also to the weights (stage 2). Recomputation for memory is not counted.
+# Multiplications and additions per LLM parameter and token. Both stages go forward and back through the activations; stage 2,
+# whose LLM is trained, also goes back to the weights. Recomputation by activation checkpointing is not counted.
 FLOPS_PER_PARAMETER = {"pretrain": 4, "finetune": 6}
 
-
-# List price of a month's storage on S3, and how many runs an ablation study may have: to be given by who knows better.
+# Defaults: the list price of storage on S3 per month, and a typical number of runs in an ablation study.
 USD_PER_GB = 0.023
 NUM_RUNS = 10
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """What decides about the encoder's arithmetic: C, the MLP's width, blocks that are run, pixels of a patch's side."""
+    """Shape of the encoder, as far as it decides the arithmetic.
+
+    Attributes:
+        width: C.
+        mlp_width: width of the hidden layer in each block's MLP.
+        num_blocks: transformer blocks that are run.
+        patch_size: pixels of a patch's side.
+    """
 
     width: int
     mlp_width: int
@@ -29,7 +35,7 @@ class EncoderShape:
     patch_size: int
 
     def flops(self, num_patches: int) -> int:
-        """Multiplications and additions for one sub-image."""
+        """Count the multiplications and additions for one sub-image."""
         tokens = num_patches + 1
         projections = 2 * tokens * (4 * self.width**2 + 2 * self.width * self.mlp_width)
         attention = 4 * tokens**2 * self.width
@@ -39,15 +45,15 @@ class EncoderShape:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One training stage of one run.
+    """Cost of one training stage of a run, or of one of the stage's files.
 
     Attributes:
-        name: of the stage, or of one of its files.
+        name: name of the stage or file.
         num_samples: samples of an epoch.
-        num_sub_images: sub-images that their images have, an image counted as often as samples show it.
+        num_sub_images: sub-images of an epoch; an image counts as often as samples show it.
         epochs: passes over the samples.
-        encoder_flops: of encoding them in the step, over all epochs.
-        llm_flops: of the language model's steps, over all epochs.
+        encoder_flops: FLOPs of encoding the images in the steps, over all epochs.
+        llm_flops: FLOPs of the language model in the steps, over all epochs.
     """
 
     name: str
@@ -59,7 +65,7 @@ class StageCost:
 
     @property
     def encoder_share(self) -> float:
-        """Share of the step's arithmetic that the cache takes away."""
+        """Share of a step's arithmetic that the cache avoids, 0 to 1."""
         total = self.encoder_flops + self.llm_flops
         return self.encoder_flops / total if total else 0.0
 
@@ -69,18 +75,18 @@ class CacheCost:
     """Sizes and costs of a run's cache.
 
     Attributes:
-        num_images: names in the samples.
-        num_distinct: images to hold; known by content where indexed, by name elsewhere.
-        num_unindexed: images of which only the header was looked at.
-        num_unusable: missing or refused.
+        num_images: image names in the samples.
+        num_distinct: distinct images to hold, distinguished by content if they are indexed, else by name.
+        num_unindexed: images that the index lacks; only their headers were read.
+        num_unusable: images that are missing or refused.
         num_cached: distinct images that the cache holds already.
-        num_sub_images, num_patches: of the distinct images.
-        encoder_flops: of encoding each of them once.
-        codec: the run's.
-        cache_uri: where the run's cache is or will be.
+        num_sub_images, num_patches: sub-images and patches of the distinct images.
+        encoder_flops: FLOPs of encoding each distinct image once.
+        codec: codec that the run's settings choose.
+        cache_uri: URI of the run's cache, which need not exist yet.
         size_bytes: codec -> bytes of all payloads.
-        stages: training stages of the run; empty where no language model could be looked at (`note` says why).
-        note: what is missing in this plan.
+        stages: training stages of the run; empty if the language model could not be read (`note` says why).
+        note: parts that are missing here, and why; "" if none is.
     """
 
     num_images: int
@@ -98,7 +104,7 @@ class CacheCost:
     note: str = ""
 
     def to_dict(self, *, rate: float | None, usd_per_gb: float, num_runs: int) -> dict[str, Any]:
-        """All of it as JSON values; arguments as in `to_text`."""
+        """Return the costs as JSON values; for the arguments see `to_text`."""
         content = asdict(self) | {
             "stages": [{**asdict(stage), "encoder_share": stage.encoder_share} for stage in self.stages],
             "usd_per_month": {codec: size / 1e9 * usd_per_gb for codec, size in self.size_bytes.items()},
@@ -110,12 +116,12 @@ class CacheCost:
         return content
 
     def to_text(self, *, rate: float | None = None, usd_per_gb: float = USD_PER_GB, num_runs: int = NUM_RUNS) -> str:
-        """The plan as aligned lines.
+        """Return the costs as aligned lines.
 
         Args:
-            rate: sub-images a second that the encoder makes on the cluster, all GPUs together.
-            usd_per_gb: price of storage for a month, decimal gigabytes.
-            num_runs: training runs over the same cache, each of all stages.
+            rate: sub-images per second that all GPUs of the cluster together encode; None if not known.
+            usd_per_gb: price of storing a decimal gigabyte for a month.
+            num_runs: training runs over the same cache, each with all stages.
         """
         images = f"{self.num_images:,} named, {self.num_distinct:,} distinct"
         if self.num_unindexed:
@@ -124,13 +130,15 @@ class CacheCost:
             ("images", images),
             ("unusable", f"{self.num_unusable:,}"),
             ("cached already", f"{self.num_cached:,}"),
-            ("sub-images", f"{self.num_sub_images:,} ({_ratio(self.num_sub_images, self.num_distinct):.2f} an image)"),
+            ("sub-images", f"{self.num_sub_images:,} ({_ratio(self.num_sub_images, self.num_distinct):.2f} per image)"),
         ]
         for codec, size in self.size_bytes.items():
             mark = ", this run's codec" if codec == self.codec else ""
-            cost = f"{size / 1e9 * usd_per_gb:,.2f} USD a month at {usd_per_gb:g} USD a GB"
+            cost = f"{size / 1e9 * usd_per_gb:,.2f} USD per month at {usd_per_gb:g} USD per GB"
             rows.append((codec, f"{format_bytes(size)}, {cost}{mark}"))
-        time = f"{self.num_sub_images / rate:,.0f} s at {rate:,.0f} sub-images/s" if rate else "give --rate for seconds"
+        time = (
+            f"{self.num_sub_images / rate:,.0f} s at {rate:,.0f} sub-images/s" if rate else "--rate would give the time"
+        )
         rows.append(("encoding once", f"{_flops(self.encoder_flops)}; {time}"))
         rows += [
             (stage.name, f"encoding in the step would be {stage.encoder_share:.1%} of its arithmetic")
@@ -151,7 +159,10 @@ class CacheCost:
         return num_runs * sum(stage.encoder_flops + stage.llm_flops for stage in self.stages)
 
     def _avoided(self, num_runs: int) -> float:
-        """Encoding in every step of every run, less encoding once; negative where one run shows few of the images."""
+        """Return the FLOPs of encoding in every step of every run, less those of encoding once.
+
+        The number is negative if the runs together show fewer images than the cache encodes.
+        """
         return num_runs * sum(stage.encoder_flops for stage in self.stages) - self.encoder_flops
 
 
@@ -167,7 +178,7 @@ def estimate_stage(
     num_visual_tokens: int,
     num_text_tokens: float,
 ) -> StageCost:
-    """Count the arithmetic of a stage.
+    """Count the arithmetic of a training stage or of one of its files.
 
     Args:
         name: name of the stage, or of one of its files.
@@ -175,8 +186,8 @@ def estimate_stage(
         num_samples: number of samples.
         encoder: shape of the encoder.
         epochs: passes over the samples.
-        flops_per_parameter: of the language model, per token (`FLOPS_PER_PARAMETER`).
-        num_llm_parameters: parameters that multiply (all but the token embeddings).
+        flops_per_parameter: FLOPs of the language model per parameter and token (`FLOPS_PER_PARAMETER`).
+        num_llm_parameters: parameters that multiply: all but the token embeddings.
         num_visual_tokens, num_text_tokens: tokens of all samples, in one pass.
     """
     encoder_flops = epochs * sum(count * encoder.flops(rows * columns) for (rows, columns), count in grids.items())
@@ -185,8 +196,8 @@ def estimate_stage(
     return StageCost(name, num_samples, sum(grids.values()), epochs, encoder_flops, llm_flops)
 
 
-def _ratio(number: float, of: float) -> float:
-    return number / of if of else 0.0
+def _ratio(number: float, total: float) -> float:
+    return number / total if total else 0.0
 
 
 def _flops(flops: float) -> str:

@@ -1,4 +1,4 @@
-"""Checks annotation files and their images before hours are spent on them (`meteor data check`)."""
+"""Check of annotation files and their images before hours are spent on them (`meteor data check`)."""
 
 import warnings
 from collections import Counter, defaultdict
@@ -17,20 +17,20 @@ from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 from meteor.planning.data_report import DataReport, SetReport, SourceReport
 
-# Images handed to the threads at a time: a future for each of 400,000 would take half a gigabyte.
-_IMAGES_AT_A_TIME = 4096
+# Images given to the threads at once: futures for 400,000 images would take half a gigabyte.
+_IMAGES_AT_ONCE = 4096
 
 TokenCounter = Callable[[int, Sequence[SlicePlan]], int]
 
 
 @dataclass(frozen=True)
 class CheckedSet:
-    """An annotation file as a stage would use it.
+    """An annotation file with the limits of the stage that uses it.
 
     Attributes:
-        samples: the file's samples, with its unusable records.
-        max_length: tokens of a sample above which its text is cut.
-        count_tokens: (position of a sample, slice plans of its images in order) -> tokens, those of its images included.
+        samples: the file's samples and its unusable records.
+        max_length: number of tokens above which a sample's text is cut.
+        count_tokens: (position of a sample, slice plans of its images in order) -> number of text and visual tokens.
     """
 
     samples: SampleSet
@@ -47,31 +47,31 @@ def check_data(
     num_threads: int = 32,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
-    """Look at every sample and, once each, at every image.
+    """Check every sample, and every image once.
 
     Args:
-        sets: name -> samples and the limits of their stage.
+        sets: name -> samples with the limits of their stage.
         roots: prefix of an image name -> folder or s3:// URI.
-        pixels: slicing, and which images are refused.
-        full: read and decode whole images, which finds truncated ones and duplicates; by default headers alone.
-        num_threads: images read at the same time.
+        pixels: slicing settings, and which images are refused.
+        full: whether to decode whole images, which finds truncated files and duplicates; otherwise only headers are read.
+        num_threads: images that are read at the same time.
         on_progress: called with (images done, images in all).
 
     Returns:
-        The report; nothing that is wrong with samples or images raises.
+        The report. Faults of samples and images are in it, and never raise.
     """
     names = list(
         dict.fromkeys(name for checked in sets.values() for name in checked.samples.distinct_images.to_pylist())
     )
     inspected: dict[str, InspectedImage] = {}
     with warnings.catch_warnings():
-        # Pillow warns of what it repairs or skips, for each image; what counts comes out as a reason.
+        # Pillow warns about everything that it repairs or skips; an image that cannot be used has a reason in the report.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        for one in _inspect(names, roots, pixels, full, num_threads):
-            inspected[one.name] = one
+        for image in _inspect(names, roots, pixels, full, num_threads):
+            inspected[image.name] = image
             if on_progress is not None:
                 on_progress(len(inspected), len(names))
-    reports = tuple(_check_set(name, one, inspected) for name, one in sets.items())
+    reports = tuple(_check_set(name, checked, inspected) for name, checked in sets.items())
     return DataReport(reports, _duplicates(inspected.values()) if full else None)
 
 
@@ -79,8 +79,8 @@ def _inspect(
     names: Sequence[str], roots: Mapping[str, str], pixels: PixelSettings, full: bool, num_threads: int
 ) -> Iterator[InspectedImage]:
     with ThreadPoolExecutor(num_threads) as pool:
-        for start in range(0, len(names), _IMAGES_AT_A_TIME):
-            some = names[start : start + _IMAGES_AT_A_TIME]
+        for start in range(0, len(names), _IMAGES_AT_ONCE):
+            some = names[start : start + _IMAGES_AT_ONCE]
             yield from pool.map(lambda name: inspect_image(name, roots, pixels, full=full), some)
 
 
@@ -116,26 +116,26 @@ def _check_set(name: str, checked: CheckedSet, inspected: Mapping[str, Inspected
 
 def _by_source(inspected: Sequence[InspectedImage]) -> tuple[SourceReport, ...]:
     groups: dict[str, list[InspectedImage]] = defaultdict(list)
-    for one in inspected:
-        groups[find_source(one.name).name].append(one)
+    for image in inspected:
+        groups[find_source(image.name).name].append(image)
     return tuple(
         SourceReport(
             source=find_source(group[0].name),
             num_images=len(group),
-            bad=tuple(one for one in group if one.reason),
+            bad=tuple(image for image in group if image.reason),
         )
         for _, group in sorted(groups.items())
     )
 
 
 def _bucket(num_tokens: int) -> int:
-    """The smallest power of two that is not below the number."""
+    """Return the smallest power of two that is at least the number."""
     return 1 << max(num_tokens - 1, 0).bit_length()
 
 
 def _duplicates(inspected: Iterable[InspectedImage]) -> tuple[tuple[str, ...], ...]:
     groups: dict[str, list[str]] = defaultdict(list)
-    for one in inspected:
-        if one.sha256:
-            groups[one.sha256].append(one.name)
+    for image in inspected:
+        if image.sha256:
+            groups[image.sha256].append(image.name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)

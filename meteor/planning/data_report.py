@@ -1,4 +1,4 @@
-"""What a check of the data found, as a value for programs and as a table for people."""
+"""Findings of a data check, as values for programs and as text for people."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,13 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class SourceReport:
-    """The distinct images of one source that a set names, and those of them that cannot be used."""
+    """Images of a sample set that come from one source.
+
+    Attributes:
+        source: the source.
+        num_images: distinct images.
+        bad: images that cannot be used.
+    """
 
     source: Source
     num_images: int
@@ -27,7 +33,7 @@ class SourceReport:
 
     @property
     def advice(self) -> str:
-        """From where missing images are to be had, and what is known to be odd; "" if none is missing."""
+        """Where to get missing images, and what is known to go wrong with them; "" if none is missing."""
         missing = [image for image in self.bad if image.reason == "missing"]
         if not missing:
             return ""
@@ -37,27 +43,27 @@ class SourceReport:
         elsewhere = [image for image in missing if image.found_as]
         if elsewhere:
             advice.append(
-                f"{len(elsewhere)} of them are there under another ending ({elsewhere[0].found_as} for "
-                f"{elsewhere[0].name}): rename them, the format is read from the content."
+                f"{len(elsewhere)} of them exist with another suffix ({elsewhere[0].found_as} instead of "
+                f"{elsewhere[0].name}): rename them; the format is read from the content."
             )
         return " ".join(advice)
 
 
 @dataclass(frozen=True)
 class SetReport:
-    """What was found in one annotation file.
+    """Findings in one annotation file.
 
     Attributes:
-        name: of the set.
+        name: name of the sample set.
         num_samples: records of the file, usable or not.
-        num_text_only: samples without images.
-        num_without_images: samples of which an image cannot be used.
-        problems: records that cannot be used for what they say themselves.
+        num_text_only: samples that name no image.
+        num_without_images: samples with an image that cannot be used.
+        problems: records that cannot be used, whatever their images are.
         sources: images by source.
-        max_length: tokens above which the text of a sample is cut.
-        over_long: ids of samples that are cut.
-        sub_images: number of sub-images of an image -> number of distinct images.
-        tokens: power of two -> number of samples with at most so many tokens, and more than half.
+        max_length: number of tokens above which a sample's text is cut.
+        over_long: ids of samples whose text is cut.
+        sub_images: number of sub-images -> number of distinct images with this many.
+        tokens: power of two -> number of samples with at most this many tokens and more than half as many.
     """
 
     name: str
@@ -113,8 +119,8 @@ class SetReport:
             *self._problem_lines(),
             *_image_table(self.sources),
             *(f"  {source.advice}" for source in self.sources if source.advice),
-            *_histogram("sub-images an image", self.sub_images, "{}"),
-            *_histogram("tokens a sample, up to", self.tokens, "{:,}"),
+            *_histogram("sub-images per image", self.sub_images, "{}"),
+            *_histogram("tokens per sample, up to", self.tokens, "{:,}"),
         ]
         if self.over_long:
             lines.append(
@@ -138,11 +144,11 @@ class SetReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a check of the data found.
+    """Findings of a data check.
 
     Attributes:
-        sets: one report an annotation file.
-        duplicates: groups of names with the same content, or None if contents were not read.
+        sets: one report per annotation file.
+        duplicates: groups of names whose files have the same content; None if contents were not read.
     """
 
     sets: tuple[SetReport, ...]
@@ -150,24 +156,24 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
-        """False if a sample or an image cannot be used, or a set is empty.
+        """Whether every sample and image can be used, and no set is empty.
 
-        Over-long samples (they are cut) and duplicates (they are encoded once) are only told.
+        Over-long samples are cut and duplicates are encoded once, so that both are only reported.
         """
-        return all(one.ok for one in self.sets)
+        return all(report.ok for report in self.sets)
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``: every sample and image that cannot be used is named."""
+        """Return JSON values that name every sample and image that cannot be used."""
         duplicates = None if self.duplicates is None else [list(names) for names in self.duplicates]
-        return {"ok": self.ok, "sets": [one.to_dict() for one in self.sets], "duplicates": duplicates}
+        return {"ok": self.ok, "sets": [report.to_dict() for report in self.sets], "duplicates": duplicates}
 
     def to_text(self) -> str:
-        """For a terminal: counts, and a few examples of each problem."""
-        blocks = [one.to_text() for one in self.sets]
+        """Return text for a terminal: counts, and a few examples of each problem."""
+        blocks = [report.to_text() for report in self.sets]
         if self.duplicates:
             num_names = sum(map(len, self.duplicates))
             blocks.append(
-                f"{num_names:,} names share {len(self.duplicates):,} contents; each is encoded once: "
+                f"{num_names:,} names share {len(self.duplicates):,} contents; each content is encoded once: "
                 f"{' = '.join(self.duplicates[0][:_NUM_EXAMPLES])}"
             )
         blocks.append("The data can be used as they are." if self.ok else "Some of the data cannot be used.")

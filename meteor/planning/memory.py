@@ -1,8 +1,8 @@
-"""Memory of training before it starts: what each GPU and each host will hold, by part, as arithmetic.
+"""Estimate of the memory that training takes on each GPU and each host, by part, before it starts.
 
-Counted are parameters (of a model on the meta device) and what a forward pass keeps (`meteor.planning.activations`).
-Assumed are DeepSpeed's buffers at their default sizes, a backward pass that needs as much again as one layer keeps, and
-`OVERHEAD_BYTES`.
+Two parts are counted: parameters, from a model on the meta device, and the tensors that a forward pass keeps
+(`meteor.planning.activations`). Three are assumed: DeepSpeed's buffers have their default sizes, the backward pass needs as
+much again as one layer keeps, and a process needs `OVERHEAD_BYTES`.
 """
 
 from dataclasses import dataclass, field
@@ -10,25 +10,25 @@ from dataclasses import dataclass, field
 from meteor.model.answers import CHUNK_TOKENS
 from meteor.planning.sizes import BatchSizes, ModelSizes
 
-# CUDA's context and libraries, NCCL's buffers, and what the allocator cannot use in between.
+# CUDA's context and libraries, NCCL's buffers, and gaps that the allocator cannot use.
 OVERHEAD_BYTES = 2_500_000_000
-# DeepSpeed's defaults, in elements: reduce and all-gather buckets of stages 1 and 2; parameters that ZeRO-3 keeps gathered, and
-# its prefetch bucket.
+# DeepSpeed's defaults, in elements: reduce and all-gather buckets of ZeRO stages 1 and 2, parameters that ZeRO-3 keeps
+# gathered, and ZeRO-3's prefetch bucket.
 _BUCKET, _MAX_LIVE, _PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 _FP32 = 4
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How it is trained.
+    """Settings of training that decide about memory.
 
     Attributes:
-        num_workers: GPUs.
-        zero_stage: 0 is plain torch.
-        element_bytes: of weights and activations, 2 or 4.
-        checkpointing: activations of the language model are computed again.
-        offload_optimizer, offload_param: to the host's memory.
-        overhead_bytes: of each process, whatever it trains.
+        num_workers: number of workers, each with one GPU.
+        zero_stage: DeepSpeed's ZeRO stage; 0 is plain torch.
+        element_bytes: bytes of one element of weights and activations, 2 or 4.
+        checkpointing: whether the backward pass computes the language model's activations again.
+        offload_optimizer, offload_param: whether optimiser state and parameters live in the host's memory.
+        overhead_bytes: bytes that each process needs, whatever it trains.
     """
 
     num_workers: int
@@ -41,13 +41,13 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes by part, in the order in which they are printed.
+class MemoryEstimate:
+    """Estimated bytes by part, in the order in which they are printed.
 
     Attributes:
-        gpu: of each GPU, at the peak.
-        host: of each worker on its host.
-        checkpoint: one checkpoint, all workers' parts.
+        gpu: part -> bytes on each GPU, at the peak.
+        checkpoint: bytes of one checkpoint, the parts of all workers together.
+        host: part -> bytes on the host per worker.
     """
 
     gpu: dict[str, int]
@@ -63,17 +63,17 @@ class MemoryPlan:
         return sum(self.host.values())
 
 
-def plan_memory(sizes: ModelSizes, batch: BatchSizes, setup: Setup) -> MemoryPlan:
-    """The peak of a step: forward and backward, or the optimiser's, whichever is larger.
+def estimate_memory(sizes: ModelSizes, batch: BatchSizes, setup: Setup) -> MemoryEstimate:
+    """Estimate the peak of a step: in the forward and backward pass, or while the optimiser works, whichever is larger.
 
-    Gradients of the masters (float32) exist while the optimiser steps, when no activation does; the larger of the two counts,
-    under "activations".
+    The optimiser needs float32 gradients of the masters, at a time when there are no activations. The larger of the two
+    counts as "activations".
     """
     own = -(-sizes.trained // setup.num_workers) if setup.zero_stage else sizes.trained
     weights, gathered = _weights(sizes, setup)
     state = {"masters": _FP32 * own, "moments": 2 * _FP32 * own}
     if setup.zero_stage == 0 and setup.element_bytes == _FP32:
-        state["masters"] = 0  # they are the weights
+        state["masters"] = 0  # the weights are the masters
     at_step = 0 if setup.zero_stage == 0 and setup.element_bytes == _FP32 else _FP32 * own
     host = {}
     if setup.offload_optimizer:
@@ -92,7 +92,7 @@ def plan_memory(sizes: ModelSizes, batch: BatchSizes, setup: Setup) -> MemoryPla
         "activations": max(sum(activations.values()), at_step),
         "overhead": setup.overhead_bytes,
     }
-    return MemoryPlan(
+    return MemoryEstimate(
         gpu={part: size for part, size in gpu.items() if size},
         host={part: size for part, size in host.items() if size},
         checkpoint=3 * _FP32 * sizes.trained,
@@ -100,7 +100,7 @@ def plan_memory(sizes: ModelSizes, batch: BatchSizes, setup: Setup) -> MemoryPla
 
 
 def _weights(sizes: ModelSizes, setup: Setup) -> tuple[int, int]:
-    """What stays on the GPU, and what ZeRO-3 gathers there for a while."""
+    """Return the bytes of weights that stay on the GPU, and of those that ZeRO-3 gathers for a while."""
     whole = (sizes.trained + sizes.frozen) * setup.element_bytes
     if setup.zero_stage != 3:
         return whole, 0
@@ -109,14 +109,17 @@ def _weights(sizes: ModelSizes, setup: Setup) -> tuple[int, int]:
 
 
 def _gradients(sizes: ModelSizes, setup: Setup, own: int) -> int:
-    """In the type of the weights: whole up to stage 1, this worker's part from stage 2 on, none where the host has them."""
+    """Return the bytes of gradients on the GPU, in the type of the weights.
+
+    Up to ZeRO stage 1 they are whole. From stage 2 on a worker holds its part, or none if the optimiser is offloaded.
+    """
     if setup.zero_stage >= 2:
         return 0 if setup.offload_optimizer else own * setup.element_bytes
     return sizes.trained * setup.element_bytes
 
 
 def _buckets(sizes: ModelSizes, setup: Setup) -> int:
-    """Reduction and, in stages 1 and 2, the gathering of updated weights; twice, as one is filled while the other is sent."""
+    """Return the bytes of communication buckets; there are two, as one is filled while the other is sent."""
     if setup.zero_stage == 0:
         return 0
     return 2 * min(_BUCKET, sizes.trained) * setup.element_bytes
@@ -126,8 +129,8 @@ def _activations(sizes: ModelSizes, batch: BatchSizes, setup: Setup) -> dict[str
     layers = batch.layers
     kept = layers.layer_input if setup.checkpointing else layers.layer
     chunk = min(CHUNK_TOKENS, batch.num_answer_tokens)
-    # Logits in float32, shifted and exponentiated in place, their copy in the weights' type, and the gradients that the loss
-    # computes on its way.
+    # A chunk has logits in float32, shifted and exponentiated in place, their copy in the weights' type, and the gradients
+    # that the loss computes in the forward pass.
     logits = chunk * sizes.vocabulary * (_FP32 + 2 * setup.element_bytes)
     logits += batch.num_answer_tokens * sizes.width * setup.element_bytes
     if sizes.head_trained:

@@ -1,4 +1,4 @@
-"""Rates of encoding, training and answering: given, measured by finished stages, or assumed from a GPU's peak."""
+"""Rates of encoding, training and answering: given by the user, measured by finished stages, or assumed from a GPU's peak."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ class Rate:
 
 @dataclass(frozen=True)
 class RateOptions:
-    """What the user knows about rates.
+    """The user's knowledge of rates.
 
     Attributes:
-        gpu: key of `PEAK_TFLOPS`; None assumes no rate for workers on the CPU, and an H100 for GPUs.
+        gpu: key of `PEAK_TFLOPS`; None assumes an H100 for workers with GPUs, and no rate for workers on the CPU.
         mfu: share of the GPU's peak that training reaches, 0 to 1.
-        sub_images_per_s: that one GPU encodes; None if not known.
-        questions_per_s: that one GPU answers; None if not known.
-        measured: root of finished runs; None for the run's own output.
+        sub_images_per_s: sub-images that one GPU encodes per second; None if not known.
+        questions_per_s: questions that one GPU answers per second; None if not known.
+        measured: output folder whose finished runs are measurements; None for the run's own output.
     """
 
     gpu: str | None = None
@@ -46,7 +46,7 @@ class RateOptions:
 
 
 @dataclass(frozen=True)
-class _Finished:
+class _FinishedStage:
     settings: RunSettings
     stage: str
     counts: dict[str, Any]
@@ -57,8 +57,8 @@ class Rates:
     """Rates for the stages of a study.
 
     Args:
-        settings: the study's run; stages on the same kind of hardware (GPUs or CPUs) are taken as measurements.
-        options: what the user knows.
+        settings: settings of the study; finished stages on the same kind of hardware (GPUs or CPUs) are measurements.
+        options: the user's knowledge of rates.
     """
 
     def __init__(self, settings: RunSettings, options: RateOptions) -> None:
@@ -67,53 +67,53 @@ class Rates:
         root = options.measured or settings.output
         # The rate of a CPU says nothing about a GPU.
         self._finished = [
-            one for one in _finished_stages(root) if (one.settings.runtime.gpus_per_worker > 0) == self._on_gpus
+            stage for stage in _finished_stages(root) if (stage.settings.runtime.gpus_per_worker > 0) == self._on_gpus
         ]
 
     def encoding(self, caches: Sequence[CacheCost]) -> Rate | None:
-        """Sub-images per second; None if nobody knows."""
+        """Return sub-images per second; None if not known."""
         if self._options.sub_images_per_s:
             return Rate(self._options.sub_images_per_s, "given")
-        done = [
-            (one.counts["sub_images_encoded"], one.counts["encoding_seconds"] * one.settings.runtime.num_encoders)
-            for one in self._of_stage("cache_features")
-            if one.counts.get("sub_images_encoded")
+        measurements = [
+            (done.counts["sub_images_encoded"], done.counts["encoding_seconds"] * done.settings.runtime.num_encoders)
+            for done in self._finished_as("cache_features")
+            if done.counts.get("sub_images_encoded")
         ]
         num_sub_images = sum(cache.num_sub_images for cache in caches)
-        measured = weighted_rate(done, _measured_by(done))
+        measured = weighted_rate(measurements, _measured_by(measurements))
         if measured or not num_sub_images:
             return measured
         return self._assumed(sum(cache.encoder_flops for cache in caches) / num_sub_images)
 
     def training(self, stage: TrainingStage) -> Rate | None:
-        """FLOPs per second; None if nobody knows."""
-        done = []
-        for one in self._of_stage(stage):
-            options, totals = one.settings.training(stage), one.extra["totals"]
+        """Return FLOPs per second; None if not known."""
+        measurements = []
+        for done in self._finished_as(stage):
+            options, totals = done.settings.training(stage), done.extra["totals"]
             tokens = (totals["visual_tokens"] + totals["text_tokens"]) * options.epochs
             try:
-                flops = FLOPS_PER_PARAMETER[stage] * count_llm_parameters(one.settings.llm.path) * tokens
+                flops = FLOPS_PER_PARAMETER[stage] * count_llm_parameters(done.settings.llm.path) * tokens
             except SettingsError:
-                continue  # its language model is gone
-            done.append((flops, one.extra["training_seconds"] * one.settings.runtime.num_workers))
-        return weighted_rate(done, _measured_by(done)) or self._assumed(1)
+                continue  # the language model is no longer there
+            measurements.append((flops, done.extra["training_seconds"] * done.settings.runtime.num_workers))
+        return weighted_rate(measurements, _measured_by(measurements)) or self._assumed(1)
 
     def answering(self) -> Rate | None:
-        """Questions per second; None if nobody knows."""
+        """Return questions per second; None if not known."""
         if self._options.questions_per_s:
             return Rate(self._options.questions_per_s, "given")
-        done = [
+        measurements = [
             (
-                one.counts["answered_now"],
-                one.counts["answered_now"] / one.counts["questions_per_s"] * one.settings.runtime.num_evaluators,
+                done.counts["answered_now"],
+                done.counts["answered_now"] / done.counts["questions_per_s"] * done.settings.runtime.num_evaluators,
             )
-            for one in self._of_stage("evaluate")
-            if one.counts.get("answered_now")
+            for done in self._finished_as("evaluate")
+            if done.counts.get("answered_now")
         ]
-        return weighted_rate(done, f"{_measured_by(done)}, their start included")
+        return weighted_rate(measurements, f"{_measured_by(measurements)}, their start included")
 
-    def _of_stage(self, stage: str) -> list[_Finished]:
-        return [one for one in self._finished if one.stage == stage]
+    def _finished_as(self, stage: str) -> list[_FinishedStage]:
+        return [done for done in self._finished if done.stage == stage]
 
     def _assumed(self, flops_per_item: float) -> Rate | None:
         gpu = self._options.gpu or ("H100" if self._on_gpus else None)
@@ -123,24 +123,24 @@ class Rates:
         return Rate(flops_per_s / flops_per_item, f"assumed: {self._options.mfu:.0%} of {gpu}'s peak")
 
 
-def weighted_rate(done: Sequence[tuple[float, float]], source: str) -> Rate | None:
-    """The rate over several measurements, given as (amount, GPU seconds); None if there are none."""
-    seconds = sum(spent for _, spent in done)
-    return Rate(sum(amount for amount, _ in done) / seconds, source) if seconds else None
+def weighted_rate(measurements: Sequence[tuple[float, float]], source: str) -> Rate | None:
+    """Return the rate over several measurements of (amount, GPU seconds); None if there are none."""
+    seconds = sum(spent for _, spent in measurements)
+    return Rate(sum(amount for amount, _ in measurements) / seconds, source) if seconds else None
 
 
-def _measured_by(done: Sequence[Any]) -> str:
-    return f"measured by {len(done)} finished stage{'s' if len(done) != 1 else ''}"
+def _measured_by(measurements: Sequence[Any]) -> str:
+    return f"measured by {len(measurements)} finished stage{'s' if len(measurements) != 1 else ''}"
 
 
-def _finished_stages(root: str) -> Iterator[_Finished]:
-    """The stages that have finished below an output folder; those of other releases are passed over."""
+def _finished_stages(root: str) -> Iterator[_FinishedStage]:
+    """Yield the finished stages below an output folder, without those whose files another release wrote."""
     for info in storage.list_objects(storage.join(root, "runs")):
         folder, _, name = info.uri.rpartition("/")
         if name == "summary.json":
             try:
                 settings = RunSettings.model_validate(storage.read_json(storage.join(folder, "run.json"))["settings"])
                 summary = storage.read_json(info.uri)
-                yield _Finished(settings, summary["stage"], summary["counts"], summary["extra"])
+                yield _FinishedStage(settings, summary["stage"], summary["counts"], summary["extra"])
             except (MeteorError, ValueError, KeyError):
                 continue

@@ -31,7 +31,7 @@ def check_run(
     Args:
         settings: settings of the run.
         inputs: the command's inputs.
-        full: decode every image, not its header alone.
+        full: whether to decode every image; otherwise only headers are read.
         on_progress: called with (images done, images in all).
 
     Raises:
@@ -48,12 +48,12 @@ def check_run(
 
 
 def _is_readable(settings: RunSettings, file: SampleFile, inputs: Inputs) -> bool:
-    """Images inside a benchmark's own files can be read once cache_features has written them out."""
+    """Return whether the images can be read: cache_features writes out those inside a benchmark's own files."""
     return file.stage is not None or is_written(inputs.question_set(settings, file.name))
 
 
 def _checked(settings: RunSettings, file: SampleFile, inputs: Inputs) -> CheckedSet:
-    # Questions are asked of the finished model, with stage 2's limits.
+    # The finished model answers questions with the limits of stage 2.
     options = settings.training(file.stage or "finetune")
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
     if file.stage is None:
@@ -71,7 +71,7 @@ def _checked(settings: RunSettings, file: SampleFile, inputs: Inputs) -> Checked
 
 
 def _training_text(settings: RunSettings, file: SampleFile, inputs: Inputs) -> tuple[SampleSet, Callable[[int], int]]:
-    """Samples of a training file, and position -> number of text tokens, from the tokens that training uses."""
+    """Return a training file's samples, and position -> number of text tokens, from the tokens that training uses."""
     assert file.stage is not None
     samples = inputs.sample_set(settings, file.name, file.uri)
     lengths = tokenise_set(
@@ -91,7 +91,7 @@ def _training_text(settings: RunSettings, file: SampleFile, inputs: Inputs) -> t
 
 
 def _question_text(settings: RunSettings, name: str, inputs: Inputs) -> tuple[SampleSet, Callable[[int], int]]:
-    """Samples of a question set, and position -> number of text tokens of the prompt."""
+    """Return a question set's samples, and position -> number of text tokens in the prompt."""
     tokenizer, template = inputs.tokenizer(settings.llm.path), settings.evaluate.template
     questions = inputs.question_set(settings, name)
 

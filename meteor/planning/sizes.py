@@ -1,4 +1,4 @@
-"""How large a stage's model and its micro batches are, found without its weights."""
+"""Sizes of a stage's model and micro batches, found without weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from meteor.train.build import freeze_for
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A stage's model.
+    """Sizes of a stage's model.
 
     Attributes:
-        trained, frozen: parameters, of language model and projector.
+        trained, frozen: parameters of language model and projector that are trained, and that are not.
         encoder: parameters of the live encoder; 0 with cached features.
-        num_layers: of the language model.
-        sub_image_bytes: what the projector keeps of one sub-image, its features included.
-        width, vocabulary: of the output layer.
+        num_layers: decoder layers of the language model.
+        sub_image_bytes: bytes that the projector keeps per sub-image, features included.
+        width, vocabulary: input and output width of the output layer.
         head_trained: whether the output layer is trained.
     """
 
@@ -39,11 +39,11 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The largest micro batch to be expected.
+    """Sizes of the largest micro batch to be expected.
 
     Attributes:
-        layers: what the language model keeps of it.
-        num_sub_images, num_answer_tokens: of all its samples.
+        layers: bytes that the language model keeps.
+        num_sub_images, num_answer_tokens: totals over the micro batch's samples.
     """
 
     layers: LayerBytes
@@ -61,24 +61,24 @@ def find_model_sizes(
     live: bool,
     adapt: Callable[[Any], None] = lambda model: None,
 ) -> ModelSizes:
-    """Sizes of a stage's model, on the meta device.
+    """Find the sizes of a stage's model on the meta device.
 
-    The projector alone is made for real, to see what it keeps of one sub-image: on a CPU, by plain torch. A GPU's kernels
-    keep less.
+    Only the projector is built with real weights, on the CPU, to count the bytes that it keeps per sub-image. A GPU's kernels
+    keep fewer.
 
     Args:
         llm, vision: configurations of language model and encoder.
         projector: ``{"name": ..., **settings}``.
-        stage: what trains.
-        dtype: of weights and activations.
+        stage: the training stage.
+        dtype: type of weights and activations.
         live: whether the encoder runs in the worker.
-        adapt: what is done to the language model before it trains, for example `meteor.train.lora.add_lora`.
+        adapt: change of the language model before it trains, for example `meteor.train.lora.add_lora`.
     """
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(llm)
         config = MeteorConfig(text_config=llm, vision_config=vision, projector=projector)
         model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=language_model)
-        num_encoder = sum(one.numel() for one in CLIPVisionModel(vision).parameters()) if live else 0
+        num_encoder = sum(weight.numel() for weight in CLIPVisionModel(vision).parameters()) if live else 0
         freeze_for(model, stage)
         adapt(language_model)
     counts = {True: 0, False: 0}

@@ -1,4 +1,4 @@
-"""Memory of a stage before it starts: whether it fits the GPUs, and which settings would."""
+"""Check that a stage's memory fits its GPUs, and search for settings with which it would."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ from meteor.errors import SettingsError
 from meteor.formatting import format_bytes, format_share, format_value
 from meteor.model.attention import choose_attention
 from meteor.planning.activations import count_layer_bytes
-from meteor.planning.memory import OVERHEAD_BYTES, MemoryPlan, Setup, plan_memory
+from meteor.planning.memory import OVERHEAD_BYTES, MemoryEstimate, Setup, estimate_memory
 from meteor.planning.sizes import BatchSizes, ModelSizes, find_model_sizes
 from meteor.stages import TrainingStage
 from meteor.train.build import DTYPES, read_llm_config
@@ -24,31 +24,32 @@ from meteor.train.lora import add_lora
 from meteor.vision.encoder import read_vision_config
 
 _LOG = logging.getLogger(__name__)
-# Above this share of a GPU's memory a plan is called tight: it is arithmetic, and allocators leave gaps.
+# An estimate above this share of a GPU's memory is called tight: allocators leave gaps that the arithmetic does not know.
 _TIGHT = 0.9
+# Limit of the search; more GPUs than this are not proposed.
 _MAX_WORKERS = 64
 
 
 def check_memory(settings: RunSettings, stage: TrainingStage, table: SampleTable) -> None:
-    """Before workers start.
+    """Refuse a stage that will not fit its GPUs, before workers start.
 
     Raises:
-        SettingsError: the stage will not fit; says what would.
+        SettingsError: the stage will not fit; the message says which settings would.
     """
     memory = StageMemory.of(settings, stage, Needs.of(table))
     if not memory.fits:
         raise SettingsError(memory.problem())
     if memory.is_tight:
-        _LOG.warning("%s: the plan takes %s of a GPU's memory; %s", stage, format_share(memory.share), memory.advice())
+        _LOG.warning("%s: it will take %s of a GPU's memory; %s", stage, format_share(memory.share), memory.advice())
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What samples ask of memory, for each token of a row.
+    """Largest densities of a stage's samples, which decide about memory.
 
     Attributes:
-        sub_images: at most.
-        answer_tokens: at most.
+        sub_images: sub-images per token of a row.
+        answer_tokens: answer tokens per token of a row.
     """
 
     sub_images: float
@@ -56,7 +57,7 @@ class Needs:
 
     @classmethod
     def of(cls, table: SampleTable) -> "Needs":
-        """The densest samples of a table: a micro batch may hold nothing else."""
+        """Find the densest samples of a table, as a micro batch may hold nothing else."""
         sub_images = table.num_sub_images
         return cls(
             max(count / length for count, length in zip(sub_images, table.lengths, strict=True)),
@@ -66,17 +67,17 @@ class Needs:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A stage's memory plan beside what a GPU has.
+    """A stage's estimated memory beside the memory of a GPU.
 
     Attributes:
-        plan: bytes by part.
+        estimate: bytes by part.
         on_gpu: whether workers have GPUs.
-        gpu_bytes: what a GPU has; None where nobody knows.
-        remedies: overrides that make it fit, the mildest first; empty where it fits or nothing helps.
-        keep_checkpoints: how many stay.
+        gpu_bytes: memory of a GPU; None if not known.
+        remedies: overrides with which the stage fits, the mildest first; empty if it fits or nothing helps.
+        keep_checkpoints: number of checkpoints that are kept.
     """
 
-    plan: MemoryPlan
+    estimate: MemoryEstimate
     on_gpu: bool
     gpu_bytes: float | None
     remedies: tuple[str, ...]
@@ -84,17 +85,17 @@ class StageMemory:
 
     @classmethod
     def of(cls, settings: RunSettings, stage: TrainingStage, needs: Needs) -> "StageMemory":
-        planner, gpu_bytes = _Planner.of(settings, stage, needs), _gpu_bytes(settings)
-        plan = planner.plan(settings)
+        estimator, gpu_bytes = _Estimator.of(settings, stage, needs), _gpu_bytes(settings)
+        estimate = estimator.estimate(settings)
         remedies: tuple[str, ...] = ()
-        if gpu_bytes is not None and plan.gpu_total > _TIGHT * gpu_bytes:
-            remedies = planner.remedies(settings, gpu_bytes)
+        if gpu_bytes is not None and estimate.gpu_total > _TIGHT * gpu_bytes:
+            remedies = estimator.remedies(settings, gpu_bytes)
         on_gpu, keep = settings.runtime.gpus_per_worker > 0, settings.training(stage).keep_checkpoints
-        return cls(plan, on_gpu, gpu_bytes, remedies, keep)
+        return cls(estimate, on_gpu, gpu_bytes, remedies, keep)
 
     @property
     def share(self) -> float:
-        return self.plan.gpu_total / self.gpu_bytes if self.gpu_bytes else 0.0
+        return self.estimate.gpu_total / self.gpu_bytes if self.gpu_bytes else 0.0
 
     @property
     def fits(self) -> bool:
@@ -107,51 +108,51 @@ class StageMemory:
     def advice(self) -> str:
         if not self.remedies:
             return (
-                "nothing tried here makes it fit: take GPUs with more memory, a smaller language model, or in stage 2 adapters "
-                "(finetune.lora={})"
+                "no settings tried here make it fit: use GPUs with more memory, a smaller language model, or in stage 2 "
+                "adapters (finetune.lora={})"
             )
         return f"this would fit: {' '.join(self.remedies)}"
 
     def problem(self) -> str:
         assert self.gpu_bytes is not None
         return (
-            f"it will not fit: a GPU needs {format_bytes(self.plan.gpu_total)} and has {format_bytes(int(self.gpu_bytes))}; "
-            f"{self.advice()}"
+            f"it will not fit: it needs {format_bytes(self.estimate.gpu_total)} on a GPU, which has "
+            f"{format_bytes(int(self.gpu_bytes))}; {self.advice()}"
         )
 
     def to_lines(self) -> list[str]:
-        """Aligned with the rest of the plan."""
-        total = format_bytes(self.plan.gpu_total)
+        """Return lines that are aligned with the other lines of ``--dry-run``."""
+        total = format_bytes(self.estimate.gpu_total)
         if not self.on_gpu:
             verdict = "on the CPU"
         elif self.gpu_bytes is None:
-            verdict = "with nothing to compare it with: set runtime.gpu_memory_gb"
+            verdict = "while the GPU's memory is not known: set runtime.gpu_memory_gb"
         else:
             word = "too much" if not self.fits else "tight" if self.is_tight else "fits"
             verdict = f"of {format_bytes(int(self.gpu_bytes))}, {word}"
-        parts = [f"    {name:<28} {format_bytes(size):>8}" for name, size in self.plan.gpu.items()]
-        host = [f"    {name:<28} {format_bytes(size):>8}" for name, size in self.plan.host.items()]
-        checkpoints = self.keep_checkpoints * self.plan.checkpoint
+        parts = [f"    {name:<28} {format_bytes(size):>8}" for name, size in self.estimate.gpu.items()]
+        host = [f"    {name:<28} {format_bytes(size):>8}" for name, size in self.estimate.host.items()]
+        checkpoints = self.keep_checkpoints * self.estimate.checkpoint
         return [
             f"  memory of a {'GPU   ' if self.on_gpu else 'worker'} {total} at the peak, {verdict}",
             *parts,
-            *([f"  memory of a host   {format_bytes(self.plan.host_total)} for each worker", *host] if host else []),
-            f"  a checkpoint       {format_bytes(self.plan.checkpoint)}; the {self.keep_checkpoints} kept take "
+            *([f"  memory of a host   {format_bytes(self.estimate.host_total)} per worker", *host] if host else []),
+            f"  a checkpoint       {format_bytes(self.estimate.checkpoint)}; the {self.keep_checkpoints} kept take "
             f"{format_bytes(checkpoints)}",
             *([f"  tight              {self.advice()}"] if self.fits and self.is_tight else []),
         ]
 
 
 @dataclass(frozen=True)
-class _Planner:
-    """Plans of one model under different settings.
+class _Estimator:
+    """Estimates of one stage's memory under different settings.
 
     Attributes:
-        stage: which.
-        needs: of its samples.
+        stage: the training stage.
+        needs: densities of the stage's samples.
         llm: the language model's configuration.
-        model: sizes, which no setting that is tried changes.
-        adapt: puts adapters beside its layers, where the stage has them.
+        model: sizes of the model, which are equal for all settings that are tried.
+        adapt: adds low-rank adapters to the language model, if the stage has them.
     """
 
     stage: TrainingStage
@@ -161,7 +162,7 @@ class _Planner:
     adapt: Callable[[Any], None]
 
     @classmethod
-    def of(cls, settings: RunSettings, stage: TrainingStage, needs: Needs) -> "_Planner":
+    def of(cls, settings: RunSettings, stage: TrainingStage, needs: Needs) -> "_Estimator":
         llm, lora = read_llm_config(settings.llm.path), make_lora(settings.training(stage))
 
         def adapt(language_model: Any) -> None:
@@ -179,10 +180,10 @@ class _Planner:
         )
         return cls(stage, needs, llm, model, adapt)
 
-    def plan(self, settings: RunSettings) -> MemoryPlan:
+    def estimate(self, settings: RunSettings) -> MemoryEstimate:
         options, llm = settings.training(self.stage), settings.llm
         dtype, num_tokens = DTYPES[llm.dtype], options.micro_batch_size * options.max_length
-        # As on the GPU that this is for.
+        # This machine may have no GPU; the attention is the one that a worker would choose.
         device = torch.device("cuda" if settings.runtime.gpus_per_worker else "cpu")
         layers = count_layer_bytes(
             self.llm,
@@ -206,11 +207,14 @@ class _Planner:
             overhead_bytes=OVERHEAD_BYTES if settings.runtime.gpus_per_worker else 0,
             **_offloads(options),
         )
-        return plan_memory(self.model, batch, setup)
+        return estimate_memory(self.model, batch, setup)
 
     def remedies(self, settings: RunSettings, gpu_bytes: float) -> tuple[str, ...]:
-        """Changes one after the other, those that cost least speed first, until it is no longer tight; then without those that
-        it can do without."""
+        """Find overrides with which the stage fits and is not tight.
+
+        Changes are added one after the other, those that cost least speed first, until it fits. Then each change that turns
+        out not to be needed is dropped.
+        """
         changes: dict[str, Any] = {}
         for name, value in _changes(settings, self.stage):
             changes[name] = value
@@ -219,7 +223,7 @@ class _Planner:
         else:
             return ()
         for name in list(changes):
-            without = {one: value for one, value in changes.items() if one != name}
+            without = {other: value for other, value in changes.items() if other != name}
             if self._fits(settings, without, gpu_bytes):
                 changes = without
         return tuple(f"{name}={format_value(value)}" for name, value in changes.items())
@@ -228,11 +232,12 @@ class _Planner:
         changed = _override(settings, changes)
         options = changed.training(self.stage)
         offloads = _offloads(options)
+        # DeepSpeed offloads the optimiser from ZeRO stage 1 on, and parameters in stage 3.
         if (any(offloads.values()) and options.zero_stage == 0) or (
             offloads["offload_param"] and options.zero_stage != 3
         ):
             return False
-        return self.plan(changed).gpu_total <= _TIGHT * gpu_bytes
+        return self.estimate(changed).gpu_total <= _TIGHT * gpu_bytes
 
 
 def _gpu_bytes(settings: RunSettings) -> float | None:
@@ -260,6 +265,7 @@ def _offloads(options: StageSettings) -> dict[str, bool]:
 
 
 def _changes(settings: RunSettings, stage: TrainingStage) -> Iterator[tuple[str, Any]]:
+    """Yield (name of a setting, value) in the order in which they cost speed, the cheapest first."""
     options = settings.training(stage)
     if not settings.llm.gradient_checkpointing:
         yield "llm.gradient_checkpointing", True

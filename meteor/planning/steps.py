@@ -1,4 +1,4 @@
-"""What a stage will do, before it starts: for ``--dry-run``."""
+"""Text about a training stage before it starts, for ``--dry-run``."""
 
 from meteor.assembly import Inputs
 from meteor.assembly.recipe import make_recipe
@@ -15,10 +15,10 @@ from meteor.train.plan import StepPlan, first_steps
 
 
 def plan_text(settings: RunSettings, inputs: Inputs | None = None, *, stage: TrainingStage) -> str:
-    """The plan of a stage for ``--dry-run``.
+    """Describe a training stage: its samples, steps, workers and memory.
 
     Raises:
-        SettingsError: it will not fit; the plan is in the message.
+        SettingsError: the stage will not fit its GPUs; the message contains the text.
     """
     inputs = inputs or Inputs()
     prepared = prepare(settings, stage, inputs)
@@ -28,13 +28,13 @@ def plan_text(settings: RunSettings, inputs: Inputs | None = None, *, stage: Tra
     rows = {
         "run": f"{prepared.folder.uri} ({state})",
         "samples": f"{totals['samples']:,} used, {len(plan.excluded)} excluded {plan.reasons() or ''}",
-        "an epoch": _epoch(prepared, table),
+        "each epoch": _epoch(prepared, table),
         "held out": f"{len(held_out.table):,}, {len(held_out.excluded)} excluded" if held_out else "",
         "cut to max_length": f"{plan.num_cut:,}",
         "sub-images": f"{totals['sub_images']:,} of {totals['distinct_images']:,} distinct images",
         "tokens": f"{totals['visual_tokens']:,} visual, {totals['text_tokens']:,} text",
         "steps": f"{num_steps(options, table):,} of {options.global_batch_size} samples, {options.epochs} epochs",
-        "a step": _a_step(prepared, table, options, settings.runtime.num_workers),
+        "each step": _step(prepared, table, options, settings.runtime.num_workers),
         "workers": f"{settings.runtime.num_workers}, ZeRO stage {options.zero_stage}, features: {options.features}",
         "pinned": f"index version {prepared.versions.index_version}, cache version {prepared.versions.cache_version}",
     }
@@ -47,22 +47,23 @@ def plan_text(settings: RunSettings, inputs: Inputs | None = None, *, stage: Tra
 
 
 def num_steps(options: StageSettings, table: SampleTable) -> int:
+    """Return the number of steps of a stage, over all its epochs."""
     return first_steps(table.parts, global_batch_size=options.global_batch_size, epochs=options.epochs)[-1]
 
 
 def _epoch(prepared: PreparedStage, table: SampleTable) -> str:
-    """ "" where there is one file that weighs 1."""
+    """Describe an epoch as samples and passes over each file; "" if it is one pass over one file."""
     sets = prepared.sets
-    if [one.weight for one in sets] == [1]:
+    if [samples.weight for samples in sets] == [1]:
         return ""
-    weights = ", ".join(f"{one.weight:g} x {one.uri.rpartition('/')[2]}" for one in sets)
+    weights = ", ".join(f"{samples.weight:g} x {samples.uri.rpartition('/')[2]}" for samples in sets)
     return f"{epoch_length(table.parts, 0):,}: {weights}"
 
 
-def _a_step(prepared: PreparedStage, table: SampleTable, options: StageSettings, num_workers: int) -> str:
+def _step(prepared: PreparedStage, table: SampleTable, options: StageSettings, num_workers: int) -> str:
     plan = StepPlan(table, make_recipe(options, None), prepared.versions.index_digest)
     layout = plan.sample_layout(num_workers)
     return (
         f"{layout.rows:,.4g} rows ({options.batching}), {format_share(layout.padding_share)} padding, "
-        f"{layout.micro_steps:,.3g} micro steps a worker"
+        f"{layout.micro_steps:,.3g} micro steps per worker"
     )

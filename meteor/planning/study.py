@@ -1,4 +1,4 @@
-"""The plan of a run, or of all runs of a study: what is finished, what is shared, and what the rest takes."""
+"""Plan of a run, or of all runs of a study: finished stages, shared stages, and the cost of the others."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -20,23 +20,23 @@ from meteor.train.build import DTYPES, read_llm_config
 from meteor.train.lora import Lora, add_lora
 from meteor.vision.checkpoint import read_vision_config
 
-# Master weight and two moments in float32.
+# Bytes per trained parameter: master weight and two moments in float32.
 _CHECKPOINT_BYTES = 12
 
 
 def plan_study(
     settings: RunSettings, runs: Sequence[RunSettings], inputs: Inputs, options: RateOptions | None = None
 ) -> StudyPlan:
-    """Plan all stages of all runs; stages that runs share are counted once, and finished stages cost nothing.
+    """Plan all stages of all runs. Shared stages count once, finished stages cost nothing.
 
     Args:
         settings: the run that describes the study, or the only run.
         runs: settings of the runs.
         inputs: the command's inputs.
-        options: what the user knows about rates.
+        options: the user's knowledge of rates.
 
     Raises:
-        SettingsError: a run names no samples, or a model that is not there.
+        SettingsError: a run names no samples, or a model that does not exist.
     """
     tasks = make_tasks(runs, inputs)
     finished = {key for key, task in tasks.items() if task.folder.finished() is not None}
@@ -80,7 +80,7 @@ def _work(
         amount, unit, rate = sum(cost.num_sub_images * _missing_share(cost) for cost in once), "sub-images", encoding
     elif stage == "evaluate":
         sets = [inputs.question_sets(task.settings) for task in left.values()]
-        amount = sum(len(questions.questions) for one in sets for questions in one)
+        amount = sum(len(questions.questions) for question_sets in sets for questions in question_sets)
         unit, rate = "questions", rates.answering()
     else:
         amount = sum(part.llm_flops for key in left for part in costs[key].stages if _is_part_of(part.name, stage))
@@ -90,7 +90,7 @@ def _work(
 
 
 def _encoded_once(costs: Any) -> list[CacheCost]:
-    """One cost for each encoder and set of images: caches in other codecs are converted, not encoded."""
+    """Return one cost per cache key: a cache in another codec is converted, so that images are encoded once."""
     return list({cost.cache_uri.rpartition("/")[0]: cost for cost in costs}.values())
 
 
@@ -99,12 +99,12 @@ def _missing_share(cost: CacheCost) -> float:
 
 
 def _sub_images(cost: CacheCost, stage: str) -> float:
-    """Sub-images that a training stage shows, over all its epochs."""
+    """Count the sub-images that a training stage shows, over all its epochs."""
     return sum(part.num_sub_images * part.epochs for part in cost.stages if _is_part_of(part.name, stage))
 
 
 def _is_part_of(name: str, stage: str) -> bool:
-    """Whether a part of a cost, a stage or one of its files, belongs to the stage."""
+    """Return whether a name is that of the stage or of one of the stage's files."""
     return name == stage or name.startswith(f"{stage}, ")
 
 
@@ -116,7 +116,7 @@ def _cache_row(task: Task, cost: CacheCost) -> CacheRow:
 
 
 def _stage_bytes(task: Task) -> int:
-    """Bytes of a training stage's kept checkpoints and of its result."""
+    """Estimate the bytes of a training stage's kept checkpoints and of its result."""
     settings, stage = task.settings, task.stage
     assert stage in TRAINING_STAGES
     trained, frozen = _count_parameters(settings, stage)
@@ -128,7 +128,7 @@ def _stage_bytes(task: Task) -> int:
 
 
 def _count_parameters(settings: RunSettings, stage: TrainingStage) -> tuple[int, int]:
-    """Trained and frozen parameters of a stage: the projector trains in both stages, the language model in stage 2."""
+    """Count a stage's trained and frozen parameters: projector in both stages, language model in stage 2."""
     llm, vision = read_llm_config(settings.llm.path), read_vision_config(settings.vision.path)
     widths = {"vision_width": vision.hidden_size, "llm_width": llm.hidden_size}
     with torch.device("meta"):
@@ -140,7 +140,7 @@ def _count_parameters(settings: RunSettings, stage: TrainingStage) -> tuple[int,
 
 @functools.lru_cache(maxsize=32)
 def _count_llm(path: str, stage: TrainingStage, lora: Lora | None) -> tuple[int, int]:
-    """Trained and frozen parameters of a stage's language model, counted on the meta device."""
+    """Count trained and frozen parameters of a stage's language model, on the meta device."""
     with torch.device("meta"):
         language_model: Any = AutoModelForCausalLM.from_config(read_llm_config(path))
     language_model.requires_grad_(stage == "finetune")
@@ -153,7 +153,7 @@ def _count_llm(path: str, stage: TrainingStage, lora: Lora | None) -> tuple[int,
 
 
 def _states(runs: Sequence[RunSettings], tasks: Mapping[str, Task], finished: set[str]) -> dict[str, dict[str, str]]:
-    """Run -> stage -> "finished", "to do", or "with <the run that does it>"."""
+    """Return run -> stage -> "finished", "to do", or "with <the run that does it>"."""
     states: dict[str, dict[str, str]] = {run.name: {} for run in runs}
     for key, task in tasks.items():
         for position, name in enumerate(task.used_by):

@@ -14,16 +14,16 @@ _SECONDS_PER_HOUR = 3600
 
 @dataclass(frozen=True)
 class StageWork:
-    """A stage of all runs of a study.
+    """Work of one stage over all runs of a study.
 
     Attributes:
         stage: name of the stage.
-        num_stages: how many different ones the runs need.
-        num_shared: how many of them several runs share.
-        num_finished: how many have finished.
+        num_stages: number of different stages of this name that the runs need.
+        num_shared: number of stages that several runs share.
+        num_finished: number of stages that have finished.
         amount: sub-images, model FLOPs or questions that are left.
         unit: unit of the amount.
-        rate: speed of one GPU or worker; None if nobody knows.
+        rate: speed of one GPU or worker; None if not known.
     """
 
     stage: str
@@ -49,9 +49,9 @@ class CacheRow:
     Attributes:
         codec: codec of the features.
         num_images: distinct images that the cache holds when it is full.
-        num_missing: images that it lacks now.
-        num_runs: runs that read it.
-        size_bytes: size of all payloads when it is full.
+        num_missing: images that the cache lacks now.
+        num_runs: runs that read the cache.
+        size_bytes: size of all payloads when the cache is full.
     """
 
     codec: str
@@ -72,11 +72,11 @@ class StudyPlan:
         checkpoint_bytes: kept checkpoints and results of all training stages.
         avoided_sub_images: sub-images that training would encode in its steps without a cache, less those encoded once.
         encoder_rate: sub-images per second of one GPU or worker; None if not known.
-        num_workers: how many GPUs or workers train at the same time.
+        num_workers: GPUs or workers that train at the same time.
         worker: "GPU" or "worker".
         states: run -> stage -> "finished", "to do", or "with <the run that does it>".
-        parallel: runs at the same time; None for as many as there is room for.
-        notes: what is missing in this plan.
+        parallel: runs at the same time; None for as many as fit the cluster.
+        notes: parts that are missing in this plan, and why.
     """
 
     name: str
@@ -93,7 +93,7 @@ class StudyPlan:
 
     @property
     def hours(self) -> float:
-        """GPU or worker hours that are left, of the stages whose rate is known."""
+        """GPU or worker hours that are left, without stages whose rate is not known."""
         return sum(work.hours or 0.0 for work in self.work)
 
     @property
@@ -102,7 +102,7 @@ class StudyPlan:
         return self.avoided_sub_images / self.encoder_rate.per_s / _SECONDS_PER_HOUR if self.encoder_rate else None
 
     def to_dict(self, *, usd_per_gb: float = USD_PER_GB, usd_per_gpu_hour: float | None = None) -> dict[str, Any]:
-        """The plan as JSON values; arguments as in `to_text`."""
+        """Return the plan as JSON values; for the arguments see `to_text`."""
         return asdict(self) | {
             "work": [{**asdict(work), "hours": work.hours} for work in self.work],
             "hours": self.hours,
@@ -116,11 +116,11 @@ class StudyPlan:
         return sum(cache.size_bytes for cache in self.caches) + self.checkpoint_bytes
 
     def to_text(self, *, usd_per_gb: float = USD_PER_GB, usd_per_gpu_hour: float | None = None) -> str:
-        """The plan as aligned lines.
+        """Return the plan as aligned lines.
 
         Args:
             usd_per_gb: price of storing a decimal gigabyte for a month.
-            usd_per_gpu_hour: price of an hour of one GPU; None leaves money out.
+            usd_per_gpu_hour: price of one GPU for an hour; None omits the price of computing.
         """
         blocks = [
             [f"plan of {self.name}: {len(self.states)} run{'s' if len(self.states) != 1 else ''}"],
@@ -154,7 +154,7 @@ class StudyPlan:
 
     def _facts(self, usd_per_gb: float) -> list[tuple[str, str]]:
         def month(size_bytes: int) -> str:
-            return f"{format_bytes(size_bytes)}, {size_bytes / 1e9 * usd_per_gb:,.2f} USD a month"
+            return f"{format_bytes(size_bytes)}, {size_bytes / 1e9 * usd_per_gb:,.2f} USD per month"
 
         rows = []
         for cache in self.caches:
@@ -164,7 +164,7 @@ class StudyPlan:
         rows.append(("checkpoints", f"{month(self.checkpoint_bytes)} if all are kept, results included"))
         rows.append(("the cache avoids", self._avoids()))
         if len(self.states) > 1:
-            rows.append(("at the same time", str(self.parallel or "as many runs as there is room for")))
+            rows.append(("parallel runs", str(self.parallel or "as many as fit the cluster")))
         return rows + [("note", note) for note in self.notes]
 
     def _run_rows(self) -> list[tuple[str, ...]]:
@@ -181,13 +181,11 @@ class StudyPlan:
         if self.avoided_hours is None:
             return text
         share = self.avoided_hours / max(self.avoided_hours + self.hours, 1e-12)
-        return (
-            f"{text}: {_hours(self.avoided_hours)} {self.worker} hours, {format_share(share)} of the total without it"
-        )
+        return f"{text}: {_hours(self.avoided_hours)} {self.worker} hours, {format_share(share)} of the total without a cache"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines with aligned columns."""
+    """Return rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -1,7 +1,7 @@
 """Survey of a run's samples and images, and from it the cost of its feature cache.
 
-Image sizes come from the dataset index, or from file headers; shapes come from configurations. Images are counted by slice
-plan, of which a data set has a few hundred at most, so that one survey serves all variants of a study.
+Image sizes come from the dataset index or from file headers, and model shapes from configurations. Images are counted by slice
+plan: a data set has a few hundred slice plans at most, so that one survey serves all variants of a study.
 """
 
 import functools
@@ -35,7 +35,7 @@ from meteor.train.build import read_llm_config
 from meteor.vision.encoder import FrozenClip
 
 _NUM_HEADER_READERS = 32
-# Text lengths vary little between thousands of samples: this many, evenly spread, give the mean.
+# The mean text length is estimated from this many samples, evenly spread.
 _NUM_TOKENISED = 2000
 
 
@@ -44,7 +44,7 @@ class _Images:
     """Images that can be used.
 
     Attributes:
-        names: their names.
+        names: names of the images.
         keys: image keys if indexed, else names.
         plan_of: (N,) int, positions in ``plans``.
         plans: distinct slice plans.
@@ -56,7 +56,7 @@ class _Images:
     plans: tuple[SlicePlan, ...]
 
     def count(self, plan_of: np.ndarray) -> dict[SlicePlan, int]:
-        """Slice plan -> how often its position stands in ``plan_of``."""
+        """Return slice plan -> how often its position stands in ``plan_of``."""
         counts = np.bincount(plan_of, minlength=len(self.plans)).tolist()
         return {plan: count for plan, count in zip(self.plans, counts, strict=True) if count}
 
@@ -66,8 +66,8 @@ class FileSurvey:
     """An annotation file's samples without those that show a bad or missing image.
 
     Attributes:
-        file: the file.
-        usable: the samples.
+        file: the annotation file.
+        usable: samples whose images can all be used.
         shown: slice plan -> number of times that the samples show an image with this plan.
     """
 
@@ -148,7 +148,7 @@ def _survey(settings: RunSettings, inputs: Inputs, index: DatasetIndex | None) -
     indexed = index.rows_named(names) if index else INDEX_SCHEMA.empty_table()
     unindexed = names.filter(pc.invert(pc.is_in(names, value_set=indexed["name"])))
     images = _find_images(settings, inputs, indexed, sorted(unindexed.to_pylist()))
-    # Of several names of one image any stands for it.
+    # An image may have several names; the first stands for it.
     keys = pc.unique(images.keys)
     first = pc.index_in(keys, value_set=images.keys).to_numpy()
     return Survey(
@@ -168,7 +168,7 @@ def _read(settings: RunSettings, file: SampleFile, inputs: Inputs) -> SampleSet:
 
 
 def _find_images(settings: RunSettings, inputs: Inputs, indexed: pa.Table, unindexed: Sequence[str]) -> _Images:
-    """The images that can be used: by their rows in the index, or by their files' headers."""
+    """Find the images that can be used, by their rows in the index or by their files' headers."""
     pixels = pixel_settings(settings)
     good = indexed.filter(pc.equal(indexed["status"], "ok"))
     sizes, size_of = np.unique(
@@ -213,7 +213,7 @@ def _from_headers(names: Sequence[str], roots: Mapping[str, str], pixels: PixelS
 
 
 def _count_cached(settings: RunSettings, survey: Survey, inputs: Inputs) -> int:
-    """How many distinct images the run's cache holds already."""
+    """Count the distinct images that the run's cache holds already."""
     try:
         cache = inputs.cache(settings)
     except CacheError:  # there is none yet
@@ -222,7 +222,7 @@ def _count_cached(settings: RunSettings, survey: Survey, inputs: Inputs) -> int:
 
 
 def _count_grids(plans: Mapping[SlicePlan, int], *, only_global: bool = False) -> Counter[tuple[int, int]]:
-    """Patch grid -> number of sub-images with this grid."""
+    """Return patch grid -> number of sub-images with this grid."""
     grids: Counter[tuple[int, int]] = Counter()
     for plan, count in plans.items():
         for grid in plan.patch_grids[:1] if only_global else plan.patch_grids:
@@ -237,48 +237,49 @@ def _encoder_shape(encoder: FrozenClip) -> EncoderShape:
 
 
 def _payload_bytes(codec: str, num_patches: int, width: int, num_layers: int) -> int:
-    """Bytes of one sub-image: patch features in the codec, attention rows and the class token in float32."""
+    """Count the bytes of one sub-image: patch features in the codec, attention rows and class token in float32."""
     value_bytes = 1 if codec == INT8_CODEC else get_codec(codec).dtype.itemsize
     return num_patches * width * value_bytes + 4 * (num_patches * num_layers + width)
 
 
 def _stages(settings: RunSettings, survey: Survey, shape: EncoderShape, inputs: Inputs) -> tuple[list[StageCost], str]:
-    """One cost per training file; or none, with the reason, if the language model cannot be read here."""
+    """Return one cost per training file; or no cost, and the reason, if the language model cannot be read here."""
     try:
         num_parameters = count_llm_parameters(settings.llm.path)
         tokenizer = inputs.tokenizer(settings.llm.path)
     except (OSError, ValueError, SettingsError) as error:
-        return [], f"no shares of training: llm.path={settings.llm.path!r} cannot be read here ({error})".split("\n")[0]
+        reason = f"llm.path={settings.llm.path!r} cannot be read here ({error})"
+        return [], f"training costs are missing: {reason}".split("\n")[0]
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
     stages = []
-    for found in survey.files:
-        file = found.file
+    for surveyed in survey.files:
+        file = surveyed.file
         if file.stage is None or not file.weight:
             continue
         options = settings.training(file.stage)
         only_global = options.sub_images == "global"
         visual = sum(
             count * sum(budget(plan.patch_grids[:1] if only_global else plan.patch_grids))
-            for plan, count in found.shown.items()
+            for plan, count in surveyed.shown.items()
         )
         stages.append(
             estimate_stage(
                 file.name,
-                _count_grids(found.shown, only_global=only_global),
-                num_samples=len(found.usable),
+                _count_grids(surveyed.shown, only_global=only_global),
+                num_samples=len(surveyed.usable),
                 encoder=shape,
                 epochs=options.epochs * file.weight * options.fraction,
                 flops_per_parameter=FLOPS_PER_PARAMETER[file.stage],
                 num_llm_parameters=num_parameters,
                 num_visual_tokens=visual,
-                num_text_tokens=len(found.usable) * _mean_text(tokenizer, options.template, found.usable, inputs),
+                num_text_tokens=len(surveyed.usable) * _mean_text(tokenizer, options.template, surveyed.usable, inputs),
             )
         )
     return stages, ""
 
 
 def _mean_text(tokenizer: PreTrainedTokenizerBase, template: str, samples: SampleSet, inputs: Inputs) -> float:
-    """Mean number of text tokens per sample, from an even spread of the samples."""
+    """Return the mean number of text tokens per sample, measured on an even spread of the samples."""
 
     def measure() -> float:
         some = samples.select(range(0, len(samples), max(1, len(samples) // _NUM_TOKENISED)))
@@ -291,7 +292,7 @@ def _mean_text(tokenizer: PreTrainedTokenizerBase, template: str, samples: Sampl
 
 @functools.lru_cache(maxsize=32)
 def count_llm_parameters(path: str) -> int:
-    """Parameters that multiply for each token: all but the embedding table, which is looked up."""
+    """Count the parameters that multiply for each token: all but the embedding table, in which tokens are looked up."""
     config = read_llm_config(path)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""Workers that stages ask the cluster for, and how many of them its nodes have room for."""
+"""Workers that stages request from the cluster, and how many of them fit its nodes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class WorkerRequest:
-    """A number of equal workers.
+    """Request for a number of equal workers.
 
     Attributes:
-        kind: what they are, for messages: "training workers".
+        kind: name of such workers in messages, for example "training workers".
         num: number of workers.
-        cpus, gpus: CPU cores and GPUs of each; a worker lies on one node.
-        settings: names of the settings that decide, for messages.
+        cpus, gpus: CPU cores and GPUs of each worker; a worker lies on one node.
+        settings: names of the settings that decide about the request, for messages.
     """
 
     kind: str
@@ -27,12 +27,12 @@ class WorkerRequest:
     settings: str
 
     def to_text(self) -> str:
-        """For example "2 training workers with 1 CPU and 1 GPU each"."""
+        """Return text such as "2 training workers with 1 CPU and 1 GPU each"."""
         each = [_count(self.cpus, "CPU"), *([_count(self.gpus, "GPU")] if self.gpus else [])]
         return f"{self.num} {self.kind} with {' and '.join(each)} each"
 
-    def room(self, nodes: Sequence[Mapping[str, float]]) -> int:
-        """How many such workers fit on nodes with these resources, at most ``num``."""
+    def num_fitting(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """Return how many of the workers fit on nodes with these resources."""
         wanted = {kind: amount for kind, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
         fitting = sum(
             min(int(node.get(kind, 0) / amount + _ROUNDING) for kind, amount in wanted.items()) for node in nodes
@@ -41,7 +41,7 @@ class WorkerRequest:
 
 
 def training_request(runtime: RuntimeSettings) -> WorkerRequest:
-    """The workers of pretrain and finetune."""
+    """Return the request for the workers of pretrain and finetune."""
     names = "runtime.num_workers, runtime.cpus_per_worker or runtime.gpus_per_worker"
     return WorkerRequest(
         "training workers", runtime.num_workers, runtime.cpus_per_worker, runtime.gpus_per_worker, names
@@ -49,19 +49,19 @@ def training_request(runtime: RuntimeSettings) -> WorkerRequest:
 
 
 def encoding_request(runtime: RuntimeSettings) -> WorkerRequest:
-    """The encoder actors of cache_features."""
+    """Return the request for the encoder actors of cache_features."""
     names = "runtime.num_encoders, runtime.cpus_per_encoder or runtime.gpus_per_encoder"
     return WorkerRequest("encoders", runtime.num_encoders, runtime.cpus_per_encoder, runtime.gpus_per_encoder, names)
 
 
 def answering_request(runtime: RuntimeSettings) -> WorkerRequest:
-    """The answering actors of evaluate."""
+    """Return the request for the answering actors of evaluate."""
     names = "runtime.num_evaluators, runtime.cpus_per_worker or runtime.gpus_per_worker"
     return WorkerRequest("evaluators", runtime.num_evaluators, runtime.cpus_per_worker, runtime.gpus_per_worker, names)
 
 
 def describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
-    """For example "2 nodes with 16 CPUs and 4 GPUs in all"."""
+    """Return text such as "2 nodes with 16 CPUs and 4 GPUs in all"."""
     total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     return f"{_count(len(nodes), 'node')} with {_count(total['CPU'], 'CPU')} and {_count(total['GPU'], 'GPU')} in all"
 

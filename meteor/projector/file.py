@@ -110,11 +110,11 @@ def read_tensors(uri: str, prefix: str = "") -> tuple[dict[str, str], dict[str, 
 
 
 def count_parameters(uri: str) -> int:
-    """Numbers in all tensors of a safetensors file, of which the header alone is read.
+    """Count the elements of all tensors in a safetensors file. Only the header is read.
 
     Raises:
-        NotFoundError: there is no such file.
-        CheckpointError: it is no safetensors file.
+        NotFoundError: the file does not exist.
+        CheckpointError: the file is not in safetensors format.
     """
     try:
         tensors = {name: entry for name, entry in read_header(uri)[1].items() if name != "__metadata__"}

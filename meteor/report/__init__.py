@@ -1,4 +1,4 @@
-"""Finished runs in, one Markdown and one self-contained HTML page out; reads no settings, runs no model."""
+"""Report of finished runs, as a Markdown page and a self-contained HTML page; it reads no settings and runs no model."""
 
 from meteor.report.data import SelectionPanel, StudyTable, SubImageScores, VariantResult
 from meteor.report.page import ReportPaths, write_report

@@ -1,4 +1,7 @@
-"""The look all figures share: sizes, inks, one colour a variant, PNG out. Draws with Agg objects, never pyplot."""
+"""Style of all figures: sizes, inks, one colour per variant, PNG files.
+
+Figures are drawn with Agg objects and never with pyplot, whose global state would outlive a report.
+"""
 
 import io
 import itertools
@@ -10,16 +13,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.typing import LineStyleType
 
-# A figure of this width is shown at CSS_PIXELS_PER_INCH, so that a 10 pt text reads as about 14 px.
+# A figure of this width is shown at CSS_PIXELS_PER_INCH, at which a text of 10 pt is about 14 px high.
 WIDTH_INCHES = 9.0
 CSS_PIXELS_PER_INCH = 100
 TEXT_POINTS = 10.0
-# More variants than this do not stand beside each other: tables turn, and what is long is shown of the first ones.
+# More variants than this do not fit side by side: tables are transposed, and long contents show the first variants only.
 MANY_VARIANTS = 8
 INK = "#222222"
 FAINT_INK = "#d8d8d8"
 
-# Okabe and Ito's colours, told apart by colour-blind readers; their yellow is too pale on white and is left out.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, without the yellow that is too pale on white.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _LINE_STYLES: tuple[LineStyleType, ...] = ("-", "--", ":", "-.")
 _HATCHES = ("", "///", "...", "xxx")
@@ -27,7 +30,7 @@ _HATCHES = ("", "///", "...", "xxx")
 
 @dataclass(frozen=True)
 class Look:
-    """A variant's colour, and what tells it from another of the same colour in lines and in bars."""
+    """Look of a variant: a colour, and the line style and hatch that distinguish variants of the same colour."""
 
     colour: str
     line_style: LineStyleType
@@ -40,10 +43,10 @@ class Drawing:
 
     Attributes:
         name: file stem, unique in a report.
-        png: the file's bytes.
+        png: content of the PNG file.
         width, height: size on the page in CSS pixels.
-        alt: what it shows, for those who cannot see it.
-        caption: how to read it.
+        alt: description for readers who cannot see the figure.
+        caption: explanation of how to read the figure.
     """
 
     name: str
@@ -55,7 +58,7 @@ class Drawing:
 
 
 def variant_looks(names: Sequence[str]) -> dict[str, Look]:
-    """One look for each variant, the same in every figure; lines and hatches change once the colours are used up."""
+    """Return a look per variant, used in every figure; line style and hatch change once the colours are used up."""
     looks = itertools.cycle(
         Look(colour, line_style, hatch)
         for line_style, hatch in zip(_LINE_STYLES, _HATCHES, strict=True)
@@ -71,7 +74,7 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def plain_axes(axes: Axes, *, grid: str | None) -> None:
-    """Only the frame's left and bottom side, a faint grid along ``grid`` ("x", "y" or None), readable ticks."""
+    """Draw only the left and bottom side of the frame, a faint grid along ``grid`` ("x", "y" or None), readable ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.tick_params(labelsize=TEXT_POINTS, colors=INK, length=3)
@@ -83,7 +86,7 @@ def plain_axes(axes: Axes, *, grid: str | None) -> None:
 
 
 def to_drawing(figure: Figure, *, name: str, alt: str, caption: str, dpi: int = 170) -> Drawing:
-    """Render; ``dpi`` beyond the page's own keeps print and dense screens sharp."""
+    """Render a figure; ``dpi`` is above the page's 100, so that the figure is sharp in print and on dense screens."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     width, height = figure.get_size_inches()

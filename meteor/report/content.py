@@ -1,4 +1,4 @@
-"""Everything a page shows, in the order it is shown; both templates lay out the same content."""
+"""Content of a report in the order of the page; the templates for Markdown and HTML lay it out."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,12 +38,14 @@ from meteor.report.tables import (
 from meteor.runs.reading import StageRecord
 from meteor.stages import TRAINING_STAGES
 
-# Pixels of a thumbnail's longer side: twice its size on the page.
+# Pixels of a thumbnail's longer side, twice its size on the page for dense screens.
 _THUMBNAIL_PIXELS = 192
 
 
 @dataclass(frozen=True)
 class StageSection:
+    """A training stage of all variants."""
+
     stage: str
     table: Table
     loss: Drawing | None
@@ -51,7 +53,15 @@ class StageSection:
 
 @dataclass(frozen=True)
 class ScoreSection:
-    """``facts``: what scores depend on; ``num_quarantined``: questions that count as wrong for lack of their image."""
+    """Scores of all variants on one question set.
+
+    Attributes:
+        question_set: name of the set.
+        facts: sentence about everything that the scores depend on.
+        table: scores by type of question.
+        figure: chart of the scores; None if nothing could be scored.
+        num_quarantined: questions that count as wrong because their image could not be used.
+    """
 
     question_set: str
     facts: str
@@ -62,6 +72,8 @@ class ScoreSection:
 
 @dataclass(frozen=True)
 class SelectionSection:
+    """Kept patches and scores of one image."""
+
     panel: SelectionPanel
     kept: Drawing
     heat: Drawing
@@ -69,13 +81,22 @@ class SelectionSection:
 
 @dataclass(frozen=True)
 class AnswerRow:
+    """Answers of all variants to one question, with a thumbnail of the question's image."""
+
     row: PredictionRow
     thumbnail: Drawing | None
 
 
 @dataclass(frozen=True)
 class TableSection:
-    """A table of a study: ours with differences from ``control``, and beside the paper's rows."""
+    """A table of a study.
+
+    Attributes:
+        title: heading of the table.
+        control: variant that differences are taken from.
+        results: scores and differences.
+        beside: the results in the layout of a table of the paper, below the paper's rows; None if no table is chosen.
+    """
 
     title: str
     control: str
@@ -85,7 +106,7 @@ class TableSection:
 
 @dataclass(frozen=True)
 class StudySection:
-    """What a study shows besides a report of single runs."""
+    """Parts of a study's report that a report of single runs lacks."""
 
     tables: tuple[TableSection, ...]
     pareto: Drawing | None
@@ -97,6 +118,8 @@ class StudySection:
 
 @dataclass(frozen=True)
 class ReportContent:
+    """Content of a report; None and empty tuples stand for parts that the runs lack."""
+
     title: str
     notes: tuple[str, ...]
     missing: tuple[str, ...]
@@ -117,7 +140,7 @@ class ReportContent:
     study: StudySection | None
 
     def drawings(self) -> Iterator[Drawing]:
-        """Every figure once."""
+        """Return every figure once."""
         found = [section.loss for section in self.stages] + [self.throughput]
         found += [section.figure for section in self.scores if section.figure is not None]
         found += [drawing for section in self.selections for drawing in (section.kept, section.heat)]
@@ -136,7 +159,7 @@ def build_content(
     thumbnails: Mapping[str, Image.Image],
     tables: Sequence[StudyTable] = (),
 ) -> ReportContent:
-    """Compute every table and draw every figure; arguments as in `meteor.report.page.write_report`."""
+    """Compute every table and draw every figure; for the arguments see `meteor.report.page.write_report`."""
     runs, variants = variants, merge_seeds(variants)
     looks = variant_looks([variant.name for variant in variants])
     runs_by_stage: dict[str, dict[str, StageRecord]] = {
@@ -179,17 +202,17 @@ def _study_section(
     looks: Mapping[str, Look],
 ) -> StudySection:
     hardware = {run.efficiency["hardware"]: None for run in runs if run.efficiency}
-    drawings: dict[str, list[SelectionPanel]] = {}
+    panels_of: dict[str, list[SelectionPanel]] = {}
     for panel in panels:
-        drawings.setdefault(panel.title, []).append(panel)
+        panels_of.setdefault(panel.title, []).append(panel)
     return StudySection(
         tables=tuple(_table_section(spec, runs) for spec in tables),
         pareto=pareto_figure(runs, looks),
         costs=cost_table(runs),
         hardware="; ".join(hardware),
         kept=tuple(
-            kept_by_variants_figure(mine[:MANY_VARIANTS], f"kept_{index:02d}")
-            for index, mine in enumerate(drawings.values(), start=1)
+            kept_by_variants_figure(of_image[:MANY_VARIANTS], f"kept_{index:02d}")
+            for index, of_image in enumerate(panels_of.values(), start=1)
         ),
         csv_files=csv_files(runs, tables),
     )

@@ -1,4 +1,4 @@
-"""A study's numbers for spreadsheets and notebooks: one row a run, one a difference."""
+"""Numbers of a study as CSV files, for spreadsheets and notebooks."""
 
 import csv
 import io
@@ -13,10 +13,13 @@ from meteor.report.tables import question_sets
 
 
 def csv_files(runs: Sequence[VariantResult], tables: Sequence[StudyTable]) -> dict[str, str]:
-    """File name -> its content.
+    """Return file name -> content of the file.
 
-    ``runs.csv`` has one row a run: variant, seed and every number of `meteor.report.study.numbers`; ``scores.csv`` one a
-    run, question set and type of question; ``differences.csv`` one a table, variant and question set, shares not percent.
+    - ``runs.csv`` has a row per run, with variant, seed and every number of `meteor.report.study.numbers`.
+    - ``scores.csv`` has a row per run, question set and type of question.
+    - ``differences.csv`` has a row per table, variant and question set.
+
+    Scores and differences are shares, not percentages.
     """
     return {
         "runs.csv": _write({"run": run.name, "variant": run.group, "seed": run.seed, **numbers(run)} for run in runs),

@@ -1,4 +1,4 @@
-"""What a report is made of: plain values."""
+"""Values that a report is made from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,20 +14,20 @@ from meteor.runs.reading import StageRecord
 
 @dataclass(frozen=True)
 class VariantResult:
-    """All that is known of one variant.
+    """Results of one variant, or of one seed of a variant.
 
     Attributes:
-        name: unique among the variants of a report.
-        stages: stage name -> its run; a stage that was not run is absent.
-        scores: question set -> the table of `meteor.evaluation.scoring.score_table`; None if not evaluated.
-        predictions: rows with ``id``, ``question``, ``prediction``, ``answer``, ``score`` (0 ... 1), ``quarantined``,
-            and ``image`` (its name), ``type`` and ``set`` where there is one; None if not evaluated.
-        num_projector_parameters: of the projector alone.
-        num_visual_tokens_per_image: measured mean, separators not counted.
-        variant: what all seeds of a study's variant share; ``name`` where there is one seed.
-        seed: None where none was named.
+        name: name, unique among the results of a report.
+        stages: stage name -> record of the stage; stages that were not run are absent.
+        scores: question set -> table of `meteor.evaluation.scoring.score_table`; None if not evaluated.
+        predictions: rows with ``id``, ``question``, ``prediction``, ``answer``, ``score`` (0 to 1), ``quarantined``, and,
+            if the question has them, ``image`` (a name), ``type`` and ``set``; None if not evaluated.
+        num_projector_parameters: parameters of the projector alone; None if not recorded.
+        num_visual_tokens_per_image: measured mean, separators not counted; None if not recorded.
+        variant: name of the variant, which all its seeds share; "" if the variant is ``name``.
+        seed: seed of the run; None if the study names no seeds.
         efficiency: fields of `meteor.evaluation.efficiency.Efficiency`; None if not measured.
-        encoder_shares: training stage -> share of its arithmetic that encoding in the step would be.
+        encoder_shares: training stage -> share of a step's arithmetic that encoding in the step would be, 0 to 1.
     """
 
     name: str
@@ -43,18 +43,19 @@ class VariantResult:
 
     @property
     def group(self) -> str:
+        """Name under which the seeds of a variant come together."""
         return self.variant or self.name
 
 
 @dataclass(frozen=True)
 class StudyTable:
-    """A table that a study asks for.
+    """A table that the settings of a study define.
 
     Attributes:
-        title: its heading.
-        variants: rows, in this order.
-        control: the variant that differences are taken from.
-        paper: number of the paper's table whose rows stand beside; None for none.
+        title: heading of the table.
+        variants: names of the variants, one per row.
+        control: variant that differences are taken from.
+        paper: number of the paper's table to compare with; None for no comparison.
     """
 
     title: str
@@ -65,7 +66,13 @@ class StudyTable:
 
 @dataclass(frozen=True, eq=False)
 class SubImageScores:
-    """Scores of the P patches of one sub-image, row-major, and the K kept ones; a score the projector lacks is None."""
+    """Scores of the patches of one sub-image.
+
+    Attributes:
+        combined_scores: (P,) float, row-major; the scores that the selection goes by.
+        kept_indices: (K,) int, positions of the kept patches.
+        visual_scores, native_scores: (P,) float, scores of each expert; None if the projector lacks the expert.
+    """
 
     combined_scores: np.ndarray
     kept_indices: np.ndarray
@@ -75,11 +82,17 @@ class SubImageScores:
 
 @dataclass(frozen=True, eq=False)
 class SelectionPanel:
-    """One image, one question, and which of the image's patches a variant kept.
+    """An image with a question, and the patches of the image that a variant kept.
 
     Attributes:
-        image: RGB.
-        sub_images: one for each of the plan, the global view first.
+        title: heading.
+        question: text of the question.
+        answer: right answer.
+        prediction: answer of the variant.
+        image: the image, RGB.
+        plan: slices of the image.
+        sub_images: scores per sub-image of the plan, the global view first.
+        variant: name of the variant; "" if the report has only one.
 
     Raises:
         DataError: sub-images or scores do not fit the plan.
@@ -99,6 +112,6 @@ class SelectionPanel:
         expected = [(rows * columns,) for rows, columns in self.plan.patch_grids]
         if shapes != expected:
             raise DataError(
-                f"panel {self.title!r}: scores have shapes {shapes}, the slice plan's patch grids ask for {expected}; "
-                "give one score vector for each sub-image, the global view first"
+                f"panel {self.title!r}: scores have shapes {shapes}, but the slice plan's patch grids need {expected}; "
+                "give one score vector per sub-image, the global view first"
             )

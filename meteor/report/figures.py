@@ -1,4 +1,4 @@
-"""Charts of numbers: loss over steps, throughput bars, scores by type."""
+"""Charts: loss over steps, throughput, scores by type of question."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,12 +31,14 @@ _RATES = (("num_samples", "samples/s"), ("num_visual_tokens", "visual tokens/s")
 
 
 def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRecord]], looks: Mapping[str, Look]) -> Drawing:
-    """Loss of one stage over steps, all variants overlaid, and the learning rate below.
+    """Draw the loss of one stage over steps, all variants overlaid, and the learning rate below.
+
+    A single seed is drawn twice, raw and thin, smoothed and thick. Several seeds are drawn smoothed and thin.
 
     Args:
-        stage: its name.
-        runs: curve's label -> its runs, one a seed: raw thin and smoothed thick, or of several seeds each smoothed, thin.
-        looks: of each label.
+        stage: name of the stage.
+        runs: label of a curve -> records of the stage, one per seed.
+        looks: label -> look.
     """
     figure = new_figure(WIDTH_INCHES, 5.2)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
@@ -57,13 +59,18 @@ def loss_figure(stage: str, runs: Mapping[str, Sequence[StageRecord]], looks: Ma
         figure,
         name=f"loss_{stage}",
         alt=f"Loss of stage {stage} over steps. At the last step: {described}.",
-        caption="Thick: smoothed over about a twentieth of the curve; thin behind it, the loss of each step. Where there are "
-        "several seeds each is a smoothed line. Below: the learning rate.",
+        caption="Thick: loss, smoothed over about a twentieth of the curve. Thin, behind it: loss of each step. A variant with "
+        "several seeds has one smoothed line per seed. Below: learning rate.",
     )
 
 
 def throughput_figure(runs: Mapping[str, Mapping[str, StageRecord]], looks: Mapping[str, Look]) -> Drawing:
-    """Bars of samples/s and visual tokens/s; ``runs`` is stage -> variant -> run. One row of panels a stage."""
+    """Draw samples/s and visual tokens/s as bars, with a row of charts per stage.
+
+    Args:
+        runs: stage -> variant -> record of the stage.
+        looks: variant -> look.
+    """
     num_bars = max(len(stage_runs) for stage_runs in runs.values())
     figure = new_figure(WIDTH_INCHES, len(runs) * (1.0 + 0.3 * num_bars))
     grid = figure.subplots(len(runs), len(_RATES), squeeze=False)
@@ -84,14 +91,15 @@ def throughput_figure(runs: Mapping[str, Mapping[str, StageRecord]], looks: Mapp
 
 
 def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Mapping[str, Look]) -> Drawing:
-    """Scores of all questions and of each type, one bar a variant, with 95 % intervals and the majority answer.
+    """Draw scores of all questions and of each type as a bar per variant, with 95 % intervals and the majority answer.
 
     Args:
         name: file stem.
-        scores: variant -> the table of `meteor.evaluation.score_table.score_table`.
+        scores: variant -> table of `meteor.evaluation.score_table.score_table`.
+        looks: variant -> look.
     """
     types = sorted({type_name for table in scores.values() for type_name in table["by_type"]})
-    # Of many variants the types would fill pages; they are in the table.
+    # Types of question times many variants would fill pages; the table has them.
     labels = ["all questions", *(types if len(types) > 1 and len(scores) <= MANY_VARIANTS else [])]
     bar_height = 0.8 / len(scores)
     metric = metric_title(next(iter(scores.values()))["metric"])
@@ -118,8 +126,8 @@ def scores_figure(name: str, scores: Mapping[str, Mapping[str, Any]], looks: Map
         figure,
         name=name,
         alt=f"{metric} by type of question. All questions: {values}.",
-        caption="Whiskers: 95 % intervals, clustered by image. Dashed: what always giving the most frequent answer would "
-        "score.",
+        caption="Whiskers: 95 % intervals, clustered by image. Dashed: score of a model that always gives the most frequent "
+        "answer.",
     )
 
 
@@ -143,7 +151,7 @@ def _draw_bars(axes: Axes, rates: Mapping[str, float | None], looks: Mapping[str
         axes.annotate(text, (rate or 0, row), (5, 0), textcoords="offset points", va="center", fontsize=TEXT_POINTS)
     axes.set_yticks(range(len(names)), labels=names if show_names else [], parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    # Room to the right for the longest bar's number.
+    # The number of the longest bar needs space at its right.
     axes.set_xlim(0, 1.25 * max([rate or 0 for rate in rates.values()]) or 1)
     plain_axes(axes, grid=None)
     axes.spines["bottom"].set_visible(False)
@@ -162,7 +170,7 @@ def _draw_score(axes: Axes, entry: Mapping[str, Any], y: float, height: float, l
 
 
 def _majority_line(x: Sequence[float], y: Sequence[float]) -> Line2D:
-    # A white edge keeps it readable on dark bars.
+    # A white edge makes the line visible on dark bars.
     edge = [patheffects.withStroke(linewidth=3.4, foreground="white")]
     return Line2D(x, y, color="black", linestyle=(0, (2, 1)), linewidth=1.6, path_effects=edge, label="majority answer")
 
@@ -187,19 +195,19 @@ def _add_legend(
 
 
 def comparable_runs(variants: Sequence[VariantResult], stage: str) -> dict[str, StageRecord]:
-    """Variant -> its run of a stage, of those that reported at least one step."""
+    """Return variant -> record of a stage, for variants that reported at least one step."""
     runs = {variant.name: variant.stages[stage] for variant in variants if stage in variant.stages}
     return {name: run for name, run in runs.items() if run.metrics}
 
 
 def curves(variants: Sequence[VariantResult], stage: str) -> dict[str, list[StageRecord]]:
-    """Label -> runs of a stage, one a seed; variants that share their runs are one curve with all their names."""
+    """Return label -> records of a stage, one per seed; variants that share the stage share a curve with all their names."""
     names: dict[tuple[str, ...], list[str]] = {}
     runs: dict[tuple[str, ...], list[StageRecord]] = {}
     for name, seeds in by_variant(variants).items():
-        mine = [run.stages[stage] for run in seeds if stage in run.stages and run.stages[stage].metrics]
-        if mine:
-            uris = tuple(run.uri for run in mine)
+        records = [run.stages[stage] for run in seeds if stage in run.stages and run.stages[stage].metrics]
+        if records:
+            uris = tuple(record.uri for record in records)
             names.setdefault(uris, []).append(name)
-            runs[uris] = mine
-    return {", ".join(names[uris]): mine for uris, mine in runs.items()}
+            runs[uris] = records
+    return {", ".join(names[uris]): records for uris, records in runs.items()}

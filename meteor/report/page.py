@@ -1,4 +1,4 @@
-"""A report's tables and figures as a Markdown page with figure files, and as one HTML page that needs nothing else."""
+"""Pages of a report: Markdown with figure files, and HTML that contains everything."""
 
 import base64
 import html
@@ -17,13 +17,13 @@ from meteor.report.content import ReportContent, build_content
 from meteor.report.data import SelectionPanel, StudyTable, VariantResult
 from meteor.report.tables import GAPS, Table
 
-# What Markdown would read as markup anywhere in a line; "_" only at a word's edge, so that names stay readable.
+# Characters that Markdown reads as markup; "_" is markup only at the edge of a word, so that names stay readable.
 _MARKDOWN_SPECIAL = re.compile(r"[\\`*|\[\]~$#]|(?<!\w)_|_(?!\w)")
 
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """URIs of the two pages; the Markdown page's figures lie in ``figures/`` beside it."""
+    """URIs of the two pages; the figures of the Markdown page are in ``figures/`` beside it."""
 
     markdown: str
     html: str
@@ -40,29 +40,29 @@ def write_report(
     thumbnails: Mapping[str, Image.Image] | None = None,
     tables: Sequence[StudyTable] = (),
 ) -> ReportPaths:
-    """Draw and write ``report.md``, ``report.html`` and ``figures/*.png``; an older report in the folder is replaced.
+    """Write ``report.md``, ``report.html`` and ``figures/*.png``; they replace an older report in the folder.
 
-    With ``tables`` it is a study's: seeds of a variant become one row, differences are tested, the paper's tables stand in its
-    own layout, and the numbers lie beside the pages as ``*.csv``.
+    With ``tables`` the report is that of a study: the seeds of a variant share a row, differences have intervals, results are
+    laid out as in the paper, and ``*.csv`` files have the numbers.
 
     Args:
-        uri: folder, local or S3.
+        uri: URI of the folder, local or S3.
         title: heading of both pages.
-        variants: compared side by side, in this order; at least one.
+        variants: results to compare, in the order of the page; at least one.
         panels: images whose selection is drawn.
-        cache: facts about the feature cache, shown in this order: ``num_...`` as counts, ``..._bytes`` with units,
-            ``quarantine_reasons`` as {reason: count}, everything else as it is. None if there is none.
-        notes: sentences shown under the title.
+        cache: facts about the feature cache in the order of the page. ``num_...`` are shown as counts, ``..._bytes`` with
+            units, ``quarantine_reasons`` as {reason: count}. None if there is no cache.
+        notes: sentences below the title.
         thumbnails: image name -> image, for the answers of `meteor.report.predictions.choose_predictions`.
-        tables: of a study.
+        tables: tables of a study.
 
     Raises:
-        DataError: no variants, or two of one name.
+        DataError: there are no variants, or two have the same name.
         StorageError: the folder cannot be written.
     """
     names = [variant.name for variant in variants]
     if not names or len(set(names)) < len(names):
-        raise DataError(f"a report compares variants by name, got {names}; give at least one, each name once")
+        raise DataError(f"a report compares variants by name, got {names}; give at least one variant, each name once")
     content = build_content(title, variants, panels, cache, notes, thumbnails or {}, tables)
     for drawing in content.drawings():
         storage.write_bytes(storage.join(uri, "figures", f"{drawing.name}.png"), drawing.png)
@@ -75,7 +75,7 @@ def write_report(
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown and the HTML inside it show as it is, on one line, in table cells too."""
+    """Escape a text and put it on one line, so that Markdown and HTML in Markdown show it unchanged, even in table cells."""
     one_line = " ".join(text.split())
     return _MARKDOWN_SPECIAL.sub(lambda match: "\\" + match.group(), html.escape(one_line, quote=False))
 
@@ -83,7 +83,7 @@ def escape_markdown(text: str) -> str:
 def _markdown_table(table: Table) -> str:
     rule = ["---", *["---:" if table.numeric else "---"] * (len(table.columns) - 1)]
     rows = [[escape_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
-    # The paper's rows in italics: Markdown knows no shades.
+    # The paper's rows are in italics, as Markdown has no shading.
     rows[1 : 1 + table.theirs] = [[f"*{cell}*" if cell else "" for cell in row] for row in rows[1 : 1 + table.theirs]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
 

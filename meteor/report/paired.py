@@ -1,6 +1,6 @@
-"""Differences between two variants question by question: what the same questions and images have in common cancels.
+"""Differences between two variants, question by question, so that the difficulty of questions and images cancels out.
 
-Questions about one image are not independent: intervals are clustered by image.
+Questions about one image are not independent, so that intervals are clustered by image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from typing import Any
 from meteor.intervals import mean_influences, standard_error, student_interval
 from meteor.report.data import VariantResult
 
-# A question of a set; LLaVA's mixtures use an id more than once, so the question belongs to it.
+# (question set, id, text of the question): LLaVA's mixtures use an id for several questions.
 Question = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean score of a variant less that of its control, on the questions that both were asked.
+    """Mean score of a variant minus the mean score of its control, on the questions that both answered.
 
     Attributes:
-        mean: of questions, each the mean of its seeds; 1 is all right against all wrong.
-        interval: 95 %, clustered by image; None where there are fewer than two images.
-        by_seed: seed -> the same of one seed alone, of seeds that both have.
-        num_questions, num_images: that both were asked.
+        mean: mean over questions, of which each is a mean over seeds, -1 to 1.
+        interval: 95 % interval, clustered by image; None with fewer than two images.
+        by_seed: seed -> mean over questions for this seed alone, for seeds that both have.
+        num_questions, num_images: questions that both answered, and the images of these questions.
     """
 
     mean: float
@@ -34,41 +34,41 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 def paired_difference(
     runs: Sequence[VariantResult], control: Sequence[VariantResult], question_set: str
 ) -> Difference | None:
-    """Compare the seeds of a variant with those of its control; seeds of the same number are compared with each other.
+    """Compare a variant with its control; equal seeds are compared with each other.
 
-    The interval is that of `meteor.intervals`, with images as clusters. It tells whether other questions would give the
-    same sign; what another seed would give is seen in ``by_seed``. Answers without a score of their own, as all but the first
-    rotation of a circular benchmark, are left out.
+    The interval comes from `meteor.intervals`, with images as clusters. It says whether other questions would give the same
+    sign, and ``by_seed`` shows how much seeds matter. Answers without a score are skipped; in a circular benchmark only the
+    first rotation has a score.
 
     Args:
-        runs, control: results of all seeds.
-        question_set: whose questions.
+        runs, control: results of all seeds of the variant, and of the control.
+        question_set: name of the question set to compare.
 
     Returns:
-        None where no question was asked of both.
+        The difference; None if both have no scored question in common.
     """
     mine, theirs = _scores(runs, question_set), _scores(control, question_set)
     seeds = [seed for seed in mine if seed in theirs]
-    if not seeds:  # of other seeds: each side's mean is compared
+    if not seeds:  # variant and control have no seed in common: their means over seeds are compared
         mine, theirs, seeds = {None: _mean_of(mine)}, {None: _mean_of(theirs)}, [None]
     common = [
-        question for question in mine[seeds[0]] if all(question in one[s] for one in (mine, theirs) for s in seeds)
+        question for question in mine[seeds[0]] if all(question in side[s] for side in (mine, theirs) for s in seeds)
     ]
     if not common:
         return None
     differences = {question: mean(mine[s][question] - theirs[s][question] for s in seeds) for question in common}
-    drawings = _images([*runs, *control])
-    clusters = {drawings[question] for question in differences}
+    image_of = _images([*runs, *control])
+    clusters = {image_of[question] for question in differences}
     centre = mean(differences.values())
     error = standard_error(
-        mean_influences(list(differences.values())), (drawings[question] for question in differences)
+        mean_influences(list(differences.values())), (image_of[question] for question in differences)
     )
     return Difference(
         mean=centre,
@@ -80,12 +80,12 @@ def paired_difference(
 
 
 def _scores(runs: Sequence[VariantResult], question_set: str) -> dict[int | None, dict[Question, float]]:
-    """Seed -> question -> score; a quarantined question is wrong for everybody and stays."""
+    """Return seed -> question -> score; a question whose image is quarantined counts, as wrong for every variant."""
     return {run.seed: question_scores(run.predictions, question_set) for run in runs if run.predictions}
 
 
 def question_scores(rows: Sequence[Mapping[str, Any]], question_set: str) -> dict[Question, float]:
-    """Question -> score, of the rows of a set that have one."""
+    """Return question -> score, for the rows of a set that have a score."""
     return {
         _question(row): float(row["score"])
         for row in rows
@@ -100,7 +100,7 @@ def _mean_of(seeds: Mapping[int | None, Mapping[Question, float]]) -> dict[Quest
 
 
 def _images(runs: Sequence[VariantResult]) -> dict[Question, str]:
-    """Question -> its image; one without an image is a cluster of its own."""
+    """Return question -> image name; a question without an image is a cluster of its own."""
     return {_question(row): row.get("image") or str(_question(row)) for run in runs for row in run.predictions or []}
 
 

@@ -1,4 +1,4 @@
-"""The paper's own numbers (arXiv 2505.11945, Tables 1 to 4), and ours laid beside them."""
+"""Numbers of the paper (arXiv 2505.11945, Tables 1 to 4), and ours in the same layout."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ from meteor.report.tables import (
 Groups = Mapping[str, Sequence[VariantResult]]
 
 REMARKS = (
-    "Shaded rows marked (paper) are the paper's, as printed: LLaVA-UHD and LLaVA-Meteor with Vicuna-13B, 595K / 665K samples, "
-    "eight H800; peers as they were published.",
-    "Tokens are counted otherwise: about 256, 114 and 56 an image for K = 144, 64 and 32 would mean 1.78 sub-images "
-    "an image, while the slicing rule cuts a 640 × 480 image into five (720 tokens at K = 144). Ours is measured.",
-    "Where a row does not say otherwise: both experts, local-to-single scan, and K = 144.",
-    "Some of the paper's averages are not the mean of their row; they stand as printed.",
+    "Shaded rows marked (paper) are printed in the paper: LLaVA-UHD and LLaVA-Meteor with Vicuna-13B, 595K / 665K samples, "
+    "eight H800; other models as their authors published them.",
+    "The paper counts tokens differently: about 256, 114 and 56 per image for K = 144, 64 and 32 would mean 1.78 sub-images "
+    "per image, while the slicing rule cuts a 640 × 480 image into five (720 tokens at K = 144). Our numbers are measured.",
+    "Unless a row says otherwise, it has both experts, the local-to-single scan, and K = 144.",
+    "Some averages in the paper are not the mean of their row; they are shown as printed.",
 )
 
-# Columns of the paper's Tables 1 to 3; a question set says in its scores which one is its own.
+# Columns of the paper's Tables 1 to 3; the scores of a question set name the set's column.
 BENCHMARKS = ("VQA-T", "VQA-D", "QA-C", "VQA-I", "GQA", "VQAv2", "VizWiz", "MMB", "MMVet", "MMMU", "POPE", "SEED")
 # Table 4: tokens, projector, training, tokens/s, average.
 _EFFICIENCY = (
@@ -43,17 +43,17 @@ _EFFICIENCY = (
 
 @cache
 def paper_rows() -> tuple[Mapping[str, str], ...]:
-    """The rows of the paper's Tables 1 to 3 (arXiv 2505.11945) as printed; columns as in ``paper_tables.csv``."""
+    """Read the rows of the paper's Tables 1 to 3 (arXiv 2505.11945) as printed; ``paper_tables.csv`` has the columns."""
     text = (files("meteor.report") / "paper_tables.csv").read_text()
     return tuple(csv.DictReader(text.splitlines()))
 
 
 def paper_table(number: int, runs: Sequence[VariantResult]) -> Table:
-    """Ours in the layout of one of the paper's tables, below the paper's rows.
+    """Lay out our results as in a table of the paper, below the paper's rows.
 
     Args:
-        number: 1 to 4.
-        runs: one a variant and seed; seeds are averaged.
+        number: number of the paper's table, 1 to 4.
+        runs: results per variant and seed; seeds are averaged.
     """
     groups = by_variant(runs)
     return _efficiency(groups) if number == 4 else _scores(number, groups)
@@ -64,7 +64,7 @@ def _scores(number: int, groups: Groups) -> Table:
     theirs = [row for row in paper_rows() if row["table"] == str(number)]
     columns_of = {name: _column(runs, name) for name in question_sets(runs)}
     others = [name for name, column in columns_of.items() if not column]
-    # A hyphen that breaks no line: two letters a line are hard to read.
+    # With a normal hyphen, narrow columns would break the names into lines of two letters.
     benchmarks = [name.replace("-", "\u2011") for name in BENCHMARKS]
     columns = ("Model", "LLM", "Tokens", *others, *benchmarks, "avg")
     rows = [
@@ -73,7 +73,7 @@ def _scores(number: int, groups: Groups) -> Table:
             row["llm"],
             row["tokens"],
             *[""] * len(others),
-            *(row[one] for one in (*BENCHMARKS, "avg")),
+            *(row[benchmark] for benchmark in (*BENCHMARKS, "avg")),
         )
         for row in theirs
     ]
@@ -85,7 +85,7 @@ def _scores(number: int, groups: Groups) -> Table:
                 _llm(mine[0]),
                 format_tokens(mine[0].num_visual_tokens_per_image),
                 *(_mean_score(mine, name) for name in others),
-                *(_mean_score(mine, cells[one]) if one in cells else "" for one in BENCHMARKS),
+                *(_mean_score(mine, cells[name]) if name in cells else "" for name in BENCHMARKS),
                 "",
             )
         )
@@ -96,15 +96,15 @@ def _efficiency(groups: Groups) -> Table:
     columns = ("Model", "Tokens", "Projector", "Training", "Tokens/s", "Average score")
     rows = [*_EFFICIENCY]
     for variant, mine in groups.items():
-        one = next((run for run in mine if run.efficiency), mine[0])
+        measured = next((run for run in mine if run.efficiency), mine[0])
         scores = [share for name in question_sets(mine) for share in shares_right(mine, name)]
         rows.append(
             (
                 variant,
-                format_tokens(one.num_visual_tokens_per_image),
-                format_size(one),
-                format_training_time(one),
-                f"{one.efficiency['tokens_per_s']:.3g}" if one.efficiency else NOT_RECORDED,
+                format_tokens(measured.num_visual_tokens_per_image),
+                format_size(measured),
+                format_training_time(measured),
+                f"{measured.efficiency['tokens_per_s']:.3g}" if measured.efficiency else NOT_RECORDED,
                 f"{100 * mean(scores):.1f}" if scores else NOT_RUN,
             )
         )
@@ -112,7 +112,7 @@ def _efficiency(groups: Groups) -> Table:
 
 
 def _column(runs: Sequence[VariantResult], question_set: str) -> str:
-    """Of the paper's tables that a set's scores stand in: its benchmark's, asked on the split that is scored offline."""
+    """Return the column of the paper's tables for a question set; "" if it is none of the paper's benchmarks."""
     found = next(run.scores[question_set] for run in runs if run.scores and question_set in run.scores)
     return found.get("column", "")
 

@@ -1,4 +1,4 @@
-"""Which of thousands of answers a page shows: a few that all variants got right, some got right, none got right."""
+"""Choice of the few answers that a page shows: questions that all variants, some, and none got right."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +9,14 @@ from meteor.report.data import VariantResult
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """One question with every variant's answer.
+    """A question with the answers of all variants.
 
     Attributes:
-        image: name of its image, "" if none.
-        answers: variant -> (prediction, score 0 ... 1); a variant that was not asked is absent.
+        question: text of the question.
+        answer: right answer.
+        type: type of the question; "" if it has none.
+        image: name of the question's image; "" if it has none.
+        answers: variant -> (prediction, score 0 to 1); variants that did not answer the question are absent.
     """
 
     question: str
@@ -24,10 +27,10 @@ class PredictionRow:
 
 
 def choose_predictions(variants: Sequence[VariantResult], num_rows: int = 9) -> list[PredictionRow]:
-    """Pick rows evenly from those all variants, some, and none got right; the same rows every time.
+    """Choose questions evenly from those that all variants, some, and none got right.
 
-    Questions about a quarantined image were not answered and are left out.
-    Call it before `write_report` to learn which images are worth loading as thumbnails.
+    The choice is the same every time, so that a caller of `write_report` can find out before which thumbnails it needs.
+    Questions about a quarantined image were not answered, and are never chosen.
     """
     rows = _join_by_question(variants)
     groups: list[list[PredictionRow]] = [[], [], []]
@@ -38,15 +41,15 @@ def choose_predictions(variants: Sequence[VariantResult], num_rows: int = 9) -> 
 
 
 def _join_by_question(variants: Sequence[VariantResult]) -> list[PredictionRow]:
-    # The question belongs to the key: LLaVA's mixtures use an id more than once.
-    asked: dict[tuple[str, str, str], dict[str, Any]] = {}
+    # The question belongs to the key, as LLaVA's mixtures use an id for several questions.
+    questions: dict[tuple[str, str, str], dict[str, Any]] = {}
     answers: dict[tuple[str, str, str], dict[str, tuple[str, float]]] = {}
     for variant in variants:
         for row in variant.predictions or []:
             if row["quarantined"] or row["score"] is None:
                 continue
             key = (row.get("set", ""), str(row["id"]), row["question"])
-            asked.setdefault(key, row)
+            questions.setdefault(key, row)
             answers.setdefault(key, {})[variant.name] = (row["prediction"], float(row["score"]))
     return [
         PredictionRow(
@@ -56,12 +59,12 @@ def _join_by_question(variants: Sequence[VariantResult]) -> list[PredictionRow]:
             image=row.get("image", ""),
             answers=answers[key],
         )
-        for key, row in asked.items()
+        for key, row in questions.items()
     ]
 
 
 def _shares(groups: Sequence[Sequence[PredictionRow]], num_rows: int) -> list[int]:
-    """How many to take of each group: one after the other in turn, until enough or all are taken."""
+    """Return how many rows to choose from each group: groups take turns until there are enough rows, or no more."""
     shares = [0] * len(groups)
     while sum(shares) < min(num_rows, sum(map(len, groups))):
         for index, group in enumerate(groups):

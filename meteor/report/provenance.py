@@ -1,4 +1,4 @@
-"""What is needed to make the same numbers again: digests, versions, full settings; and what a report lacks."""
+"""Provenance of a report's numbers: digests, versions, all settings; and a list of missing pieces."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,24 @@ from meteor.stages import STAGES
 _STAGES = STAGES[1:]  # all but the feature cache, which variants share
 _LABELS = {"digest": "run digest", "uri": "folder"}
 _PROJECTOR_NOTES = {
-    "focus": "FocusLLaVA-style, as the paper gives neither region sizes, nor scales, nor the form of the gate.",
-    "llava_mini": "LLaVA-Mini's compressor alone, without the layers that fuse images into the text before it.",
-    "meteor_37m": "has as many parameters as the paper's Table 4 gives; that does not make it the authors' layout.",
+    "focus": "FocusLLaVA-style, as its paper gives neither region sizes, nor scales, nor the form of the gate.",
+    "llava_mini": "LLaVA-Mini's compressor alone, without the layers before it that fuse images into the text.",
+    "meteor_37m": "has as many parameters as the paper's Table 4 says; the authors' layout may still differ.",
     "prumerge_plus": "neighbours are found by features, as keys of CLIP's attention are not cached.",
-    "tokenpacker": "the single-layer variant: the original takes keys and values from four blocks of CLIP.",
+    "tokenpacker": "single-layer variant; the original takes keys and values from four blocks of CLIP.",
     "visionzip": "tokens are compared by features, as keys of CLIP's attention are not cached.",
 }
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Facts that all runs share, said once; those that differ, one row a run; package versions."""
+    """Facts about the stages of all variants.
+
+    Attributes:
+        shared: facts that are equal for all stages.
+        by_run: other facts, a row per stage.
+        versions: versions of packages.
+    """
 
     shared: Table
     by_run: Table
@@ -34,19 +40,19 @@ class Provenance:
 
 @dataclass(frozen=True)
 class SettingsBlock:
-    """Resolved settings as JSON, and which runs they belong to."""
+    """Resolved settings as JSON, below a title that names the stages with these settings."""
 
     title: str
     text: str
 
 
 def provenance(variants: Sequence[VariantResult]) -> Provenance:
-    """Lay out ``run.json``'s facts of every run of every variant."""
+    """Lay out the facts in ``run.json`` of every stage of every variant."""
     runs = _runs(variants)
     facts = {title: _facts(run) for title, run in runs.items()}
-    keys = list(dict.fromkeys(["digest", *(key for of_run in facts.values() for key in of_run)]))
-    cells = {key: [of_run.get(key, "none") for of_run in facts.values()] for key in keys}
-    # One run has nothing to share with another: its facts stay together.
+    keys = list(dict.fromkeys(["digest", *(key for run_facts in facts.values() for key in run_facts)]))
+    cells = {key: [run_facts.get(key, "none") for run_facts in facts.values()] for key in keys}
+    # A single run shares nothing with another, and all its facts stay in one table.
     shared = [key for key in keys if len(runs) > 1 and len(set(cells[key])) == 1]
     differing = [key for key in keys if key not in shared]
     rows = zip(facts, *(cells[key] for key in differing), strict=True)
@@ -58,7 +64,7 @@ def provenance(variants: Sequence[VariantResult]) -> Provenance:
 
 
 def settings_blocks(variants: Sequence[VariantResult]) -> list[SettingsBlock]:
-    """Every distinct settings document once, under the names of the runs that used it."""
+    """Return every distinct settings document once, below the names of the stages that used it."""
     titles: dict[str, list[str]] = {}
     for title, run in _runs(variants).items():
         text = json.dumps(run.settings, indent=2, sort_keys=True, ensure_ascii=False, default=str)
@@ -67,7 +73,7 @@ def settings_blocks(variants: Sequence[VariantResult]) -> list[SettingsBlock]:
 
 
 def projector_notes(variants: Sequence[VariantResult]) -> list[str]:
-    """What a reader must know of projectors that are not, or need not be, the published ones."""
+    """Return remarks about projectors that differ, or may differ, from the published ones."""
     names = {
         str(run.settings["projector"]["name"])
         for run in _runs(variants).values()
@@ -77,7 +83,7 @@ def projector_notes(variants: Sequence[VariantResult]) -> list[str]:
 
 
 def missing_pieces(variants: Sequence[VariantResult], cache: Mapping[str, Any] | None) -> list[str]:
-    """One sentence for each thing a reader would expect and not find."""
+    """Return a sentence per part of the report that a reader would expect and not find."""
     sentences = [] if cache is not None else ["No facts about the feature cache were given."]
     for variant in variants:
         for stage in _STAGES:
@@ -86,11 +92,13 @@ def missing_pieces(variants: Sequence[VariantResult], cache: Mapping[str, Any] |
                 sentences.append(f"{variant.name}: stage {stage} was not run.")
             elif not run.finished:
                 reached = (
-                    f"it had reached step {format_count(run.metrics[-1]['step'])}" if run.metrics else "no step yet"
+                    f"it had reached step {format_count(run.metrics[-1]['step'])}"
+                    if run.metrics
+                    else "it had reported no step"
                 )
                 sentences.append(f"{variant.name}: stage {stage} has not finished; {reached}.")
         if "evaluate" in variant.stages and variant.scores is None:
-            sentences.append(f"{variant.name}: stage evaluate left no scores.")
+            sentences.append(f"{variant.name}: stage evaluate has written no scores.")
     return sentences
 
 

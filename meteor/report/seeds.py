@@ -1,4 +1,4 @@
-"""Several seeds of one variant: means, and how far they lie apart."""
+"""Several seeds of a variant: their mean and their range."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from meteor.report.data import VariantResult
 
 
 def by_variant(results: Sequence[VariantResult]) -> dict[str, list[VariantResult]]:
-    """Variant -> its runs, one a seed, in the order given."""
+    """Return variant -> results, one per seed, in the given order."""
     groups: dict[str, list[VariantResult]] = {}
     for result in results:
         groups.setdefault(result.group, []).append(result)
@@ -17,21 +17,23 @@ def by_variant(results: Sequence[VariantResult]) -> dict[str, list[VariantResult
 
 
 def merge_seeds(results: Sequence[VariantResult]) -> list[VariantResult]:
-    """One result a variant: scores are means, with the lowest and highest seed for their interval.
+    """Merge the seeds of each variant into one result.
 
-    All else is the first seed's. A variant of one seed stays as it is, with the interval that its questions give it.
+    Its scores are means over seeds, with the lowest and highest seed as the interval; everything else comes from the first
+    evaluated seed. A variant with one seed keeps the interval that comes from its questions.
     """
     return [_merge(name, runs) for name, runs in by_variant(results).items()]
 
 
 def _merge(name: str, runs: Sequence[VariantResult]) -> VariantResult:
-    # One that has been evaluated, where there is one: a seed that failed does not hide the others.
+    # An evaluated seed is preferred, so that a failed seed does not hide the others.
     first = next((run for run in runs if run.scores is not None), runs[0])
     scored = [run.scores for run in runs if run.scores is not None]
     if len(scored) < 2:
         return replace(first, name=name)
-    sets = [one for one in scored[0] if all(one in scores for scores in scored)]
-    return replace(first, name=name, scores={one: _mean_table([scores[one] for scores in scored]) for one in sets})
+    sets = [set_name for set_name in scored[0] if all(set_name in scores for scores in scored)]
+    merged = {set_name: _mean_table([scores[set_name] for scores in scored]) for set_name in sets}
+    return replace(first, name=name, scores=merged)
 
 
 def _mean_table(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

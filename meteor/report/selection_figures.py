@@ -1,4 +1,4 @@
-"""Images of a selection: which patches were kept, and the scores that decided (paper, Figure 4)."""
+"""Figures of a selection: the patches that were kept, and the scores that decided (paper, Figure 4)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +14,11 @@ from meteor.image.slicing import SlicePlan
 from meteor.report.canvas import INK, TEXT_POINTS, WIDTH_INCHES, Drawing, new_figure, to_drawing
 from meteor.report.data import SelectionPanel, SubImageScores
 
+# Brightness of dropped patches.
 _DIMMED = 0.28
 _MAX_SIDE_PIXELS = 800
 _MAX_HEIGHT_INCHES = 4.5
-# Wider than this, heat maps stand in rows instead of columns, and the two views above each other.
+# Images with a larger aspect ratio have their heat maps in rows instead of columns, and the two views above each other.
 _PANORAMA = 2.4
 _BAR_BESIDE: dict[str, Any] = {"orientation": "vertical", "aspect": 10, "fraction": 0.02, "pad": 0.01}
 _BAR_BELOW: dict[str, Any] = {"orientation": "horizontal"}
@@ -25,7 +26,7 @@ _FIELDS = (("visual_scores", "visual"), ("native_scores", "native"), ("combined_
 
 
 def kept_figure(panel: SelectionPanel, name: str) -> Drawing:
-    """The image with kept patches bright and the others dimmed: as the global view, and as slices with borders."""
+    """Draw the image with kept patches bright and others dimmed, once as the global view and once as slices."""
     masks = [kept_mask(scores, grid) for scores, grid in zip(panel.sub_images, panel.plan.patch_grids, strict=True)]
     views = [("global view", masks[0])]
     if panel.plan.grid is not None:
@@ -48,13 +49,13 @@ def kept_figure(panel: SelectionPanel, name: str) -> Drawing:
         figure,
         name=name,
         alt=f"{panel.title}: the image with kept patches bright and the others dimmed.",
-        caption="Bright: kept patches. Dim and grey: dropped ones. Lines: slice borders.",
+        caption="Bright: kept patches. Dim and grey: dropped patches. Lines: borders of slices.",
         dpi=130,
     )
 
 
 def heat_figure(panel: SelectionPanel, name: str) -> Drawing:
-    """Image, visual, native and combined scores; the global view, then the slices put together in their grid."""
+    """Draw image, visual, native and combined scores, for the global view and for the slices in their grid."""
     fields = [(field, label) for field, label in _FIELDS if getattr(panel.sub_images[0], field) is not None]
     views = ["global view"] if panel.plan.grid is None else ["global view", "slices"]
     in_rows = panel.image.width / panel.image.height > _PANORAMA
@@ -74,16 +75,16 @@ def heat_figure(panel: SelectionPanel, name: str) -> Drawing:
         name=name,
         alt=f"{panel.title}: heat maps of the scores ({labels}) beside the image.",
         caption="Scores in multiples of an even share: 1 means that a patch has 1/P of its sub-image's score. "
-        "One colour bar for each score; its top is the 99th percentile.",
+        "Each score has a colour bar, which ends at the 99th percentile.",
         dpi=130,
     )
 
 
 def _heat_cells(panel: SelectionPanel, *, num_fields: int, num_views: int, in_rows: bool) -> tuple[Figure, np.ndarray]:
-    """An empty figure and its axes as (num_fields, num_views), whichever way they lie on the page."""
+    """Make an empty figure; return it with its axes as (num_fields, num_views), whichever way they lie on the page."""
     aspect = panel.image.width / panel.image.height
     num_columns, num_rows = (num_views, num_fields) if in_rows else (num_fields, num_views)
-    # Room for the colour bars: beside the rows, or below the columns.
+    # Colour bars need space, in inches, beside the rows or below the columns.
     beside, below = (0.8, 0.0) if in_rows else (0.0, 0.7)
     cell_width = min((WIDTH_INCHES - beside) / num_columns, 3.2 * aspect, 6.0)
     figure = new_figure(num_columns * cell_width + beside, num_rows * (cell_width / aspect + 0.25) + below)
@@ -92,19 +93,19 @@ def _heat_cells(panel: SelectionPanel, *, num_fields: int, num_views: int, in_ro
 
 
 def _titles(label: str, views: Sequence[str], in_rows: bool) -> list[str]:
-    """In columns the second view stands under the first one's title."""
+    """Return a title per view; in columns only the first view has one, as the second stands below it."""
     return [f"{label}, {view}" for view in views] if in_rows else [label, ""][: len(views)]
 
 
 def kept_mask(scores: SubImageScores, grid: tuple[int, int]) -> np.ndarray:
-    """(rows, columns) bool of a sub-image."""
+    """Return the kept patches of a sub-image as (rows, columns) bool."""
     mask = np.zeros(grid, dtype=bool)
     mask.reshape(-1)[scores.kept_indices] = True
     return mask
 
 
 def _montage(maps: Sequence[np.ndarray], plan: SlicePlan) -> np.ndarray:
-    """Maps of the slices (row by row, all of one shape) put together as the slices lie in the image."""
+    """Put the maps of all slices together as the slices lie in the image; maps come row by row and have equal shapes."""
     assert plan.grid is not None
     columns, rows = plan.grid
     return np.block([list(maps[row * columns : (row + 1) * columns]) for row in range(rows)])
@@ -118,14 +119,14 @@ def _heat_map(panel: SelectionPanel, field: str, view: str) -> np.ndarray:
 
 
 def image_pixels(image: Image.Image) -> np.ndarray:
-    """(h, w, 3) uint8, of a size for the page."""
+    """Return an image as (h, w, 3) uint8, small enough for the page."""
     small = image.convert("RGB")
     small.thumbnail((_MAX_SIDE_PIXELS, _MAX_SIDE_PIXELS), Image.Resampling.LANCZOS)
     return np.asarray(small)
 
 
 def dim(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Pixels (h, w, 3) under False of a patch mask (rows, columns) turned grey and dark."""
+    """Make the pixels (h, w, 3) of dropped patches grey and dark; ``mask`` is (rows, columns), True for kept patches."""
     height, width = pixels.shape[:2]
     row_of = np.arange(height) * mask.shape[0] // height
     column_of = np.arange(width) * mask.shape[1] // width
@@ -159,7 +160,7 @@ def _draw_maps(row: Sequence[Axes], maps: Sequence[np.ndarray], plan: SlicePlan,
 def _draw_borders(axes: Axes, plan: SlicePlan) -> None:
     assert plan.grid is not None
     columns, rows = plan.grid
-    # White on a dark edge shows on bright and on dark images.
+    # White lines with a dark edge are visible on bright and on dark images.
     edge = [patheffects.withStroke(linewidth=2.6, foreground="black")]
     for column in range(1, columns):
         axes.axvline(column / columns, color="white", linewidth=1.2, path_effects=edge)
@@ -168,7 +169,7 @@ def _draw_borders(axes: Axes, plan: SlicePlan) -> None:
 
 
 def bare_axes(axes: Axes, title: str) -> None:
-    """No ticks, no frame."""
+    """Set a title, and remove ticks and frame."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""A study's own tables: scores with differences from a control, and what each variant costs."""
+"""Tables of a study: scores with differences from a control, and the cost of each variant."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -23,7 +23,7 @@ from meteor.report.tables import (
 
 
 def results_table(spec: StudyTable, runs: Sequence[VariantResult]) -> Table:
-    """Cost and scores of each variant, and how it differs from the control on the same questions."""
+    """Lay out size and scores of each variant, and its differences from the control on the same questions."""
     groups = by_variant(runs)
     sets = question_sets(runs)
     columns = ["Variant", "Tokens per image", "Projector"]
@@ -45,15 +45,15 @@ def results_table(spec: StudyTable, runs: Sequence[VariantResult]) -> Table:
 
 
 def cost_table(runs: Sequence[VariantResult]) -> Table:
-    """What each variant takes to train and to answer, measured on the same hardware with the same questions."""
+    """Lay out the cost of training and answering per variant, measured on the same hardware with the same questions."""
     columns = (
         *("Variant", "Projector parameters", "Tokens per image", "Training time", "Training tokens/s"),
-        *("Prompt tokens", "Prompt's pass", "Answer tokens/s", "Memory answering", "Encoder's share avoided"),
+        *("Prompt tokens", "Prompt time", "Answer tokens/s", "Memory while answering", "Encoder share avoided"),
     )
     rows = []
     for variant, seeds in by_variant(runs).items():
-        one = next((run for run in seeds if run.efficiency), seeds[0])
-        measured = one.efficiency
+        run = next((run for run in seeds if run.efficiency), seeds[0])
+        measured = run.efficiency
         answers = [NOT_RECORDED] * 4
         if measured:
             answers = [
@@ -62,14 +62,14 @@ def cost_table(runs: Sequence[VariantResult]) -> Table:
                 f"{measured['tokens_per_s']:.3g}",
                 format_bytes(measured["memory_bytes"]),
             ]
-        shares = ", ".join(f"{stage} {format_share(share)}" for stage, share in one.encoder_shares.items())
+        shares = ", ".join(f"{stage} {format_share(share)}" for stage, share in run.encoder_shares.items())
         rows.append(
             (
                 variant,
-                format_size(one),
-                format_tokens(one.num_visual_tokens_per_image),
-                format_training_time(one),
-                _training_rate(one),
+                format_size(run),
+                format_tokens(run.num_visual_tokens_per_image),
+                format_training_time(run),
+                _training_rate(run),
                 *answers,
                 shares or NOT_RECORDED,
             )
@@ -78,7 +78,7 @@ def cost_table(runs: Sequence[VariantResult]) -> Table:
 
 
 def numbers(run: VariantResult) -> dict[str, float]:
-    """One run's results by name, for MLflow and for spreadsheets; those that are there."""
+    """Return name -> number of a run, for MLflow and for spreadsheets, without numbers that the run lacks."""
     seconds = training_seconds(run)
     found: dict[str, float | None] = {
         "projector_parameters": run.num_projector_parameters,
@@ -98,7 +98,7 @@ def _present(spec: StudyTable, groups: Mapping[str, Any]) -> list[str]:
 
 
 def _score(runs: Sequence[VariantResult], question_set: str) -> str:
-    """The mean over seeds, and the lowest and highest."""
+    """Format the mean over seeds, with the lowest and the highest seed."""
     shares = shares_right(runs, question_set)
     if not shares:
         return NOT_RUN
@@ -115,7 +115,7 @@ def _difference_cells(difference: Difference | None) -> list[str]:
 
 
 def _points(share: float) -> str:
-    """Percentage points with their sign; a minus, not a hyphen."""
+    """Format percentage points with their sign, which is a true minus instead of a hyphen."""
     return f"{100 * share:+.1f}".replace("-", "−")
 
 

@@ -1,4 +1,4 @@
-"""Figures of a study: scores against visual tokens, and what several variants keep of one image."""
+"""Figures of a study: scores against visual tokens, and the patches of an image that each variant keeps."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -17,9 +17,9 @@ _LABEL_POINTS = TEXT_POINTS - 1
 
 
 def pareto_figure(runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> Drawing | None:
-    """Score against visual tokens an image, one panel a question set; None where no variant has both.
+    """Draw score against visual tokens per image, with a chart per question set; None if no variant has both numbers.
 
-    A line joins the variants that none with as few tokens beats.
+    A line joins the variants that no variant with at most as many tokens beats.
     """
     points = {name: found for name in question_sets(runs) if (found := _points(runs, name))}
     if not points:
@@ -34,9 +34,9 @@ def pareto_figure(runs: Sequence[VariantResult], looks: Mapping[str, Look]) -> D
     return to_drawing(
         figure,
         name="pareto",
-        alt=f"Score against visual tokens an image. Not beaten by any with as few tokens: {described}.",
-        caption="Each point is a variant, its whisker the range of its seeds. The line joins variants that none with as few "
-        "tokens beats.",
+        alt=f"Score against visual tokens per image. No variant with at most as many tokens is better than: {described}.",
+        caption="Each point is a variant, and its whisker the range of its seeds. The line joins the variants that are better "
+        "than every variant with at most as many tokens.",
     )
 
 
@@ -54,9 +54,9 @@ def _points(runs: Sequence[VariantResult], question_set: str) -> list[Point]:
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Those that no point with as few tokens beats, from few tokens to many."""
+    """Return the points that no point with at most as many tokens beats, from few tokens to many."""
     best: list[Point] = []
-    for point in sorted(points, key=lambda one: (one[1], -one[2])):
+    for point in sorted(points, key=lambda point: (point[1], -point[2])):
         if not best or point[2] > best[-1][2]:
             best.append(point)
     return best
@@ -64,7 +64,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 def _draw_points(axes: Axes, at: Sequence[Point], looks: Mapping[str, Look]) -> None:
     line, points = frontier(at), _side_by_side(at)
-    axes.plot([one[1] for one in line], [one[2] for one in line], color="#999999", linewidth=1.2, zorder=1)
+    axes.plot([point[1] for point in line], [point[2] for point in line], color="#999999", linewidth=1.2, zorder=1)
     for variant, tokens, score, low, high in points:
         axes.plot([tokens, tokens], [low, high], color=looks[variant].colour, linewidth=1.6, zorder=2)
         axes.plot(tokens, score, "o", color=looks[variant].colour, markersize=7, zorder=3)
@@ -75,24 +75,24 @@ def _draw_points(axes: Axes, at: Sequence[Point], looks: Mapping[str, Look]) -> 
     low, high = ticks[0], ticks[-1]
     axes.set_xlim(low / 1.15, high * (high / low) ** 0.25 * 1.3)
     _write_names(axes, points)
-    axes.set_xlabel("visual tokens an image", fontsize=TEXT_POINTS)
+    axes.set_xlabel("visual tokens per image", fontsize=TEXT_POINTS)
     axes.set_ylabel("score, %", fontsize=TEXT_POINTS)
     plain_axes(axes, grid="y")
 
 
 def _side_by_side(points: Sequence[Point]) -> list[Point]:
-    """Points of the same number of tokens beside each other, so that each whisker is seen."""
-    spread = np.log(max(one[1] for one in points) / min(one[1] for one in points)) or 1.0
+    """Move points with the same number of tokens beside each other, so that each whisker is visible."""
+    spread = np.log(max(point[1] for point in points) / min(point[1] for point in points)) or 1.0
     moved: list[Point] = []
     for variant, tokens, score, low, high in points:
-        same = [one[0] for one in points if round(one[1], 1) == round(tokens, 1)]
+        same = [point[0] for point in points if round(point[1], 1) == round(tokens, 1)]
         place = same.index(variant) - (len(same) - 1) / 2
         moved.append((variant, tokens * float(np.exp(place * 0.012 * spread)), score, low, high))
     return moved
 
 
 def _apart(ticks: Sequence[float]) -> list[float]:
-    """Ticks whose numbers do not touch: each at least a twelfth of the axis from the last, on its logarithm."""
+    """Choose ticks whose labels do not touch: neighbours are a twelfth of the logarithmic axis apart."""
     reach = np.log(ticks[-1] / ticks[0]) / 12
     kept = [ticks[0]]
     for tick in ticks[1:]:
@@ -102,7 +102,7 @@ def _apart(ticks: Sequence[float]) -> list[float]:
 
 
 def _write_names(axes: Axes, points: Sequence[Point]) -> None:
-    """Each name to the right of its point; names of one number of tokens are pushed apart."""
+    """Write each name to the right of its point; names at the same number of tokens are moved apart."""
     scores = [score for _, _, score, *_ in points]
     needed = max((max(scores) - min(scores)) * 0.065, 0.35)
     columns: dict[float, list[Point]] = {}
@@ -110,7 +110,7 @@ def _write_names(axes: Axes, points: Sequence[Point]) -> None:
         columns.setdefault(round(float(np.log(point[1])), 1), []).append(point)
     for column in columns.values():
         at = -np.inf
-        for variant, tokens, score, *_ in sorted(column, key=lambda one: one[2]):
+        for variant, tokens, score, *_ in sorted(column, key=lambda point: point[2]):
             at = max(at + needed, score)
             axes.annotate(
                 variant,
@@ -125,10 +125,10 @@ def _write_names(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def kept_by_variants_figure(panels: Sequence[SelectionPanel], name: str) -> Drawing:
-    """One image's global view, a row a variant: the image, each expert's and the combined scores, what was kept.
+    """Draw the global view of an image in a row per variant: image, scores of each expert, combined scores, kept patches.
 
     Args:
-        panels: of one image, one a variant.
+        panels: panels of one image, one per variant.
         name: file stem.
     """
     pixels = image_pixels(panels[0].image)
@@ -148,8 +148,8 @@ def kept_by_variants_figure(panels: Sequence[SelectionPanel], name: str) -> Draw
         figure,
         name=name,
         alt=f"{panels[0].title}: scores and kept patches of {', '.join(panel.variant for panel in panels)}.",
-        caption="The global view. Scores from 0 (dark) to the 99th percentile of their own map (bright); where a projector has "
-        "no such scores the place is empty. Kept patches are bright.",
+        caption="Global view of the image. Scores go from 0 (dark) to the 99th percentile of the map (bright). A place is "
+        "empty if the projector has no such scores. Kept patches are bright.",
         dpi=130,
     )
 

@@ -1,4 +1,4 @@
-"""The report's tables: what each variant costs and scores, how it trained, where its settings differ."""
+"""Tables of a report: cost and scores of each variant, its training, and differences in settings."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,11 +32,13 @@ GAPS = (NOT_RUN, NOT_FINISHED, NOT_RECORDED, NOT_SET)
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names the row.
+    """A table of texts.
 
     Attributes:
-        numeric: whether the other columns are aligned to the right.
-        theirs: how many rows at the top are not ours but the paper's.
+        columns: names of the columns; the first column names the row.
+        rows: cells of each row.
+        numeric: whether the columns after the first are aligned to the right.
+        theirs: number of rows at the top that come from the paper.
     """
 
     columns: tuple[str, ...]
@@ -46,7 +48,7 @@ class Table:
 
 
 def headline_table(variants: Sequence[VariantResult]) -> Table:
-    """One row a variant: cost in tokens, parameters and time beside the score."""
+    """Lay out a row per variant: cost in tokens, parameters and time, and scores."""
     sets = question_sets(variants)
     score_columns = [score_title(variants, name) for name in sets] or ["Score"]
     columns = (
@@ -73,7 +75,7 @@ def headline_table(variants: Sequence[VariantResult]) -> Table:
 
 
 def stage_table(variants: Sequence[VariantResult], stage: str) -> Table:
-    """How one training stage went for each variant."""
+    """Lay out steps, loss, time and rates of a training stage, with a row per variant."""
     columns = (
         "Variant",
         "Steps",
@@ -107,7 +109,7 @@ def stage_table(variants: Sequence[VariantResult], stage: str) -> Table:
 
 
 def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
-    """Scores with their 95 % intervals, all questions first, then each type, then the metric's further numbers."""
+    """Lay out scores with 95 % intervals: all questions, each type of question, and more numbers of the metric."""
     tables = {variant.name: (variant.scores or {}).get(question_set) for variant in variants}
     types = sorted({name for table in tables.values() if table is not None for name in table["by_type"]})
     rows = []
@@ -130,7 +132,7 @@ def score_table(variants: Sequence[VariantResult], question_set: str) -> Table:
 
 
 def difference_table(variants: Sequence[VariantResult]) -> Table | None:
-    """Settings in which variants differ; None if there are none. The run's name and what its report shows do not count."""
+    """Lay out the settings in which variants differ, without the run's name and the report's settings; None if none do."""
     values = _settings_by_stage(variants)
     names = tuple(variant.name for variant in variants)
     rows = []
@@ -142,12 +144,12 @@ def difference_table(variants: Sequence[VariantResult]) -> Table | None:
     if not rows:
         return None
     table = Table(("Setting", *names), tuple(rows), numeric=False)
-    # Many variants that differ in few settings read better down than across.
+    # Many variants that differ in few settings are easier to read in rows than in columns.
     return _transpose(table) if len(variants) > max(4, len(rows)) else table
 
 
 def cache_table(cache: Mapping[str, Any]) -> Table:
-    """Facts about the feature cache; ``quarantine_reasons`` {reason: count} becomes one row a reason."""
+    """Lay out facts about the feature cache; ``quarantine_reasons`` {reason: count} becomes a row per reason."""
     rows: list[tuple[str, str]] = []
     for key, value in cache.items():
         if isinstance(value, Mapping):
@@ -158,7 +160,7 @@ def cache_table(cache: Mapping[str, Any]) -> Table:
 
 
 def format_training_time(variant: VariantResult) -> str:
-    """Both training stages together; says so if only one finished."""
+    """Format the time of both training stages together; the text says so if only one has finished."""
     seconds = training_seconds(variant)
     if not seconds:
         return NOT_FINISHED if any(stage in variant.stages for stage in TRAINING_STAGES) else NOT_RUN
@@ -175,13 +177,13 @@ def format_tokens(num_visual_tokens_per_image: float | None) -> str:
 
 
 def format_size(variant: VariantResult) -> str:
-    """Of the projector."""
+    """Format the number of parameters of the projector."""
     count = variant.num_projector_parameters
     return NOT_RECORDED if count is None else format_parameters(count)
 
 
 def shares_right(runs: Sequence[VariantResult], question_set: str) -> list[float]:
-    """The score of each run that was asked the set, where it can be scored here."""
+    """Return the scores of the runs on a question set, 0 to 1, without runs that lack a score."""
     tables = [run.scores[question_set] for run in runs if run.scores and question_set in run.scores]
     return [table["score"] for table in tables if table["score"] is not None]
 
@@ -196,19 +198,19 @@ _METRICS = {
 
 
 def metric_title(metric: str) -> str:
-    """``VQA accuracy`` of ``vqa_accuracy``."""
+    """Return the title of a metric, for example "VQA accuracy" for ``vqa_accuracy``."""
     return _METRICS.get(metric, metric.replace("_", " ").capitalize())
 
 
 def score_title(variants: Sequence[VariantResult], question_set: str) -> str:
-    """``VQA accuracy, textvqa``; without the set's name where there is one set."""
+    """Return the title of a score, for example "VQA accuracy, textvqa"; a single set's name is omitted."""
     found = next((run.scores[question_set] for run in variants if run.scores and question_set in run.scores), {})
     title = metric_title(str(found.get("metric", "score")))
     return f"{title}, {question_set}" if len(question_sets(variants)) > 1 else title
 
 
 def score_facts(table: Mapping[str, Any]) -> str:
-    """What a set's scores depend on, in a sentence: evaluations that do not match differ in one of these."""
+    """Describe in a sentence everything that a set's scores depend on, to compare evaluations whose scores do not match."""
     facts = [
         table.get("title") or "LLaVA's format",
         f"split {table['split']}" if table.get("split") else "",
@@ -225,7 +227,7 @@ def question_sets(variants: Sequence[VariantResult]) -> list[str]:
 
 
 def _settings_by_stage(variants: Sequence[VariantResult]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Variant -> stage -> flat settings; those of a run that variants share are one variant's, and left out."""
+    """Return variant -> stage -> flat settings, without shared stages, whose settings are those of one variant."""
     return {
         variant.name: {
             stage: {key: value for key, value in flatten(run.settings).items() if value != {}}
@@ -237,7 +239,7 @@ def _settings_by_stage(variants: Sequence[VariantResult]) -> dict[str, dict[str,
 
 
 def _setting_rows(key: str, values: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(label, one cell a variant) of one setting; one row a stage if a variant ran its stages with different values."""
+    """Yield (label, cell per variant) of a setting, in a row per stage if a variant ran its stages with different values."""
     cells = {
         name: {stage: format_value(flat.get(key, NOT_SET)) for stage, flat in stages.items()}
         for name, stages in values.items()
@@ -290,7 +292,7 @@ def _entry(table: Mapping[str, Any] | None, label: str, types: Sequence[str]) ->
 
 
 def _distinct(texts: Iterable[str]) -> str:
-    """One text if all are equal, else all of them: variants may have been asked different numbers of questions."""
+    """Join distinct texts: variants may have answered different numbers of questions."""
     return " / ".join(dict.fromkeys(texts))
 
 

@@ -1,1 +1,1 @@
-"""Runs on disk: what makes two stages the same, a stage's folder, the versions it is pinned to, its metrics, MLflow's log."""
+"""Runs on disk: identity and folder of a stage, its pinned versions, its metrics, and its MLflow run."""

@@ -1,4 +1,4 @@
-"""A stage's folder: what it was started with, and the summary that says it has finished."""
+"""Folder of a stage: a record of how the stage was started, and a summary that means it has finished."""
 
 import importlib.metadata
 import subprocess
@@ -21,11 +21,11 @@ class Summary:
 
     Attributes:
         stage: name of the stage.
-        counts: numbers for the terminal and MLflow, in the order shown.
-        seconds: duration of the last start.
-        results: name -> URI of what the stage leaves.
-        reused: whether an earlier start had finished the stage.
-        extra: more numbers, for the report and later plans.
+        counts: numbers for the terminal and MLflow, in the order of the lines.
+        seconds: duration since the last start.
+        results: name -> URI of a file or folder that the stage writes.
+        reused: whether the stage had finished before this start.
+        extra: more numbers, for the report and for `meteor plan`.
     """
 
     stage: str
@@ -36,7 +36,7 @@ class Summary:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        """A few aligned lines for the terminal."""
+        """Return aligned lines for the terminal."""
         head = "finished before, nothing to do" if self.reused else f"finished in {format_duration(self.seconds)}"
         rows = [*self.counts.items(), *self.results.items()]
         width = max((len(key) for key, _ in rows), default=0)
@@ -51,7 +51,7 @@ def _number(value: Any) -> str:
 
 
 class StageFolder:
-    """The folder of one stage below ``<output>/runs``, named by the stage's identity.
+    """Folder of one stage below ``<output>/runs``, named by the stage's identity.
 
     Args:
         output: root of everything the run writes.
@@ -71,11 +71,11 @@ class StageFolder:
         return self.identity.digest
 
     def started(self) -> bool:
-        """Whether ``run.json`` is there."""
+        """Return whether the stage was started before: ``run.json`` exists."""
         return storage.exists(storage.join(self.uri, "run.json"))
 
     def finished(self) -> Summary | None:
-        """The summary of an earlier start; None if no start has finished."""
+        """Return the summary if the stage has finished, else None."""
         try:
             content = storage.read_json(storage.join(self.uri, "summary.json"))
         except NotFoundError:
@@ -83,7 +83,7 @@ class StageFolder:
         return Summary(**{**content, "reused": True})
 
     def start(self, settings: RunSettings, **facts: Any) -> None:
-        """Write ``run.json``: everything that is needed to repeat the stage."""
+        """Write ``run.json``, with everything that is needed to repeat the stage, and more ``facts`` about it."""
         content = {
             "stage": self.stage,
             "name": settings.name,
@@ -96,7 +96,7 @@ class StageFolder:
         storage.write_json(storage.join(self.uri, "run.json"), content)
 
     def finish(self, summary: Summary) -> Summary:
-        """Write ``summary.json``, last: its existence means that the stage is complete."""
+        """Write ``summary.json``. It must be the last file, as its existence means that the stage is complete."""
         content = {"stage": summary.stage, "counts": summary.counts, "seconds": summary.seconds}
         content |= {"results": summary.results, "extra": summary.extra}
         storage.write_json(storage.join(self.uri, "summary.json"), content)
@@ -104,7 +104,7 @@ class StageFolder:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory; None outside a checkout."""
+    """Return the git commit of the working directory; None outside a checkout."""
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
     except OSError:
@@ -113,7 +113,7 @@ def git_commit() -> str | None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Package -> version of this project and of the packages that compute; absent packages are left out."""
+    """Return package -> version of this project and of the packages that decide about numbers, without absent ones."""
     found = {"meteor": meteor.__version__}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The one definition of "the same stage": stages, plans, studies, jobs, the report and MLflow all ask `identify`."""
+"""Definition of "the same stage": stages, plans, studies, jobs, the report and MLflow all call `identify`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from meteor.stages import Stage, TrainingStage
 
 @dataclass(frozen=True)
 class Versions:
-    """The published data that a training stage reads.
+    """Versions of the published data that a training stage reads.
 
     Attributes:
         index_version: version of the dataset index.
@@ -32,43 +32,43 @@ class Facts(Protocol):
     """
 
     def all_samples(self, settings: RunSettings) -> Any:
-        """Digests of all sample sets of the run, question sets included."""
+        """Return digests of all sample sets of the run, question sets included."""
 
     def training_samples(self, settings: RunSettings, stage: TrainingStage) -> Any:
-        """Digest of the samples that a stage trains on, with their weights."""
+        """Return a digest of the samples that a stage trains on, with their weights."""
 
     def questions(self, settings: RunSettings) -> Mapping[str, Any]:
-        """Question set -> digest of its questions and of how they are scored."""
+        """Return question set -> digest of its questions and of how they are scored."""
 
     def cache_key(self, settings: RunSettings) -> Any:
-        """Key of the feature cache."""
+        """Return the key of the feature cache."""
 
     def llm(self, path: str) -> Any:
-        """Fingerprint of a language model."""
+        """Return a fingerprint of a language model."""
 
     def projector(self, uri: str) -> Any:
-        """Digest of a stage-1 projector file."""
+        """Return the digest of a stage-1 projector file."""
 
     def model(self, uri: str) -> Any:
-        """Digest of a finished model directory."""
+        """Return a digest of a finished model directory."""
 
     def choose_versions(
         self, settings: RunSettings, stage: TrainingStage, content: Mapping[str, Any]
     ) -> Versions | None:
-        """Versions of index and cache for a stage with this content; None before cache_features has run."""
+        """Choose versions of index and cache for a stage with this content; None before cache_features has run."""
 
     def question_images(self, settings: RunSettings) -> Mapping[str, Any] | None:
-        """Question set -> digest of its images; None before cache_features has run."""
+        """Return question set -> digest of its images; None before cache_features has run."""
 
 
 @dataclass(frozen=True)
 class StageIdentity:
-    """Everything that decides a stage's numbers. Two stages with equal digests are the same stage.
+    """Everything that decides about a stage's numbers. Two stages with equal digests are the same stage.
 
     Attributes:
         stage: name of the stage.
-        content: JSON values: mathematical settings, digests of the files, of the images and of the stage before.
-        versions: what a training stage reads; None for other stages, and before cache_features has run.
+        content: mathematical settings and digests of files, images and the previous stage, as JSON values.
+        versions: versions that a training stage reads; None for other stages, and before cache_features has run.
     """
 
     stage: Stage
@@ -82,14 +82,14 @@ class StageIdentity:
 
     @property
     def name(self) -> str:
-        """Name of the stage's folder: ``<stage>-<12 digits of the digest>``."""
+        """Name of the stage's folder: ``<stage>-<first 12 digits of the digest>``."""
         return f"{self.stage}-{self.digest[:12]}"
 
 
 def stages_of(settings: RunSettings) -> tuple[Stage, ...]:
-    """The stages that a run goes through, in order.
+    """Return the stages that a run goes through, in order.
 
-    A projector or model that the settings name replaces the stages that would train it.
+    If the settings name a projector or a model, the run lacks the stages that would train it.
     """
     stages: list[Stage] = ["cache_features"]
     model = settings.evaluate.model
@@ -103,7 +103,7 @@ def stages_of(settings: RunSettings) -> tuple[Stage, ...]:
 
 
 def identify(settings: RunSettings, stage: Stage, facts: Facts) -> StageIdentity:
-    """The identity of one stage of a run.
+    """Return the identity of one stage of a run.
 
     Args:
         settings: settings of the run.
@@ -111,7 +111,7 @@ def identify(settings: RunSettings, stage: Stage, facts: Facts) -> StageIdentity
         facts: content behind the names in the settings.
 
     Raises:
-        SettingsError: the run does not say what the stage needs, for example names no samples for it.
+        SettingsError: the run lacks settings that the stage needs, for example its samples.
     """
     if stage == "cache_features":
         return StageIdentity(stage, {"samples": facts.all_samples(settings), **_features(settings, facts)})
@@ -121,7 +121,7 @@ def identify(settings: RunSettings, stage: Stage, facts: Facts) -> StageIdentity
 
 
 def identify_all(settings: RunSettings, facts: Facts) -> dict[Stage, StageIdentity]:
-    """The identities of all stages that a run goes through, in order."""
+    """Return the identities of all stages that a run goes through, in order."""
     return {stage: identify(settings, stage, facts) for stage in stages_of(settings)}
 
 
@@ -140,7 +140,7 @@ def _identify_training(settings: RunSettings, stage: TrainingStage, facts: Facts
 
 
 def _parent(settings: RunSettings, facts: Facts) -> Any:
-    """Digest of the projector that stage 2 starts from; None if the run trains no projector first."""
+    """Return the digest of the projector that stage 2 starts from; None if the run trains no projector first."""
     if settings.finetune.pretrained:
         return facts.projector(settings.finetune.pretrained)
     if settings.data.sources("pretrain"):
@@ -167,10 +167,10 @@ def _features(settings: RunSettings, facts: Facts) -> dict[str, Any]:
 
 
 class NamesAlone:
-    """`Facts` without reading a file: each path stands for its content.
+    """Facts without reading a file: each path stands for its content.
 
-    Stages that are the same by names are the same by content as long as the files stay as they are. The reverse does not hold:
-    a copy of a file has another name.
+    Stages with the same names have the same content as long as files do not change. The reverse does not hold: a copy of a file
+    has another name.
     """
 
     def all_samples(self, settings: RunSettings) -> Any:

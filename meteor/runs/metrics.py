@@ -1,4 +1,4 @@
-"""A run's metrics as JSONL segments in its folder: written before anything else hears of them."""
+"""Metrics of a training stage as JSONL segments in its folder, written before MLflow gets them."""
 
 import json
 from typing import Any
@@ -8,14 +8,15 @@ from meteor.errors import NotFoundError
 
 
 def segment_uri(run_uri: str, start_step: int) -> str:
-    """The segment of a worker group that started after ``start_step`` steps."""
+    """Return the URI of the segment of a worker group that started after ``start_step`` steps."""
     return storage.join(run_uri, "metrics", f"from_{start_step:08d}.jsonl")
 
 
 class MetricsSegment:
-    """Rows of one worker group. The whole segment is put anew each time: object stores cannot append.
+    """Metrics of one worker group.
 
-    A group that resumes from a checkpoint opens a segment of its own; readers drop what an older segment has beyond that.
+    Each write replaces the whole segment, as object stores cannot append. A group that resumes from a checkpoint begins a new
+    segment, and readers drop the rows of older segments after its first step.
     """
 
     def __init__(self, run_uri: str, start_step: int) -> None:
@@ -28,7 +29,7 @@ class MetricsSegment:
 
 
 def read_last(run_uri: str) -> dict[str, Any] | None:
-    """The newest row, for progress; None before the first."""
+    """Return the newest row, for progress lines; None before the first row."""
     segments = storage.list_objects(storage.join(run_uri, "metrics"))
     if not segments:
         return None

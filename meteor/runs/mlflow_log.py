@@ -1,4 +1,4 @@
-"""MLflow's entry of a stage: written to the stage's folder first, and copied to the server whenever that can be reached."""
+"""MLflow run of a stage: recorded in the stage's folder first, then sent to the server as soon as it can be reached."""
 
 import logging
 import math
@@ -20,20 +20,20 @@ _RETRY_S = 60.0
 
 
 class StageLog:
-    """A stage's entry in MLflow. It can be made anew at any time from ``tracking.json`` and ``metrics/`` of the folder.
+    """MLflow run of a stage, recorded in ``tracking.json`` and ``metrics/`` of the stage's folder.
 
-    An outage of the server stops nothing. Sending twice changes nothing.
+    An outage of the server stops no stage, as the record can be sent at any later time. Sending it twice changes nothing.
 
     Args:
         settings: settings of the run.
-        folder: the stage's folder; its digest is the tag by which MLflow's run is found again.
-        content: content of ``tracking.json``, see `new`.
+        folder: the stage's folder; its digest is the tag by which the MLflow run is found again.
+        content: content of ``tracking.json``; see `new`.
     """
 
     def __init__(self, settings: RunSettings, folder: StageFolder, content: dict[str, Any]) -> None:
         self._settings, self._folder = settings, folder
         self._content = content
-        # Not part of the pickled state: a copy in another process needs a connection of its own, but no second search.
+        # A copy in another process connects again, so that the tracker is not pickled; it need not search for the run again.
         self._tracker: Tracker | None = None
         self._run_id: str | None = None
         self._retry_at = -math.inf
@@ -43,7 +43,7 @@ class StageLog:
     def new(
         cls, settings: RunSettings, folder: StageFolder, *, params: Mapping[str, Any], tags: dict[str, str]
     ) -> "StageLog":
-        """The entry of a stage that starts, for the first time or again."""
+        """Record that a stage starts, for the first time or again."""
         content = {"params": params, "tags": tags, "datasets": [], "rows": [], "pipeline_rows": [], "files": []}
         log = cls(settings, folder, {**content, "status": "running", "sent": False})
         log._save()
@@ -51,7 +51,7 @@ class StageLog:
 
     @classmethod
     def unsent(cls, settings: RunSettings, folder: StageFolder) -> "StageLog | None":
-        """The entry of a stage that has ended; None if MLflow has all of it."""
+        """Read the record of a stage that has ended; None if MLflow has received it completely."""
         try:
             content = storage.read_json(_file(folder))
         except NotFoundError:
@@ -59,35 +59,35 @@ class StageLog:
         return None if content["sent"] else cls(settings, folder, content)
 
     def cache(self, cache: FeatureCache, *, context: str) -> None:
-        """Name the cache version as an input: ``dataset.name = '<cache key>'`` in MLflow's search finds all its runs."""
+        """Add a cache version as an input, so that ``dataset.name = '<cache key>'`` finds all its runs in MLflow."""
         self.dataset(name=cache.identity.key, digest=cache.digest, source=cache.uri, context=context)
 
     def dataset(self, *, name: str, digest: str, source: str, context: str) -> None:
-        """Name an input; see `Tracker.log_dataset`."""
+        """Add an input; see `Tracker.log_dataset`."""
         self._add("datasets", {"name": name, "digest": digest, "source": source, "context": context})
 
     def metrics(self, values: Mapping[str, Any], *, pipeline: bool = False) -> None:
-        """Log numbers of the whole stage; with ``pipeline`` on the pipeline's run as well."""
+        """Log numbers about the whole stage; with ``pipeline``, on the pipeline's MLflow run as well."""
         row = {**values, "step": 0, "time_ms": int(time.time() * 1000)}
         for key in ("rows", "pipeline_rows")[: 2 if pipeline else 1]:
             self._add(key, row)
 
     def file(self, name: str) -> None:
-        """Keep a small file of the stage's folder with MLflow's run."""
+        """Attach a small file of the stage's folder to the MLflow run."""
         self._add("files", name)
 
     def tag(self, name: str, value: str) -> None:
-        """Set a tag of MLflow's run."""
+        """Set a tag of the MLflow run."""
         self._content["tags"][name] = value
         self._save()
 
     def live(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send rows of ``metrics/`` while the stage runs, if the server answers; `close` sends what is missing."""
+        """Send rows of ``metrics/`` while the stage runs; if the server does not answer, `close` sends them later."""
         if time.monotonic() < self._retry_at:
             return
         try:
             if self._run_id is None:
-                # Sends these rows too, and all before them: it reads the folder.
+                # The folder holds these rows and all before them.
                 self._send()
             else:
                 self._tracker = self._tracker or make_tracker(self._settings)
@@ -99,24 +99,24 @@ class StageLog:
         return {**self.__dict__, "_tracker": None}
 
     def open(self) -> None:
-        """Send the entry at the start of the stage."""
-        self._try("The stage goes on; its MLflow entry is sent later")
+        """Send the record at the start of the stage."""
+        self._try("The stage continues; its MLflow run is sent later")
 
     def close(self, *, failed: bool) -> None:
         """Record the end of the stage, and send everything now or at the next start."""
         self._content["status"] = "failed" if failed else "finished"
         self._save()
-        self.settle()
+        self.send_all()
 
-    def settle(self) -> bool:
-        """Send all of a stage that has ended; return whether the server answered."""
-        return self._try(f"The MLflow entry is kept in {self._folder.uri}: run the same command again to send it")
+    def send_all(self) -> bool:
+        """Send the whole record of a stage that has ended; return whether the server answered."""
+        return self._try(f"The MLflow run is kept in {self._folder.uri}: run the same command again to send it")
 
-    def _try(self, otherwise: str) -> bool:
+    def _try(self, advice: str) -> bool:
         try:
             self._send()
         except TrackingError as error:
-            _LOG.warning("%s. %s", error, otherwise)
+            _LOG.warning("%s. %s", error, advice)
             return False
         return True
 
@@ -130,7 +130,7 @@ class StageLog:
         run_id = tracker.run(name, self._folder.digest, parent=parent, tags=content["tags"])
         tracker.log_params(run_id, content["params"])
         if not used_by:
-            # On the pipeline's run as well: comparing two variants in MLflow then needs no search for their stages.
+            # The pipeline's run gets them too, so that two variants can be compared in MLflow without searching their stages.
             tracker.log_params(parent, content["params"])
             tracker.backfill(parent, content["pipeline_rows"])
         for dataset in content["datasets"]:
@@ -163,7 +163,7 @@ def _file(folder: StageFolder) -> str:
 
 
 def parent_run(tracker: Tracker, settings: RunSettings) -> str:
-    """MLflow's run above a run's stages: the run's own, or the study's for stages that several variants share."""
+    """Return the id of the MLflow run above a stage: the pipeline's, or the study's if several variants share the stage."""
     study, above = settings.tracking.study, None
     if study is not None:
         above = _study_run(tracker, study, settings.output)
@@ -174,7 +174,7 @@ def parent_run(tracker: Tracker, settings: RunSettings) -> str:
 
 
 def study_run(tracker: Tracker, settings: RunSettings) -> str:
-    """MLflow's run of the study that a run's settings describe."""
+    """Return the id of the MLflow run of the study that a run's settings describe."""
     return _study_run(tracker, settings.name, settings.output)
 
 
@@ -183,7 +183,7 @@ def _study_run(tracker: Tracker, study: str, output: str) -> str:
 
 
 def pipeline_digest(settings: RunSettings) -> str:
-    """The tag by which MLflow's run of a whole run file is found: its name and output, and the study's name."""
+    """Return the tag by which the MLflow run of a whole run file is found: a digest of name, output and study."""
     study = {"study": settings.tracking.study} if settings.tracking.study else {}
     return settings_digest({"name": settings.name, "output": settings.output, **study})
 
@@ -194,18 +194,22 @@ def make_tracker(settings: RunSettings) -> Tracker:
 
 
 def where_to_compare(settings: RunSettings) -> str:
-    """The server's address, or the command that shows the database's runs."""
+    """Return the address of the tracking server, or the command that shows the runs of a database."""
     uri = public_uri(tracking_uri(settings))
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
 def has_server(settings: RunSettings) -> bool:
-    """Whether runs go to a named server or database, rather than to a file beside the results."""
+    """Return whether runs are sent to a server or database that the user names, instead of a file beside the results."""
     return bool(settings.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 def tracking_uri(settings: RunSettings) -> str:
-    """The setting, else MLFLOW_TRACKING_URI, else SQLite beside the results (in the working directory for s3 outputs)."""
+    """Return the URI of the tracking store.
+
+    It is the setting, else MLFLOW_TRACKING_URI, else a SQLite file beside the results. SQLite cannot lie on S3: for outputs
+    there, the file is in the working directory.
+    """
     folder = "." if "://" in settings.output else settings.output
     return (
         settings.tracking.uri

@@ -1,4 +1,4 @@
-"""Pins: the versions of index and cache that a run read at its first start, and reads at every later one."""
+"""Pins: versions of index and cache that a stage reads from its first start to its last."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,16 +15,16 @@ from meteor.stages import TrainingStage
 def choose_versions(
     settings: RunSettings, stage: TrainingStage, content: Mapping[str, Any], current: Versions
 ) -> Versions:
-    """The versions that a stage reads: those of its pin, or the current ones.
+    """Choose the versions that a stage reads: those of its pin, or the current ones.
 
-    An unfinished stage keeps its pin while index and cache grow. A finished stage whose images have changed since is another
-    stage, on the current versions. Versions that the settings name go before any pin.
+    An unfinished stage keeps its pin while index and cache grow. If the images of a finished stage have changed since, the
+    current versions make another stage. Versions that the settings name come before any pin.
 
     Args:
         settings: settings of the run.
         stage: name of the stage.
         content: the stage's identity without its images.
-        current: the newest versions, or those that the settings name.
+        current: the newest versions, or the versions that the settings name.
     """
     if settings.cache.version is not None and settings.cache.index_version is not None:
         return current
@@ -36,7 +36,10 @@ def choose_versions(
 
 
 def hold_pin(settings: RunSettings, identity: StageIdentity, cache_uri: str) -> FeatureCache:
-    """Write the pin twice: for the next start of this stage, and in the cache, whose clean-up then spares the version.
+    """Pin a stage to its versions.
+
+    The pin is written twice: into the output, for the next start of this stage, and into the cache, so that cleaning spares
+    the version.
 
     Returns:
         The pinned version of the cache.

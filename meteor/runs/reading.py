@@ -1,4 +1,4 @@
-"""Read a stage's folder back: settings, summary and metrics."""
+"""Reading of a stage's folder: settings, summary and metrics."""
 
 import json
 import re
@@ -14,16 +14,15 @@ _SEGMENT_NAME = re.compile(r"/from_(\d+)\.jsonl$")
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A stage's folder as it was read.
+    """Content of a stage's folder.
 
     Attributes:
         stage: "pretrain", "finetune" or "evaluate".
-        uri: the run's folder.
+        uri: URI of the stage's folder.
         settings: resolved settings, nested.
-        summary: what ``summary.json`` holds; None while the run has not finished.
-        metrics: one row a reported step, in order. Its counts and ``seconds`` are those since the previous row.
-        recorded: the rest of ``run.json``: name, digest, parent, and whatever else was recorded (index digest, cache
-            key, git commit, ``versions``).
+        summary: content of ``summary.json``; None while the stage has not finished.
+        metrics: one row per reported step, in order; counts and ``seconds`` of a row begin at the previous row.
+        recorded: other content of ``run.json``: name, digest, parent, index digest, cache key, git commit, ``versions``.
     """
 
     stage: str
@@ -39,7 +38,7 @@ class StageRecord:
 
 
 def read_stage(uri: str) -> StageRecord:
-    """Read ``run.json``, ``summary.json`` if there, and ``metrics/*.jsonl`` of a run's folder (local or S3).
+    """Read ``run.json``, ``metrics/*.jsonl`` and, if it exists, ``summary.json`` of a stage's folder (local or S3).
 
     Raises:
         NotFoundError: the folder holds no ``run.json``.
@@ -58,7 +57,10 @@ def read_stage(uri: str) -> StageRecord:
 
 
 def _read_metrics(uri: str) -> list[dict[str, Any]]:
-    """Rows of all segments in order; a segment named by step s replaces what earlier ones did after s and lost."""
+    """Read the rows of all segments in order.
+
+    A segment that starts after step s replaces later rows of older segments: those steps were lost when their workers died.
+    """
     segments = []
     for info in storage.list_objects(uri):
         if match := _SEGMENT_NAME.search(info.uri):
@@ -70,7 +72,7 @@ def _read_metrics(uri: str) -> list[dict[str, Any]]:
 
 
 def _read_rows(uri: str) -> list[dict[str, Any]]:
-    # What follows the last newline was being written when the process died: it is no row yet.
+    # Text after the last newline is an unfinished row: the process died while it wrote.
     lines = storage.read_bytes(uri).decode("utf-8").split("\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""Stages of several runs as tasks: each stage that runs agree on becomes one task."""
+"""Stages of several runs as tasks: a stage that is the same in several runs is one task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from meteor.runs.identity import Facts, StageIdentity, identify_all
 
 @dataclass(frozen=True)
 class Task:
-    """One stage, for all runs that agree on it.
+    """One stage of one or several runs.
 
     Attributes:
         identity: identity of the stage.
-        settings: settings of the first run; a shared stage has a name of its own, as it belongs to no single variant.
+        settings: settings of the first run; a shared stage has a name of its own, as it belongs to no single run.
         used_by: names of the runs that need the stage.
-        needs: keys of the tasks before it.
+        needs: keys of the tasks that must finish before.
     """
 
     identity: StageIdentity
@@ -26,7 +26,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        """The same for stages that are the same."""
+        """Key of the task, equal for stages that are the same."""
         return self.identity.digest
 
     @property
@@ -39,17 +39,17 @@ class Task:
 
     @property
     def label(self) -> str:
-        """The task's name in messages."""
+        """Name of the task in messages."""
         if len(self.used_by) == 1:
             return f"{self.used_by[0]}, {self.stage}"
         return f"{self.stage} of {self.used_by[0]} and {len(self.used_by) - 1} more"
 
 
 def make_tasks(runs: Sequence[RunSettings], facts: Facts) -> dict[str, Task]:
-    """Key -> task, in the order of the runs, each run's own chain in a row.
+    """Return key -> task in the order of the runs; the stages of a run follow each other.
 
     Args:
-        runs: settings of the runs; their names differ.
+        runs: settings of the runs, with different names.
         facts: content behind the names in the settings.
     """
     chains = {run.name: list(identify_all(run, facts).values()) for run in runs}
@@ -68,7 +68,7 @@ def make_tasks(runs: Sequence[RunSettings], facts: Facts) -> dict[str, Task]:
 
 
 def _shared(settings: RunSettings, identity: StageIdentity, used_by: tuple[str, ...]) -> RunSettings:
-    """Give a stage that several runs share a name of its own."""
+    """Return the settings of a task; a stage that several runs share gets a name of its own."""
     if len(used_by) == 1:
         return settings
     tracking = settings.tracking.model_copy(update={"used_by": used_by})

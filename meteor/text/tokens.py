@@ -126,7 +126,7 @@ def tokenise(
 
 
 def no_answer(template: str) -> str:
-    """What is wrong with a sample without any label, to follow its name."""
+    """Describe the problem of a sample without labels; the text follows the sample's name in a message."""
     return (
         f"has no answer token under the template {template!r}, so nothing would be learnt from it: give it a turn from "
         "'gpt', or check that the chat template closes answers with an end token."

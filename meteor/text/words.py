@@ -50,20 +50,20 @@ class WordEncoder:
         return (before + after).replace(" ", _SPACE) not in self._bigrams
 
     def can_encode(self, text: str) -> bool:
-        """Whether the text holds nothing that this encoder keeps for itself."""
+        """Return whether the text is free of the character that this encoder cuts at."""
         return _CUT not in text
 
     def prefix(self, text: str, *, after_special: bool) -> str:
-        """What the tokenizer puts before a text, as `meteor.text.encoder.TextEncoder` does."""
+        """Return the prefix that the tokenizer puts before a text, as `meteor.text.encoder.TextEncoder` does."""
         if not text or self._scheme == "never" or (self._scheme == "first" and after_special):
             return ""
         return "" if self._scheme != "normalizer" and text.startswith((" ", _SPACE)) else _SPACE
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of texts, prefixes included in them, one after the other.
+        """Encode texts that start with their prefixes.
 
         Returns:
-            All ids, int32; and where each text's begin in them, with the end of the last: one more than texts.
+            (N,) int32, the token ids of all texts one after the other; and (texts + 1,) int, the offsets of the texts in them.
         """
         words = _cut_words(pa.array(texts, pa.string()))
         distinct = words.values.dictionary_encode()
@@ -72,7 +72,7 @@ class WordEncoder:
         return ids.values.to_numpy(), ids.offsets.to_numpy()[words.offsets.to_numpy()]
 
     def _look_up(self, words: list[str]) -> tuple[pa.ListArray, np.ndarray]:
-        """The token ids of all words that are known, and each word's place among them."""
+        """Return the token ids of all known words, and the position of each given word among them."""
         with self._lock:
             if len(self._places) > _MAX_WORDS:
                 self._places, self._known = {}, pa.array([], _IDS)
@@ -84,12 +84,12 @@ class WordEncoder:
                 first = len(self._known)
                 places[is_new] = np.arange(first, first + len(new))
                 self._places.update(zip(new, range(first, first + len(new)), strict=True))
-                self._known = pa.concat_arrays([self._known, pa.array([one.ids for one in encodings], _IDS)])
+                self._known = pa.concat_arrays([self._known, pa.array([encoding.ids for encoding in encodings], _IDS)])
             return self._known, places
 
 
 def _cut_words(texts: pa.StringArray) -> pa.ListArray:
-    """Each text as words that begin with their spaces."""
+    """Split each text into words that begin with their spaces."""
     cut = pc.replace_substring(texts, " ", _CUT + _SPACE)
     # Several spaces in a row belong to one word; a regular expression for all texts would take five times as long.
     is_odd = pc.or_(pc.match_substring(texts, "  "), pc.match_substring(texts, _SPACE))
@@ -103,7 +103,7 @@ def _is_separable(description: dict[str, Any]) -> bool:
     plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
     if model["type"] != "BPE" or any(model.get(name, value) not in (value, "") for name, value in plain.items()):
         return False
-    if _prefix_scheme(description) is None or not all(one["special"] for one in description["added_tokens"]):
+    if _prefix_scheme(description) is None or not all(token["special"] for token in description["added_tokens"]):
         return False
     vocabulary = model["vocab"]
     has_bytes = model["byte_fallback"] and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))

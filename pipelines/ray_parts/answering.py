@@ -1,4 +1,4 @@
-"""Questions -> answers, spread over actors of the cluster; those that are known are not asked."""
+"""Answers to questions from actors all over the cluster; known answers are reused."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,23 +25,25 @@ from meteor.train.build import DTYPES
 from pipelines.ray_parts.answers import AnswerStore, prompt_digest
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging
-from pipelines.ray_parts.resources import wait_for_room
+from pipelines.ray_parts.resources import wait_for_nodes
 from pipelines.ray_parts.runtime import num_blocks, progress, worker_environment
 
 _LOG = logging.getLogger(__name__)
-# Changes when prompts are answered otherwise: older answers are not taken then.
+# Version of the way in which prompts are answered: answers of other versions are not reused.
 _METHOD = 1
-_CHARACTERS_A_TOKEN = 4
+# Estimate for English text, good enough to sort prompts by length.
+_CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question of a set.
+class SetQuestion:
+    """A question of a question set.
 
     Attributes:
-        set: its name.
-        reason: why one of its images is quarantined; "" where it can be asked.
-        longest: tokens of the longest answer.
+        set: name of the question set.
+        question: the question, with the keys of its images.
+        reason: reason for which an image of the question is quarantined; "" if the question can be answered.
+        longest: largest number of tokens in the answer.
     """
 
     set: str
@@ -52,46 +54,46 @@ class Asked:
 
 def answer(
     settings: RunSettings,
-    asked: Sequence[Asked],
+    questions: Sequence[SetQuestion],
     model: tuple[str, str],
     cache: FeatureCache,
     index: DatasetIndex,
     live: LiveMetrics,
 ) -> tuple[dict[tuple[str, str], str], int]:
-    """Answer what can be asked.
+    """Answer all questions whose images can be used.
 
     Args:
-        settings: of the run.
-        asked: questions of all sets.
-        model: URI and digest.
-        cache, index: versions to read.
-        live: counts answers as they come.
+        settings: settings of the run.
+        questions: questions of all sets.
+        model: URI and digest of the model.
+        cache, index: feature cache and dataset index, at the versions to read.
+        live: metrics that count answers as they arrive.
 
     Returns:
-        Answers by (set, question id), those that are known taken as they are; and how many prompts were asked now.
+        (set, question id) -> answer, known answers included; and the number of prompts that were answered now.
     """
     store = AnswerStore(_answers_uri(settings, model[1], cache))
-    good = [one for one in asked if not one.reason]
-    prompts = {(one.set, one.question.id): prompt_digest(one.question, one.longest) for one in good}
+    good = [each for each in questions if not each.reason]
+    prompts = {(each.set, each.question.id): prompt_digest(each.question, each.longest) for each in good}
     known = store.read()
     if num_known := sum(prompt in known for prompt in prompts.values()):
         _LOG.info("[%s] %d of %d questions were answered before", settings.name, num_known, len(prompts))
-    # Each prompt once, also where two sets ask it.
-    missing = {prompts[one.set, one.question.id]: (one.longest, one.question) for one in good}
-    missing = {prompt: one for prompt, one in missing.items() if prompt not in known}
+    # A prompt that occurs in two sets is answered once.
+    missing = {prompts[each.set, each.question.id]: (each.longest, each.question) for each in good}
+    missing = {prompt: question for prompt, question in missing.items() if prompt not in known}
     if missing:
         try:
-            for found in _ask(settings, missing, model[0], cache, index):
-                store.add(found)
-                live.answered(len(found))
-                known |= found
+            for answers in _ask(settings, missing, model[0], cache, index):
+                store.add(answers)
+                live.answered(len(answers))
+                known |= answers
         finally:
             store.flush()
     return {key: known[prompt] for key, prompt in prompts.items()}, len(missing)
 
 
 def _answers_uri(settings: RunSettings, model_digest: str, cache: FeatureCache) -> str:
-    """Answers depend on the model, its type, and the features; not on batches, and not on which sets are asked."""
+    """Return the folder of answers, named by everything that they depend on: model, type and features, but not batches."""
     content = [_METHOD, model_digest, settings.llm.dtype, settings.evaluate.features, cache.identity.key, cache.codec]
     return storage.join(settings.output, "answers", settings_digest(content)[:16])
 
@@ -103,13 +105,16 @@ def _ask(
     cache: FeatureCache,
     index: DatasetIndex,
 ) -> Iterator[dict[str, str]]:
-    """Prompt -> answer, as they come from actors; questions of similar length share a batch, the longest come first."""
+    """Yield prompt -> answer as answers arrive from actors.
+
+    Questions of similar length share a batch. The longest come first, so that no actor still works on them at the end.
+    """
     runtime, options = settings.runtime, settings.evaluate
     lengths = _lengths(settings, missing, index)
     ordered = sorted(missing.items(), key=lambda item: (item[1][0], lengths[item[0]]), reverse=True)
-    wait_for_room(answering_request(runtime), runtime, at_least=1)
+    wait_for_nodes(answering_request(runtime), runtime, at_least=1)
     num_done = 0
-    shared = ray.put([one for _, one in ordered])
+    shared = ray.put([question for _, question in ordered])
     with progress(f"[{settings.name}] questions answered:", len(ordered), lambda: num_done):
         dataset = ray.data.from_items(
             [{"position": i} for i in range(len(ordered))],
@@ -136,20 +141,20 @@ def _ask(
 
 
 def _lengths(settings: RunSettings, missing: Mapping[str, tuple[int, Question]], index: DatasetIndex) -> dict[str, int]:
-    """Prompt -> how long it is, nearly: what batches are made by need not be exact."""
+    """Return prompt -> number of tokens, estimated; to make batches it need not be exact."""
     pixels = pixel_settings(settings)
-    wanted = {key for _, question in missing.values() for key in question.image_keys}
-    sizes = {row.image_key: (row.width, row.height) for row in index.rows() if row.image_key in wanted}
+    shown = {key for _, question in missing.values() for key in question.image_keys}
+    sizes = {row.image_key: (row.width, row.height) for row in index.rows() if row.image_key in shown}
     num_sub_images = {key: len(pixels.plan(*size).patch_grids) for key, size in sizes.items()}
     return {
         prompt: GROUPING_TOKENS_PER_SUB_IMAGE * sum(num_sub_images[key] for key in question.image_keys)
-        + sum(len(turn.text) for turn in question.sample.turns) // _CHARACTERS_A_TOKEN
+        + sum(len(turn.text) for turn in question.sample.turns) // _CHARACTERS_PER_TOKEN
         for prompt, (_, question) in missing.items()
     }
 
 
 class AnswerActor:
-    """Actor: a model and a feature source; answers batches of question positions."""
+    """Actor with a model and a feature source; it answers batches of questions, given by position."""
 
     def __init__(
         self,
@@ -173,8 +178,8 @@ class AnswerActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         positions, answers = batch["position"].to_pylist(), []
-        # Sorted by the longest answer too: nearly always one group.
-        for longest, group in groupby((self._questions[i] for i in positions), key=lambda one: one[0]):
+        # Questions are sorted by their longest answer, so that nearly all batches are one group.
+        for longest, group in groupby((self._questions[i] for i in positions), key=lambda item: item[0]):
             questions = [question for _, question in group]
             answers += self._answerer.answer(questions, self._source, max_new_tokens=longest)
         return pa.table({"position": positions, "prediction": answers})

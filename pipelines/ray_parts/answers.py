@@ -1,7 +1,7 @@
-"""Answers of one model, kept as they come: what was asked once is not asked again, after a crash or in another run.
+"""Store of a model's answers, so that a prompt is answered once, even after a crash and in other runs.
 
-Immutable Parquet files with (prompt, prediction) pairs; a prompt is the digest of all that its answer depends on besides the
-model. Two runs that answer at the same time write files of their own, with the same answers.
+The store is a folder of immutable Parquet files with (prompt, prediction) pairs. A prompt is the digest of everything that its
+answer depends on besides the model. Two runs that answer at the same time write different files with equal answers.
 """
 
 import time
@@ -20,18 +20,18 @@ _WRITE_EVERY_S = 30.0
 
 
 def prompt_digest(question: Question, max_new_tokens: int) -> str:
-    """Of the turns before the answer, the images' content, and the longest answer."""
+    """Return the digest of the turns before the answer, the images' content, and the limit of the answer."""
     turns = question.sample.turns
-    asked = turns if turns[-1].role == "human" else turns[:-1]
-    content = [[turn.role, turn.text, turn.num_images] for turn in asked]
+    before = turns if turns[-1].role == "human" else turns[:-1]
+    content = [[turn.role, turn.text, turn.num_images] for turn in before]
     return settings_digest([content, question.sample.system, question.image_keys, max_new_tokens])
 
 
 class AnswerStore:
-    """The answers of one model in one folder.
+    """Answers of one model.
 
     Args:
-        uri: folder, local or S3, whose name tells the model and how it was asked.
+        uri: folder, local or S3, whose name is a digest of the model and of the way in which it answers.
     """
 
     def __init__(self, uri: str) -> None:
@@ -40,7 +40,7 @@ class AnswerStore:
         self._written_at = time.monotonic()
 
     def read(self) -> dict[str, str]:
-        """Prompt -> prediction, of all files there are."""
+        """Read prompt -> prediction from all files."""
         known: dict[str, str] = {}
         for info in storage.list_objects(self._uri):
             if info.uri.endswith(".parquet"):
@@ -49,13 +49,13 @@ class AnswerStore:
         return known
 
     def add(self, answers: Mapping[str, str]) -> None:
-        """Keep new answers; they are written now and then."""
+        """Keep new answers, and write them if the last write is long enough ago."""
         self._new |= answers
         if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has not been written."""
+        """Write the answers that are not written yet."""
         self._written_at = time.monotonic()
         if not self._new:
             return

@@ -1,4 +1,7 @@
-"""Before the first block of a cache whose codec needs it: the calibration, made on one encoder from the lowest image keys."""
+"""Calibration of a cache whose codec needs it, before any features are written; one encoder does it.
+
+It uses the images with the lowest keys, so that every start chooses the same images.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -22,19 +25,19 @@ _BATCH_SIZE = 16
 
 
 def calibrate_cache(settings: RunSettings, cache_uri: str, wanted: Mapping[str, IndexRow]) -> None:
-    """Calibrate the cache unless its codec needs none or it has been calibrated; another job may win the race.
+    """Calibrate a cache, unless its codec needs no calibration or another job has calibrated it.
 
     Args:
-        settings: of the run.
-        cache_uri: a cache that exists.
-        wanted: all images of the run by image key.
+        settings: settings of the run.
+        cache_uri: URI of a cache that exists.
+        wanted: image key -> row in the index, for all images of the run.
     """
     if not wanted or not needs_calibration(cache_uri):
         return
     places = [(key, wanted[key].uri) for key in sorted(wanted)[:CALIBRATION_IMAGES]]
     _LOG.info("calibrating %s on %d images", settings.cache.codec, len(places))
     runtime = settings.runtime
-    # The features stay in the worker: a sample of 256 images has more than a gigabyte of them.
+    # The features stay in the worker, as those of 256 images have more than a gigabyte.
     task = ray.remote(_calibrate).options(
         num_cpus=runtime.cpus_per_encoder,
         num_gpus=runtime.gpus_per_encoder or None,
@@ -50,14 +53,14 @@ def _calibrate(settings: RunSettings, cache_uri: str, places: list[tuple[str, st
 def encode_places(
     device: DeviceEncoder, places: list[tuple[str, str]], pixels: PixelSettings
 ) -> Iterator[ImageFeatures]:
-    """The features of the images that can be encoded, from (image key, URI); the others are left out."""
+    """Yield the features of images, given as (image key, URI), without images that cannot be encoded."""
 
     def load(place: tuple[str, str]) -> SlicedImage | None:
         image_key, uri = place
         try:
             return slice_bytes(read_unchanged(uri, image_key), image_key, pixels)
         except BadImageError:
-            return None  # the encoding pass will meet it again and say why
+            return None  # the encoding pass reports the image
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         for first in range(0, len(places), _BATCH_SIZE):

@@ -1,4 +1,4 @@
-"""The second operator of the encoding pass: actors that encode sliced images and write the files."""
+"""Second operator of the encoding pass: actors that encode sliced images and write feature files."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ from meteor.image.pixels import PixelSettings, SlicedImage
 from meteor.vision.encode_images import encode_each, load_pixels
 from pipelines.ray_parts.logs import configure_worker_logging
 
-# Files stay small enough to be held a few times in memory and to be sent again when an upload fails.
+# Files are small enough to be held a few times in memory, and to be sent again if an upload fails.
 MAX_FILE_BYTES = 128 << 20
 OUTCOME_SCHEMA = pa.schema(
     [
@@ -29,14 +29,14 @@ OUTCOME_SCHEMA = pa.schema(
         ("message", pa.string()),
         ("num_sub_images", pa.int32()),
         ("payload_bytes", pa.int64()),
-        # The image's share of what its batch took on the device.
+        # The image's share of the seconds that its batch took on the device.
         ("device_s", pa.float64()),
     ]
 )
 
 
 class DeviceEncoder:
-    """The frozen tower of the settings on its device; of several threads, one encodes and the others load pixels meanwhile."""
+    """Frozen encoder on its device, for several threads: one encodes while the others load pixels."""
 
     def __init__(self, settings: RunSettings) -> None:
         runtime = settings.runtime
@@ -47,9 +47,9 @@ class DeviceEncoder:
         self._lock = threading.Lock()
 
     def encode(self, images: Sequence[SlicedImage]) -> tuple[list[ImageFeatures | BadImageError], float]:
-        """`encode_each`, and the seconds it kept the device busy."""
+        """Encode images as `encode_each` does; return also the seconds in which the device was busy."""
         if self._encoder.device.type == "cpu":
-            torch.set_num_threads(self._num_threads)  # a thread's own setting
+            torch.set_num_threads(self._num_threads)  # the setting belongs to the thread
         pixels = load_pixels(images, self._encoder)
         with self._lock:
             started = time.perf_counter()
@@ -60,7 +60,7 @@ class DeviceEncoder:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Device work of this block does not queue behind another thread's batch."""
+        """Run the block's device work in a stream of its own, so that it does not wait for another thread's batch."""
         if self._encoder.device.type == "cpu":
             yield
             return
@@ -71,9 +71,9 @@ class DeviceEncoder:
 
 
 class Encoder:
-    """Actor: encodes batches of sliced images and writes them, so that features never travel between processes.
+    """Actor that encodes batches of sliced images and writes them, so that features never travel between processes.
 
-    Several calls run at once: one on the device, the others in the codec or writing. A batch's rows are returned when its
+    Several calls run at once: one uses the device, while the others run the codec or write. A call returns its rows after the
     files and their ledger records are written.
     """
 
@@ -112,7 +112,7 @@ class Encoder:
 
 
 def unpack_sliced(batch: pa.Table, pixels: PixelSettings) -> Iterator[SlicedImage]:
-    """The good images of what `slice_batch` gave; sub-images share the batch's memory."""
+    """Yield the good images of a batch from `slice_batch`; sub-images share the memory of the batch."""
     columns = [batch[name].to_pylist() for name in ("image_key", "width", "height", "reason")]
     for i, (image_key, width, height, reason) in enumerate(zip(*columns, strict=True)):
         if not reason:
@@ -122,7 +122,7 @@ def unpack_sliced(batch: pa.Table, pixels: PixelSettings) -> Iterator[SlicedImag
 def cut_by_size(
     rows: Sequence[pa.RecordBatch], sizes_bytes: Sequence[int], max_bytes: int
 ) -> list[list[pa.RecordBatch]]:
-    """Parts of about equal size, of at most ``max_bytes`` where a single row allows it."""
+    """Cut rows into parts of about equal size; a part has at most ``max_bytes`` unless a single row has more."""
     num_parts = max(1, -(-sum(sizes_bytes) // max_bytes))
     target = sum(sizes_bytes) / num_parts
     parts: list[list[pa.RecordBatch]] = []

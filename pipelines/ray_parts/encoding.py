@@ -1,4 +1,4 @@
-"""Second pass of cache_features: slice on CPUs, encode and write in actors, as a stream; published while it runs."""
+"""Second pass of cache_features: a stream that slices on CPUs, encodes and writes in actors, and publishes as it runs."""
 
 import time
 import warnings
@@ -15,29 +15,29 @@ from meteor.planning.workers import encoding_request
 from pipelines.ray_parts.encoder import Encoder
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.meter import EncodingMeter
-from pipelines.ray_parts.resources import wait_for_room
+from pipelines.ray_parts.resources import wait_for_nodes
 from pipelines.ray_parts.runtime import progress, worker_environment
 from pipelines.ray_parts.slicing import slice_batch
 
-# Batches are repeated when their actor dies, which Ray would do for ever with one that kills it each time. When a whole node
-# goes, Ray tries after 0.1 s, then twice as long each time up to 5 s, and knows only after some 20 s that the node is gone: 15
-# tries cover about a minute.
+# Ray repeats a batch when its actor dies; without a limit, a batch that kills its actor would be repeated for ever. If a whole
+# node dies, Ray needs some 20 s to notice. It waits 0.1 s before the second try, then twice as long each time, up to 5 s, so
+# that 15 tries cover about a minute.
 _MAX_TASK_RETRIES = 15
 
 
 def encode_missing(
     settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow], live: LiveMetrics
 ) -> EncodingMeter:
-    """Encode images into the cache and commit them, now and then and at the end, also when the pass fails.
+    """Encode images into a cache; commit them regularly and at the end, even if the pass fails.
 
     Args:
-        settings: of the run.
-        cache_uri: a cache that exists.
-        missing: the images by image key.
-        live: counts what is done while it is done.
+        settings: settings of the run.
+        cache_uri: URI of a cache that exists.
+        missing: image key -> row in the index, for the images to encode.
+        live: metrics that count images as they are encoded.
 
     Returns:
-        What was done, and how fast.
+        Counts and rates of the pass.
     """
     meter = EncodingMeter(settings.runtime.num_encoders)
     bad: list[QuarantineRow] = []
@@ -57,9 +57,9 @@ def encode_missing(
 
 
 def _stream(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow]) -> Iterator[list[dict[str, Any]]]:
-    """What became of the images, batch by batch (`OUTCOME_SCHEMA`)."""
+    """Yield the outcomes of images, batch by batch (`OUTCOME_SCHEMA`)."""
     items = [{"image_key": key, "uri": missing[key].uri} for key in sorted(missing)]
-    # A block becomes a batch of the encoder and then a feature file; Ray cuts it where its pixels pass 128 MB.
+    # A block becomes a batch of the encoder and then a feature file; Ray splits blocks with more than 128 MB of pixels.
     num_blocks = -(-len(items) // settings.cache.rows_per_file)
     sliced = ray.data.from_items(items, override_num_blocks=num_blocks).map_batches(
         slice_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"pixels": pixel_settings(settings)}
@@ -70,11 +70,11 @@ def _stream(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRo
 
 
 def encoded(settings: RunSettings, cache_uri: str, sliced: Dataset) -> Dataset:
-    """What becomes of sliced images in the encoder actors."""
+    """Send sliced images through the encoder actors; the dataset has the columns of `OUTCOME_SCHEMA`."""
     runtime = settings.runtime
-    wait_for_room(encoding_request(runtime), runtime, at_least=1)
+    wait_for_nodes(encoding_request(runtime), runtime, at_least=1)
     with warnings.catch_warnings():
-        # Ray Data has no other way to limit the retries, and announces that it will not have this one for ever.
+        # Ray Data has no other way to limit retries, although it deprecates this one.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         return sliced.map_batches(
             Encoder,
@@ -86,7 +86,7 @@ def encoded(settings: RunSettings, cache_uri: str, sliced: Dataset) -> Dataset:
             compute=ActorPoolStrategy(
                 size=runtime.num_encoders,
                 max_concurrent_calls_per_actor=runtime.batches_per_encoder,
-                # One more waits sliced, so that the device never waits for a task to be sent.
+                # One more sliced batch waits at the actor, so that the device never waits for Ray to send one.
                 max_tasks_in_flight_per_actor=runtime.batches_per_encoder + 1,
                 enable_true_multi_threading=True,
             ),

@@ -1,6 +1,6 @@
-"""What the dataset index says of an image, read from its file.
+"""Facts about an image for the dataset index, read from its file.
 
-The module imports no torch: `read_image` runs in a process on every CPU of the cluster, and needs Pillow alone.
+The module imports no torch, as `read_image` runs in a process on every CPU of the cluster and needs Pillow alone.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ def read_image(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
 
     Args:
         row: ``name`` and ``uri`` of the image.
-        max_pixels: limit beyond which an image is bad.
+        max_pixels: number of pixels above which an image is bad.
 
     Returns:
-        The fields of an `IndexRow`.
+        Fields of an `IndexRow`.
     """
     info = storage.stat(row["uri"])
     data = storage.read_bytes(row["uri"])

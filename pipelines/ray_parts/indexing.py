@@ -1,4 +1,4 @@
-"""First pass of cache_features: every image file is read, hashed and decoded once, and the dataset index published."""
+"""First pass of cache_features: read, hash and decode every image file once, and publish the dataset index."""
 
 import logging
 import time
@@ -22,13 +22,13 @@ from pipelines.ray_parts.runtime import num_blocks, progress
 
 _LOG = logging.getLogger(__name__)
 _OUTSIDE = "outside:"
-# Fewer names than this in a folder of an object store are asked for one by one: the folder may hold millions of others.
+# If a folder of an object store has fewer names than this, each is looked up: the folder may hold millions of other files.
 _LIST_FROM = 32
 _NUM_STAT_THREADS = 32
 
 
 def update_index(settings: RunSettings, sets: list[SampleSet], roots: Mapping[str, str]) -> tuple[DatasetIndex, int]:
-    """Publish the index of all images. Only new and changed files are read; the rows so far are published now and then.
+    """Publish the index of all images; read only new and changed files, and publish finished rows regularly.
 
     Args:
         settings: settings of the run.
@@ -36,7 +36,7 @@ def update_index(settings: RunSettings, sets: list[SampleSet], roots: Mapping[st
         roots: prefix of an image name -> folder or s3:// URI.
 
     Returns:
-        The index, and how many files were read.
+        The index, and the number of files that were read.
     """
     places = _places(sets, roots)
     latest = DatasetIndex.latest(index_uri(settings))
@@ -65,14 +65,14 @@ def update_index(settings: RunSettings, sets: list[SampleSet], roots: Mapping[st
 
 
 def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
-    """Size and etag of the files that exist; on an object store a listing tells a thousand of them in one request."""
+    """Return size and etag of the files that exist; in object stores, a listing returns a thousand of them per request."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for uri in uris:
         if _is_place(uri):
             by_folder[uri.rpartition("/")[0]].append(uri)
     listed: set[str] = set()
     for folder in sorted(by_folder):
-        # A listing goes down into the folders below, which come later in this order.
+        # A listing includes the folders below, which come later in this order.
         if folder.startswith("s3://") and len(by_folder[folder]) >= _LIST_FROM and not _is_below(folder, listed):
             listed.add(folder)
     wanted = {uri for folder in by_folder if _is_below(folder, listed) for uri in by_folder[folder]}
@@ -95,7 +95,7 @@ def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
 
 
 def _is_below(folder: str, listed: set[str]) -> bool:
-    """Whether the folder or one above it is among those."""
+    """Return whether a folder, or a folder above it, is in ``listed``."""
     while folder and folder not in listed:
         folder = folder.rpartition("/")[0]
     return bool(folder)
@@ -131,7 +131,7 @@ def _reason(uri: str) -> str:
 
 
 def _places(sets: list[SampleSet], roots: Mapping[str, str]) -> dict[str, str]:
-    """Image name -> URI; a name that leaves its root keeps a marked place, and is never opened."""
+    """Return image name -> URI; a name that leads out of its root gets a mark instead of a URI, and is never opened."""
     places: dict[str, str] = {}
     for name in sorted(names_of_images(sets)):
         try:

@@ -1,7 +1,6 @@
-"""Numbers that Ray exports to Prometheus while a stage runs: their names, and how rows and outcomes become them.
+"""Metrics that Ray exports to Prometheus while a stage runs: counters of work, whose rates are speeds, and gauges.
 
-Counters of work done, whose rate is the speed, and gauges. A process that starts again begins its counters at 0, as Prometheus
-expects. infra/observability has the dashboard.
+A process that starts again begins its counters at 0, as Prometheus expects. infra/observability has the dashboard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,12 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge
 
 _TAGS = ("variant", "stage", "run")
-# Name -> what it counts. Ray puts "ray_" before a name and "_total" behind a counter's.
+# Name -> description. Ray adds "ray_" before each name, and "_total" after the name of a counter.
 COUNTERS = {
-    "meteor_images_encoded": "images that the encoder has done, bad ones included",
+    "meteor_images_encoded": "images that the encoder has processed, bad images included",
     "meteor_sub_images_encoded": "sub-images encoded",
     "meteor_feature_bytes": "bytes of features written",
-    "meteor_encoder_seconds": "seconds that encoding kept the devices busy, over all encoders",
+    "meteor_encoder_seconds": "seconds in which encoding kept the devices busy, summed over encoders",
     "meteor_images_quarantined": "images refused, by `reason`",
     "meteor_questions_answered": "questions answered",
     "meteor_samples": "samples trained on",
@@ -27,9 +26,9 @@ COUNTERS = {
 GAUGES = {
     "meteor_step": "steps done",
     "meteor_steps": "steps in all",
-    "meteor_loss": "loss of the last step, nats a token",
+    "meteor_loss": "loss of the last step, nats per token",
     "meteor_mfu": "model FLOPs utilisation of the last step, share of the peak",
-    "meteor_memory_gb": "memory of the worker with most, GB",
+    "meteor_memory_gb": "memory of the worker that uses most, GB",
 }
 _OF_STEP = {
     "meteor_samples": "num_samples",
@@ -46,12 +45,12 @@ _OF_STEP = {
 
 
 class LiveMetrics:
-    """The numbers of one stage, set where it runs; Ray's agent on the node exports them.
+    """Metrics of one stage, set in the process that does the work; Ray's agent on the node exports them.
 
     Args:
         variant: name of the run.
-        stage: of it.
-        run: its digest, as in its folder's name.
+        stage: name of the stage.
+        run: digest of the stage; 12 digits of it, as in the folder's name, become a tag.
     """
 
     def __init__(self, variant: str, stage: str, run: str) -> None:
@@ -59,7 +58,7 @@ class LiveMetrics:
         self._known: dict[str, Counter | Gauge] = {}
 
     def encoded(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
-        """Count a batch (`pipelines.ray_parts.encoder.OUTCOME_SCHEMA`)."""
+        """Count the outcomes of a batch (`pipelines.ray_parts.encoder.OUTCOME_SCHEMA`)."""
         self._add("meteor_images_encoded", len(outcomes))
         self._add("meteor_sub_images_encoded", sum(row["num_sub_images"] for row in outcomes))
         self._add("meteor_feature_bytes", sum(row["payload_bytes"] for row in outcomes))
@@ -76,7 +75,7 @@ class LiveMetrics:
         self._add("meteor_questions_answered", num_questions)
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Take over a step's row of metrics."""
+        """Export a step's row of metrics."""
         for name, column in _OF_STEP.items():
             value = row.get(column)
             if not isinstance(value, int | float):

@@ -1,6 +1,6 @@
-"""The callback in Ray Train's controller that passes metrics on to MLflow.
+"""Callback in Ray Train's controller that sends metrics to MLflow.
 
-The module stands apart from the driver's: the controller imports it before any worker starts, and needs no model.
+It has a module of its own, because the controller imports the module before any worker starts and needs no model.
 """
 
 import queue
@@ -14,9 +14,10 @@ from meteor.runs.mlflow_log import StageLog
 
 
 class LogToMlflow(UserCallback):
-    """Lives in Ray Train's controller, so that one MLflow run goes on through restarts of the workers.
+    """Callback that lives in Ray Train's controller, so that one MLflow run continues through restarts of the workers.
 
-    A thread sends: a server that does not answer holds nobody up. What it has not sent at the end, `StageLog.close` does.
+    A thread sends, so that a server that does not answer delays no step. `StageLog.close` sends the rows that are left at the
+    end.
     """
 
     def __init__(self, log: StageLog) -> None:

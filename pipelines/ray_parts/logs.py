@@ -1,4 +1,4 @@
-"""Log lines: for people; with ``METEOR_LOG_FORMAT=json`` objects that say which run, stage, rank and step they are about."""
+"""Log lines: text, or with ``METEOR_LOG_FORMAT=json`` objects that name the run, stage, rank and step of each line."""
 
 import json
 import logging
@@ -13,16 +13,19 @@ from typing import Any
 import ray.data
 from transformers.utils import logging as transformers_logging
 
-# What the lines of this thread are about; threads that a block starts take it along by `contextvars.copy_context`.
-_ABOUT: ContextVar[dict[str, Any]] = ContextVar("what log lines are about")
-# The same for every thread of a process that does one thing, as a training worker.
+# Fields of this thread's lines; a thread that a block starts gets them by `contextvars.copy_context`.
+_ABOUT: ContextVar[dict[str, Any]] = ContextVar("fields of log lines")
+# Fields of all lines of this process, for processes that do one thing, such as a training worker.
 _PROCESS: dict[str, Any] = {}
-_OURS = ("meteor", "pipelines", "jobs", "__main__")  # the last is a stage's module where it is the command
+_OURS = ("meteor", "pipelines", "jobs", "__main__")  # a stage's module is "__main__" if it is the command
 
 
 class JsonFormatter(logging.Formatter):
-    """One line of JSON: ``time`` (UTC), ``level``, ``logger``, ``message``, ``host``, then what is known of ``variant``,
-    ``stage``, ``run`` (the digest), ``rank``, ``step``, and ``error`` with a traceback."""
+    """Formatter that writes a record as one line of JSON.
+
+    A line has ``time`` (UTC), ``level``, ``logger``, ``message`` and ``host``. It also has ``variant``, ``stage``, ``run``
+    (the digest), ``rank``, ``step`` and ``error`` (a traceback), if they are known.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         content = {
@@ -40,21 +43,26 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging() -> None:
-    """In the process of a command: our own lines at INFO, other packages' at WARNING."""
+    """Configure the process of a command: lines of this project from INFO, lines of other packages from WARNING."""
     _configure_lines(logging.INFO)
     # Ray Data warns that a job "will hang" whenever all CPUs are busy for a moment.
     for name in ("ray.data", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Our own lines tell of progress, in the same form with and without a terminal.
+    # This project's progress lines are the same with and without a terminal, and replace bars.
     ray.data.DataContext.get_current().enable_progress_bars = False
     transformers_logging.disable_progress_bar()
 
 
 def configure_worker_logging(**about: Any) -> None:
-    """In a worker or actor, whose lines are all about one thing: ``stage``, ``variant``, ``run``, ``rank``; at WARNING, as what
-    every worker of a stage would say, its driver says once."""
+    """Configure a worker or actor: lines from WARNING, with the same fields in all lines.
+
+    Lines at INFO come from the driver, once instead of once per worker.
+
+    Args:
+        about: fields of the lines: ``stage``, ``variant``, ``run``, ``rank``.
+    """
     _configure_lines(logging.WARNING)
-    # It would repeat every step's numbers.
+    # Ray Train would repeat the numbers of every step.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     lines_are_about(**about)
 
@@ -66,21 +74,21 @@ def _configure_lines(level: int) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
-    # Ray's workers come with one of their own, which tells everything of every library.
-    root.handlers = [one for one in root.handlers if type(one) is not logging.StreamHandler] + [handler]
+    # Ray's workers come with a handler that prints every line of every library.
+    root.handlers = [other for other in root.handlers if type(other) is not logging.StreamHandler] + [handler]
     root.setLevel(logging.WARNING)
     for name in _OURS:
         logging.getLogger(name).setLevel(level)
 
 
 def lines_are_about(**about: Any) -> None:
-    """All later lines of this process are about this as well, for example ``step``."""
+    """Add fields to all later lines of this process, for example ``step``."""
     _PROCESS.update(about)
 
 
 @contextmanager
 def log_context(**about: Any) -> Iterator[None]:
-    """The lines of the block are about this as well."""
+    """Add fields to the lines of a block."""
     token = _ABOUT.set({**_ABOUT.get({}), **about})
     try:
         yield

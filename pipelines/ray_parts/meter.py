@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-# Batches of several calls arrive together, so that the time between two of them says nothing.
+# Shortest time for a rate: batches of several calls arrive together, so that the time between two batches says nothing.
 _MIN_STEADY_S = 5.0
 
 
@@ -19,12 +19,14 @@ class _Counts:
 
 
 class EncodingMeter:
-    """Adds up outcomes as they arrive. Rates count from the first batch on (before it, processes
-    start and models load), in a pass too short for that from the start.
+    """Sum of outcomes as they arrive, and their rates.
+
+    Rates count from the first batch on, as processes start and models load before it. If a pass is too short for that, they
+    count from its start.
 
     Args:
-        num_encoders: actors that share the work.
-        clock: seconds that only grow.
+        num_encoders: number of actors that share the work.
+        clock: function that returns a time in seconds, which never decreases.
     """
 
     def __init__(self, num_encoders: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -35,11 +37,11 @@ class EncodingMeter:
 
     @property
     def num_images(self) -> int:
-        """Done, bad ones included."""
+        """Number of processed images, bad images included."""
         return self._now.num_images
 
     def add(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
-        """The rows of one batch (`pipelines.ray_parts.encoder.OUTCOME_SCHEMA`)."""
+        """Add the outcomes of a batch (`pipelines.ray_parts.encoder.OUTCOME_SCHEMA`)."""
         now = self._now
         self.num_bad += sum(bool(row["reason"]) for row in outcomes)
         self._now = _Counts(
@@ -52,14 +54,14 @@ class EncodingMeter:
         self._first = self._first or self._now
 
     def counts(self) -> dict[str, float]:
-        """For a stage's summary; seconds and totals from the start, rates from the first batch on."""
+        """Return numbers for a stage's summary: seconds and totals from the start, rates from the first batch on."""
         since = self._steady_since()
         seconds = self._now.at_s - since.at_s
         rates = {
             "images_per_s": (self._now.num_images - since.num_images) / seconds,
             "sub_images_per_s": (self._now.num_sub_images - since.num_sub_images) / seconds,
             "megabytes_per_s": (self._now.payload_bytes - since.payload_bytes) / seconds / 1e6,
-            # A batch's time counts when the batch is written, so that few batches can seem to take more than all of it.
+            # The time of a batch counts when the batch is written. With few batches, the sum may exceed the time that passed.
             "encoder_busy_share": min(1.0, (self._now.device_s - since.device_s) / seconds / self._num_encoders),
         }
         return {
@@ -70,7 +72,7 @@ class EncodingMeter:
         }
 
     def detail(self) -> str:
-        """The tail of a progress line."""
+        """Return the end of a progress line."""
         if self._first is None:
             return ", encoders starting"
         counts = self.counts()
@@ -82,7 +84,7 @@ class EncodingMeter:
         )
 
     def _steady_since(self) -> _Counts:
-        """The state after the first batch; the start while the rest is too short for a rate."""
+        """Return the state after the first batch; the state at the start if the time since then is too short for a rate."""
         if self._first is None or self._now.at_s - self._first.at_s < _MIN_STEADY_S:
             return replace(self._start, at_s=min(self._start.at_s, self._now.at_s - 1e-9))
         return self._first

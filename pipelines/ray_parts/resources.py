@@ -19,14 +19,14 @@ _POLL_S = 2.0
 _LINE_EVERY_S = 60.0
 
 
-def wait_for_room(request: WorkerRequest, runtime: RuntimeSettings, *, at_least: int | None = None) -> None:
-    """Return when the cluster's nodes have room for a stage's workers.
+def wait_for_nodes(request: WorkerRequest, runtime: RuntimeSettings, *, at_least: int | None = None) -> None:
+    """Wait until a stage's workers fit the cluster's nodes.
 
-    Workers of other jobs are not looked at: what they use comes free again. A cluster with an autoscaler is asked to grow.
+    Workers of other jobs do not count, as they end some day. A cluster with an autoscaler is asked to grow.
 
     Args:
-        request: the workers.
-        runtime: ``wait_for_nodes_minutes`` limits the waiting. A local Ray never grows: there is no waiting.
+        request: the stage's workers.
+        runtime: ``wait_for_nodes_minutes`` limits the wait. A local Ray never grows, so that nothing waits for it.
         at_least: number of workers that is enough to start; all if not given.
 
     Raises:
@@ -35,26 +35,30 @@ def wait_for_room(request: WorkerRequest, runtime: RuntimeSettings, *, at_least:
     enough = request.num if at_least is None else at_least
     limit_s = 0.0 if session_is_local() else 60 * runtime.wait_for_nodes_minutes
     started, next_line_s = time.monotonic(), 0.0
-    is_asked = False
-    while (room := request.room(nodes := alive_nodes())) < enough:
+    is_requested = False
+    while (num_fitting := request.num_fitting(nodes := alive_nodes())) < enough:
         waited_s = time.monotonic() - started
-        there = f"the cluster has {describe_nodes(nodes)}, room for {room}"
+        there = f"the cluster has {describe_nodes(nodes)}, room for {num_fitting}"
         if waited_s >= limit_s:
-            raise ClusterError(f"{request.to_text()} are asked for, and {there}. {_advice(request, limit_s)}")
-        if not is_asked:
+            raise ClusterError(f"{request.to_text()} are requested, and {there}. {_advice(request, limit_s)}")
+        if not is_requested:
             bundle = {"CPU": request.cpus, **({"GPU": request.gpus} if request.gpus else {})}
             request_resources(bundles=[bundle] * request.num)
-            is_asked = True
+            is_requested = True
         if waited_s >= next_line_s:
             left = format_duration(limit_s - waited_s)
-            _LOG.warning("waiting for nodes: %s are asked for, %s; %s left", request.to_text(), there, left)
+            _LOG.warning("waiting for nodes: %s are requested, %s; %s left", request.to_text(), there, left)
             next_line_s += _LINE_EVERY_S
         time.sleep(_POLL_S)
-    if is_asked:
+    if is_requested:
+        # The autoscaler keeps the request until it is replaced, and would never remove the nodes.
         request_resources(bundles=[])
-    if room < request.num:
+    if num_fitting < request.num:
         _LOG.warning(
-            "%s are asked for, and the cluster has %s: room for %d", request.to_text(), describe_nodes(nodes), room
+            "%s are requested, and the cluster has %s: room for %d",
+            request.to_text(),
+            describe_nodes(nodes),
+            num_fitting,
         )
 
 
@@ -66,5 +70,5 @@ def _advice(request: WorkerRequest, limit_s: float) -> str:
 
 
 def alive_nodes() -> list[Mapping[str, Any]]:
-    """The resources of each node that is alive."""
+    """Return the resources of each node that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,4 +1,4 @@
-"""All Ray wiring that is not one stage's own: the session, the workers' environment, progress of long work."""
+"""Ray wiring that stages share: the session, the environment of workers, progress of long work."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from meteor.progress import Pace, progress_line
 
 _LOG = logging.getLogger(__name__)
 
-# Set before the packages that read them are imported, in the driver and in every worker.
+# Set in the driver and in every worker before the packages that read these variables are imported.
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -28,7 +28,7 @@ WORKER_ENVIRONMENT = {
 
 
 def worker_environment(num_gpus: float) -> dict[str, str]:
-    """Environment of workers; without a GPU, DeepSpeed must be told before it is imported."""
+    """Return the environment of workers; without GPUs it tells DeepSpeed so, which must know before it is imported."""
     return WORKER_ENVIRONMENT if num_gpus else {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": "cpu"}
 
 
@@ -36,23 +36,24 @@ _session = {"local": False}
 
 
 def session_is_local() -> bool:
-    """Whether this process started its own Ray, on this machine alone."""
+    """Return whether this process started its own Ray, on this machine alone."""
     return _session["local"]
 
 
 @contextmanager
 def ray_session(settings: RuntimeSettings) -> Iterator[None]:
-    """Join the cluster of ``RAY_ADDRESS`` or of the settings, or start a local Ray and stop it afterwards.
+    """Join the cluster that the settings or ``RAY_ADDRESS`` name, or start a local Ray and stop it at the end of the block.
 
-    Inside another session (several stages in one process) it does nothing.
+    Inside another session, when several stages share a process, it does nothing.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.update(WORKER_ENVIRONMENT)
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the new default, without its notice
-    # Every actor of Ray Data whose constructor takes arguments makes the core print an error line.
+    # The value is Ray's future default; setting it avoids a notice.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Without this, Ray's core prints an error line for every Ray Data actor whose constructor takes arguments.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if address:
         ray.init(address=address, logging_level=logging.WARNING)
@@ -79,10 +80,10 @@ def progress(
     """Log ``count()`` of ``total`` with rate and time left every few seconds while the block runs.
 
     Args:
-        what: what stands before the count, for example "images encoded:".
-        total: when it is done.
-        count: how many are done, also before this start; called from a thread.
-        detail: more text for the line, for example the loss.
+        what: text before the count, for example "images encoded:".
+        total: count at which the work is done.
+        count: function that returns the current count, work of earlier starts included; it is called from a thread.
+        detail: function that returns more text for the line, for example the loss.
         starting: text of the lines until the count changes for the first time, for example "starting 2 workers".
         every_s: seconds between lines.
     """
@@ -99,7 +100,7 @@ def progress(
                 continue
             _LOG.info("%s%s", progress_line(what, done, total, pace.per_s(done, time.monotonic())), detail())
 
-    # Its lines are about what this thread's are about.
+    # The thread's lines get the fields of this thread's lines.
     thread = threading.Thread(target=copy_context().run, args=(watch,), name=f"progress of {what}", daemon=True)
     thread.start()
     try:
@@ -109,17 +110,20 @@ def progress(
         thread.join()
 
 
-def error_of_ours(error: ray.exceptions.RayError) -> str | None:
-    """``StorageError: ...`` where a worker failed with an error of ours, of which Ray Data passes on the text alone."""
+def find_meteor_error(error: ray.exceptions.RayError) -> str | None:
+    """Find this project's error in an error of Ray, for example "StorageError: ..."; None if a worker failed otherwise.
+
+    Ray Data passes on the text of a worker's error, but not its class.
+    """
     found = re.findall(r"^meteor\.errors\.(\w+: .+)$", str(error), re.MULTILINE)
     return found[-1] if found else None
 
 
 def job_metadata() -> dict[str, str]:
-    """Of the Ray job that started this process: its submission id, and what the submitter said of it; empty elsewhere."""
+    """Return the metadata of the Ray job of this process: submission id and fields of the submitter; empty outside a job."""
     return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
 
 
 def num_blocks(num_items: int, items_per_block: int) -> int:
-    """Blocks for `ray.data.from_items`: enough to stream and to spread, not so many that tasks are all overhead."""
+    """Return the number of blocks for `ray.data.from_items`: enough to spread the work, few enough to limit overhead."""
     return max(1, min(num_items // items_per_block, 4096))

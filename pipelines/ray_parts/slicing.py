@@ -1,6 +1,6 @@
-"""The first operator of the encoding pass: tasks that read and slice images.
+"""First operator of the encoding pass: tasks that read and slice images.
 
-The module imports neither transformers nor the encoder: its tasks run in a process on every CPU of the cluster, and each
+The module imports neither transformers nor the encoder. Its tasks run in a process on every CPU of the cluster, and each
 process would spend seconds and hundreds of megabytes on those imports.
 """
 
@@ -20,7 +20,7 @@ _SLICED_SCHEMA = pa.schema(
         ("image_key", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        # Of all sub-images; which is which follows from the size. More than 2 GB may come together.
+        # Pixels of all sub-images, whose places follow from the image's size; large, as a batch may have more than 2 GB.
         ("pixels", pa.large_binary()),
         ("reason", pa.string()),
         ("message", pa.string()),
@@ -29,15 +29,15 @@ _SLICED_SCHEMA = pa.schema(
 
 
 def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
-    """Read and slice images; one that cannot be becomes a row with a reason.
+    """Read and slice images; an image that cannot be used becomes a row with a reason.
 
     Args:
-        batch: columns ``image_key`` and ``uri``.
-        pixels: slicing and limits.
+        batch: table with the columns ``image_key`` and ``uri``.
+        pixels: slicing settings and limits.
     """
     keys, uris = batch["image_key"].to_pylist(), batch["uri"].to_pylist()
     rows = []
-    # Object stores answer late: the next images are on their way while one is decoded.
+    # Object stores have a high latency, so that the next images are read while one is decoded.
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         reads = [pool.submit(read_unchanged, uri, key) for uri, key in zip(uris, keys, strict=True)]
         for key, read in zip(keys, reads, strict=True):
@@ -59,11 +59,11 @@ def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
 
 
 def read_unchanged(uri: str, image_key: str) -> bytes:
-    """The image's bytes. Raises BadImageError when they are gone or others than were indexed."""
+    """Read an image's bytes; raise BadImageError if the file is missing or has changed since it was indexed."""
     try:
         data = storage.read_bytes(uri)
     except NotFoundError as error:
-        raise BadImageError("missing", f"{uri} was indexed and is gone") from error
+        raise BadImageError("missing", f"{uri} is in the index, but the file no longer exists") from error
     if hashlib.sha256(data).hexdigest() != image_key:
         raise BadImageError("changed", f"{uri} has changed since it was indexed; run cache_features again")
     return data

@@ -1,4 +1,4 @@
-"""MLflow's entry of a stage while it runs on Ray."""
+"""MLflow run of a stage while the stage runs on Ray."""
 
 import json
 import logging
@@ -17,14 +17,14 @@ _LOG = logging.getLogger(__name__)
 
 @contextmanager
 def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) -> Iterator[StageLog]:
-    """Keep MLflow's entry of a stage while the block runs; it ends as finished, or as failed after an exception.
+    """Keep a stage's MLflow run open while the block runs; it ends as finished, or as failed after an exception.
 
-    The server may be away: see `StageLog`.
+    If the server cannot be reached, the block runs all the same, see `StageLog`.
 
     Args:
         settings: settings of the run.
         folder: the stage's folder.
-        params: parameters of MLflow's run.
+        params: parameters of the MLflow run.
     """
     tags = {"meteor.kind": "stage", "meteor.stage": folder.stage, "meteor.variant": settings.name}
     tags |= {"meteor.folder": folder.uri, "mlflow.source.git.commit": git_commit() or "unknown"}
@@ -36,10 +36,10 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
         tags["used_by"] = ", ".join(tracking.used_by)
     if job_metadata() and not has_server(settings):
         _LOG.warning(
-            "MLflow: no server is set, and the database that this job writes to its own folder goes with it. Set "
+            "MLflow: no server is set, and the database in this job's own folder is deleted with the job. Set "
             "MLFLOW_TRACKING_URI on all nodes, or tracking.uri"
         )
-    # Through JSON, so that tuples compare equal to the lists that are read back.
+    # Parameters go through JSON, so that tuples equal the lists that are read back.
     log = StageLog.new(settings, folder, params=json.loads(json.dumps(params, default=str)), tags=tags)
     with log_context(variant=settings.name, stage=folder.stage, run=folder.digest[:12]):
         log.open()
@@ -52,15 +52,15 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
 
 
 def reuse(settings: RunSettings, folder: StageFolder, summary: Summary) -> Summary:
-    """Return the summary of a finished stage, after sending MLflow what an outage kept from it."""
+    """Return the summary of a finished stage, after sending MLflow everything that an outage kept from it."""
     log = StageLog.unsent(settings, folder)
-    if log is not None and log.settle():
-        _LOG.info("%s: MLflow has been sent what it missed", folder.stage)
+    if log is not None and log.send_all():
+        _LOG.info("%s: the MLflow run, which was incomplete, has been sent", folder.stage)
     return summary
 
 
 def job_tags() -> dict[str, str]:
-    """Tags that lead from MLflow to the Ray job of this process; empty outside a job."""
+    """Return tags that lead from MLflow to the Ray job of this process; empty outside a job."""
     job = job_metadata()
     tags = {"ray.submission_id": job.get("job_submission_id"), "ray.dashboard": job.get("job_page")}
     return {name: value for name, value in tags.items() if value}

@@ -1,4 +1,4 @@
-"""Stages 1 and 2 on the driver: pin the data, plan the samples, run the workers, record what came out."""
+"""Stages 1 and 2 on the driver: pin the data, plan the samples, run the workers, record the results."""
 
 import logging
 from functools import partial
@@ -31,7 +31,7 @@ from meteor.stages import TrainingStage
 from meteor.text.tokens import load_tokenizer, visual_separators
 from pipelines.command import timed
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
-from pipelines.ray_parts.resources import wait_for_room
+from pipelines.ray_parts.resources import wait_for_nodes
 from pipelines.ray_parts.runtime import progress, worker_environment
 from pipelines.ray_parts.tracked import reuse, tracked
 from pipelines.ray_parts.worker import WorkerTask, train_worker
@@ -40,10 +40,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def run_stage(settings: RunSettings, inputs: Inputs | None = None, *, stage: TrainingStage) -> Summary:
-    """Train a stage, or resume it, or say that it is finished.
+    """Train a stage, or resume it, or return the summary if it has finished.
 
     Raises:
-        SettingsError: it will not fit into the GPUs' memory.
+        SettingsError: the stage will not fit into the memory of the GPUs.
         TrainingError: the workers failed more often than ``runtime.max_failures``.
     """
     with timed() as seconds:
@@ -59,7 +59,7 @@ def run_stage(settings: RunSettings, inputs: Inputs | None = None, *, stage: Tra
         plan.table.write(storage.join(folder.uri, "samples.parquet"))
         if held_out is not None:
             held_out.table.write(storage.join(folder.uri, "held_out.parquet"))
-        storage.write_json(storage.join(folder.uri, "excluded.json"), [vars(one) for one in plan.excluded])
+        storage.write_json(storage.join(folder.uri, "excluded.json"), [vars(sample) for sample in plan.excluded])
         task = _task(settings, stage, prepared, has_held_out=held_out is not None)
         folder.start(
             settings,
@@ -108,11 +108,12 @@ def _task(settings: RunSettings, stage: TrainingStage, prepared: PreparedStage, 
 def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_steps: int) -> None:
     runtime = settings.runtime
     attempts = storage.list_objects(storage.join(task.run_uri, "attempts"))
-    # Ray Train returns at once for a name that it knows as finished or failed: every start gets a name of its own.
+    # Every start gets a new name, as Ray Train does nothing for a name that it knows as finished or failed.
     name = f"{task.stage}-{task.run_uri[-12:]}-{len(attempts)}"
     storage.write_json(storage.join(task.run_uri, "attempts", f"{len(attempts):04d}.json"), {"name": name})
     trainer = TorchTrainer(
-        # The task is bound here: as a `train_loop_config` it would reach the controller too, with all that a worker imports.
+        # The task is bound to the function. As a `train_loop_config` it would reach the controller too, which would then import
+        # everything that a worker imports.
         partial(train_worker, task),
         scaling_config=ScalingConfig(
             num_workers=runtime.num_workers,
@@ -138,16 +139,16 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
         return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
 
     label, workers = f"[{settings.name}] {task.stage}", training_request(runtime)
-    wait_for_room(workers, runtime)
+    wait_for_nodes(workers, runtime)
     starting = f"{label}: starting {workers.to_text()}"
     with progress(f"{label}: step", num_steps, steps_done, detail=detail, starting=starting):
         try:
             trainer.fit()
-        # The second where the controller itself has gone.
+        # RayActorError means that the controller itself has died.
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             raise TrainingError(
-                f"{task.stage} failed. Started again with the same command it goes on from its last checkpoint in "
-                f"{task.run_uri}. Cause: {error}"
+                f"{task.stage} failed. Run this command again to resume it from its last checkpoint in {task.run_uri}. "
+                f"Cause: {error}"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""What runs inside a Ray Train worker: build the model, resume, train, leave the result."""
+"""Work inside a Ray Train worker: build the model, resume, train, write the result."""
 
 import time
 from collections.abc import Callable
@@ -42,7 +42,7 @@ from pipelines.ray_parts.logs import configure_worker_logging, lines_are_about
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """Everything a worker is told; made on the driver, small, without secrets."""
+    """Arguments of a training worker, made on the driver; they are small and contain no secrets."""
 
     settings: RunSettings
     stage: TrainingStage
@@ -71,13 +71,13 @@ class WorkerTask:
 
     @property
     def result_uri(self) -> str:
-        """Stage 1 leaves a projector file, stage 2 a model directory."""
+        """URI of the stage's result: a projector file in stage 1, a model directory in stage 2."""
         model = storage.join(self.run_uri, "model")
         return storage.join(model, "projector.safetensors") if self.stage == "pretrain" else model
 
 
 def train_worker(task: WorkerTask) -> None:
-    """Entry point of `ray.train.torch.TorchTrainer`."""
+    """Train a stage in a worker; the entry point for `ray.train.torch.TorchTrainer`."""
     configure_worker_logging(
         variant=task.settings.name,
         stage=task.stage,
@@ -128,9 +128,9 @@ def train_worker(task: WorkerTask) -> None:
                 flops=_flops(model, device, settings.runtime.peak_tflops),
             )
         except FailedStepError as error:
-            reporter.store()  # how the loss went before it
+            reporter.store()  # the loss before the failed step helps to find the cause
             raise write_failure(error, task.run_uri) from error
-    # The others are done: waiting in a collective would end with its timeout where a large model is slow to write.
+    # Other workers end here. If they waited in a collective, its timeout would end a slow export of a large model.
     if ray.train.get_context().get_world_rank() == 0:
         export(task, complete_checkpoints(checkpoints)[-1])
 
@@ -143,17 +143,17 @@ def _evaluate(task: WorkerTask, engine: Engine, recipe: Recipe, load_from: Calla
 
 
 def write_failure(error: FailedStepError, run_uri: str) -> TrainingError:
-    """Leave the samples of a failed step in the run's folder; the error that names the file.
+    """Write the samples of a failed step to the stage's folder; return an error that names the file.
 
-    Every worker that fails comes here: the first one's error ends the others, and all write the same.
+    All workers that fail write the same file: the error of the first worker ends the others.
     """
     uri = storage.join(run_uri, "failures", f"step_{error.failure['step']:08d}.json")
     storage.write_json(uri, error.failure)
-    return TrainingError(f"{error} The samples of its global batch: {uri}")
+    return TrainingError(f"{error} The samples of the step's global batch are in {uri}")
 
 
 def _flops(model: MeteorForConditionalGeneration, device: torch.device, peak_tflops: float | None) -> ModelFlops | None:
-    """None where the device's peak is neither set nor known."""
+    """Return the model's FLOPs beside the device's peak; None if the peak is neither set nor known."""
     if peak_tflops is not None:
         return ModelFlops.of(model, peak_tflops * 1e12)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -161,7 +161,7 @@ def _flops(model: MeteorForConditionalGeneration, device: torch.device, peak_tfl
 
 
 def _native_weight_full(model: MeteorForConditionalGeneration) -> float | None:
-    """The warm-up's end is the projector's own native weight."""
+    """Return the weight of the native expert after its warm-up; None for projectors without this expert."""
     projector = model.projector.settings
     return 1.0 - projector["visual_weight"] if projector.get("experts") == "visual_native" else None
 
@@ -191,7 +191,7 @@ def export(task: WorkerTask, checkpoint_uri: str) -> None:
 
 
 def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForConditionalGeneration:
-    """The stage's model with the weights it starts from; to be trained where an ``attention`` is given."""
+    """Build the stage's model with the weights that it starts from; with ``attention`` it is ready to be trained."""
     settings = task.settings
     model = build_model(
         llm_path=settings.llm.path,
@@ -224,7 +224,7 @@ def _text_sampler(task: WorkerTask) -> dict[str, Any] | None:
 
 
 def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:
-    """`load_batches` of the stage's features, still without its table."""
+    """Return `load_batches` with every argument except the table."""
     settings, stage = task.settings, task.stage_settings
     source = open_features(
         settings,
@@ -257,7 +257,7 @@ def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:
 
 
 class _Reporter:
-    """Metrics of each step: first to the run's files, then to the controller, which logs them to MLflow."""
+    """Reporter of metrics: each step's row goes to the stage's folder, then to the controller, which sends it to MLflow."""
 
     def __init__(self, task: WorkerTask, start_step: int, rank: int) -> None:
         self._rank = rank
@@ -269,17 +269,18 @@ class _Reporter:
     def __call__(self, row: dict[str, Any]) -> None:
         self._unstored.append({**row, "time_ms": int(time.time() * 1000)})
         lines_are_about(step=row["step"])
-        if self._rank == 0:  # a row is about all workers
+        if self._rank == 0:  # a row covers all workers, so that one worker exports it
             self._live.step(row)
 
     def store(self) -> None:
+        """Write pending rows to the stage's folder."""
         if self._rank == 0 and self._unstored:
             self._segment.add(self._unstored)
         self._unreported += self._unstored
         self._unstored = []
 
     def meet(self) -> bool:
-        """Store and report what is pending, on all workers after the same steps; whether a machine is about to go."""
+        """Store and report pending rows, on all workers after the same step; return whether a machine is about to stop."""
         self.store()
         ray.train.report({"rows": self._unreported})
         self._unreported = []

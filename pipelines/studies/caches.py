@@ -1,4 +1,4 @@
-"""The caches that a study's variants read: each encoded once, or converted from another codec."""
+"""Caches of a study's variants: images are encoded once, and other codecs are converted."""
 
 import logging
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from meteor.runs.tasks import Task
 from pipelines import cache_features
 
 _LOG = logging.getLogger(__name__)
-# Codecs that lose nothing of the encoder's numbers are filled first: the others can be made from them.
+# Caches in these codecs are filled first, as caches in other codecs can be made from them.
 _LOSSLESS = ("float32", "bfloat16", "float16")
 
 
 def fill_caches(tasks: Iterable[Task], inputs: Inputs) -> None:
-    """Run every cache_features task; features that a cache in another codec holds are converted, not encoded."""
+    """Run every cache_features task; convert features that a cache in another codec holds, instead of encoding again."""
     caches = [task for task in tasks if task.stage == "cache_features"]
     for task in sorted(caches, key=lambda task: task.settings.cache.codec not in _LOSSLESS):
         source = other_codec(task.settings, inputs)
@@ -34,7 +34,7 @@ def fill_caches(tasks: Iterable[Task], inputs: Inputs) -> None:
 
 
 def other_codec(settings: RunSettings, inputs: Inputs) -> str | None:
-    """URI of a cache of these features in a codec that the run's codec can be made from; None if there is none."""
+    """Return the URI of a cache of these features in another, lossless codec; None if there is none."""
     for codec in _LOSSLESS:
         if codec != settings.cache.codec:
             cache = settings.cache.model_copy(update={"codec": codec})
@@ -51,7 +51,7 @@ def _convert(source: str, codec: str) -> None:
     def log_once(num_done: int, num_images: int) -> None:
         nonlocal is_logged
         if not is_logged:
-            _LOG.info("cache in %s: made from %s, without the encoder", codec, source)
+            _LOG.info("cache in %s: converted from %s, without the encoder", codec, source)
             is_logged = True
 
     transcode(source, codec, on_progress=log_once)

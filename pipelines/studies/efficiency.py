@@ -1,4 +1,4 @@
-"""How fast each variant of a study answers, one after the other: same hardware, same questions, nothing beside it."""
+"""Measurement of how fast each variant of a study answers: one after the other, on the same hardware and questions."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,14 +23,17 @@ from pipelines import evaluate
 from pipelines.ray_parts.runtime import worker_environment
 
 _LOG = logging.getLogger(__name__)
-# Changes when what is measured does: older numbers are measured again.
+# Version of the measurement: results of other versions are measured again.
 _METHOD = 3
 
 
 def measure_variants(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """Variant -> `meteor.evaluation.efficiency.Efficiency` as a dict; of its first seed, where that has a finished model.
+    """Measure the first seed of each variant, if it has a finished model.
 
-    What was measured before on the same hardware, with the same model and questions, is taken as it is.
+    A measurement with the same hardware, model and questions is not repeated.
+
+    Returns:
+        Variant -> fields of `meteor.evaluation.efficiency.Efficiency`.
     """
     study = settings.study
     if study is None or not study.measure_questions or not settings.data.evaluate:
@@ -48,14 +51,14 @@ def measure_variants(settings: RunSettings, variants: Sequence[Variant], inputs:
             study_uri(settings, "efficiency", f"{name}.json"),
             _spread(run, study.measure_questions, inputs),
         )
-        wanted = {
+        measured_on = {
             "model": settings_digest([_METHOD, digest]),
             "questions": settings_digest([question.id for question in questions]),
             "hardware": hardware,
         }
         content = _read(uri)
-        if content is None or {key: content.get(key) for key in wanted} != wanted:
-            content = {**wanted, "measured": _measure(run, model_uri, questions, inputs.cache(run))}
+        if content is None or {key: content.get(key) for key in measured_on} != measured_on:
+            content = {**measured_on, "measured": _measure(run, model_uri, questions, inputs.cache(run))}
             storage.write_json(uri, content)
             _LOG.info("[%s] answers: %s", name, _line(content["measured"]))
         measured[name] = content["measured"]
@@ -86,7 +89,7 @@ def _measure(run: RunSettings, model_uri: str, questions: list[Question], cache:
 
 
 def _task(run: RunSettings, function: Callable[..., Any]) -> Any:
-    """In a process of its own: its peak of memory counts from its start."""
+    """Make a Ray task with a new process per call, as the peak of memory counts from a process's start."""
     runtime = run.runtime
     return ray.remote(max_calls=1)(function).options(
         num_cpus=runtime.cpus_per_worker,
@@ -96,12 +99,12 @@ def _task(run: RunSettings, function: Callable[..., Any]) -> Any:
 
 
 def _spread(run: RunSettings, num_questions: int, inputs: Inputs) -> list[Question]:
-    """Questions with images, evenly from all that are asked."""
+    """Choose questions with images, evenly from all questions that can be answered."""
     sets = evaluate.load_question_sets(run, inputs)
     found = evaluate.find_questions(run, sets, inputs.index(run), inputs.cache(run))
-    asked = [one.question for one in found if not one.reason and one.question.image_keys]
-    count = min(num_questions, len(asked))
-    return [asked[i * len(asked) // count] for i in range(count)]
+    questions = [each.question for each in found if not each.reason and each.question.image_keys]
+    count = min(num_questions, len(questions))
+    return [questions[i * len(questions) // count] for i in range(count)]
 
 
 def _device(run: RunSettings) -> str:

@@ -1,4 +1,4 @@
-"""What MLflow is told of a study besides its stages: its variants with all their settings, and then their numbers."""
+"""MLflow runs of a study and its variants: all settings at the start, numbers at the end."""
 
 import dataclasses
 import logging
@@ -19,16 +19,16 @@ _LOG = logging.getLogger(__name__)
 
 
 def announce(settings: RunSettings, variants: Sequence[Variant]) -> None:
-    """Make MLflow's runs of the study and its variants, with all their settings: comparing them shows what differs."""
+    """Make the MLflow runs of the study and its variants, with all settings, so that MLflow can show the differences."""
 
-    def tell(tracker: Tracker, variant: Variant, run_id: str) -> None:
+    def send(tracker: Tracker, variant: Variant, run_id: str) -> None:
         tracker.log_params(run_id, mathematical_settings(variant.settings))
         tags = {"meteor.variant": variant.name, "meteor.study": settings.name}
         tags |= {"mlflow.source.git.commit": git_commit() or "unknown"}
         tags |= {"meteor.seed": str(variant.seed)} if variant.seed is not None else {}
         tracker.set_tags(run_id, {**tags, "mlflow.note.content": describe(variant.changes)})
 
-    _tell_mlflow(variants, tell)
+    _send_each(variants, send)
 
 
 def record(
@@ -38,25 +38,25 @@ def record(
     incomplete: Collection[str],
     inputs: Inputs,
 ) -> None:
-    """Put each variant's folders and numbers side by side: in the study's folder, and in MLflow.
+    """Write each variant's folders and numbers to the study's folder, and send them to MLflow.
 
     Args:
-        settings: of the study.
-        variants: those that were run.
-        measured: variant -> what answering costs.
-        incomplete: names of runs of which a stage failed.
+        settings: settings of the study.
+        variants: variants that were run.
+        measured: variant -> measurement of `pipelines.studies.efficiency`.
+        incomplete: names of runs with a failed stage.
         inputs: the command's inputs.
     """
     records = {variant.settings.name: _record(variant, measured.get(variant.name), inputs) for variant in variants}
     write_records(settings, list(records.values()))
 
-    def tell(tracker: Tracker, variant: Variant, run_id: str) -> None:
-        one = records[variant.settings.name]
-        tracker.set_tags(run_id, one.tags())
-        tracker.log_metrics(run_id, [{"step": 0, **one.numbers}])
+    def send(tracker: Tracker, variant: Variant, run_id: str) -> None:
+        run_record = records[variant.settings.name]
+        tracker.set_tags(run_id, run_record.tags())
+        tracker.log_metrics(run_id, [{"step": 0, **run_record.numbers}])
         tracker.finish(run_id, failed=variant.settings.name in incomplete)
 
-    _tell_mlflow(variants, tell)
+    _send_each(variants, send)
 
 
 def _record(variant: Variant, measured: Mapping[str, Any] | None, inputs: Inputs) -> RunRecord:
@@ -69,24 +69,24 @@ def _record(variant: Variant, measured: Mapping[str, Any] | None, inputs: Inputs
 
 
 def mark_failed(settings: RunSettings) -> None:
-    """End the study's run in MLflow as failed."""
+    """End the MLflow run of the study as failed."""
     try:
         tracker = make_tracker(settings)
         tracker.finish(study_run(tracker, settings), failed=True)
     except TrackingError as error:
-        _LOG.warning("%s. There the study's run stays as it was", error)
+        _LOG.warning("%s. The study's MLflow run is not marked as failed", error)
 
 
-def _tell_mlflow(variants: Sequence[Variant], tell: Callable[[Tracker, Variant, str], None]) -> None:
-    """Do something for each variant's run; a warning where the server is away."""
+def _send_each(variants: Sequence[Variant], send: Callable[[Tracker, Variant, str], None]) -> None:
+    """Call ``send`` with the MLflow run of each variant; log a warning if the server cannot be reached."""
     try:
         tracker = make_tracker(variants[0].settings)
         for variant in variants:
-            tell(tracker, variant, parent_run(tracker, variant.settings))
+            send(tracker, variant, parent_run(tracker, variant.settings))
     except TrackingError as error:
-        _LOG.warning("%s. The study goes on; run the same command again to complete what MLflow knows", error)
+        _LOG.warning("%s. The study continues; run the same command again to send the rest to MLflow", error)
 
 
 def describe(changes: Mapping[str, Any]) -> str:
-    """A variant's changes on one line."""
-    return ", ".join(f"{key}={value}" for key, value in changes.items()) or "as the run file has it"
+    """Return a variant's changes on one line."""
+    return ", ".join(f"{key}={value}" for key, value in changes.items()) or "no changes to the run file"

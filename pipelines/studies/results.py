@@ -1,4 +1,4 @@
-"""What runs left behind, for the report: read from their folders, which MLflow names for the variants of a study."""
+"""Results of runs for the report, read from the runs' folders; MLflow knows the folders of a study's variants."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,15 +29,15 @@ _FOLDER_TAG = "meteor.folder."
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Where one variant's stages are, and what was measured besides: a row of ``study.json``, and a run in MLflow.
+    """Folders and numbers of one run of a study, as ``runs.json`` and MLflow keep them.
 
     Attributes:
-        name: of the run.
-        variant: what its seeds share.
-        seed: None where none was named.
-        folders: stage -> URI of its run.
-        numbers: by name, see `meteor.report.study.numbers`.
-        hardware: that answers were measured on.
+        name: name of the run.
+        variant: name of the variant, which all its seeds share.
+        seed: seed of the run; None if the study names no seeds.
+        folders: stage -> URI of the stage's folder.
+        numbers: name -> number, see `meteor.report.study.numbers`.
+        hardware: hardware on which answers were measured; "" if they were not.
     """
 
     name: str
@@ -48,18 +48,19 @@ class RunRecord:
     hardware: str = ""
 
     def tags(self) -> dict[str, str]:
+        """Return the tags of the MLflow run that the record can be read back from."""
         tags = {f"{_FOLDER_TAG}{stage}": uri for stage, uri in self.folders.items()}
         return tags | ({"meteor.hardware": self.hardware} if self.hardware else {})
 
 
 def write_records(settings: RunSettings, records: Sequence[RunRecord]) -> None:
-    """Keep them with the study, beside those of runs that were left out this time; MLflow may be away."""
+    """Write records to the study's folder, beside those of runs that ``--only`` excluded; they stand in for MLflow."""
     kept = _read_records(settings) | {record.name: record for record in records}
     storage.write_json(study_uri(settings, "runs.json"), [asdict(record) for record in kept.values()])
 
 
 def find_records(settings: RunSettings) -> list[RunRecord]:
-    """A study's runs in the order of its file: from MLflow, or where that knows none from the study's folder.
+    """Find a study's runs in the order of its run file: in MLflow, or in the study's folder if MLflow knows none.
 
     Raises:
         SettingsError: the study has not run.
@@ -69,11 +70,12 @@ def find_records(settings: RunSettings) -> list[RunRecord]:
         tracker = make_tracker(settings)
         children = tracker.children(study_run(tracker, settings))
     except TrackingError as error:
-        _LOG.warning("%s. The study's own folder tells which runs it has", error)
+        _LOG.warning("%s. The study's runs are read from its folder instead", error)
     variants = [child for child in children if child.tags.get("meteor.kind") == "variant"]
     found = {child.name: _record(child.name, child.tags, child.metrics) for child in variants}
     found = found or _read_records(settings)
-    records = [found[one.settings.name] for one in expand_study(settings) if one.settings.name in found]
+    names = [variant.settings.name for variant in expand_study(settings)]
+    records = [found[name] for name in names if name in found]
     if not records:
         raise SettingsError(f"no variant of study {settings.name!r} has run: python -m pipelines.ablate --run ...")
     return records
@@ -96,11 +98,11 @@ def _read_records(settings: RunSettings) -> dict[str, RunRecord]:
         content = storage.read_json(study_uri(settings, "runs.json"))
     except NotFoundError:
         return {}
-    return {one["name"]: RunRecord(**one) for one in content}
+    return {fields["name"]: RunRecord(**fields) for fields in content}
 
 
 def find_folders(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
-    """Stage -> folder of one run's stages; left out are stages that have not started, or for evaluation not finished."""
+    """Return stage -> URI of its folder, for training stages that have started and an evaluation that has finished."""
     folders: dict[str, str] = {}
     for stage in stages_of(settings)[1:]:
         folder = find_folder(settings, stage, inputs)
@@ -110,23 +112,25 @@ def find_folders(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
 
 
 def find_folder(settings: RunSettings, stage: Stage, inputs: Inputs) -> StageFolder | None:
-    """A stage's folder; None, with a line in the log, if its identity cannot be told."""
+    """Return a stage's folder; None, with a line in the log, if its identity cannot be found."""
     try:
         return StageFolder(settings.output, identify(settings, stage, inputs))
     except MeteorError as error:
-        _LOG.info("%s is left out of the report: %s", stage, error)
+        _LOG.info("the report omits %s: %s", stage, error)
         return None
 
 
 def collect(settings: RunSettings, inputs: Inputs) -> VariantResult:
-    """Everything that the stages of a run outside any study left behind."""
+    """Read the results of a run that belongs to no study."""
     return read_record(RunRecord(settings.name, settings.name, None, find_folders(settings, inputs)))
 
 
 def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) -> VariantResult:
-    """Everything that a variant's stages left in their folders; a folder that is gone is left out.
+    """Read the results of a run from the folders of its stages; a folder that no longer exists is skipped with a warning.
 
-    ``measured``: what answering costs, where the record does not have it yet.
+    Args:
+        record: folders and numbers of the run.
+        measured: measurement of answers, if the record lacks it.
     """
     stages = {}
     for stage, uri in record.folders.items():
@@ -150,7 +154,7 @@ def _below(prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_result(name: str, stages: Mapping[str, StageRecord], **more: Any) -> VariantResult:
-    """A variant from its stages' runs; answers and scores are read where evaluation has finished."""
+    """Make a result from the records of its stages; read answers and scores if the evaluation has finished."""
     scores, predictions = _read_answers(name, stages.get("evaluate"))
     return VariantResult(
         name=name,
@@ -166,19 +170,19 @@ def read_result(name: str, stages: Mapping[str, StageRecord], **more: Any) -> Va
 def _read_answers(
     name: str, evaluated: StageRecord | None
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
-    """Scores and answers of a finished evaluation; those that an earlier release wrote in another form are left out."""
+    """Read scores and answers of a finished evaluation; None if an earlier release wrote them in another form."""
     if evaluated is None or not evaluated.finished:
         return None, None
     scores = storage.read_json(storage.join(evaluated.uri, "scores.json"))
     if any("metric" not in table for table in scores.values()):
-        _LOG.warning("%s: %s was scored by an earlier release and is left out: evaluate again", name, evaluated.uri)
+        _LOG.warning("%s: an earlier release scored %s, and the report omits it: evaluate again", name, evaluated.uri)
         return None, None
     content = storage.read_bytes(storage.join(evaluated.uri, "predictions.parquet"))
     return scores, pq.read_table(pa.BufferReader(content)).to_pylist()
 
 
 def _num_projector_parameters(stages: Mapping[str, StageRecord]) -> int | None:
-    """Counted in stage 1's own file, from its header."""
+    """Count the projector's parameters, from the header of the file that stage 1 writes."""
     summary = stages["pretrain"].summary if "pretrain" in stages else None
     if not summary:
         return None
@@ -186,7 +190,10 @@ def _num_projector_parameters(stages: Mapping[str, StageRecord]) -> int | None:
 
 
 def _tokens_per_image(stages: Mapping[str, StageRecord], efficiency: Mapping[str, Any] | None) -> float | None:
-    """Mean visual tokens of an image in stage 2, separators left out; of adaptive projectors the share that was used."""
+    """Return the mean number of visual tokens per image in stage 2, separators excluded.
+
+    Adaptive projectors use a share of their tokens; the number counts used tokens if the share was measured.
+    """
     summary = stages["finetune"].summary if "finetune" in stages else None
     totals = summary["extra"]["totals"] if summary else None
     if not totals or not totals["images"]:
@@ -195,7 +202,7 @@ def _tokens_per_image(stages: Mapping[str, StageRecord], efficiency: Mapping[str
 
 
 def unequal_samples(variants: Sequence[VariantResult]) -> list[str]:
-    """A sentence for each stage whose runs did not train on as many samples: their scores do not compare."""
+    """Return a sentence per stage in which runs used different numbers of samples, so that scores are not comparable."""
     sentences = []
     for stage in ("pretrain", "finetune"):
         counts = {
@@ -207,16 +214,16 @@ def unequal_samples(variants: Sequence[VariantResult]) -> list[str]:
             least, most = (pick(counts, key=lambda name: counts[name]) for pick in (min, max))
             sentences.append(
                 f"Not all variants were trained on the same samples in {stage}: {least} on {counts[least]:,}, {most} on "
-                f"{counts[most]:,}. Samples whose images take more tokens than {stage}.max_length has are left out."
+                f"{counts[most]:,}. Training skips samples whose images take more tokens than {stage}.max_length."
             )
     return sentences
 
 
 def study_tables(settings: RunSettings) -> list[StudyTable]:
-    """The tables that a study asks for; one of all variants where it names none.
+    """Return the tables that the study's settings define, by default one table of all variants.
 
     Raises:
-        SettingsError: a table names a variant that there is not.
+        SettingsError: a table names a variant that does not exist.
     """
     if settings.study is None:
         return []
@@ -224,24 +231,30 @@ def study_tables(settings: RunSettings) -> list[StudyTable]:
     if not settings.study.tables:
         return [StudyTable("All variants", tuple(names), names[0])]
     tables = []
-    for title, wanted in settings.study.tables.items():
-        rows = [name for pattern in wanted.variants or names for name in _matching(pattern, names, title)]
-        control = wanted.control or rows[0]
+    for title, options in settings.study.tables.items():
+        rows = [name for pattern in options.variants or names for name in _matching(pattern, names, title)]
+        control = options.control or rows[0]
         _matching(control, names, title)
-        tables.append(StudyTable(title, tuple(dict.fromkeys([*rows, control])), control, wanted.paper))
+        tables.append(StudyTable(title, tuple(dict.fromkeys([*rows, control])), control, options.paper))
     return tables
 
 
-def choose_variants(settings: RunSettings, wanted: Sequence[str]) -> list[str]:
-    """Names of the variants that patterns or titles of tables name; all where nothing is wanted.
+def choose_variants(settings: RunSettings, only: Sequence[str]) -> list[str]:
+    """Return the names of the variants that ``--only`` chooses.
+
+    Args:
+        settings: settings of the study.
+        only: patterns of variants, or titles of tables; empty for all variants.
 
     Raises:
-        SettingsError: there is no such variant and no such table.
+        SettingsError: an entry of ``only`` fits no variant and no table.
     """
     names = list(dict.fromkeys(variant.name for variant in expand_study(settings)))
     tables = {table.title: table.variants for table in study_tables(settings)}
     chosen = {
-        name for one in wanted or ["*"] for name in (tables[one] if one in tables else _matching(one, names, "--only"))
+        name
+        for choice in only or ["*"]
+        for name in (tables[choice] if choice in tables else _matching(choice, names, "--only"))
     }
     return [name for name in names if name in chosen]
 
@@ -249,5 +262,5 @@ def choose_variants(settings: RunSettings, wanted: Sequence[str]) -> list[str]:
 def _matching(pattern: str, names: Sequence[str], title: str) -> list[str]:
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        raise SettingsError(f"{title} names {pattern!r}, and the variants are {', '.join(names)}")
+        raise SettingsError(f"{title} names {pattern!r}, which fits none of the variants: {', '.join(names)}")
     return found

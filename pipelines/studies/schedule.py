@@ -1,4 +1,4 @@
-"""Tasks that wait for one another: as many at the same time as there is room for; one that fails stops only what needs it."""
+"""Schedule of tasks that wait for each other; a failed task stops only the tasks that need it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -8,7 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: a result, or an error; one that was not tried has the error of what it needed."""
+    """Outcome of a task.
+
+    Attributes:
+        result: value that the task returned.
+        error: exception of the task, or of the failed task that it needed.
+        tried: whether the task was started.
+    """
 
     result: Any = None
     error: BaseException | None = None
@@ -16,18 +22,18 @@ class Outcome:
 
 
 def run_tasks(needs: Mapping[str, Sequence[str]], run: Callable[[str], Any], *, parallel: int) -> dict[str, Outcome]:
-    """Run every task after those that it needs.
+    """Run every task after the tasks that it needs.
 
-    Of the tasks that could start the first in the mapping's order does, so that a chain ends before the next begins.
+    If several tasks could start, the first in the order of ``needs`` starts, so that a chain ends before the next begins. An
+    interrupt, for example of the keyboard, is raised at once, and does not stop the tasks that are running.
 
     Args:
-        needs: task -> the tasks that must be done before it, in the order wanted; no circles.
-        run: does one task, in a thread.
-        parallel: most at the same time.
+        needs: task -> tasks that must be done before it, without circles.
+        run: function that does one task; it is called in a thread.
+        parallel: largest number of tasks at the same time.
 
     Returns:
-        Of every task, in the mapping's order. An interrupt, of the keyboard for example, is raised at once; tasks that run
-        then are left to themselves.
+        Task -> outcome, in the order of ``needs``.
     """
     outcomes: dict[str, Outcome] = {}
     running: dict[Future[Any], str] = {}
@@ -37,7 +43,7 @@ def run_tasks(needs: Mapping[str, Sequence[str]], run: Callable[[str], Any], *, 
         while waiting or running:
             for task in list(waiting):
                 before = [outcomes.get(need) for need in needs[task]]
-                failed = next((one for one in before if one and one.error), None)
+                failed = next((outcome for outcome in before if outcome and outcome.error), None)
                 if failed:
                     outcomes[task] = Outcome(error=failed.error, tried=False)
                     waiting.remove(task)

@@ -270,7 +270,7 @@ def test_plan_says_exactly_what_the_cache_will_take(call, run):
     assert plan["size_bytes"]["float16"] == cache.num_bytes
     after = json.loads(call("cache", "plan", "--run", run, "--json")[1])
     assert (after["num_cached"], after["num_unindexed"]) == (2, 1)
-    assert "USD a month" in call("cache", "plan", "--run", run)[1]
+    assert "USD per month" in call("cache", "plan", "--run", run)[1]
 
 
 def test_audit_passes_what_was_encoded_and_fails_what_was_not(call, run):

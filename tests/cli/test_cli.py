@@ -185,7 +185,7 @@ def test_a_run_that_cannot_be_checked_gives_code_2(call, write_run):
 def test_a_study_is_valid_where_each_of_its_variants_is(call):
     code, shown, _ = call("config", "validate", "--run", "demo_ablations")
     assert code == 0
-    assert "14 runs of its study" in shown
+    assert "14 variants in its study" in shown
     code, _, message = call("config", "validate", "--run", "demo_ablations", "study.grid={projector.settings.k: [0]}")
     assert code == 2
     assert "k is 0" in message

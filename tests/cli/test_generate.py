@@ -38,7 +38,7 @@ def test_generate_answers_and_draws_what_was_kept(call, finished_model, shown, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", "x", "--show-selection", "a.png"], "give one with --image"),
+        (["--prompt", "x", "--show-selection", "a.png"], "give an image with --image"),
         (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png"),
         (["--prompt", " "], "the question is empty"),
     ],

@@ -120,6 +120,6 @@ def test_the_report_fails_where_one_node_does(settings, capsys):
         report(run.model_copy(update={"runtime": run.runtime.model_copy(update={"num_workers": 9})}), {"a": node}) == 0
     )
     assert (
-        "9 training workers with 1 CPU each are asked for, and the cluster has 1 node with 2 CPUs"
+        "9 training workers with 1 CPU each are requested, and the cluster has 1 node with 2 CPUs"
         in capsys.readouterr().out
     )

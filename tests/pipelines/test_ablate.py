@@ -109,7 +109,9 @@ def test_names_of_tables_and_variants_choose(make_study):
     assert choose_variants(settings, ["Speed"]) == ["plain", "quick", "pooled"]
     [table] = study_tables(settings)
     assert (table.variants, table.control) == (("quick", "plain", "pooled"), "plain")
-    with pytest.raises(SettingsError, match="--only names 'fast', and the variants are plain, quick, pooled"):
+    with pytest.raises(
+        SettingsError, match="--only names 'fast', which fits none of the variants: plain, quick, pooled"
+    ):
         choose_variants(settings, ["fast"])
     with pytest.raises(SettingsError, match="nobody"):
         study_tables(make_study(variants=VARIANTS, tables={"t": {"control": "nobody"}})[0])
@@ -128,7 +130,7 @@ def test_names_of_tables_and_variants_choose(make_study):
 def test_as_many_variants_run_as_there_are_cpus_and_gpus_for(make_settings, monkeypatch, runtime, expected):
     monkeypatch.setattr(ablate.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
     settings = make_settings(runtime=runtime, study={"variants": {"a": {}, "b": {}}})
-    assert ablate.room([variant.settings for variant in expand_study(settings)]) == expected
+    assert ablate.num_fitting_runs([variant.settings for variant in expand_study(settings)]) == expected
 
 
 def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, make_settings, small):
@@ -185,7 +187,7 @@ def test_a_study_runs_once_is_reported_and_found_again(make_study, caplog, capsy
     assert all(table["sample_id"].equals(tables[0]["sample_id"]) for table in tables)
 
     page = Path(first.results["html"]).read_text()
-    for expected in ("sampled", "137.84 M", "differences.csv", "Answers: one question at a time"):
+    for expected in ("sampled", "137.84 M", "differences.csv", "Answering was measured one question at a time"):
         assert expected in page
     assert (Path(first.results["html"]).parent / "runs.csv").read_text().count("\n") == 6
 

@@ -171,7 +171,7 @@ def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(mak
 def test_the_plan_names_every_set_and_asks_nothing(make_evaluation, benchmarks):
     settings = make_evaluation({"gqa": {"format": "gqa", "path": str(benchmarks / "gqa")}}, max_new_tokens=None)
     text = evaluate.plan(settings)
-    assert "questions (GQA, testdev_balanced), exact_match, up to 16 tokens an answer" in text
+    assert "questions (GQA, testdev_balanced), exact_match, up to 16 tokens per answer" in text
 
 
 def test_answers_written_by_two_at_once_are_all_read(tmp_path):

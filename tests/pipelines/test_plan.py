@@ -89,7 +89,7 @@ def test_the_mildest_changes_that_fit_are_advised(from_the_hub):
     assert name == 'finetune.deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}'
     hopeless = advise(plain, 4)
     assert hopeless.remedies == ()
-    assert "nothing tried here makes it fit" in hopeless.problem()
+    assert "no settings tried here make it fit" in hopeless.problem()
 
 
 def test_the_advice_can_be_put_on_the_command_line(from_the_hub):
@@ -106,11 +106,11 @@ def test_a_dry_run_prints_the_memory_and_a_stage_that_will_not_fit_is_refused_be
     settings = make_settings()
     encode(settings)
     text = pretrain.plan(settings)
-    assert "a step             " in text
+    assert "each step          " in text
     assert "memory of a worker " in text
     assert "on the CPU" in text
     assert "a checkpoint       " in text
     small = make_settings(runtime={"gpus_per_worker": 1, "gpu_memory_gb": 2})
     for start in (pretrain.plan, pretrain.run):
-        with pytest.raises(SettingsError, match=r"it will not fit: a GPU needs 2\.\d+ GB and has 2 GB"):
+        with pytest.raises(SettingsError, match=r"it will not fit: it needs 2\.\d+ GB on a GPU, which has 2 GB"):
             start(small)

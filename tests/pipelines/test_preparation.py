@@ -71,7 +71,7 @@ def test_samples_of_a_mixture_are_named_by_their_file_and_come_as_often_as_it_we
     assert [len(names) for names in by_file.values()] == [12, 3]
     assert len(set(by_file["a.json"])) == 6
     text = pretrain.plan(settings)
-    assert "an epoch           15: " in text
+    assert "each epoch         15: " in text
     assert "2 x a.json" in text
     assert "0.5 x b.json" in text
 
@@ -83,7 +83,7 @@ def test_two_files_that_cannot_be_told_apart_are_refused(mixture, make_settings,
     named = str(small / "data/pretrain.json")
     with pytest.raises(SettingsError, match=r"two files 'pretrain\.json'"):
         prepare(make_settings(data={"pretrain": {named: 1, str(tmp_path / "x/pretrain.json"): 1}}), "pretrain")
-    with pytest.raises(SettingsError, match="are the same file"):
+    with pytest.raises(SettingsError, match="have the same content"):
         prepare(make_settings(data={"pretrain": {named: 1, str(tmp_path / "copy.json"): 1}}), "pretrain")
     with pytest.raises(SettingsError, match=r"data\.pretrain is not set"):
         prepare(make_settings(data={"pretrain": {}}), "pretrain")
@@ -101,7 +101,7 @@ def test_held_out_samples_change_no_run_and_are_counted_where_they_are_trained_o
     assert plan_held_out(plain, "pretrain", prepared, Inputs()) is None
     with caplog.at_level("WARNING"):
         assert len(plan_held_out(settings, "pretrain", prepared, Inputs()).table) == 3
-    assert "3 of 3 held-out samples are trained on too" in caplog.text
+    assert "3 of 3 held-out samples are training samples too" in caplog.text
 
 
 def test_held_out_images_that_a_pinned_run_does_not_know_are_refused_with_the_reason(make_settings, encode, small):

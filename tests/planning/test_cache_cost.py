@@ -100,17 +100,17 @@ def test_the_text_says_it_for_people() -> None:
     text = make_plan(num_unindexed=3).to_text(rate=25.0, usd_per_gb=0.02, num_runs=3)
     for part in (
         "12 named, 10 distinct (3 not indexed yet",
-        "50 (5.00 an image)",
-        "2 GB, 0.04 USD a month at 0.02 USD a GB, this run's codec",
+        "50 (5.00 per image)",
+        "2 GB, 0.04 USD per month at 0.02 USD per GB, this run's codec",
         "2 TFLOP; 2 s at 25 sub-images/s",
         "encoding in the step would be 20.0% of its arithmetic",
         "the cache avoids 22 TFLOP, 12.2% of their total",
     ):
         assert part in text
-    assert "give --rate" in make_plan().to_text(rate=None, usd_per_gb=0.02, num_runs=3)
+    assert "--rate would give the time" in make_plan().to_text(rate=None, usd_per_gb=0.02, num_runs=3)
 
 
 def test_a_plan_without_a_language_model_says_so_and_gives_no_shares() -> None:
-    plan = make_plan(stages=(), note="no shares of training: llm.path='x' cannot be read here")
+    plan = make_plan(stages=(), note="training costs are missing: llm.path='x' cannot be read here")
     assert "share_avoided" not in plan.to_dict(rate=None, usd_per_gb=0.02, num_runs=3)
     assert "cannot be read" in plan.to_text(rate=None, usd_per_gb=0.02, num_runs=3)

@@ -206,7 +206,7 @@ def test_missing_images_of_a_known_source_come_with_advice(tmp_path):
     ocr = advice["ocr_vqa/images"]
     assert "2 of 2 images" in ocr
     assert "355" in ocr
-    assert "1 of them are there under another ending (ocr_vqa/images/2.gif for ocr_vqa/images/2.jpg)" in ocr
+    assert "1 of them exist with another suffix (ocr_vqa/images/2.gif instead of ocr_vqa/images/2.jpg)" in ocr
     assert ocr in report.to_text()
 
 

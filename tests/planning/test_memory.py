@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from meteor.planning.activations import LayerBytes
-from meteor.planning.memory import Setup, plan_memory
+from meteor.planning.memory import Setup, estimate_memory
 from meteor.planning.sizes import BatchSizes, ModelSizes, find_model_sizes
 from meteor.train.build import freeze_for
 from meteor.train.engine import make_engine
@@ -63,9 +63,9 @@ def gigabytes(parts):
 
 
 def test_the_parts_of_each_zero_stage_by_hand():
-    # Of 8 B trained and 0.4 B frozen parameters in bfloat16 on 8 GPUs; at the optimiser's step gradients of the masters.
-    plans = {stage: plan_memory(SIZES, BATCH, replace(SETUP, zero_stage=stage)) for stage in range(4)}
-    assert gigabytes(plans[0].gpu) == {
+    # 8 B trained and 0.4 B frozen parameters in bfloat16 on 8 GPUs; "activations" are the gradients of the masters.
+    estimates = {stage: estimate_memory(SIZES, BATCH, replace(SETUP, zero_stage=stage)) for stage in range(4)}
+    assert gigabytes(estimates[0].gpu) == {
         "weights": 16.8,
         "gradients": 16.0,
         "masters": 32,
@@ -73,36 +73,36 @@ def test_the_parts_of_each_zero_stage_by_hand():
         "activations": 32,
     }
     state = {"masters": 4, "moments": 8, "gathered weights and buckets": 2, "activations": 4}
-    assert gigabytes(plans[1].gpu) == {"weights": 16.8, "gradients": 16.0, **state}
-    assert gigabytes(plans[2].gpu) == {"weights": 16.8, "gradients": 2.0, **state}
+    assert gigabytes(estimates[1].gpu) == {"weights": 16.8, "gradients": 16.0, **state}
+    assert gigabytes(estimates[2].gpu) == {"weights": 16.8, "gradients": 2.0, **state}
     # 8.4 B / 8; and 1.05 B gathered.
-    assert gigabytes(plans[3].gpu) == {
+    assert gigabytes(estimates[3].gpu) == {
         "weights": 2.1, "gradients": 2.0, **state, "gathered weights and buckets": 4.1
     }  # fmt: skip
-    assert {plan.checkpoint for plan in plans.values()} == {96_000_000_000}
+    assert {estimate.checkpoint for estimate in estimates.values()} == {96_000_000_000}
 
 
 def test_what_is_offloaded_is_on_the_host():
     setup = replace(SETUP, zero_stage=3, num_workers=1, offload_optimizer=True)
-    plan = plan_memory(SIZES, BATCH, setup)
-    assert gigabytes(plan.gpu) == {"weights": 16.8, "gathered weights and buckets": 4.1}
-    assert gigabytes(plan.host) == {"masters": 32, "moments": 64, "gradients": 32}
-    plan = plan_memory(SIZES, BATCH, replace(setup, offload_param=True))
-    assert gigabytes(plan.gpu) == {"gathered weights and buckets": 4.1}
-    assert plan.host["weights"] == 16_000_000_000
+    estimate = estimate_memory(SIZES, BATCH, setup)
+    assert gigabytes(estimate.gpu) == {"weights": 16.8, "gathered weights and buckets": 4.1}
+    assert gigabytes(estimate.host) == {"masters": 32, "moments": 64, "gradients": 32}
+    estimate = estimate_memory(SIZES, BATCH, replace(setup, offload_param=True))
+    assert gigabytes(estimate.gpu) == {"gathered weights and buckets": 4.1}
+    assert estimate.host["weights"] == 16_000_000_000
 
 
 def test_activations_by_hand():
     small = replace(SIZES, trained=1, frozen=1)
     # 6 answers: logits 6 x 11 x (4 + 2 x 2), their gradient 6 x 5 x 2, the output layer's 11 x 5 x (4 + 2).
     rest = 1000 + 7 + 3 * 100 + 528 + 60 + 330
-    assert plan_memory(small, BATCH, SETUP).gpu["activations"] == 4 * 10 + 1000 + rest
-    assert plan_memory(small, BATCH, replace(SETUP, checkpointing=False)).gpu["activations"] == 4 * 1000 + rest
+    assert estimate_memory(small, BATCH, SETUP).gpu["activations"] == 4 * 10 + 1000 + rest
+    assert estimate_memory(small, BATCH, replace(SETUP, checkpointing=False)).gpu["activations"] == 4 * 1000 + rest
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plain_engine_holds_what_is_planned(make_model, make_features, make_batch, dtype, stage):
+def test_the_plain_engine_holds_what_is_estimated(make_model, make_features, make_batch, dtype, stage):
     model = make_model()
     freeze_for(model, stage)
     engine = make_engine(
@@ -115,11 +115,11 @@ def test_the_plain_engine_holds_what_is_planned(make_model, make_features, make_
         wanted: sum(p.numel() for p in model.parameters() if p.requires_grad == wanted) for wanted in (True, False)
     }
     sizes = replace(SIZES, trained=counts[True], frozen=counts[False])
-    planned = plan_memory(sizes, BATCH, replace(SETUP, num_workers=1, element_bytes=dtype.itemsize)).gpu
-    assert planned["weights"] == sum(one.nbytes for one in model.parameters())
-    assert planned["gradients"] == gradients
+    estimated = estimate_memory(sizes, BATCH, replace(SETUP, num_workers=1, element_bytes=dtype.itemsize)).gpu
+    assert estimated["weights"] == sum(one.nbytes for one in model.parameters())
+    assert estimated["gradients"] == gradients
     held = {part.data_ptr(): part.nbytes for part in (one.values for one in engine.fragments())}
     own_weights = {one.data_ptr() for one in model.parameters()}
-    assert planned.get("masters", 0) + planned["moments"] == sum(
+    assert estimated.get("masters", 0) + estimated["moments"] == sum(
         size for pointer, size in held.items() if pointer not in own_weights
     )

@@ -41,11 +41,11 @@ def test_a_stage_without_work_takes_no_time_at_any_rate():
 def test_the_text_says_hours_money_and_what_is_avoided():
     text = make_plan().to_text(usd_per_gb=0.02, usd_per_gpu_hour=3)
     assert "at least 1.5 hours on 4 GPUs, 18 USD" in text
-    assert "cache, float16    20 images, 20 to encode; read by 3 runs; 2 TB, 40.00 USD a month" in text
+    assert "cache, float16    20 images, 20 to encode; read by 3 runs; 2 TB, 40.00 USD per month" in text
     assert "20 images, nothing to encode; read by 1 runs" in text
     assert "not known before a stage has finished" in text
-    assert "2 GPU hours, 25.0 % of the total without it" in text
-    assert "as many runs as there is room for" in text
+    assert "2 GPU hours, 25.0 % of the total without a cache" in text
+    assert "as many as fit the cluster" in text
 
 
 def test_every_run_has_a_line_with_the_state_of_its_stages():

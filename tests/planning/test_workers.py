@@ -1,4 +1,4 @@
-"""Room for workers on nodes, worked by hand."""
+"""Workers that fit nodes, worked by hand."""
 
 import pytest
 
@@ -9,7 +9,7 @@ NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 64.0}]
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "room"),
+    ("cpus", "gpus", "num_fitting"),
     [
         (1, 1, 8),  # four by GPUs on the first node, four by CPUs on the second
         (8, 1, 2),  # the second node has too few CPUs for any
@@ -20,8 +20,8 @@ NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 64.0}]
         (0.1, 0.1, 12),
     ],
 )
-def test_a_worker_lies_on_one_node(cpus, gpus, room):
-    assert WorkerRequest("workers", 12, cpus, gpus, "").room(NODES) == room
+def test_a_worker_lies_on_one_node(cpus, gpus, num_fitting):
+    assert WorkerRequest("workers", 12, cpus, gpus, "").num_fitting(NODES) == num_fitting
 
 
 def test_a_request_and_the_cluster_are_said_in_words():

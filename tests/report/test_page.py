@@ -56,7 +56,7 @@ def test_both_pages_hold_what_was_put_in(full_report):
         for expected in (
             *("Made-up numbers.", "62.5 % (52.5 – 72.5)", "34.98 M", "540.2", "8 s", "projector.k", "576"),
             *("1,250,881", "float16", "truncated", "c0ffee", "2.11.0", "a cat", "a dog", "37.08 M", "✓ yes", "✗ no"),
-            "3 of the questions are about an image that could not be used",
+            "3 questions have an image that could not be used",
         ):
             assert expected in page
         assert "Not in this report" not in page
@@ -138,7 +138,7 @@ def test_missing_pieces_are_said_plainly(tmp_path, make_run, make_variant):
 def test_a_report_of_nothing_but_a_name_is_written(tmp_path, make_variant):
     variants = [make_variant("nothing", stages={}, parameters=None, tokens=None)]
     for page in write_and_read(tmp_path, title="t", variants=variants):
-        assert "There is one variant; nothing to compare." in page
+        assert "There is only one variant, so there is nothing to compare." in page
         assert "No stage was run, so no settings were recorded." in page
         assert "No training stage reported a step." in page
 

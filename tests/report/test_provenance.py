@@ -52,9 +52,9 @@ def test_missing_pieces_are_named(make_run, make_variant, make_score):
     assert missing_pieces([complete], {}) == []
     assert missing_pieces([complete, unscored, make_variant("partial", stages=stages)], None) == [
         "No facts about the feature cache were given.",
-        "unscored: stage evaluate left no scores.",
+        "unscored: stage evaluate has written no scores.",
         "partial: stage pretrain has not finished; it had reached step 7.",
-        "partial: stage finetune has not finished; no step yet.",
+        "partial: stage finetune has not finished; it had reported no step.",
         "partial: stage evaluate was not run.",
     ]
 

@@ -1,4 +1,4 @@
-"""The callback in Ray Train's controller that passes metrics on to MLflow."""
+"""Callback in Ray Train's controller that sends metrics to MLflow."""
 
 import threading
 

@@ -28,7 +28,7 @@ def cluster(monkeypatch):
 
 def wait(**runtime):
     settings = RuntimeSettings(**runtime)
-    resources.wait_for_room(training_request(settings), settings)
+    resources.wait_for_nodes(training_request(settings), settings)
 
 
 def test_a_stage_starts_when_nodes_have_joined(cluster, caplog):
@@ -37,13 +37,13 @@ def test_a_stage_starts_when_nodes_have_joined(cluster, caplog):
     # The autoscaler is asked for all workers, and then left to itself.
     assert cluster["asked"] == [[{"CPU": 1.0}] * 6, []]
     [line] = [record.getMessage() for record in caplog.records]
-    assert "6 training workers with 1 CPU each are asked for, the cluster has 1 node with 2 CPUs and 0 GPUs" in line
+    assert "6 training workers with 1 CPU each are requested, the cluster has 1 node with 2 CPUs and 0 GPUs" in line
     assert "room for 2; 15 min 00 s left" in line
 
 
 def test_a_cluster_that_does_not_grow_is_given_up_after_the_time_set(cluster):
     cluster["grows"] = False
-    with pytest.raises(ClusterError, match=r"and 1 GPU each are asked for(.|\n)*room for 0(.|\n)*waited 1 min 00 s"):
+    with pytest.raises(ClusterError, match=r"and 1 GPU each are requested(.|\n)*room for 0(.|\n)*waited 1 min 00 s"):
         wait(num_workers=1, gpus_per_worker=1, wait_for_nodes_minutes=1)
     assert cluster["now_s"] == 60
 

@@ -37,7 +37,7 @@ def test_a_count_that_stands_still_slows_down():
     ("per_s", "line"),
     [
         (None, "pretrain: step 120 of 4,650"),
-        (1.4, "pretrain: step 120 of 4,650, 1.4 a second, 53 min 56 s left"),
+        (1.4, "pretrain: step 120 of 4,650, 1.4 per second, 53 min 56 s left"),
         (0.125, "pretrain: step 120 of 4,650, 8 s each, 10 h 04 min left"),
     ],
 )

@@ -11,7 +11,7 @@ def test_a_failed_step_leaves_the_samples_of_its_batch_and_names_the_file(tmp_pa
     error = write_failure(FailedStepError("step 12: the loss is nan.", failure), str(tmp_path))
     file = tmp_path / "failures/step_00000012.json"
     assert json.loads(file.read_text()) == failure
-    assert str(error) == f"step 12: the loss is nan. The samples of its global batch: {file}"
+    assert str(error) == f"step 12: the loss is nan. The samples of the step's global batch are in {file}"
     # Every worker of the group comes to the same failure, and so does a restarted group.
     write_failure(FailedStepError("step 12: the loss is nan.", failure), str(tmp_path))
     assert json.loads(file.read_text()) == failure
