@@ -24,7 +24,6 @@ from meteor.runs.identity import Versions
 from meteor.stages import TrainingStage
 from meteor.text.tokens import load_tokenizer
 from meteor.train.build import llm_fingerprint
-from meteor.vision.encoder import FrozenClip
 
 T = TypeVar("T")
 
@@ -105,17 +104,13 @@ class Inputs:
         own = {questions.prefix: questions.image_root for questions in sets if questions.image_root is not None}
         return {**settings.data.roots, **own}
 
-    # Encoder, index and cache
-
-    def encoder(self, settings: RunSettings) -> FrozenClip:
-        """Load the frozen encoder on the CPU; for errors see `load_encoder`."""
-        key = ("encoder", settings.vision.model_dump_json(), settings.slicing.patch_size)
-        return self.once(key, lambda: load_encoder(settings))
+    # Index and cache
 
     def cache_identity(self, settings: RunSettings) -> CacheIdentity:
-        """Return the identity of the run's feature cache."""
+        """Return the identity of the run's feature cache; for errors see `load_encoder`."""
         key = ("cache", settings.vision.model_dump_json(), settings.slicing.model_dump_json())
-        return self.once(key, lambda: cache_identity(settings, self.encoder(settings)))
+        # The encoder itself is not kept: it takes more than a gigabyte.
+        return self.once(key, lambda: cache_identity(settings, load_encoder(settings)))
 
     def cache_uri(self, settings: RunSettings) -> str:
         """Return the URI of the cache that the run reads and fills, in the run's codec."""

@@ -23,6 +23,7 @@ from meteor.cache import CODEC_NAMES, DatasetIndex
 from meteor.cache.codec import INT8_CODEC, get_codec
 from meteor.cache.index import INDEX_SCHEMA
 from meteor.config import RunSettings
+from meteor.config.settings import VisionSettings
 from meteor.data.inspect_image import inspect_image
 from meteor.data.sample_sets import SampleSet
 from meteor.data.token_table import tokenise_set
@@ -32,7 +33,7 @@ from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
 from meteor.train.build import read_llm_config
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.checkpoint import read_vision_config
 
 _NUM_HEADER_READERS = 32
 # The mean text length is estimated from this many samples, evenly spread.
@@ -103,9 +104,9 @@ def estimate_cache(settings: RunSettings, inputs: Inputs) -> CacheCost:
     Raises:
         SettingsError: the run names no samples, or there is no encoder at ``vision.path``.
     """
-    survey, encoder = survey_run(settings, inputs), inputs.encoder(settings)
+    survey = survey_run(settings, inputs)
     grids = _count_grids(survey.distinct)
-    shape = _encoder_shape(encoder)
+    shape = _encoder_shape(settings.vision)
     stages, note = _stages(settings, survey, shape, inputs)
     num_layers, uri = len(settings.vision.attention_layers), inputs.cache_uri(settings)
     return CacheCost(
@@ -121,7 +122,7 @@ def estimate_cache(settings: RunSettings, inputs: Inputs) -> CacheCost:
         cache_uri=uri,
         size_bytes={
             codec: sum(
-                count * _payload_bytes(codec, rows * columns, encoder.width, num_layers)
+                count * _payload_bytes(codec, rows * columns, shape.width, num_layers)
                 for (rows, columns), count in grids.items()
             )
             for codec in CODEC_NAMES
@@ -230,10 +231,12 @@ def _count_grids(plans: Mapping[SlicePlan, int], *, only_global: bool = False) -
     return grids
 
 
-def _encoder_shape(encoder: FrozenClip) -> EncoderShape:
-    layers = [encoder.select_layer, *encoder.attention_layers]
-    num_blocks = max(layer if layer >= 0 else encoder.num_blocks + 1 + layer for layer in layers)
-    return EncoderShape(encoder.width, encoder.model.config.intermediate_size, num_blocks, encoder.patch_size)
+def _encoder_shape(vision: VisionSettings) -> EncoderShape:
+    config = read_vision_config(vision.path)
+    # Blocks after the last layer that is read are not run; hidden state 0 is the input of the first block.
+    layers = [vision.select_layer, *vision.attention_layers]
+    num_blocks = max(layer if layer >= 0 else config.num_hidden_layers + 1 + layer for layer in layers)
+    return EncoderShape(config.hidden_size, config.intermediate_size, num_blocks, config.patch_size)
 
 
 def _payload_bytes(codec: str, num_patches: int, width: int, num_layers: int) -> int:
