@@ -81,7 +81,7 @@ def test_two_files_that_cannot_be_told_apart_are_refused(mixture, make_settings,
     for name in ("x/pretrain.json", "copy.json"):
         shutil.copy(small / "data/pretrain.json", tmp_path / name)
     named = str(small / "data/pretrain.json")
-    with pytest.raises(SettingsError, match=r"two files 'pretrain\.json'"):
+    with pytest.raises(SettingsError, match=r"two files with the name 'pretrain\.json'"):
         prepare(make_settings(data={"pretrain": {named: 1, str(tmp_path / "x/pretrain.json"): 1}}), "pretrain")
     with pytest.raises(SettingsError, match="have the same content"):
         prepare(make_settings(data={"pretrain": {named: 1, str(tmp_path / "copy.json"): 1}}), "pretrain")
