@@ -1,6 +1,5 @@
 import hashlib
 import random
-import time
 from collections import Counter
 from fractions import Fraction
 
@@ -151,13 +150,6 @@ def test_rows_hold_every_sample_once_and_are_nearly_full(multiple):
         assert max(totals) <= 2048
         fewest = -(-sum(totals) // 2048)
         assert fewest <= len(rows) <= max(fewest + 1, -(-(fewest + 1) // multiple) * multiple)
-
-
-def test_an_order_of_the_full_mixture_takes_seconds():
-    lengths = make_lengths(665_000)
-    start = time.perf_counter()
-    order(lengths, global_batch_size=128)
-    assert time.perf_counter() - start < 10
 
 
 def taken(parts, epoch, *, seed=0, index_digest="d"):
