@@ -59,7 +59,11 @@ def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
         epilog="`meteor config explain` prints all settings with their meaning.",
     )
     add_run(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check the data and print the plan, without changes")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the data and print the plan; only records and tokens of the samples are kept, for the real start",
+    )
     return parser
 
 

@@ -1,6 +1,7 @@
 """All stages after the cache, on Ray, with models of random weights: that they fit, find finished work, resume, and refuse."""
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -197,10 +198,16 @@ def test_a_stage_1_checkpoint_of_another_projector_is_refused(make_settings, cha
         finetune.run(other)
 
 
-def test_a_dry_run_writes_nothing(make_settings, encode, digest_of, tmp_path):
+def test_a_dry_run_keeps_records_and_tokens_of_the_samples_and_changes_nothing_else(
+    make_settings, encode, digest_of, tmp_path
+):
     settings = make_settings()
     encode(settings)
+    shutil.rmtree(tmp_path / "out/cache/index/samples")
     before = digest_of(tmp_path / "out")
     assert "2 of 8 samples" in pretrain.plan(settings)
     cache_features.plan(settings)
-    assert digest_of(tmp_path / "out") == before
+    after = digest_of(tmp_path / "out")
+    kept = {name for name in after if name.startswith("cache/index/samples/")}
+    assert any(name.endswith(".arrow") for name in kept)
+    assert {name: digest for name, digest in after.items() if name not in kept} == before
