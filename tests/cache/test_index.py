@@ -194,3 +194,13 @@ def test_rows_by_name_are_the_last_of_each_name(tmp_path) -> None:
         "b.png": rows[2].image_key,
     }
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("odd", ["", 'a"b.png', "a\\b.png", "é.png", "\x7f.png", "\U0001f600.png", "tab\t.png"])
+def test_the_digest_is_of_plain_json_whatever_the_names_hold(tmp_path, odd):
+    names = sorted(["1.png", "[2],.png", *([odd] if odd else [])])
+    rows = [IndexRow(name, f"/x/{i}", 1, "e", f"{i:064x}", 10 + i, 20, "ok") for i, name in enumerate(names)]
+    index = DatasetIndex.publish(str(tmp_path / "index"), rows)
+    content = [[row.name, row.image_key, row.width, row.height, row.status] for row in rows]
+    expected = hashlib.sha256(json.dumps(content, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
+    assert index.digest(names) == expected
