@@ -156,7 +156,7 @@ def check_logs(one: Cluster) -> None:
     steps = [line for line in ours if re.search(r"pretrain: step [1-9]", line["message"])]
     assert steps
     assert all(line["stage"] == "pretrain" and line["run"] == "demo_cluster" for line in steps)
-    assert {line["run"] for line in steps} == {stage_folder("pretrain").rpartition("-")[2]}
+    assert {line["digest"] for line in steps} == {stage_folder("pretrain").rpartition("-")[2]}
 
 
 def check_secrets(one: Cluster) -> None:
