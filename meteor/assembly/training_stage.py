@@ -7,9 +7,12 @@ from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings
 from meteor.data.sample_sets import SampleSet
 from meteor.errors import SettingsError
+from meteor.model import MeteorConfig
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import StageIdentity, Versions, identify
 from meteor.stages import TrainingStage
+from meteor.train.build import read_fitting_projector, read_llm_config
+from meteor.vision.checkpoint import read_vision_config
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def prepare(settings: RunSettings, stage: TrainingStage, inputs: Inputs) -> Prep
 
     Raises:
         SettingsError: the stage has no samples, or stage 1 has not finished before stage 2.
+        CheckpointError: ``finetune.pretrained`` was trained with other settings.
         CacheError: cache_features has not run over all images of the stage.
     """
     sets = inputs.training_sets(settings, stage)
@@ -63,6 +67,8 @@ def _parent(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
     """Find URI and digest of the stage-1 projector: the one that the settings name, or the result of the run's stage 1."""
     named = settings.finetune.pretrained
     if named:
+        # Workers would find out as well, but only after they have started.
+        read_fitting_projector(_model_config(settings, inputs), named)
         return {"uri": named, "digest": inputs.projector(named)}
     if not settings.data.sources("pretrain"):
         raise SettingsError("stage 2 needs a projector: set finetune.pretrained, or data.pretrain and run pretrain")
@@ -73,6 +79,16 @@ def _parent(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
             "stage 1 of this run has not finished: run pretrain with the same settings first, or set finetune.pretrained"
         )
     return {"uri": summary.results["projector"], "digest": own.digest}
+
+
+def _model_config(settings: RunSettings, inputs: Inputs) -> MeteorConfig:
+    return MeteorConfig(
+        text_config=read_llm_config(settings.llm.path),
+        vision_config=read_vision_config(settings.vision.path),
+        projector={"name": settings.projector.name, **settings.projector.settings},
+        select_layer=settings.vision.select_layer,
+        cache_identity=inputs.cache_identity(settings).to_dict(),
+    )
 
 
 def find_model(settings: RunSettings, inputs: Inputs) -> tuple[str, str]:

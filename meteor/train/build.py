@@ -171,17 +171,25 @@ def llm_fingerprint(path: str) -> str:
 
 
 def load_projector(model: MeteorForConditionalGeneration, uri: str) -> None:
-    """Load stage 1's projector into a model.
+    """Load stage 1's projector into a model; for arguments and errors see `read_fitting_projector`."""
+    load_weights(model.projector, read_fitting_projector(model.config, uri), uri)
+
+
+def read_fitting_projector(config: MeteorConfig, uri: str) -> dict[str, torch.Tensor]:
+    """Read stage 1's projector after a check that it belongs to this model.
 
     Args:
-        model: model with the settings of this run.
+        config: configuration of the model with the settings of this run.
         uri: ``projector.safetensors`` of a pretrain stage.
+
+    Returns:
+        The weights by name.
 
     Raises:
         CheckpointError: the projector was trained with other settings; the message names the differences.
     """
     stored, weights = read_projector_file(uri)
-    wanted = projector_metadata(model.config)
+    wanted = projector_metadata(config)
     differing = [
         f"{name}: {stored.get(name)!r} there, {wanted[name]!r} here"
         for name in wanted
@@ -189,4 +197,4 @@ def load_projector(model: MeteorForConditionalGeneration, uri: str) -> None:
     ]
     if differing:
         raise CheckpointError(f"{uri} does not fit this run: {'; '.join(differing)}. Run pretrain with these settings")
-    load_weights(model.projector, weights, uri)
+    return weights

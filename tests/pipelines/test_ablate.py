@@ -133,7 +133,7 @@ def test_as_many_variants_run_as_there_are_cpus_and_gpus_for(make_settings, monk
     assert ablate.num_fitting_runs([variant.settings for variant in expand_study(settings)]) == expected
 
 
-def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, make_settings, small):
+def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, encode, small):
     settings, variants = make_study(variants={"a": {}})
     run = variants[0].settings
     some = json.loads((small / "data/finetune.json").read_text())
@@ -143,7 +143,7 @@ def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, make_
     few = run.model_copy(
         update={"data": run.data.model_copy(update={"pretrain": None, "finetune": str(only), "evaluate": {}})}
     )
-    cache_features.run(few)
+    encode(few, index=False)
     first = hold_pins(settings, [type(variants[0])("a", None, {}, few)], Inputs())
     cache_features.run(run)  # other images come
     assert hold_pins(settings, [type(variants[0])("a", None, {}, few)], Inputs()) == first

@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,28 +76,27 @@ def test_a_larger_data_set_encodes_only_what_is_new(make_settings, make_larger, 
     assert [more.counts[name] for name in counts] == [4, 2, 1, before + 1]
 
 
-def test_bad_images_are_quarantined_with_their_reasons_and_good_ones_published(make_settings, tmp_path, images):
-    names = ["0.png", "1.png", "empty.jpg", "text.jpg", "cut.png", "long.png", "absent.png", "../escape.png"]
-    settings = make_run(make_settings, tmp_path, images, names)
-    summary = cache_features.run(settings)
-    expected = {"empty", "not_an_image", "truncated", "aspect_ratio", "missing", "outside_roots"}
-    assert summary.extra["reasons"] == dict.fromkeys(expected, 1)
-    cache = FeatureCache.open(summary.results["cache"])
-    assert len(cache) == 2
-    assert {row.name for row in cache.quarantine()} == set(names) - {"0.png", "1.png"}
-    assert cache_features.run(settings).counts["quarantined"] == 6
-    assert FeatureCache.open(summary.results["cache"]).version == cache.version
-
-
 def test_too_many_bad_images_fail_the_job_after_the_good_ones_are_published(make_settings, tmp_path, images):
-    names = ["0.png", "empty.jpg", "text.jpg"]
-    settings = make_run(make_settings, tmp_path, images, names, min_bad_images=2)
-    with pytest.raises(
-        QuarantineLimitError, match=r"2 of 3 images are bad \(1 empty, 1 not_an_image\)|1 not_an_image, 1 empty"
-    ):
-        cache_features.run(settings)
-    (identity,) = (tmp_path / "out/cache").glob("*/float16")
-    assert len(FeatureCache.open(str(identity))) == 1
+    bad = {
+        "empty.jpg": "empty",
+        "text.jpg": "not_an_image",
+        "cut.png": "truncated",
+        "long.png": "aspect_ratio",
+        "absent.png": "missing",
+        "../escape.png": "outside_roots",
+    }
+    make = partial(make_run, make_settings, tmp_path, images, ["0.png", "1.png", *bad])
+    with pytest.raises(QuarantineLimitError, match=r"6 of 8 images are bad \(1 \w+, 1 \w+"):
+        cache_features.run(make(min_bad_images=2))
+    (folder,) = (tmp_path / "out/cache").glob("*/float16")
+    cache = FeatureCache.open(str(folder))
+    assert len(cache) == 2
+    assert {row.name: row.reason for row in cache.quarantine()} == bad
+    # With a higher limit the job finishes, and encodes nothing again.
+    summary = cache_features.run(make())
+    assert (summary.counts["quarantined"], summary.counts["images_encoded"]) == (6, 0)
+    assert summary.extra["reasons"] == dict.fromkeys(bad.values(), 1)
+    assert FeatureCache.open(summary.results["cache"]).version == cache.version
 
 
 def test_a_repaired_image_is_encoded_by_the_next_run(make_larger, encode, images):

@@ -1,6 +1,7 @@
 """Evaluation on Ray: every benchmark's format by one command, answers that are kept, images that cannot be used."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,9 +57,10 @@ def save_model(settings, folder):
 def make_evaluation(make_settings, tmp_path):
     model = save_model(make_settings(), tmp_path / "model")
 
-    def make(sets, **options):
+    def make(sets, *, roots=None, **options):
         options = {"model": model, "max_new_tokens": 2, "limit": 3, "batch_size": 8, **options}
-        return make_settings(data={"pretrain": None, "finetune": None, "evaluate": sets}, evaluate=options)
+        data = {"pretrain": None, "finetune": None, "evaluate": sets, **({"roots": roots} if roots else {})}
+        return make_settings(data=data, evaluate=options)
 
     return make
 
@@ -119,21 +121,29 @@ def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, s
     assert (again.counts["answered_now"], read_scores(again)["mmvet"]["score"]) == (0, 0.5)
 
 
-def test_what_was_answered_before_a_crash_is_not_asked_again(make_evaluation, encode, small, monkeypatch):
-    settings = make_evaluation({"scenes": str(small / "data/evaluate.json")}, limit=6, batch_size=1)
+@pytest.fixture
+def say_yes(monkeypatch):
+    """Answer every question with "yes" in this process; after ``until`` answers the node is gone."""
+
+    def install(until=None):
+        def ask(settings, missing, *arguments):
+            for number, prompt in enumerate(missing):
+                if number == until:
+                    raise OSError("the node is gone")
+                yield {prompt: "yes"}
+
+        monkeypatch.setattr(answering, "_ask", ask)
+
+    return install
+
+
+def test_what_was_answered_before_a_crash_is_not_asked_again(make_evaluation, encode, say_yes, small):
+    settings = make_evaluation({"scenes": str(small / "data/evaluate.json")}, limit=6)
     encode(settings)
-    real = answering._ask
-
-    def crash(*arguments):
-        for number, found in enumerate(real(*arguments)):
-            if number == 4:
-                raise OSError("the node is gone")
-            yield found
-
-    monkeypatch.setattr(answering, "_ask", crash)
+    say_yes(until=4)
     with pytest.raises(OSError, match="the node is gone"):
         evaluate.run(settings)
-    monkeypatch.undo()
+    say_yes()
     summary = evaluate.run(settings)
     assert (summary.counts["questions"], summary.counts["answered_now"]) == (6, 2)
     # More questions, under another name of the set: only the new ones are asked.
@@ -150,22 +160,28 @@ def test_a_prompt_is_what_its_answer_depends_on():
     assert len({prompt_digest(question, 17), *(prompt_digest(one, 16) for one in [question, *others])}) == 4
 
 
-def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(make_evaluation, benchmarks, tmp_path):
-    folder = tmp_path / "nlvr"
-    (folder / "images").mkdir(parents=True)
-    for path in (benchmarks / "nlvr").rglob("*.*"):
-        (folder / path.relative_to(benchmarks / "nlvr")).write_bytes(path.read_bytes())
-    (folder / "images/test-1-0-0.png").write_bytes(b"no image")
-    settings = make_evaluation({"nlvr": {"format": "nlvr", "path": str(folder)}}, limit=None)
-    cache_features.run(settings)
+def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(
+    make_evaluation, encode, say_yes, small, tmp_path
+):
+    good, bad = (path.name for path in sorted((small / "data/images/train").iterdir())[:2])
+    shutil.copytree(small / "data/images/train", tmp_path / "images")
+    (tmp_path / "images" / bad).write_bytes(b"no image")
+    turns = [{"from": "human", "value": "<image>\n<image>\nAre they alike?"}, {"from": "gpt", "value": "yes"}]
+    pairs = {"alike": [good, good], "damaged": [good, bad]}
+    records = [{"id": name, "image": images, "conversations": turns} for name, images in pairs.items()]
+    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    settings = make_evaluation({"pairs": str(tmp_path / "pairs.json")}, roots={"": str(tmp_path / "images")})
+    encode(settings, index=False)
+    say_yes()
     summary = evaluate.run(settings)
     assert summary.counts["quarantined"] == 1
     rows = {row["id"]: row for row in pq.read_table(summary.results["predictions"]).to_pylist()}
-    bad = rows["test-1-0-0"]
+    bad = rows["damaged"]
     assert (bad["score"], bad["quarantined"], bad["prediction"]) == (0.0, True, "")
     assert bad["quarantine_reason"]
-    table = read_scores(summary)["nlvr"]
-    assert (table["num_questions"], table["num_quarantined"]) == (16, 1)
+    assert (rows["alike"]["score"], rows["alike"]["quarantined"]) == (1.0, False)
+    table = read_scores(summary)["pairs"]
+    assert (table["num_questions"], table["num_quarantined"]) == (2, 1)
 
 
 def test_the_plan_names_every_set_and_asks_nothing(make_evaluation, benchmarks):

@@ -131,11 +131,13 @@ def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_chang
     assert changed.versions.index_version == first.versions.index_version + 1
 
 
-def test_more_images_and_newly_quarantined_ones_change_no_batch_of_a_run_that_has_begun(make_settings, small, tmp_path):
+def test_more_images_and_newly_quarantined_ones_change_no_batch_of_a_run_that_has_begun(
+    make_settings, encode, small, tmp_path
+):
     shutil.copytree(small / "data/images", tmp_path / "images")
     roots = {"": str(tmp_path / "images")}
     settings = make_settings(data={"roots": roots, "finetune": None, "evaluate": {}})
-    cache_features.run(settings)
+    encode(settings, index=False)
     begun = prepare(settings, "pretrain")
     cache = hold_pin(settings, begun.identity, begun.cache.uri)
     expected = global_batches(settings)

@@ -21,6 +21,7 @@ from meteor.runs.mlflow_log import tracking_uri
 from meteor.runs.reading import read_stage
 from meteor.tracking import Tracker
 from pipelines import cache_features, evaluate, finetune, pretrain, report
+from pipelines.ray_parts import training
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
@@ -187,14 +188,16 @@ def test_stages_say_what_must_run_before_them(make_settings, encode):
         evaluate.run(settings)
 
 
-def test_a_stage_1_checkpoint_of_another_projector_is_refused(make_settings, chain, encode):
+def test_a_stage_1_checkpoint_of_another_projector_is_refused_before_workers_start(
+    make_settings, chain, encode, monkeypatch
+):
     other = make_settings(
         projector={"settings": {"k": 6, "state_size": 2}},
         finetune={"pretrained": chain.pretrained.results["projector"]},
-        runtime={"max_failures": 0},
     )
     encode(other)
-    with pytest.raises((CheckpointError, TrainingError), match="does not fit this run: projector"):
+    monkeypatch.setattr(training, "_run_workers", lambda *arguments: pytest.fail("workers were started"))
+    with pytest.raises(CheckpointError, match="does not fit this run: projector"):
         finetune.run(other)
 
 
