@@ -157,7 +157,6 @@ class DatasetIndex:
             CacheError: an image is not indexed.
         """
         wanted = uris_or_names if isinstance(uris_or_names, pa.Array) else pa.array(list(uris_or_names), pa.string())
-        wanted = pc.unique(wanted)
         by_uri = _find_last(wanted, self.table["uri"])
         named = wanted.filter(by_uri.is_null())
         odd = named.filter(pc.is_in(named, value_set=self._ambiguous))
@@ -166,13 +165,14 @@ class DatasetIndex:
             self.lookup(odd[0].as_py())
         places = pc.coalesce(by_uri, pc.index_in(wanted, value_set=self.table["name"]))
         if places.null_count:
-            missing = sorted(wanted.filter(places.is_null()).to_pylist())
+            missing = sorted(set(wanted.filter(places.is_null()).to_pylist()))
             raise CacheError(
                 f"{len(missing)} images are not in version {self.version} of the index {self.uri}, for example "
                 f"{missing[:_NUM_SHOWN]}; run cache_features over the data set"
             )
         contents = self.table.select(["name", *_CONTENT]).take(pc.unique(places))
-        if pc.count_distinct(contents["name"]).as_py() == len(contents):
+        # Names found as names are distinct; a row found by its URI may have the name of another one.
+        if len(named) == len(wanted) or pc.count_distinct(contents["name"]).as_py() == len(contents):
             return _json_digest(contents.sort_by("name"))
         # Two URIs of one name were asked for: rows of equal content count once.
         distinct = contents.group_by(contents.column_names).aggregate([])
@@ -180,7 +180,7 @@ class DatasetIndex:
 
     def rows_named(self, names: pa.StringArray) -> pa.Table:
         """Return the rows with these names; unknown names are left out, and the last of several equal names counts."""
-        return self.table.take(pc.drop_null(_find_last(pc.unique(names), self.table["name"])))
+        return self.table.take(pc.drop_null(pc.unique(_find_last(names, self.table["name"]))))
 
     @cached_property
     def _ambiguous(self) -> pa.ChunkedArray:

@@ -134,18 +134,6 @@ def num_image_tokens(layout: ImageLayout, budget: VisualTokenBudget) -> int:
     return sum(slots) + sum(1 for n in slots[1:] if n)
 
 
-def cut_text(sample: TokenisedSample, max_text_tokens: int) -> TokenisedSample:
-    """Drop text after ``max_text_tokens``; images are never cut, not even images behind the limit."""
-    kept, num_text = TokenisedSample([], [], []), 0
-    for token, label, turn in zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True):
-        num_text += token != IMAGE_TOKEN_ID
-        if token == IMAGE_TOKEN_ID or num_text <= max_text_tokens:
-            kept.input_ids.append(token)
-            kept.labels.append(label)
-            kept.turns.append(turn)
-    return kept
-
-
 def collate(
     rows: Sequence[Sequence[tuple[TokenisedSample, Sequence[ImageFeatures]]]],
     *,

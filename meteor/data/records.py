@@ -11,6 +11,8 @@ from meteor.errors import DataError
 
 _BLOCK_BYTES = 8 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
+# A comma and the first character of the next value, which is no end of a list.
+_NEXT = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=[^ \t\n\r\]])")
 # An error this close to the end of the window may only mean that a word or an escape continues in the next block.
 _LONGEST_WORD = 16
 
@@ -137,6 +139,10 @@ def _items(text: _Text) -> Iterator[Any]:
     text.at += 1
     while text.peek() != "]":
         yield text.value()
+        # Nearly always the next value is in the window, and one look finds it.
+        if match := _NEXT.match(text.text, text.at):
+            text.at = match.end()
+            continue
         separator = text.peek()
         if separator == ",":
             text.at += 1

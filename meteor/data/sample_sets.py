@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -84,13 +84,20 @@ class SampleSet:
 
     def __iter__(self) -> Iterator[Sample]:
         for batch in self.batches():
-            yield from batch
+            yield from samples_of(batch, self.id_prefix)
 
-    def batches(self) -> Iterator[list[Sample]]:
-        """Yield the samples in lists of up to a few thousand."""
-        for batch in self._batches():
-            columns = [batch.column(name).to_pylist() for name in RECORDS.names]
-            yield [self._sample(*values) for values in zip(*columns, strict=True)]
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the samples in batches of up to a few thousand, with the schema `RECORDS` and ids without ``id_prefix``."""
+        start = 0
+        for batch in self._stored_batches():
+            end = start + len(batch)
+            if self.positions is None:
+                yield batch
+            else:
+                first, last = np.searchsorted(self.positions, [start, end])
+                if first < last:
+                    yield batch.take(pa.array(self.positions[first:last] - start))
+            start = end
 
     @cached_property
     def ids(self) -> pa.StringArray:
@@ -142,21 +149,10 @@ class SampleSet:
         mine = [(sample.images, sample.turns) for sample in self]
         firsts = pa.array([_first_words(images, turns) for images, turns in mine], pa.string())
         found: set[Any] = set()
-        for batch in (batch for other in others for batch in other._batches()):
+        for batch in (batch for other in others for batch in other.batches()):
             alike = batch.filter(pc.is_in(_all_first_words(batch), value_set=firsts))
-            columns = [alike.column(name).to_pylist() for name in RECORDS.names]
-            samples = [self._sample(*values) for values in zip(*columns, strict=True)]
-            found.update((sample.images, sample.turns) for sample in samples)
+            found.update((sample.images, sample.turns) for sample in samples_of(alike))
         return sum(content in found for content in mine)
-
-    def _sample(
-        self, id_: str, images: list[str], texts: list[str], num_images: list[int], type_: str, system: str | None
-    ) -> Sample:
-        turns = tuple(
-            Turn(_ROLES[number % 2], text, count)
-            for number, (text, count) in enumerate(zip(texts, num_images, strict=True))
-        )
-        return Sample(self.id_prefix + id_, tuple(images), turns, type_, system)
 
     def _column(self, name: str) -> pa.Array:
         if isinstance(self.records, pa.Table):
@@ -167,18 +163,6 @@ class SampleSet:
         combined = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
         return combined if self.positions is None else combined.take(pa.array(self.positions))
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
-        start = 0
-        for batch in self._stored_batches():
-            end = start + len(batch)
-            if self.positions is None:
-                yield batch
-            else:
-                first, last = np.searchsorted(self.positions, [start, end])
-                if first < last:
-                    yield batch.take(pa.array(self.positions[first:last] - start))
-            start = end
-
     def _stored_batches(self) -> Iterator[pa.RecordBatch]:
         if isinstance(self.records, pa.Table):
             yield from self.records.to_batches(_BATCH_SIZE)
@@ -186,6 +170,14 @@ class SampleSet:
         with open_file(self.records) as file:
             # With threads, Arrow would read whole columns ahead.
             yield from pq.ParquetFile(file).iter_batches(_BATCH_SIZE, use_threads=False)
+
+
+def samples_of(batch: pa.RecordBatch, id_prefix: str = "") -> Iterator[Sample]:
+    """Make the samples of a batch with the schema `RECORDS`."""
+    columns = [batch.column(name).to_pylist() for name in RECORDS.names]
+    for id_, images, texts, num_images, type_, system in zip(*columns, strict=True):
+        turns = tuple(map(Turn, cycle(_ROLES), texts, num_images))
+        yield Sample(id_prefix + id_, tuple(images), turns, type_, system)
 
 
 def load_set(uri: str, *, name: str, folder: str, on_progress: OnProgress | None = None) -> SampleSet:

@@ -101,10 +101,6 @@ class SampleTable:
         """Return the image keys of all samples in order, with repeats."""
         return self._columns["image_keys"].flatten()
 
-    def all_image_keys(self) -> list[str]:
-        """Return `flat_image_keys` as a list."""
-        return self.flat_image_keys().to_pylist()
-
     def write(self, uri: str) -> None:
         """Store the table; its token tables must be stored already, and only their URIs are written."""
         assert all(tokens.uri for tokens in self._tokens), "workers read token tables by their URI"

@@ -6,6 +6,7 @@ The arithmetic works on whole columns of samples, token lengths and images, with
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -288,7 +289,7 @@ def _count_by_size(
     """
     counts = np.zeros((len(sizes), 4), np.int64)
     refused: dict[tuple[int, int], BadImageError] = {}
-    known: dict[ImageLayout, tuple[int, int, int, int]] = {}
+    known: dict[Any, tuple[int, int, int, int]] = {}
     for number, size in enumerate(sizes.tolist()):
         width, height = size >> 32, size & 0xFFFFFFFF
         try:
@@ -296,10 +297,11 @@ def _count_by_size(
         except BadImageError as error:
             refused[width, height] = error
             continue
-        layout = ImageLayout(plan.grid, plan.patch_grids)
-        if layout not in known:
-            known[layout] = _count(layout, layout.only_global() if only_global else layout, budget)
-        counts[number] = known[layout]
+        key = plan.grid, plan.patch_grids
+        if key not in known:
+            layout = ImageLayout(*key)
+            known[key] = _count(layout, layout.only_global() if only_global else layout, budget)
+        counts[number] = known[key]
     return counts, refused
 
 

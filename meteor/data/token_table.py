@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -14,15 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from meteor import storage
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from meteor.data.bulk import map_in_order, without_cycle_collector
-from meteor.data.sample_sets import OnProgress, SampleSet
-from meteor.data.samples import Sample
+from meteor.data.bulk import map_in_processes, without_cycle_collector
+from meteor.data.sample_sets import OnProgress, SampleSet, samples_of
 from meteor.storage.files import new_file, open_file
 from meteor.text.batches import BatchTokeniser, TokenBatch
 from meteor.text.tokens import TokenisedSample
 
 # Increased when a change of the code gives other tokens for unchanged samples.
 _VERSION = 1
+# Fewer samples are tokenised sooner than processes start, which takes about five seconds.
+_MIN_FOR_PROCESSES = 50_000
 _LENGTHS = pa.schema(
     [
         ("num_text_tokens", pa.int32()),
@@ -106,28 +107,39 @@ class TokenTable:
             max_text_tokens: number of text tokens after which text is dropped; images are never cut, not even images
                 behind the limit.
         """
-        input_ids, is_answer, turns = self._arrays(row, max_text_tokens)
-        labels = np.where(is_answer, input_ids, IGNORE_INDEX)
-        return TokenisedSample(input_ids.tolist(), labels.tolist(), turns.tolist())
-
-    def num_answer_tokens(self, row: int, max_text_tokens: int) -> int:
-        """Count the labels among the first ``max_text_tokens`` text tokens of a row."""
-        return int(self._arrays(row, max_text_tokens)[1].sum())
-
-    def _arrays(self, row: int, max_text_tokens: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        batch = self._batches[number]
-        place = row - (int(self._ends[number]) - len(batch))
-        input_ids = batch.column("input_ids")[place].values.to_numpy().astype(np.int32)
-        is_answer = batch.column("is_answer")[place].values.to_numpy(zero_copy_only=False)
+        batch, place = self._place(row)
+        input_ids, is_answer = _ids_and_answers(batch, place)
         turns = np.zeros(len(input_ids), np.int32)
         for turn, start, end in batch.column("turns")[place].values.to_numpy().reshape(-1, 3):
             turns[start:end] = turn
-        if max_text_tokens is None:
-            return input_ids, is_answer, turns
-        is_image = input_ids == IMAGE_TOKEN_ID
-        kept = is_image | (np.cumsum(~is_image) <= max_text_tokens)
-        return input_ids[kept], is_answer[kept], turns[kept]
+        labels = np.where(is_answer, input_ids, IGNORE_INDEX)
+        columns = (input_ids, labels, turns)
+        if max_text_tokens is not None:
+            kept = _kept(input_ids, max_text_tokens)
+            columns = tuple(column[kept] for column in columns)
+        return TokenisedSample(*(column.tolist() for column in columns))
+
+    def num_answer_tokens(self, row: int, max_text_tokens: int) -> int:
+        """Count the labels among the first ``max_text_tokens`` text tokens of a row."""
+        input_ids, is_answer = _ids_and_answers(*self._place(row))
+        return int(is_answer[_kept(input_ids, max_text_tokens)].sum())
+
+    def _place(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """Return the batch that holds a row, and the row's position in it."""
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        batch = self._batches[number]
+        return batch, row - (int(self._ends[number]) - len(batch))
+
+
+def _ids_and_answers(batch: pa.RecordBatch, place: int) -> tuple[np.ndarray, np.ndarray]:
+    input_ids = batch.column("input_ids")[place].values.to_numpy().astype(np.int32)
+    return input_ids, batch.column("is_answer")[place].values.to_numpy(zero_copy_only=False)
+
+
+def _kept(input_ids: np.ndarray, max_text_tokens: int) -> np.ndarray:
+    """Return which tokens stay if text is cut: all images, and the first ``max_text_tokens`` others."""
+    is_image = input_ids == IMAGE_TOKEN_ID
+    return is_image | (np.cumsum(~is_image) <= max_text_tokens)
 
 
 def tokenise_set(
@@ -164,26 +176,28 @@ def tokenise_set(
 def _tokenise(
     samples: SampleSet, tokenizer: PreTrainedTokenizerBase, template: str, on_progress: OnProgress | None
 ) -> Iterator[TokenBatch]:
-    tokeniser = BatchTokeniser(tokenizer, template)
-
-    def tokenise(batch: list[Sample]) -> TokenBatch:
-        return tokeniser([sample.conversation for sample in batch])
-
+    make = partial(_make_tokenise, tokenizer, template)
+    batches = samples.batches()
     num_done = 0
     with without_cycle_collector():
-        for batch in map_in_order(tokenise, samples.batches()):
+        for batch in map(make(), batches) if len(samples) < _MIN_FOR_PROCESSES else map_in_processes(make, batches):
             yield batch
             num_done += len(batch.problems)
             if on_progress is not None:
                 on_progress(num_done, len(samples))
 
 
+def _make_tokenise(tokenizer: PreTrainedTokenizerBase, template: str) -> Callable[[pa.RecordBatch], TokenBatch]:
+    tokeniser = BatchTokeniser(tokenizer, template)
+    return lambda batch: tokeniser([sample.conversation for sample in samples_of(batch)])
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the sha256 of everything that decides about a conversation's tokens, whatever the tokenizer's location."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Earlier calls of the tokenizer leave their truncation and padding in the backend.
-    description |= {"truncation": None, "padding": None}
-    return _digest(description, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
+    # Truncation and padding, which earlier calls leave in the backend, come before the added tokens.
+    _, found, content = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
+    assert found, "the library writes a tokenizer's parts in this order"
+    return _digest(content, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
 
 
 def _digest(*content: Any) -> str:

@@ -3,6 +3,7 @@
 import math
 import operator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from meteor.errors import BadImageError, SettingsError
 
@@ -97,14 +98,19 @@ def check_aspect_ratio(width: int, height: int, max_aspect_ratio: float) -> None
 
 def _choose_grid(width: int, height: int, multiple: int, max_slices: int) -> tuple[int, int]:
     """Return the (columns, rows) with the shape nearest to the image's; ties go to the first candidate."""
-    counts = [count for count in (multiple - 1, multiple, multiple + 1) if 1 < count <= max_slices]
-    candidates = [
-        (columns, count // columns) for count in counts for columns in range(1, count + 1) if count % columns == 0
-    ]
     log_aspect_ratio = math.log(width / height)
     # The published rule subtracts two float64 logarithms. The logarithm of a quotient could differ in the last bit, and
     # the tie of 1x2 and 2x1 on square images would be decided otherwise.
-    return min(candidates, key=lambda grid: abs(log_aspect_ratio - math.log(grid[0] / grid[1])))
+    distances = [(abs(log_aspect_ratio - log), grid) for log, grid in _candidates(multiple, max_slices)]
+    return min(distances, key=operator.itemgetter(0))[1]
+
+
+@lru_cache
+def _candidates(multiple: int, max_slices: int) -> list[tuple[float, tuple[int, int]]]:
+    """Return the logarithm of the shape of each grid with about ``multiple`` slices, and the grid, in the rule's order."""
+    counts = [count for count in (multiple - 1, multiple, multiple + 1) if 1 < count <= max_slices]
+    grids = [(columns, count // columns) for count in counts for columns in range(1, count + 1) if count % columns == 0]
+    return [(math.log(columns / rows), (columns, rows)) for columns, rows in grids]
 
 
 def _fit(width: int, height: int, resolution: int, patch_size: int) -> tuple[int, int]:

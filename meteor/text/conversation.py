@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Literal, NamedTuple
 
 from meteor.constants import IMAGE_PLACEHOLDER
@@ -115,15 +116,18 @@ def _usual_turns(turns: object, num_images: int) -> tuple[Turn, ...] | None:
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         return None
     read: list[Turn] = []
-    for number, turn in enumerate(turns):
-        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-        if role != _ROLES[number % 2] or not isinstance(text, str):
+    for turn, role in zip(turns, cycle(_ROLES), strict=False):
+        try:
+            speaker, text = turn["from"], turn["value"]
+        except (KeyError, TypeError):
             return None
-        num_here = text.count(IMAGE_PLACEHOLDER)
-        if num_here:
+        if not isinstance(speaker, str) or not isinstance(text, str) or _SPEAKERS.get(speaker) != role:
+            return None
+        num_here = 0
+        if IMAGE_PLACEHOLDER in text:
             if role == "gpt":
                 return None
+            num_here = text.count(IMAGE_PLACEHOLDER)
             num_images -= num_here
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
         read.append(Turn(role, text, num_here))

@@ -22,7 +22,7 @@ _IDS = pa.list_(pa.int32())
 # Stands between words while they are cut; texts that hold it are not for this encoder.
 _CUT = "\0"
 # Distinct words that are remembered, about 200 bytes each.
-_MAX_WORDS = 500_000
+_MAX_WORDS = 1_000_000
 
 
 class WordEncoder:
@@ -65,11 +65,15 @@ class WordEncoder:
         Returns:
             (N,) int32, the token ids of all texts one after the other; and (texts + 1,) int, the offsets of the texts in them.
         """
-        words = _cut_words(pa.array(texts, pa.string()))
+        # A template's own words, which come with every turn, are encoded once.
+        all_texts = pa.array(texts, pa.string()).dictionary_encode()
+        words = _cut_words(all_texts.dictionary)
         distinct = words.values.dictionary_encode()
         known, places = self._look_up(distinct.dictionary.to_pylist())
-        ids = known.take(pa.array(places[distinct.indices.to_numpy()]))
-        return ids.values.to_numpy(), ids.offsets.to_numpy()[words.offsets.to_numpy()]
+        by_word = known.take(pa.array(places[distinct.indices.to_numpy()]))
+        by_text = pa.ListArray.from_arrays(by_word.offsets.take(words.offsets), by_word.values)
+        ids = by_text.take(all_texts.indices)
+        return ids.values.to_numpy(), ids.offsets.to_numpy()
 
     def _look_up(self, words: list[str]) -> tuple[pa.ListArray, np.ndarray]:
         """Return the token ids of all known words, and the position of each given word among them."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from meteor.data.collate import ImageLayout, collate, cut_text, expand_images, num_image_tokens
+from meteor.data.collate import ImageLayout, collate, expand_images, num_image_tokens
 from meteor.image.budget import visual_token_budget
 from meteor.text.tokens import Separators, TokenisedSample
 
@@ -64,7 +64,6 @@ def test_slots_carry_their_images_number_and_their_turns_and_separators_neither(
     assert longer.input_ids == [1, V, V, COMMA, V, NEWLINE, NEWLINE, V, 7, 8, 9]
     assert longer.turns == [0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0]
     assert longer.image_numbers == [0, 1, 1, 0, 1, 0, 0, 2, 0, 0, 0]
-    assert cut_text(sample, 2).turns == [0, 1, 0, 1]
 
 
 def test_sub_images_without_tokens_are_not_in_the_batch(make_features):
@@ -113,21 +112,6 @@ def test_the_length_of_an_image_is_known_without_expanding_it(grid, k):
     layout = make_layout(*grid)
     longer, _ = expand_images(make_sample(V, 9, answer=1), [layout], at_most(k), SEPARATORS)
     assert num_image_tokens(layout, at_most(k)) == len(longer.input_ids) - 1
-
-
-@pytest.mark.parametrize(
-    ("limit", "ids", "labels"),
-    [
-        (9, [1, V, 5, 6, V, 7, 8], [X, X, X, X, X, 7, 8]),
-        (5, [1, V, 5, 6, V, 7, 8], [X, X, X, X, X, 7, 8]),
-        (4, [1, V, 5, 6, V, 7], [X, X, X, X, X, 7]),
-        (2, [1, V, 5, V], [X, X, X, X]),
-        (0, [V, V], [X, X]),
-        (-3, [V, V], [X, X]),
-    ],
-)
-def test_cutting_text_drops_its_end_and_never_an_image(limit, ids, labels):
-    assert cut_text(make_sample(1, V, 5, 6, V, 7, 8), limit) == TokenisedSample(ids, labels)
 
 
 def test_a_batch_holds_each_sub_image_and_each_sample_as_given(make_features):

@@ -1,5 +1,6 @@
 """Plans made over columns are those made sample by sample, and token tables give back what went in."""
 
+import multiprocessing
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE, IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data import sample_sets, token_table
-from meteor.data.collate import ImageLayout, cut_text, num_image_tokens
+from meteor.data.collate import ImageLayout, num_image_tokens
 from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample, SampleProblem
 from meteor.data.table import SampleTable
@@ -32,6 +33,7 @@ IMAGES = {
     "broken": IndexedImage("", 0, 0, "truncated"),
     "strip": IndexedImage("k-strip", 900, 100, ""),
 }
+V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
 WORDS = st.sampled_from(["a", "the cats", "red  table\n", "what is it?", "😀", "ASSISTANT: no", ""])
 
 
@@ -53,6 +55,18 @@ def samples(draw):
         turns += [Turn("human", words.strip(), len(shown)), Turn("gpt", " ".join(draw(st.lists(WORDS, max_size=6))))]
         images += shown
     return tuple(images), tuple(turns)
+
+
+def cut_text(sample, max_text_tokens):
+    """One token after the other; images are never cut, not even those behind the limit."""
+    kept, num_text = TokenisedSample([], [], []), 0
+    for token, label, turn in zip(sample.input_ids, sample.labels, sample.turns, strict=True):
+        num_text += token != IMAGE_TOKEN_ID
+        if token == IMAGE_TOKEN_ID or num_text <= max_text_tokens:
+            kept.input_ids.append(token)
+            kept.labels.append(label)
+            kept.turns.append(turn)
+    return kept
 
 
 def slow_plan(samples, problems, images, *, tokenise, budget, pixels, max_length, sub_images):
@@ -185,6 +199,38 @@ def make_sample(i):
     images = [f"{i}.jpg"] * (i % 3)
     turns = (Turn("human", "what is there? " * (i % 4 + 1), len(images)), Turn("gpt", f"{i} cats" if i % 5 else ""))
     return Sample(f"s{i}", tuple(images), turns)
+
+
+@pytest.mark.parametrize(
+    ("limit", "ids", "labels", "turns"),
+    [
+        (9, [1, V, 5, 6, V, 7, 8], [X, X, X, X, X, 7, 8], [0, 1, 0, 0, 2, 2, 2]),
+        (5, [1, V, 5, 6, V, 7, 8], [X, X, X, X, X, 7, 8], [0, 1, 0, 0, 2, 2, 2]),
+        (4, [1, V, 5, 6, V, 7], [X, X, X, X, X, 7], [0, 1, 0, 0, 2, 2]),
+        (2, [1, V, 5, V], [X, X, X, X], [0, 1, 0, 2]),
+        (0, [V, V], [X, X], [1, 2]),
+        (-3, [V, V], [X, X], [1, 2]),
+    ],
+)
+def test_cutting_text_drops_its_end_and_never_an_image(limit, ids, labels, turns):
+    sample = TokenisedSample([1, V, 5, 6, V, 7, 8], [X, X, X, X, X, 7, 8], [0, 1, 0, 0, 2, 2, 2])
+    table = TokenTable.of([TokenBatch.of([sample])])
+    cut = table.row(0, limit)
+    assert (cut, cut.turns) == (TokenisedSample(ids, labels), turns)
+    assert cut == cut_text(sample, limit)
+    assert table.num_answer_tokens(0, limit) == sum(label != X for label in labels)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_many_samples_are_tokenised_by_processes_in_their_order(tokenizer, monkeypatch):
+    monkeypatch.setattr(sample_sets, "_BATCH_SIZE", 2)
+    samples = SampleSet.of("a", [make_sample(i) for i in range(24)]).select(range(1, 23))
+    expected = tokenise_set(samples, tokenizer, "plain")
+    monkeypatch.setattr(token_table, "_MIN_FOR_PROCESSES", 22)
+    found = tokenise_set(samples, tokenizer, "plain")
+    assert [found.row(i) for i in range(22)] == [expected.row(i) for i in range(22)]
+    assert found.lengths.problems == expected.lengths.problems != {}
+    assert multiprocessing.active_children() == []
 
 
 def test_tokens_are_computed_once_for_what_decides_about_them(tokenizer, tokenizer_folder, tmp_path, monkeypatch):

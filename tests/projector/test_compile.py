@@ -1,4 +1,4 @@
-"""torch.compile of the whole projector: one graph, a second one for any batch, and the numbers of the uncompiled chunked scan."""
+"""torch.compile of the whole projector: one graph, a second one for any batch, and the numbers of the plain chunked scan."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
