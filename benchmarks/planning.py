@@ -193,7 +193,7 @@ def plan_columns(folder: Path, num_samples: int) -> dict[str, Any]:
         lambda: plan_table(samples, tokens, images, budget=BUDGET, pixels=PIXELS, max_length=MAX_LENGTH),
     )
     cached = index.table["image_key"].combine_chunks()
-    steps("cache", lambda: pc.all(pc.is_in(pc.unique(plan.table.flat_image_keys()), value_set=cached)))
+    steps("cache", lambda: pc.all(pc.is_in(plan.table.flat_image_keys(), value_set=cached)))
     steps("write", lambda: plan.table.write(str(folder / f"plan-{num_samples}.parquet")))
     return steps.result()
 

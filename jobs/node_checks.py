@@ -199,7 +199,7 @@ def _mlflow(settings: RunSettings, num_nodes: int) -> str:
 def _data(settings: RunSettings) -> str:
     files = [storage.stat(file.uri) for file in sample_files(settings) if file.stage is not None]
     size = format_bytes(sum(file.size_bytes for file in files))
-    return f"{len(files)} sample files ({size}), {len(Inputs().question_sets(settings))} question sets"
+    return f"{len(files)} sample files ({size}), {len(Inputs(settings).question_sets())} question sets"
 
 
 def _images(settings: RunSettings) -> str:

@@ -73,10 +73,10 @@ class Job:
         """
         settings = self.settings
         if self.stage in STAGES:
-            content: Any = identify(settings, self.stage, NamesAlone()).digest
+            content: Any = identify(NamesAlone(settings), self.stage).digest
         else:
             runs = [variant.settings for variant in expand_study(settings)] if settings.study else [settings]
-            stages = [[identity.digest for identity in identify_all(run, NamesAlone()).values()] for run in runs]
+            stages = [[identity.digest for identity in identify_all(NamesAlone(run)).values()] for run in runs]
             content = [settings.name, stages]
         return settings_digest([self.stage, content, settings.output, settings.cache_root])[:12]
 

@@ -32,33 +32,33 @@ skips finished stages."""
 _RUN: dict[str, Callable[..., Summary]] = {"pretrain": pretrain.run, "finetune": finetune.run, "evaluate": evaluate.run}
 
 
-def run(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs | None = None) -> Summary:
+def run(inputs: Inputs, variants: Sequence[Variant]) -> Summary:
     """Encode, train, score, measure, report.
 
     Raises:
         TrainingError: a variant failed; it is raised after all others are done and the report is written.
     """
     with timed() as seconds:
-        inputs = inputs or Inputs()
-        fill_caches(make_tasks([variant.settings for variant in variants], inputs).values(), inputs)
-        pins = hold_pins(settings, variants, inputs)
+        settings = inputs.settings
+        fill_caches(inputs, make_tasks([inputs.of(variant.settings) for variant in variants]).values())
+        pins = hold_pins(inputs, variants)
         variants = [pins.apply(variant, inputs) for variant in variants]
         runs = [variant.settings for variant in variants]
-        print(plan_study(settings, runs, inputs).to_text(), flush=True)
+        print(plan_study(inputs, runs).to_text(), flush=True)
         write_study(settings, variants)
         announce(settings, variants)
         # The caches are filled; every other task waits for the tasks before it.
-        tasks = {key: task for key, task in make_tasks(runs, inputs).items() if task.stage in _RUN}
+        tasks = {key: task for key, task in make_tasks([inputs.of(run) for run in runs]).items() if task.stage in _RUN}
         outcomes = run_tasks(
             {key: [need for need in task.needs if need in tasks] for key, task in tasks.items()},
-            lambda key: _run_task(tasks[key], inputs),
+            lambda key: _run_task(inputs, tasks[key]),
             parallel=settings.study.parallel or num_fitting_runs(runs) if settings.study else 1,
         )
         failed = {tasks[key].label: outcome for key, outcome in outcomes.items() if outcome.error}
-        measured = measure_variants(settings, variants, inputs)
+        measured = measure_variants(inputs, variants)
         incomplete = {name for key, outcome in outcomes.items() if outcome.error for name in tasks[key].used_by}
-        record(settings, variants, measured, incomplete, inputs)
-        written = report.run(settings)
+        record(inputs, variants, measured, incomplete)
+        written = report.run(inputs)
         if failed:
             mark_failed(settings)
     counts = {
@@ -88,9 +88,9 @@ def num_fitting_runs(runs: Sequence[RunSettings]) -> int:
     return max(1, min(map(fits, runs)))
 
 
-def _run_task(task: Task, inputs: Inputs) -> Summary:
+def _run_task(inputs: Inputs, task: Task) -> Summary:
     try:
-        summary = _RUN[task.stage](task.settings, inputs)
+        summary = _RUN[task.stage](inputs.of(task.settings))
     except Exception as error:
         # Other stages may run for hours before the summary names this error.
         _LOG.error("[%s] failed: %s: %s", task.label, type(error).__name__, error)
@@ -142,15 +142,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(parser, argv)
 
     def act() -> int:
-        settings, inputs = read_run(arguments), Inputs()
+        settings = read_run(arguments)
+        inputs = Inputs(settings)
         names = choose_variants(settings, arguments.only)
         variants = [variant for variant in study_variants(settings) if variant.name in names]
         if arguments.dry_run:
-            pinned = pinned_variants(settings, variants, inputs)
-            print(plan_study(settings, [variant.settings for variant in pinned], inputs).to_text())
+            pinned = pinned_variants(inputs, variants)
+            print(plan_study(inputs, [variant.settings for variant in pinned]).to_text())
             return OK
         with ray_session(settings.runtime):
-            print(run(settings, variants, inputs).to_text())
+            print(run(inputs, variants).to_text())
         return OK
 
     return guarded(act)

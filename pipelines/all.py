@@ -23,16 +23,16 @@ _RUN: dict[Stage, Callable[..., Summary]] = {
 }
 
 
-def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
+def run(inputs: Inputs) -> Summary:
     """Run all stages of this run and of the runs to compare with, then report."""
     with timed() as seconds:
-        inputs, counts = inputs or Inputs(), {}
+        settings, counts = inputs.settings, {}
         for compared in compared_runs(settings):
             for stage in stages_of(compared):
-                summary = _RUN[stage](compared, inputs)
+                summary = _RUN[stage](inputs.of(compared))
                 print(f"[{compared.name}] {summary.to_text()}", flush=True)
                 counts[f"{compared.name} {summary.stage} seconds"] = round(summary.seconds, 1)
-        summary = report.run(settings, inputs)
+        summary = report.run(inputs)
         return Summary("all", counts, seconds(), {**summary.results, "compare in MLflow": where_to_compare(settings)})
 
 
@@ -41,10 +41,9 @@ def compared_runs(settings: RunSettings) -> list[RunSettings]:
     return [settings, *(resolve_paths(load_run(path)) for path in settings.report.compare)]
 
 
-def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+def plan(inputs: Inputs) -> str:
     """Return the plan of all stages of all runs as text."""
-    inputs = inputs or Inputs()
-    return plan_study(settings, compared_runs(settings), inputs).to_text()
+    return plan_study(inputs, compared_runs(inputs.settings)).to_text()
 
 
 if __name__ == "__main__":

@@ -42,20 +42,19 @@ _DESCRIPTION = """Slice the images of all sample sets and cache their features f
 image files; a later run reads only new and changed files. The second pass encodes the distinct images that the cache lacks."""
 
 
-def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
+def run(inputs: Inputs) -> Summary:
     """Index, encode, publish.
 
     Raises:
         QuarantineLimitError: too many images are bad; it is raised after the good images are published.
     """
     with timed() as seconds:
-        inputs = inputs or Inputs()
-        sets = inputs.all_sets(settings)
-        cache_identity = inputs.cache_identity(settings)
+        settings, sets = inputs.settings, inputs.all_sets()
+        cache_identity = inputs.cache_identity()
         cache_uri = create_cache(settings.cache_root, cache_identity, settings.cache.codec)
-        folder = StageFolder(settings.output, identify(settings, "cache_features", inputs))
-        _write_question_images(settings, inputs.question_sets(settings))
-        index, num_read = update_index(settings, sets, inputs.image_roots(settings))
+        folder = StageFolder(settings.output, identify(inputs, "cache_features"))
+        _write_question_images(settings, inputs.question_sets())
+        index, num_read = update_index(settings, sets, inputs.image_roots())
         rows = _rows_of(index, sets)
         wanted, refused = _to_encode(rows, pixel_settings(settings))
         missing = _missing(settings, cache_uri, wanted)
@@ -156,14 +155,13 @@ def _codec_error(cache: FeatureCache) -> dict[str, float]:
     return {name: measured[name] for name in _CODEC_ERRORS if measured[name] is not None}
 
 
-def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+def plan(inputs: Inputs) -> str:
     """Describe the work of `run`, from the index and from the headers of images that the index lacks."""
-    inputs = inputs or Inputs()
     lines = [
         f"  {file.name}: {len(file):,} samples, {len(file.image_names):,} images, {len(file.problems)} unusable"
-        for file in inputs.all_sets(settings)
+        for file in inputs.all_sets()
     ]
-    return "\n".join(["cache_features: plan", *lines, estimate_cache(settings, inputs).to_text()])
+    return "\n".join(["cache_features: plan", *lines, estimate_cache(inputs).to_text()])
 
 
 def _rows_of(index: DatasetIndex, sets: list[SampleSet]) -> list[IndexRow]:

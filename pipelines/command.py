@@ -9,7 +9,6 @@ import ray.exceptions
 
 from meteor.assembly import Inputs
 from meteor.command_line import DIFFERS, ERROR, OK, add_run, parse, print_error, read_run, run_command
-from meteor.config import RunSettings
 from meteor.planning.run_check import check_run
 from meteor.runs.folder import Summary
 from pipelines.ray_parts.logs import configure_logging
@@ -19,8 +18,8 @@ from pipelines.ray_parts.runtime import find_meteor_error, ray_session
 def stage_main(
     stage: str,
     description: str,
-    run: Callable[[RunSettings, Inputs], Summary],
-    plan: Callable[[RunSettings, Inputs], str],
+    run: Callable[[Inputs], Summary],
+    plan: Callable[[Inputs], str],
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run the command line of a stage.
@@ -38,14 +37,14 @@ def stage_main(
     arguments = parse(stage_parser(stage, description), argv)
 
     def act() -> int:
-        settings, inputs = read_run(arguments), Inputs()
+        inputs = Inputs(read_run(arguments))
         if arguments.dry_run:
-            report = check_run(settings, inputs)
+            report = check_run(inputs)
             print(report.to_text(), end="\n\n")
-            print(plan(settings, inputs))
+            print(plan(inputs))
             return OK if report.ok else DIFFERS
-        with ray_session(settings.runtime):
-            print(run(settings, inputs).to_text())
+        with ray_session(inputs.settings.runtime):
+            print(run(inputs).to_text())
         return OK
 
     return guarded(act)

@@ -45,17 +45,17 @@ _PREDICTIONS = pa.schema(
 )
 
 
-def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
+def run(inputs: Inputs) -> Summary:
     """Answer and score; write ``predictions.parquet``, ``scores.json``, and files for benchmarks that are scored elsewhere."""
     with timed() as seconds:
-        inputs = inputs or Inputs()
-        model_uri, model_digest = find_model(settings, inputs)
-        sets = load_question_sets(settings, inputs)
-        folder = StageFolder(settings.output, identify(settings, "evaluate", inputs))
+        settings = inputs.settings
+        model_uri, model_digest = find_model(inputs)
+        sets = load_question_sets(inputs)
+        folder = StageFolder(settings.output, identify(inputs, "evaluate"))
         finished = folder.finished()
         if finished:
             return reuse(settings, folder, finished)
-        index, cache = inputs.index(settings), inputs.cache(settings)
+        index, cache = inputs.index(), inputs.cache()
         parent = {"uri": model_uri, "digest": model_digest}
         folder.start(settings, parent=parent, cache=cache.uri, cache_key=cache.identity.key)
         facts = {question_set.name: set_facts(question_set) for question_set in sets}
@@ -99,26 +99,25 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
         return folder.finish(Summary("evaluate", counts, elapsed, results))
 
 
-def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+def plan(inputs: Inputs) -> str:
     """Describe the questions that `run` would answer, and the model."""
-    inputs = inputs or Inputs()
-    model_uri, _ = find_model(settings, inputs)
+    model_uri, _ = find_model(inputs)
     lines = ["evaluate: plan", f"  model      {model_uri}"]
-    for question_set in load_question_sets(settings, inputs):
+    for question_set in load_question_sets(inputs):
         split = f", {question_set.facts['split']}" if question_set.facts["split"] else ""
         lines.append(
             f"  {question_set.name:<10} {len(question_set.questions):,} questions ({question_set.benchmark.title}{split}), "
-            f"{question_set.metric.name}, up to {longest_answer(settings, question_set)} tokens per answer, "
+            f"{question_set.metric.name}, up to {longest_answer(inputs.settings, question_set)} tokens per answer, "
             f"{len(question_set.problems)} unusable records"
         )
     return "\n".join(lines)
 
 
-def load_question_sets(settings: RunSettings, inputs: Inputs) -> list[QuestionSet]:
+def load_question_sets(inputs: Inputs) -> list[QuestionSet]:
     """Read the question sets of a run; raise SettingsError if it names none."""
-    if not settings.data.evaluate:
+    if not inputs.settings.data.evaluate:
         raise SettingsError("data.evaluate names no question set: add a question set, or skip this stage")
-    return inputs.question_sets(settings)
+    return inputs.question_sets()
 
 
 def set_facts(question_set: QuestionSet) -> dict[str, Any]:

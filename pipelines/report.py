@@ -34,11 +34,10 @@ _DESCRIPTION = """Write report.md and report.html, with settings, loss curves, s
 of the runs in report.compare, side by side. The report names stages that have not run."""
 
 
-def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
+def run(inputs: Inputs) -> Summary:
     """Collect results, draw figures, write the pages; the variants of a study are found in MLflow."""
     with timed() as seconds:
-        inputs = inputs or Inputs()
-        variants = _collect_all(settings, inputs)
+        settings, variants = inputs.settings, _collect_all(inputs)
         if not any(variant.stages for variant in variants):
             raise SettingsError("no stage of this run has started: there is nothing to report")
         shown = merge_seeds(variants)
@@ -49,7 +48,7 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
             title=settings.name,
             variants=variants,
             panels=panels,
-            cache=cache_facts(settings, inputs),
+            cache=cache_facts(inputs),
             notes=unequal_samples(variants),
             thumbnails=_thumbnails(settings, shown),
             tables=study_tables(settings),
@@ -62,11 +61,12 @@ def run(settings: RunSettings, inputs: Inputs | None = None) -> Summary:
         return Summary("report", counts, seconds(), {"markdown": paths.markdown, "html": paths.html})
 
 
-def _collect_all(settings: RunSettings, inputs: Inputs) -> list[RunResult]:
+def _collect_all(inputs: Inputs) -> list[RunResult]:
+    settings = inputs.settings
     if settings.study is not None:
         return [read_record(record) for record in find_records(settings)]
     compared = [resolve_paths(load_run(path)) for path in settings.report.compare]
-    return [collect(run, inputs) for run in [settings, *compared]]
+    return [collect(inputs.of(run)) for run in [settings, *compared]]
 
 
 def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
@@ -79,10 +79,9 @@ def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
     tracker.finish(run_id, failed=failed)
 
 
-def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
+def plan(inputs: Inputs) -> str:
     """List the finished stages that the report would show."""
-    inputs = inputs or Inputs()
-    variants = _collect_all(settings, inputs)
+    variants = _collect_all(inputs)
     lines = ["report: plan"]
     for variant in variants:
         done = [stage for stage, record in variant.stages.items() if record.finished]
@@ -90,9 +89,9 @@ def plan(settings: RunSettings, inputs: Inputs | None = None) -> str:
     return "\n".join(lines)
 
 
-def cache_facts(settings: RunSettings, inputs: Inputs) -> dict[str, Any] | None:
+def cache_facts(inputs: Inputs) -> dict[str, Any] | None:
     """Return facts about the cache for the report; None if cache_features has not finished."""
-    folder = find_folder(settings, "cache_features", inputs)
+    folder = find_folder(inputs, "cache_features")
     summary = folder.finished() if folder else None
     if summary is None:
         return None
@@ -104,7 +103,7 @@ def cache_facts(settings: RunSettings, inputs: Inputs) -> dict[str, Any] | None:
         "payload_bytes": counts["payload_bytes"],
         "codec": extra["codec"],
         "cache_key": extra["cache_key"],
-        "encoder": settings.vision.path.rpartition("/")[2],
+        "encoder": inputs.settings.vision.path.rpartition("/")[2],
         "encoder_digest": extra["identity"]["encoder_digest"],
         "num_quarantined": counts["quarantined"],
         "quarantine_reasons": extra["reasons"],

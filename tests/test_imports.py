@@ -44,6 +44,8 @@ def test_nothing_that_is_read_is_unpickled():
     root = Path(__file__).parents[1]
     for folder in ("meteor", "pipelines", "jobs"):
         for file in (root / folder).rglob("*.py"):
+            if file == root / "meteor/data/bulk.py":
+                continue  # it sends a function to processes that it has started itself
             found = re.search(
                 r"\b(pickle|cloudpickle|dill|joblib)\.loads?\(|torch\.load\(|weights_only=False", file.read_text()
             )

@@ -5,34 +5,29 @@ import logging
 from meteor.assembly.inputs import Inputs
 from meteor.assembly.places import pixel_settings, samples_uri
 from meteor.assembly.training_stage import PreparedStage
-from meteor.config import RunSettings
 from meteor.data.sample_sets import SampleSet
 from meteor.data.table_plan import IndexedImages, TablePlan, plan_table
 from meteor.data.token_table import tokenise_set
 from meteor.errors import CacheError, QuarantineLimitError, SettingsError
 from meteor.image.budget import visual_token_budget
 from meteor.progress import ProgressLog
-from meteor.stages import TrainingStage
-from meteor.text.tokens import load_tokenizer
 
 _LOG = logging.getLogger(__name__)
 
 
-def plan_samples(settings: RunSettings, stage: TrainingStage, prepared: PreparedStage) -> TablePlan:
+def plan_samples(inputs: Inputs, prepared: PreparedStage) -> TablePlan:
     """Plan the table of the samples that a stage trains on.
 
     Raises:
         QuarantineLimitError: too many samples cannot be used.
         CacheError: the cache lacks images.
     """
-    options = settings.training(stage)
-    plans = [_plan_set(settings, stage, prepared, file.share(options.fraction, options.seed)) for file in prepared.sets]
+    options = inputs.settings.training(prepared.stage)
+    plans = [_plan_set(inputs, prepared, file.share(options.fraction, options.seed)) for file in prepared.sets]
     return plans[0] if len(plans) == 1 else TablePlan.mixture(plans, [file.weight for file in prepared.sets])
 
 
-def plan_held_out(
-    settings: RunSettings, stage: TrainingStage, prepared: PreparedStage, inputs: Inputs
-) -> TablePlan | None:
+def plan_held_out(inputs: Inputs, prepared: PreparedStage) -> TablePlan | None:
     """Plan the table of held-out samples, whose loss is measured at checkpoints; None if the run names none.
 
     Held-out samples do not change the training, so that they are no part of the stage's identity.
@@ -40,10 +35,11 @@ def plan_held_out(
     Raises:
         CacheError: the index version that the stage reads lacks an image.
     """
-    uri = settings.data.held_out.get(stage)
+    stage = prepared.stage
+    uri = inputs.settings.data.held_out.get(stage)
     if uri is None:
         return None
-    samples = inputs.sample_set(settings, f"{stage}, held out", uri)
+    samples = inputs.sample_set(f"{stage}, held out", uri)
     if num_trained := samples.count_shared(prepared.sets):
         _LOG.warning("%s: %d of %d held-out samples are training samples too", stage, num_trained, len(samples))
     known = prepared.index.rows_named(samples.distinct_images)["name"].to_pylist()
@@ -52,14 +48,15 @@ def plan_held_out(
             f"{len(unknown)} images of data.held_out.{stage}, for example {unknown[0]!r}, are not in the index that this run "
             "was pinned to at its first start: run cache_features before the first start, or omit the held-out samples"
         )
-    return _plan_set(settings, stage, prepared, samples)
+    return _plan_set(inputs, prepared, samples)
 
 
-def _plan_set(settings: RunSettings, stage: TrainingStage, prepared: PreparedStage, samples: SampleSet) -> TablePlan:
-    options, cache = settings.training(stage), prepared.cache
+def _plan_set(inputs: Inputs, prepared: PreparedStage, samples: SampleSet) -> TablePlan:
+    settings, cache = inputs.settings, prepared.cache
+    options = settings.training(prepared.stage)
     tokens = tokenise_set(
         samples,
-        load_tokenizer(settings.llm.path),
+        inputs.tokenizer(),
         options.template,
         folder=samples_uri(settings),
         on_progress=ProgressLog(f"{samples.name}: tokenising: samples"),

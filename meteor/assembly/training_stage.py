@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from meteor.assembly.inputs import Inputs
 from meteor.cache import DatasetIndex, FeatureCache
-from meteor.config import RunSettings
 from meteor.data.sample_sets import SampleSet
 from meteor.errors import SettingsError
 from meteor.model import MeteorConfig
@@ -39,40 +38,42 @@ class PreparedStage:
     def identity(self) -> StageIdentity:
         return self.folder.identity
 
+    @property
+    def stage(self) -> TrainingStage:
+        return self.identity.stage  # type: ignore[return-value]
 
-def prepare(settings: RunSettings, stage: TrainingStage, inputs: Inputs) -> PreparedStage:
+
+def prepare(inputs: Inputs, stage: TrainingStage) -> PreparedStage:
     """Find everything that a training stage needs to start.
 
     Raises:
         SettingsError: the stage has no samples, or stage 1 has not finished before stage 2.
-        CheckpointError: ``finetune.pretrained`` was trained with other settings.
         CacheError: cache_features has not run over all images of the stage.
     """
-    sets = inputs.training_sets(settings, stage)
-    parent = _parent(settings, inputs) if stage == "finetune" else None
-    identity = identify(settings, stage, inputs)
+    sets = inputs.training_sets(stage)
+    parent = _parent(inputs) if stage == "finetune" else None
+    identity = identify(inputs, stage)
     # If `identify` finds no versions, `current_versions` raises with the reason.
-    versions = identity.versions or inputs.current_versions(settings, stage)
+    versions = identity.versions or inputs.current_versions(stage)
     return PreparedStage(
-        folder=StageFolder(settings.output, identity),
+        folder=StageFolder(inputs.settings.output, identity),
         versions=versions,
         sets=sets,
-        index=inputs.index_version(settings, versions.index_version),
-        cache=inputs.cache_at(settings, versions.cache_version),
+        index=inputs.index_version(versions.index_version),
+        cache=inputs.cache_at(versions.cache_version),
         parent=parent,
     )
 
 
-def _parent(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
+def _parent(inputs: Inputs) -> dict[str, str]:
     """Find URI and digest of the stage-1 projector: the one that the settings name, or the result of the run's stage 1."""
+    settings = inputs.settings
     named = settings.finetune.pretrained
     if named:
-        # Workers would find out as well, but only after they have started.
-        read_fitting_projector(_model_config(settings, inputs), named)
-        return {"uri": named, "digest": inputs.projector(named)}
+        return {"uri": named, "digest": inputs.projector()}
     if not settings.data.sources("pretrain"):
         raise SettingsError("stage 2 needs a projector: set finetune.pretrained, or data.pretrain and run pretrain")
-    own = StageFolder(settings.output, identify(settings, "pretrain", inputs))
+    own = StageFolder(settings.output, identify(inputs, "pretrain"))
     summary = own.finished()
     if summary is None:
         raise SettingsError(
@@ -81,28 +82,38 @@ def _parent(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
     return {"uri": summary.results["projector"], "digest": own.digest}
 
 
-def _model_config(settings: RunSettings, inputs: Inputs) -> MeteorConfig:
-    return MeteorConfig(
+def check_projector(inputs: Inputs) -> None:
+    """Check a projector that ``finetune.pretrained`` names: workers would find out as well, but only after they have started.
+
+    Raises:
+        CheckpointError: the projector was trained with other settings.
+    """
+    settings = inputs.settings
+    if settings.finetune.pretrained is None:
+        return
+    config = MeteorConfig(
         text_config=read_llm_config(settings.llm.path),
         vision_config=read_vision_config(settings.vision.path),
         projector={"name": settings.projector.name, **settings.projector.settings},
         select_layer=settings.vision.select_layer,
-        cache_identity=inputs.cache_identity(settings).to_dict(),
+        cache_identity=inputs.cache_identity().to_dict(),
     )
+    read_fitting_projector(config, settings.finetune.pretrained)
 
 
-def find_model(settings: RunSettings, inputs: Inputs) -> tuple[str, str]:
+def find_model(inputs: Inputs) -> tuple[str, str]:
     """Find URI and digest of the model to evaluate: the one that the settings name, or the result of the run's stage 2.
 
     Raises:
         SettingsError: stage 1 or stage 2 has not finished.
     """
+    settings = inputs.settings
     named = settings.evaluate.model
     if named:
-        return named, inputs.model(named)
-    own = StageFolder(settings.output, identify(settings, "finetune", inputs))
+        return named, inputs.model()
+    own = StageFolder(settings.output, identify(inputs, "finetune"))
     summary = own.finished()
     if summary is None:
-        _parent(settings, inputs)  # raises if stage 1 must run first
+        _parent(inputs)  # raises if stage 1 must run first
         raise SettingsError("stage 2 of this run has not finished: run finetune first, or set evaluate.model")
     return summary.results["model"], own.digest

@@ -185,13 +185,16 @@ class DatasetIndex:
     @cached_property
     def _ambiguous(self) -> pa.ChunkedArray:
         """Names that several rows with different contents share."""
-        contents = self.table.select(_CONTENT)
-        first = contents.take(pc.index_in(self.table["name"], value_set=self.table["name"]))
+        firsts = pc.index_in(self.table["name"], value_set=self.table["name"]).to_numpy()
+        repeats = np.flatnonzero(firsts != np.arange(len(firsts)))
+        contents, first_contents = (
+            self.table.select(_CONTENT).take(pa.array(rows)) for rows in (repeats, firsts[repeats])
+        )
         differs = [
             pc.not_equal(column, first_column)
-            for column, first_column in zip(contents.columns, first.columns, strict=True)
+            for column, first_column in zip(contents.columns, first_contents.columns, strict=True)
         ]
-        return self.table["name"].filter(reduce(pc.or_, differs))
+        return self.table["name"].take(pa.array(repeats)).filter(reduce(pc.or_, differs))
 
     @cached_property
     def _rows(self) -> RowReader:

@@ -110,8 +110,8 @@ class FeatureCache:
 
     def missing(self, image_keys: pa.StringArray) -> pa.StringArray:
         """Return the keys that are not in this version, each once."""
-        wanted = pc.unique(image_keys)
-        return wanted.filter(pc.invert(pc.is_in(wanted, value_set=self._index.column("image_key"))))
+        is_held = pc.is_in(image_keys, value_set=self._index.column("image_key"))
+        return pc.unique(image_keys.filter(pc.invert(is_held)))
 
     def __len__(self) -> int:
         return self.manifest.num_images

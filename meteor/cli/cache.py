@@ -185,7 +185,7 @@ def _transcode(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     settings = read_run(arguments)
-    cost = estimate_cache(settings, Inputs())
+    cost = estimate_cache(Inputs(settings))
     options = {"rate": arguments.rate, "usd_per_gb": arguments.usd_per_gb, "num_runs": arguments.num_runs}
     _print(arguments, cost.to_dict(**options), f"cache of run {settings.name}\n{cost.to_text(**options)}")
     return 0

@@ -24,6 +24,6 @@ def add_commands(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     on_progress = None if arguments.json else show_progress("images")
-    report = check_run(read_run(arguments), Inputs(), full=arguments.full, on_progress=on_progress)
+    report = check_run(Inputs(read_run(arguments)), full=arguments.full, on_progress=on_progress)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report.to_text())
     return OK if report.ok else DIFFERS

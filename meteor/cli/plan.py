@@ -59,9 +59,9 @@ def _share(text: str) -> float:
 
 def _plan(arguments: argparse.Namespace) -> int:
     settings = read_run(arguments)
-    inputs, runs = Inputs(), [settings]
+    inputs, runs = Inputs(settings), [settings]
     if settings.study is not None:
-        variants = pinned_variants(settings, study_variants(settings), inputs)
+        variants = pinned_variants(inputs, study_variants(settings))
         runs = [variant.settings for variant in variants]
     options = RateOptions(
         gpu=arguments.gpu,
@@ -70,7 +70,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         questions_per_s=arguments.questions_per_s,
         measured=arguments.measured,
     )
-    plan = plan_study(settings, runs, inputs, options)
+    plan = plan_study(inputs, runs, options)
     prices = {"usd_per_gb": arguments.usd_per_gb, "usd_per_gpu_hour": arguments.usd_per_gpu_hour}
     print(json.dumps(plan.to_dict(**prices), indent=2) if arguments.json else plan.to_text(**prices))
     return OK

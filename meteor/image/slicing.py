@@ -131,6 +131,8 @@ def _patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def _size_argument(name: str, value: int) -> int:
+    if type(value) is int and value >= 1:
+        return value
     # operator.index() makes a Python integer: NumPy's 32-bit integers would overflow in width * height.
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} is {value!r}; an image's {name} is a whole number of pixels, at least 1")
@@ -138,6 +140,8 @@ def _size_argument(name: str, value: int) -> int:
 
 
 def _setting(name: str, value: int, *, minimum: int) -> int:
+    if type(value) is int and value >= minimum:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < minimum:
         raise SettingsError(f"{name} is {value!r}; slicing needs a whole number of at least {minimum} there")
     return operator.index(value)

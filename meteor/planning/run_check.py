@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from meteor.assembly import Inputs, SampleFile, pixel_settings, sample_files
 from meteor.assembly.places import samples_uri
 from meteor.assembly.sample_sets import as_samples
-from meteor.config import RunSettings
 from meteor.data.collate import ImageLayout, num_image_tokens
 from meteor.data.sample_sets import SampleSet
 from meteor.data.token_table import tokenise_set
@@ -20,7 +19,6 @@ from meteor.text.tokens import tokenise
 
 
 def check_run(
-    settings: RunSettings,
     inputs: Inputs,
     *,
     full: bool = False,
@@ -29,37 +27,38 @@ def check_run(
     """Check all sample sets that a run names.
 
     Args:
-        settings: settings of the run.
-        inputs: the command's inputs.
+        inputs: settings of the run, and what they name.
         full: whether to decode every image; otherwise only headers are read.
         on_progress: called with (images done, images in all).
 
     Raises:
         SettingsError: the run names no samples.
     """
-    files = [file for file in sample_files(settings) if _is_readable(settings, file, inputs)]
+    settings = inputs.settings
+    files = [file for file in sample_files(settings) if _is_readable(inputs, file)]
     return check_data(
-        {file.name: _checked(settings, file, inputs) for file in files},
-        roots=inputs.image_roots(settings),
+        {file.name: _checked(inputs, file) for file in files},
+        roots=inputs.image_roots(),
         pixels=pixel_settings(settings),
         full=full,
         on_progress=on_progress,
     )
 
 
-def _is_readable(settings: RunSettings, file: SampleFile, inputs: Inputs) -> bool:
+def _is_readable(inputs: Inputs, file: SampleFile) -> bool:
     """Return whether the images can be read: cache_features writes out those inside a benchmark's own files."""
-    return file.stage is not None or is_written(inputs.question_set(settings, file.name))
+    return file.stage is not None or is_written(inputs.question_set(file.name))
 
 
-def _checked(settings: RunSettings, file: SampleFile, inputs: Inputs) -> CheckedSet:
+def _checked(inputs: Inputs, file: SampleFile) -> CheckedSet:
+    settings = inputs.settings
     # The finished model answers questions with the limits of stage 2.
     options = settings.training(file.stage or "finetune")
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
     if file.stage is None:
-        samples, count_text = _question_text(settings, file.name, inputs)
+        samples, count_text = _question_text(inputs, file.name)
     else:
-        samples, count_text = _training_text(settings, file, inputs)
+        samples, count_text = _training_text(inputs, file)
 
     def count_tokens(position: int, plans: Sequence[SlicePlan]) -> int:
         layouts = [ImageLayout(plan.grid, plan.patch_grids) for plan in plans]
@@ -70,13 +69,14 @@ def _checked(settings: RunSettings, file: SampleFile, inputs: Inputs) -> Checked
     return CheckedSet(samples, options.max_length, count_tokens)
 
 
-def _training_text(settings: RunSettings, file: SampleFile, inputs: Inputs) -> tuple[SampleSet, Callable[[int], int]]:
+def _training_text(inputs: Inputs, file: SampleFile) -> tuple[SampleSet, Callable[[int], int]]:
     """Return a training file's samples, and position -> number of text tokens, from the tokens that training uses."""
+    settings = inputs.settings
     assert file.stage is not None
-    samples = inputs.sample_set(settings, file.name, file.uri)
+    samples = inputs.sample_set(file.name, file.uri)
     lengths = tokenise_set(
         samples,
-        inputs.tokenizer(settings.llm.path),
+        inputs.tokenizer(),
         settings.training(file.stage).template,
         folder=samples_uri(settings),
         on_progress=ProgressLog(f"{file.name}: tokenising: samples"),
@@ -90,10 +90,10 @@ def _training_text(settings: RunSettings, file: SampleFile, inputs: Inputs) -> t
     return samples, count
 
 
-def _question_text(settings: RunSettings, name: str, inputs: Inputs) -> tuple[SampleSet, Callable[[int], int]]:
+def _question_text(inputs: Inputs, name: str) -> tuple[SampleSet, Callable[[int], int]]:
     """Return a question set's samples, and position -> number of text tokens in the prompt."""
-    tokenizer, template = inputs.tokenizer(settings.llm.path), settings.evaluate.template
-    questions = inputs.question_set(settings, name)
+    tokenizer, template = inputs.tokenizer(), inputs.settings.evaluate.template
+    questions = inputs.question_set(name)
 
     def count(position: int) -> int:
         sample = questions.questions[position].sample

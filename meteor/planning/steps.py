@@ -3,8 +3,8 @@
 from meteor.assembly import Inputs
 from meteor.assembly.recipe import make_recipe
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
-from meteor.assembly.training_stage import PreparedStage, prepare
-from meteor.config import RunSettings, StageSettings
+from meteor.assembly.training_stage import PreparedStage, check_projector, prepare
+from meteor.config import StageSettings
 from meteor.data.order import epoch_length
 from meteor.data.table import SampleTable
 from meteor.errors import SettingsError
@@ -14,15 +14,17 @@ from meteor.stages import TrainingStage
 from meteor.train.plan import StepPlan, first_steps
 
 
-def plan_text(settings: RunSettings, inputs: Inputs | None = None, *, stage: TrainingStage) -> str:
+def plan_text(inputs: Inputs, *, stage: TrainingStage) -> str:
     """Describe a training stage: its samples, steps, workers and memory.
 
     Raises:
         SettingsError: the stage will not fit its GPUs; the message contains the text.
+        CheckpointError: ``finetune.pretrained`` was trained with other settings.
     """
-    inputs = inputs or Inputs()
-    prepared = prepare(settings, stage, inputs)
-    plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared, inputs)
+    settings, prepared = inputs.settings, prepare(inputs, stage)
+    if stage == "finetune":
+        check_projector(inputs)
+    plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
     options, table = settings.training(stage), plan.table
     totals, state = table.totals(), "finished" if prepared.folder.finished() else "to run or resume"
     rows = {

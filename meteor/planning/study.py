@@ -24,23 +24,20 @@ from meteor.vision.checkpoint import read_vision_config
 _CHECKPOINT_BYTES = 12
 
 
-def plan_study(
-    settings: RunSettings, runs: Sequence[RunSettings], inputs: Inputs, options: RateOptions | None = None
-) -> StudyPlan:
+def plan_study(inputs: Inputs, runs: Sequence[RunSettings], options: RateOptions | None = None) -> StudyPlan:
     """Plan all stages of all runs. Shared stages count once, finished stages cost nothing.
 
     Args:
-        settings: the run that describes the study, or the only run.
+        inputs: settings of the run that describes the study, or of the only run.
         runs: settings of the runs.
-        inputs: the command's inputs.
         options: the user's knowledge of rates.
 
     Raises:
         SettingsError: a run names no samples, or a model that does not exist.
     """
-    tasks = make_tasks(runs, inputs)
+    settings, tasks = inputs.settings, make_tasks([inputs.of(run) for run in runs])
     finished = {key for key, task in tasks.items() if task.folder.finished() is not None}
-    costs = {key: estimate_cache(task.settings, inputs) for key, task in tasks.items()}
+    costs = {key: estimate_cache(inputs.of(task.settings)) for key, task in tasks.items()}
     caches = {key: cost for key, cost in costs.items() if tasks[key].stage == "cache_features"}
     rates = Rates(settings, options or RateOptions())
     encoding = rates.encoding(list(caches.values()))
@@ -79,7 +76,7 @@ def _work(
         once = _encoded_once(costs[key] for key in mine)
         amount, unit, rate = sum(cost.num_sub_images * _missing_share(cost) for cost in once), "sub-images", encoding
     elif stage == "evaluate":
-        sets = [inputs.question_sets(task.settings) for task in left.values()]
+        sets = [inputs.of(task.settings).question_sets() for task in left.values()]
         amount = sum(len(questions.questions) for question_sets in sets for questions in question_sets)
         unit, rate = "questions", rates.answering()
     else:

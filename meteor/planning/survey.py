@@ -15,14 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from meteor.assembly import Inputs, SampleFile, index_uri, pixel_settings, sample_files
 from meteor.assembly.sample_sets import as_samples, distinct_images
 from meteor.cache import CODEC_NAMES, DatasetIndex
 from meteor.cache.codec import INT8_CODEC, get_codec
 from meteor.cache.index import INDEX_SCHEMA
-from meteor.config import RunSettings
 from meteor.config.settings import VisionSettings
 from meteor.data.inspect_image import inspect_image
 from meteor.data.sample_sets import SampleSet
@@ -98,23 +97,23 @@ class Survey:
     distinct: Mapping[SlicePlan, int]
 
 
-def estimate_cache(settings: RunSettings, inputs: Inputs) -> CacheCost:
+def estimate_cache(inputs: Inputs) -> CacheCost:
     """Estimate size and cost of the cache that `cache_features` of this run fills.
 
     Raises:
         SettingsError: the run names no samples, or there is no encoder at ``vision.path``.
     """
-    survey = survey_run(settings, inputs)
+    settings, survey = inputs.settings, survey_run(inputs)
     grids = _count_grids(survey.distinct)
     shape = _encoder_shape(settings.vision)
-    stages, note = _stages(settings, survey, shape, inputs)
-    num_layers, uri = len(settings.vision.attention_layers), inputs.cache_uri(settings)
+    stages, note = _stages(inputs, survey, shape)
+    num_layers, uri = len(settings.vision.attention_layers), inputs.cache_uri()
     return CacheCost(
         num_images=survey.num_images,
         num_distinct=len(survey.keys),
         num_unindexed=survey.num_unindexed,
         num_unusable=survey.num_unusable,
-        num_cached=_count_cached(settings, survey, inputs),
+        num_cached=_count_cached(inputs, survey),
         num_sub_images=sum(grids.values()),
         num_patches=sum(count * rows * columns for (rows, columns), count in grids.items()),
         encoder_flops=sum(count * shape.flops(rows * columns) for (rows, columns), count in grids.items()),
@@ -132,23 +131,23 @@ def estimate_cache(settings: RunSettings, inputs: Inputs) -> CacheCost:
     )
 
 
-def survey_run(settings: RunSettings, inputs: Inputs) -> Survey:
+def survey_run(inputs: Inputs) -> Survey:
     """Survey a run; runs that read the same files in the same way share one survey."""
     try:
-        index = inputs.index(settings)
+        index = inputs.index()
     except CacheError:  # cache_features has not run
         index = None
-    version = index.version if index else 0
+    settings, version = inputs.settings, index.version if index else 0
     key = ("survey", settings.data.model_dump_json(), settings.slicing.model_dump_json(), settings.evaluate.long_side)
-    return inputs.once((*key, index_uri(settings), version), lambda: _survey(settings, inputs, index))
+    return inputs.once((*key, index_uri(settings), version), lambda: _survey(inputs, index))
 
 
-def _survey(settings: RunSettings, inputs: Inputs, index: DatasetIndex | None) -> Survey:
-    sets = [(file, _read(settings, file, inputs)) for file in sample_files(settings)]
+def _survey(inputs: Inputs, index: DatasetIndex | None) -> Survey:
+    sets = [(file, _read(inputs, file)) for file in sample_files(inputs.settings)]
     names = pc.unique(distinct_images(samples for _, samples in sets))
     indexed = index.rows_named(names) if index else INDEX_SCHEMA.empty_table()
     unindexed = names.filter(pc.invert(pc.is_in(names, value_set=indexed["name"])))
-    images = _find_images(settings, inputs, indexed, sorted(unindexed.to_pylist()))
+    images = _find_images(inputs, indexed, sorted(unindexed.to_pylist()))
     # An image may have several names; the first stands for it.
     keys = pc.unique(images.keys)
     first = pc.index_in(keys, value_set=images.keys).to_numpy()
@@ -162,15 +161,15 @@ def _survey(settings: RunSettings, inputs: Inputs, index: DatasetIndex | None) -
     )
 
 
-def _read(settings: RunSettings, file: SampleFile, inputs: Inputs) -> SampleSet:
+def _read(inputs: Inputs, file: SampleFile) -> SampleSet:
     if file.stage is not None:
-        return inputs.sample_set(settings, file.name, file.uri)
-    return as_samples(inputs.question_set(settings, file.name))
+        return inputs.sample_set(file.name, file.uri)
+    return as_samples(inputs.question_set(file.name))
 
 
-def _find_images(settings: RunSettings, inputs: Inputs, indexed: pa.Table, unindexed: Sequence[str]) -> _Images:
+def _find_images(inputs: Inputs, indexed: pa.Table, unindexed: Sequence[str]) -> _Images:
     """Find the images that can be used, by their rows in the index or by their files' headers."""
-    pixels = pixel_settings(settings)
+    pixels = pixel_settings(inputs.settings)
     good = indexed.filter(pc.equal(indexed["status"], "ok"))
     sizes, size_of = np.unique(
         good["width"].to_numpy().astype(np.int64) << 32 | good["height"].to_numpy(), return_inverse=True
@@ -185,7 +184,7 @@ def _find_images(settings: RunSettings, inputs: Inputs, indexed: pa.Table, unind
         by_size[position] = plans.setdefault(plan, len(plans))
     plan_of = by_size[size_of]
     is_usable = pa.array(plan_of >= 0)
-    headers = _from_headers(unindexed, inputs.image_roots(settings), pixels) if unindexed else {}
+    headers = _from_headers(unindexed, inputs.image_roots(), pixels) if unindexed else {}
     from_headers = [plans.setdefault(plan, len(plans)) for plan in headers.values()]
     names = [column.filter(is_usable) for column in (good["name"].combine_chunks(), good["image_key"].combine_chunks())]
     header_names = pa.array(headers, pa.string())
@@ -213,10 +212,10 @@ def _from_headers(names: Sequence[str], roots: Mapping[str, str], pixels: PixelS
         return {image.name: image.plan for image in inspected if image.plan is not None}
 
 
-def _count_cached(settings: RunSettings, survey: Survey, inputs: Inputs) -> int:
+def _count_cached(inputs: Inputs, survey: Survey) -> int:
     """Count the distinct images that the run's cache holds already."""
     try:
-        cache = inputs.cache(settings)
+        cache = inputs.cache()
     except CacheError:  # there is none yet
         return 0
     return len(survey.keys) - len(cache.missing(survey.keys))
@@ -245,11 +244,12 @@ def _payload_bytes(codec: str, num_patches: int, width: int, num_layers: int) ->
     return num_patches * width * value_bytes + 4 * (num_patches * num_layers + width)
 
 
-def _stages(settings: RunSettings, survey: Survey, shape: EncoderShape, inputs: Inputs) -> tuple[list[StageCost], str]:
+def _stages(inputs: Inputs, survey: Survey, shape: EncoderShape) -> tuple[list[StageCost], str]:
     """Return one cost per training file; or no cost, and the reason, if the language model cannot be read here."""
+    settings = inputs.settings
     try:
         num_parameters = count_llm_parameters(settings.llm.path)
-        tokenizer = inputs.tokenizer(settings.llm.path)
+        inputs.tokenizer()
     except (OSError, ValueError, SettingsError) as error:
         reason = f"llm.path={settings.llm.path!r} cannot be read here ({error})"
         return [], f"training costs are missing: {reason}".split("\n")[0]
@@ -275,22 +275,22 @@ def _stages(settings: RunSettings, survey: Survey, shape: EncoderShape, inputs: 
                 flops_per_parameter=FLOPS_PER_PARAMETER[file.stage],
                 num_llm_parameters=num_parameters,
                 num_visual_tokens=visual,
-                num_text_tokens=len(surveyed.usable) * _mean_text(tokenizer, options.template, surveyed.usable, inputs),
+                num_text_tokens=len(surveyed.usable) * _mean_text(inputs, options.template, surveyed.usable),
             )
         )
     return stages, ""
 
 
-def _mean_text(tokenizer: PreTrainedTokenizerBase, template: str, samples: SampleSet, inputs: Inputs) -> float:
+def _mean_text(inputs: Inputs, template: str, samples: SampleSet) -> float:
     """Return the mean number of text tokens per sample, measured on an even spread of the samples."""
 
     def measure() -> float:
         some = samples.select(range(0, len(samples), max(1, len(samples) // _NUM_TOKENISED)))
-        lengths = tokenise_set(some, tokenizer, template).lengths
+        lengths = tokenise_set(some, inputs.tokenizer(), template).lengths
         good = np.delete(lengths.num_text_tokens, list(lengths.problems))
         return float(good.mean()) if len(good) else 0.0
 
-    return inputs.once(("mean text", tokenizer.name_or_path, template, samples.digest, samples.selection), measure)
+    return inputs.once(("mean text", inputs.settings.llm.path, template, samples.digest, samples.selection), measure)
 
 
 @functools.lru_cache(maxsize=32)

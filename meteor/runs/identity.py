@@ -25,39 +25,39 @@ class Versions:
 
 
 class Facts(Protocol):
-    """Content behind the names in a run's settings.
+    """Settings of a run, and the content behind the names in them.
 
     `meteor.assembly.Inputs` reads the files. `NamesAlone` lets each name stand for its content, for machines that cannot read
     the files, such as the one that submits a job.
     """
 
-    def all_samples(self, settings: RunSettings) -> Any:
+    settings: RunSettings
+
+    def all_samples(self) -> Any:
         """Return digests of all sample sets of the run, question sets included."""
 
-    def training_samples(self, settings: RunSettings, stage: TrainingStage) -> Any:
+    def training_samples(self, stage: TrainingStage) -> Any:
         """Return a digest of the samples that a stage trains on, with their weights."""
 
-    def questions(self, settings: RunSettings) -> Mapping[str, Any]:
+    def questions(self) -> Mapping[str, Any]:
         """Return question set -> digest of its questions and of how they are scored."""
 
-    def cache_key(self, settings: RunSettings) -> Any:
+    def cache_key(self) -> Any:
         """Return the key of the feature cache."""
 
-    def llm(self, path: str) -> Any:
-        """Return a fingerprint of a language model."""
+    def llm(self) -> Any:
+        """Return a fingerprint of the language model."""
 
-    def projector(self, uri: str) -> Any:
-        """Return the digest of a stage-1 projector file."""
+    def projector(self) -> Any:
+        """Return the digest of the stage-1 projector that the settings name."""
 
-    def model(self, uri: str) -> Any:
-        """Return a digest of a finished model directory."""
+    def model(self) -> Any:
+        """Return a digest of the finished model that the settings name."""
 
-    def choose_versions(
-        self, settings: RunSettings, stage: TrainingStage, content: Mapping[str, Any]
-    ) -> Versions | None:
+    def choose_versions(self, stage: TrainingStage, content: Mapping[str, Any]) -> Versions | None:
         """Choose versions of index and cache for a stage with this content; None before cache_features has run."""
 
-    def question_images(self, settings: RunSettings) -> Mapping[str, Any] | None:
+    def question_images(self) -> Mapping[str, Any] | None:
         """Return question set -> digest of its images; None before cache_features has run."""
 
 
@@ -102,68 +102,68 @@ def stages_of(settings: RunSettings) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def identify(settings: RunSettings, stage: Stage, facts: Facts) -> StageIdentity:
+def identify(facts: Facts, stage: Stage) -> StageIdentity:
     """Return the identity of one stage of a run.
 
     Args:
-        settings: settings of the run.
+        facts: settings of the run, and the content behind the names in them.
         stage: name of the stage.
-        facts: content behind the names in the settings.
 
     Raises:
         SettingsError: the run lacks settings that the stage needs, for example its samples.
     """
     if stage == "cache_features":
-        return StageIdentity(stage, {"samples": facts.all_samples(settings), **_features(settings, facts)})
+        return StageIdentity(stage, {"samples": facts.all_samples(), **_features(facts)})
     if stage == "evaluate":
-        return _identify_evaluation(settings, facts)
-    return _identify_training(settings, stage, facts)
+        return _identify_evaluation(facts)
+    return _identify_training(facts, stage)
 
 
-def identify_all(settings: RunSettings, facts: Facts) -> dict[Stage, StageIdentity]:
+def identify_all(facts: Facts) -> dict[Stage, StageIdentity]:
     """Return the identities of all stages that a run goes through, in order."""
-    return {stage: identify(settings, stage, facts) for stage in stages_of(settings)}
+    return {stage: identify(facts, stage) for stage in stages_of(facts.settings)}
 
 
-def _identify_training(settings: RunSettings, stage: TrainingStage, facts: Facts) -> StageIdentity:
+def _identify_training(facts: Facts, stage: TrainingStage) -> StageIdentity:
+    settings = facts.settings
     content = {
-        "samples": facts.training_samples(settings, stage),
-        **_features(settings, facts),
+        "samples": facts.training_samples(stage),
+        **_features(facts),
         "data": mathematical_settings(settings.data),
         "projector": mathematical_settings(settings.projector),
-        "llm": {**mathematical_settings(settings.llm), "fingerprint": facts.llm(settings.llm.path)},
+        "llm": {**mathematical_settings(settings.llm), "fingerprint": facts.llm()},
         "settings": mathematical_settings(settings.training(stage)),
-        "parent": _parent(settings, facts) if stage == "finetune" else None,
+        "parent": _parent(facts) if stage == "finetune" else None,
     }
-    versions = facts.choose_versions(settings, stage, content)
+    versions = facts.choose_versions(stage, content)
     return StageIdentity(stage, {**content, "images": versions and versions.index_digest}, versions)
 
 
-def _parent(settings: RunSettings, facts: Facts) -> Any:
+def _parent(facts: Facts) -> Any:
     """Return the digest of the projector that stage 2 starts from; None if the run trains no projector first."""
-    if settings.finetune.pretrained:
-        return facts.projector(settings.finetune.pretrained)
-    if settings.data.sources("pretrain"):
-        return identify(settings, "pretrain", facts).digest
+    if facts.settings.finetune.pretrained:
+        return facts.projector()
+    if facts.settings.data.sources("pretrain"):
+        return identify(facts, "pretrain").digest
     return None
 
 
-def _identify_evaluation(settings: RunSettings, facts: Facts) -> StageIdentity:
-    named = settings.evaluate.model
+def _identify_evaluation(facts: Facts) -> StageIdentity:
+    settings = facts.settings
     content = {
-        "model": facts.model(named) if named else identify(settings, "finetune", facts).digest,
+        "model": facts.model() if settings.evaluate.model else identify(facts, "finetune").digest,
         "evaluate": mathematical_settings(settings.evaluate),
         "dtype": settings.llm.dtype,
         "data": mathematical_settings(settings.data),
-        **_features(settings, facts),
-        "questions": facts.questions(settings),
-        "images": facts.question_images(settings),
+        **_features(facts),
+        "questions": facts.questions(),
+        "images": facts.question_images(),
     }
     return StageIdentity("evaluate", content)
 
 
-def _features(settings: RunSettings, facts: Facts) -> dict[str, Any]:
-    return {"cache": facts.cache_key(settings), "codec": settings.cache.codec}
+def _features(facts: Facts) -> dict[str, Any]:
+    return {"cache": facts.cache_key(), "codec": facts.settings.cache.codec}
 
 
 class NamesAlone:
@@ -173,33 +173,34 @@ class NamesAlone:
     has another name.
     """
 
-    def all_samples(self, settings: RunSettings) -> Any:
-        data = settings.data
-        return [data.pretrain, data.finetune, data.held_out, self.questions(settings)]
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
 
-    def training_samples(self, settings: RunSettings, stage: TrainingStage) -> Any:
-        return settings.data.sources(stage)
+    def all_samples(self) -> Any:
+        data = self.settings.data
+        return [data.pretrain, data.finetune, data.held_out, self.questions()]
 
-    def questions(self, settings: RunSettings) -> Mapping[str, Any]:
-        return {name: questions.model_dump(mode="json") for name, questions in settings.data.evaluate.items()}
+    def training_samples(self, stage: TrainingStage) -> Any:
+        return self.settings.data.sources(stage)
 
-    def cache_key(self, settings: RunSettings) -> Any:
-        vision = {**mathematical_settings(settings.vision), "path": settings.vision.path}
-        return [vision, mathematical_settings(settings.slicing)]
+    def questions(self) -> Mapping[str, Any]:
+        return {name: questions.model_dump(mode="json") for name, questions in self.settings.data.evaluate.items()}
 
-    def llm(self, path: str) -> Any:
-        return path
+    def cache_key(self) -> Any:
+        vision = self.settings.vision
+        return [{**mathematical_settings(vision), "path": vision.path}, mathematical_settings(self.settings.slicing)]
 
-    def projector(self, uri: str) -> Any:
-        return uri
+    def llm(self) -> Any:
+        return self.settings.llm.path
 
-    def model(self, uri: str) -> Any:
-        return uri
+    def projector(self) -> Any:
+        return self.settings.finetune.pretrained
 
-    def choose_versions(
-        self, settings: RunSettings, stage: TrainingStage, content: Mapping[str, Any]
-    ) -> Versions | None:
+    def model(self) -> Any:
+        return self.settings.evaluate.model
+
+    def choose_versions(self, stage: TrainingStage, content: Mapping[str, Any]) -> Versions | None:
         return None
 
-    def question_images(self, settings: RunSettings) -> Mapping[str, Any] | None:
+    def question_images(self) -> Mapping[str, Any] | None:
         return None

@@ -45,14 +45,9 @@ class Task:
         return f"{self.stage} of {self.used_by[0]} and {len(self.used_by) - 1} more"
 
 
-def make_tasks(runs: Sequence[RunSettings], facts: Facts) -> dict[str, Task]:
-    """Return key -> task in the order of the runs; the stages of a run follow each other.
-
-    Args:
-        runs: settings of the runs, with different names.
-        facts: content behind the names in the settings.
-    """
-    chains = {run.name: list(identify_all(run, facts).values()) for run in runs}
+def make_tasks(runs: Sequence[Facts]) -> dict[str, Task]:
+    """Return key -> task in the order of the runs, which have different names; the stages of a run follow each other."""
+    chains = {run.settings.name: list(identify_all(run).values()) for run in runs}
     users: dict[str, list[str]] = {}
     for name, chain in chains.items():
         for identity in chain:
@@ -60,9 +55,9 @@ def make_tasks(runs: Sequence[RunSettings], facts: Facts) -> dict[str, Task]:
     tasks: dict[str, Task] = {}
     for run in runs:
         needs: tuple[str, ...] = ()
-        for identity in chains[run.name]:
+        for identity in chains[run.settings.name]:
             used_by = tuple(users[identity.digest])
-            tasks.setdefault(identity.digest, Task(identity, _shared(run, identity, used_by), used_by, needs))
+            tasks.setdefault(identity.digest, Task(identity, _shared(run.settings, identity, used_by), used_by, needs))
             needs = (identity.digest,)
     return tasks
 

@@ -14,7 +14,7 @@ from meteor import storage
 from meteor.assembly import Inputs
 from meteor.assembly.features import uris_by_key
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
-from meteor.assembly.training_stage import PreparedStage, prepare
+from meteor.assembly.training_stage import PreparedStage, check_projector, prepare
 from meteor.checkpoint.format import Checkpoint, best_checkpoint
 from meteor.config import RunSettings, mathematical_settings
 from meteor.data.table_plan import TablePlan
@@ -28,7 +28,7 @@ from meteor.runs.mlflow_log import StageLog
 from meteor.runs.pins import hold_pin
 from meteor.runs.reading import read_stage
 from meteor.stages import TrainingStage
-from meteor.text.tokens import load_tokenizer, visual_separators
+from meteor.text.tokens import visual_separators
 from pipelines.command import timed
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 from pipelines.ray_parts.resources import wait_for_nodes
@@ -39,28 +39,30 @@ from pipelines.ray_parts.worker import WorkerTask, train_worker
 _LOG = logging.getLogger(__name__)
 
 
-def run_stage(settings: RunSettings, inputs: Inputs | None = None, *, stage: TrainingStage) -> Summary:
+def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
     """Train a stage, or resume it, or return the summary if it has finished.
 
     Raises:
         SettingsError: the stage will not fit into the memory of the GPUs.
+        CheckpointError: ``finetune.pretrained`` was trained with other settings.
         TrainingError: the workers failed more often than ``runtime.max_failures``.
     """
     with timed() as seconds:
-        inputs = inputs or Inputs()
-        prepared = prepare(settings, stage, inputs)
+        settings, prepared = inputs.settings, prepare(inputs, stage)
         folder = prepared.folder
         finished = folder.finished()
         if finished:
             return reuse(settings, folder, finished)
+        if stage == "finetune":
+            check_projector(inputs)
         cache = hold_pin(settings, prepared.identity, prepared.cache.uri)
-        plan, held_out = plan_samples(settings, stage, prepared), plan_held_out(settings, stage, prepared, inputs)
+        plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
         check_memory(settings, stage, plan.table)
         plan.table.write(storage.join(folder.uri, "samples.parquet"))
         if held_out is not None:
             held_out.table.write(storage.join(folder.uri, "held_out.parquet"))
         storage.write_json(storage.join(folder.uri, "excluded.json"), [vars(sample) for sample in plan.excluded])
-        task = _task(settings, stage, prepared, has_held_out=held_out is not None)
+        task = _task(inputs, prepared, has_held_out=held_out is not None)
         folder.start(
             settings,
             pin=vars(prepared.versions),
@@ -86,8 +88,8 @@ def _shared_params(settings: RunSettings) -> dict[str, Any]:
     return {name: mathematical_settings(getattr(settings, name)) for name in names}
 
 
-def _task(settings: RunSettings, stage: TrainingStage, prepared: PreparedStage, *, has_held_out: bool) -> WorkerTask:
-    tokenizer = load_tokenizer(settings.llm.path)
+def _task(inputs: Inputs, prepared: PreparedStage, *, has_held_out: bool) -> WorkerTask:
+    settings, stage, tokenizer = inputs.settings, prepared.stage, inputs.tokenizer()
     live = settings.training(stage).features == "live"
     return WorkerTask(
         settings=settings,

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from meteor.assembly import Inputs
 from meteor.cache.manifest import latest_manifest
 from meteor.cache.upkeep import transcode
-from meteor.config import RunSettings
 from meteor.runs.tasks import Task
 from pipelines import cache_features
 
@@ -15,15 +14,16 @@ _LOG = logging.getLogger(__name__)
 _LOSSLESS = ("float32", "bfloat16", "float16")
 
 
-def fill_caches(tasks: Iterable[Task], inputs: Inputs) -> None:
+def fill_caches(inputs: Inputs, tasks: Iterable[Task]) -> None:
     """Run every cache_features task; convert features that a cache in another codec holds, instead of encoding again."""
     caches = [task for task in tasks if task.stage == "cache_features"]
     for task in sorted(caches, key=lambda task: task.settings.cache.codec not in _LOSSLESS):
-        source = other_codec(task.settings, inputs)
+        run = inputs.of(task.settings)
+        source = other_codec(run)
         if source is not None:
             _convert(source, task.settings.cache.codec)
             inputs.refresh()
-        summary = cache_features.run(task.settings, inputs)
+        summary = cache_features.run(run)
         _LOG.info(
             "cache for %d runs: %s of %s images encoded now, %s",
             len(task.used_by),
@@ -33,12 +33,13 @@ def fill_caches(tasks: Iterable[Task], inputs: Inputs) -> None:
         )
 
 
-def other_codec(settings: RunSettings, inputs: Inputs) -> str | None:
+def other_codec(inputs: Inputs) -> str | None:
     """Return the URI of a cache of these features in another, lossless codec; None if there is none."""
+    settings = inputs.settings
     for codec in _LOSSLESS:
         if codec != settings.cache.codec:
             cache = settings.cache.model_copy(update={"codec": codec})
-            uri = inputs.cache_uri(settings.model_copy(update={"cache": cache}))
+            uri = inputs.of(settings.model_copy(update={"cache": cache})).cache_uri()
             if latest_manifest(uri):
                 return uri
     return None

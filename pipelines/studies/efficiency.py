@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 _METHOD = 3
 
 
-def measure_variants(settings: RunSettings, variants: Sequence[Variant], inputs: Inputs) -> dict[str, dict[str, Any]]:
+def measure_variants(inputs: Inputs, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
     """Measure the first seed of each variant, if it has a finished model.
 
     A measurement with the same hardware, model and questions is not repeated.
@@ -35,21 +35,21 @@ def measure_variants(settings: RunSettings, variants: Sequence[Variant], inputs:
     Returns:
         Variant -> fields of `meteor.evaluation.efficiency.Efficiency`.
     """
-    study = settings.study
+    settings, study = inputs.settings, inputs.settings.study
     if study is None or not study.measure_questions or not settings.data.evaluate:
         return {}
     first = {variant.name: variant for variant in reversed(variants)}
     hardware = _describe_hardware(variants[0].settings)
     measured = {}
     for name in dict.fromkeys(variant.name for variant in variants):
-        run = first[name].settings
+        run = inputs.of(first[name].settings)
         try:
-            model_uri, digest = find_model(run, inputs)
+            model_uri, digest = find_model(run)
         except SettingsError:
             continue
         uri, questions = (
             study_uri(settings, "efficiency", f"{name}.json"),
-            _spread(run, study.measure_questions, inputs),
+            _spread(run, study.measure_questions),
         )
         measured_on = {
             "model": settings_digest([_METHOD, digest]),
@@ -58,7 +58,7 @@ def measure_variants(settings: RunSettings, variants: Sequence[Variant], inputs:
         }
         content = _read(uri)
         if content is None or {key: content.get(key) for key in measured_on} != measured_on:
-            content = {**measured_on, "measured": _measure(run, model_uri, questions, inputs.cache(run))}
+            content = {**measured_on, "measured": _measure(run.settings, model_uri, questions, run.cache())}
             storage.write_json(uri, content)
             _LOG.info("[%s] answers: %s", name, _line(content["measured"]))
         measured[name] = content["measured"]
@@ -98,10 +98,10 @@ def _task(run: RunSettings, function: Callable[..., Any]) -> Any:
     )
 
 
-def _spread(run: RunSettings, num_questions: int, inputs: Inputs) -> list[Question]:
+def _spread(inputs: Inputs, num_questions: int) -> list[Question]:
     """Choose questions with images, evenly from all questions that can be answered."""
-    sets = evaluate.load_question_sets(run, inputs)
-    found = evaluate.find_questions(run, sets, inputs.index(run), inputs.cache(run))
+    sets = evaluate.load_question_sets(inputs)
+    found = evaluate.find_questions(inputs.settings, sets, inputs.index(), inputs.cache())
     questions = [each.question for each in found if not each.reason and each.question.image_keys]
     count = min(num_questions, len(questions))
     return [questions[i * len(questions) // count] for i in range(count)]

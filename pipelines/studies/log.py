@@ -32,23 +32,24 @@ def announce(settings: RunSettings, variants: Sequence[Variant]) -> None:
 
 
 def record(
-    settings: RunSettings,
+    inputs: Inputs,
     variants: Sequence[Variant],
     measured: Mapping[str, Mapping[str, Any]],
     incomplete: Collection[str],
-    inputs: Inputs,
 ) -> None:
     """Write each variant's folders and numbers to the study's folder, and send them to MLflow.
 
     Args:
-        settings: settings of the study.
+        inputs: settings of the study, and what they name.
         variants: variants that were run.
         measured: variant -> measurement of `pipelines.studies.efficiency`.
         incomplete: names of runs with a failed stage.
-        inputs: the command's inputs.
     """
-    records = {variant.settings.name: _record(variant, measured.get(variant.name), inputs) for variant in variants}
-    write_records(settings, list(records.values()))
+    records = {
+        variant.settings.name: _record(inputs.of(variant.settings), variant, measured.get(variant.name))
+        for variant in variants
+    }
+    write_records(inputs.settings, list(records.values()))
 
     def send(tracker: Tracker, variant: Variant, run_id: str) -> None:
         run_record = records[variant.settings.name]
@@ -59,11 +60,11 @@ def record(
     _send_each(variants, send)
 
 
-def _record(variant: Variant, measured: Mapping[str, Any] | None, inputs: Inputs) -> RunRecord:
-    run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(variant.settings, inputs))
+def _record(inputs: Inputs, variant: Variant, measured: Mapping[str, Any] | None) -> RunRecord:
+    run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(inputs))
     result = dataclasses.replace(
         read_record(run, measured),
-        encoder_shares={stage.name: stage.encoder_share for stage in estimate_cache(variant.settings, inputs).stages},
+        encoder_shares={stage.name: stage.encoder_share for stage in estimate_cache(inputs).stages},
     )
     return dataclasses.replace(run, numbers=numbers(result), hardware=measured["hardware"] if measured else "")
 

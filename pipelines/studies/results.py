@@ -101,28 +101,29 @@ def _read_records(settings: RunSettings) -> dict[str, RunRecord]:
     return {fields["name"]: RunRecord(**fields) for fields in content}
 
 
-def find_folders(settings: RunSettings, inputs: Inputs) -> dict[str, str]:
+def find_folders(inputs: Inputs) -> dict[str, str]:
     """Return stage -> URI of its folder, for training stages that have started and an evaluation that has finished."""
     folders: dict[str, str] = {}
-    for stage in stages_of(settings)[1:]:
-        folder = find_folder(settings, stage, inputs)
+    for stage in stages_of(inputs.settings)[1:]:
+        folder = find_folder(inputs, stage)
         if folder is not None and (folder.finished() if stage == "evaluate" else folder.started()):
             folders[stage] = folder.uri
     return folders
 
 
-def find_folder(settings: RunSettings, stage: Stage, inputs: Inputs) -> StageFolder | None:
+def find_folder(inputs: Inputs, stage: Stage) -> StageFolder | None:
     """Return a stage's folder; None, with a line in the log, if its identity cannot be found."""
     try:
-        return StageFolder(settings.output, identify(settings, stage, inputs))
+        return StageFolder(inputs.settings.output, identify(inputs, stage))
     except MeteorError as error:
         _LOG.info("the report omits %s: %s", stage, error)
         return None
 
 
-def collect(settings: RunSettings, inputs: Inputs) -> RunResult:
+def collect(inputs: Inputs) -> RunResult:
     """Read the results of a run that belongs to no study."""
-    return read_record(RunRecord(settings.name, settings.name, None, find_folders(settings, inputs)))
+    name = inputs.settings.name
+    return read_record(RunRecord(name, name, None, find_folders(inputs)))
 
 
 def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) -> RunResult:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 
+from meteor.assembly import Inputs
 from meteor.config import RunSettings, resolve_paths
 from meteor.runs.folder import Summary
 from meteor.synthetic.dataset import write_dataset
@@ -89,22 +90,22 @@ class Chain:
 
     @cached_property
     def encoded(self) -> Summary:
-        return cache_features.run(self.settings)
+        return cache_features.run(Inputs(self.settings))
 
     @cached_property
     def pretrained(self) -> Summary:
         assert self.encoded
-        return pretrain.run(self.settings)
+        return pretrain.run(Inputs(self.settings))
 
     @cached_property
     def finetuned(self) -> Summary:
         assert self.pretrained
-        return finetune.run(self.settings)
+        return finetune.run(Inputs(self.settings))
 
     @cached_property
     def evaluated(self) -> Summary:
         assert self.finetuned
-        return evaluate.run(self.settings)
+        return evaluate.run(Inputs(self.settings))
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +125,7 @@ def encode(chain: Chain) -> Callable[..., Summary]:
         if not Path(settings.cache_root).exists():
             ignored = shutil.ignore_patterns(*([] if index else ["index"]))
             shutil.copytree(chain.settings.cache_root, settings.cache_root, ignore=ignored)
-        return cache_features.run(settings)
+        return cache_features.run(Inputs(settings))
 
     return run
 

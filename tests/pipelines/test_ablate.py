@@ -42,11 +42,11 @@ def make_study(make_settings):
 
 
 def plan_tasks(variants):
-    return make_tasks([variant.settings for variant in variants], Inputs())
+    return make_tasks([Inputs(variant.settings) for variant in variants])
 
 
 def plan_text(settings, variants):
-    return plan_study(settings, [variant.settings for variant in variants], Inputs()).to_text()
+    return plan_study(Inputs(settings), [variant.settings for variant in variants]).to_text()
 
 
 def used_by(tasks):
@@ -82,8 +82,8 @@ def test_every_cache_is_named_once_and_the_codec_that_others_are_made_from_comes
     _, variants = make_study(variants={"a": {"cache.codec": "int8"}, "b": {}, "c": {"finetune.lr": 1e-3}})
     filled = []
     done = Summary("cache_features", {"images_encoded": 0, "distinct_images": 0}, 0.0, {"cache": ""})
-    monkeypatch.setattr(caches.cache_features, "run", lambda run, inputs: filled.append(run) or done)
-    caches.fill_caches(plan_tasks(variants).values(), Inputs())
+    monkeypatch.setattr(caches.cache_features, "run", lambda inputs: filled.append(inputs.settings) or done)
+    caches.fill_caches(Inputs(variants[0].settings), plan_tasks(variants).values())
     assert [(run.cache.codec, run.tracking.used_by) for run in filled] == [("float16", ("b", "c")), ("int8", ())]
 
 
@@ -144,11 +144,11 @@ def test_a_study_keeps_its_versions_while_index_and_cache_grow(make_study, encod
         update={"data": run.data.model_copy(update={"pretrain": None, "finetune": str(only), "evaluate": {}})}
     )
     encode(few, index=False)
-    first = hold_pins(settings, [type(variants[0])("a", None, {}, few)], Inputs())
-    cache_features.run(run)  # other images come
-    assert hold_pins(settings, [type(variants[0])("a", None, {}, few)], Inputs()) == first
-    assert first.apply(variants[0], Inputs()).settings.cache.index_version == first.index_version
-    newer = hold_pins(settings, variants, Inputs())  # a variant that needs them
+    first = hold_pins(Inputs(settings), [type(variants[0])("a", None, {}, few)])
+    cache_features.run(Inputs(run))  # other images come
+    assert hold_pins(Inputs(settings), [type(variants[0])("a", None, {}, few)]) == first
+    assert first.apply(variants[0], Inputs(settings)).settings.cache.index_version == first.index_version
+    newer = hold_pins(Inputs(settings), variants)  # a variant that needs them
     assert newer.index_version > first.index_version
     assert isinstance(newer, StudyPins)
 
@@ -174,7 +174,7 @@ def test_a_study_runs_once_is_reported_and_found_again(make_study, caplog, capsy
         tables={"All": {"control": "plain", "paper": 4}},
     )
     caplog.set_level(logging.INFO)
-    first = ablate.run(settings, variants)
+    first = ablate.run(Inputs(settings), variants)
     assert first.counts["stages failed"] == 0
     # Stage 1: plain with quick and sampled, pooled, int8. Stages 2 and 3: each its own.
     assert first.counts["stages"] == 3 + 5 + 5
@@ -183,7 +183,7 @@ def test_a_study_runs_once_is_reported_and_found_again(make_study, caplog, capsy
     assert "without the encoder" in caplog.text
 
     # The same samples, in the same batches.
-    tables = [pq.read_table(f"{finetune.run(one.settings).results['run']}/samples.parquet") for one in variants]
+    tables = [pq.read_table(f"{finetune.run(Inputs(one.settings)).results['run']}/samples.parquet") for one in variants]
     assert all(table["sample_id"].equals(tables[0]["sample_id"]) for table in tables)
 
     page = Path(first.results["html"]).read_text()
@@ -203,7 +203,7 @@ def test_a_study_runs_once_is_reported_and_found_again(make_study, caplog, capsy
     assert records[0].numbers["answers/tokens_per_s"] > 0
 
     caplog.clear()
-    again = ablate.run(settings, variants)
+    again = ablate.run(Inputs(settings), variants)
     assert again.counts["stages finished before"] == again.counts["stages"]
     # Where MLflow knows nothing the study's own folder tells the same.
     away = settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"experiment": "another"})})
@@ -225,9 +225,9 @@ def test_a_variant_that_fails_stops_no_other_and_alone_is_tried_again(make_study
         for one in variants
     ]
     with pytest.raises(TrainingError, match=r"broken, pretrain: TrainingError(.|\n)*not tried.*broken, finetune"):
-        ablate.run(settings, once)
-    assert evaluate.run(once[1].settings).reused
-    page = Path(report.run(settings).results["html"]).read_text()
+        ablate.run(Inputs(settings), once)
+    assert evaluate.run(Inputs(once[1].settings)).reused
+    page = Path(report.run(Inputs(settings)).results["html"]).read_text()
     assert "broken: stage pretrain has not finished" in page
     tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
     [run] = tracker._client.search_runs([tracker.experiment_id], filter_string="tags.`meteor.kind` = 'study'")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from meteor.assembly import cache_identity, load_encoder
+from meteor.assembly import Inputs, cache_identity, load_encoder
 from meteor.cache import FeatureCache, create_cache
 from meteor.errors import QuarantineLimitError
 from pipelines import cache_features
@@ -46,12 +46,12 @@ def make_run(make_settings, tmp_path, images, names, **data):
 
 def test_each_distinct_image_is_encoded_once_and_a_second_run_reads_nothing(make_settings, tmp_path, images):
     settings = make_run(make_settings, tmp_path, images, ["0.png", "1.png", "again.png"])
-    first = cache_features.run(settings)
+    first = cache_features.run(Inputs(settings))
     assert (first.counts["images"], first.counts["distinct_images"], first.counts["images_encoded"]) == (3, 2, 2)
     cache = FeatureCache.open(first.results["cache"])
     assert len(cache) == 2
     assert cache.verify() == []
-    second = cache_features.run(settings)
+    second = cache_features.run(Inputs(settings))
     assert second.reused
     assert second.counts == first.counts
 
@@ -71,7 +71,7 @@ def make_larger(make_settings, tmp_path, small, images):
 
 def test_a_larger_data_set_encodes_only_what_is_new(make_settings, make_larger, encode):
     before = encode(make_settings()).counts["images_cached"]
-    more = cache_features.run(make_larger("0.png", "again.png"))
+    more = cache_features.run(Inputs(make_larger("0.png", "again.png")))
     counts = ("images", "images_read", "images_encoded", "images_cached")
     assert [more.counts[name] for name in counts] == [4, 2, 1, before + 1]
 
@@ -87,13 +87,13 @@ def test_too_many_bad_images_fail_the_job_after_the_good_ones_are_published(make
     }
     make = partial(make_run, make_settings, tmp_path, images, ["0.png", "1.png", *bad])
     with pytest.raises(QuarantineLimitError, match=r"6 of 8 images are bad \(1 \w+, 1 \w+"):
-        cache_features.run(make(min_bad_images=2))
+        cache_features.run(Inputs(make(min_bad_images=2)))
     (folder,) = (tmp_path / "out/cache").glob("*/float16")
     cache = FeatureCache.open(str(folder))
     assert len(cache) == 2
     assert {row.name: row.reason for row in cache.quarantine()} == bad
     # With a higher limit the job finishes, and encodes nothing again.
-    summary = cache_features.run(make())
+    summary = cache_features.run(Inputs(make()))
     assert (summary.counts["quarantined"], summary.counts["images_encoded"]) == (6, 0)
     assert summary.extra["reasons"] == dict.fromkeys(bad.values(), 1)
     assert FeatureCache.open(summary.results["cache"]).version == cache.version
@@ -104,7 +104,7 @@ def test_a_repaired_image_is_encoded_by_the_next_run(make_larger, encode, images
     damaged = encode(settings).counts
     assert (damaged["quarantined"], damaged["images_encoded"]) == (1, 0)
     shutil.copy(images / "2.png", images / "cut.png")
-    repaired = cache_features.run(settings).counts
+    repaired = cache_features.run(Inputs(settings)).counts
     assert (repaired["quarantined"], repaired["images_encoded"]) == (0, 1)
     assert repaired["images_cached"] == damaged["images_cached"] + 1
 

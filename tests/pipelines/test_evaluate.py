@@ -38,7 +38,7 @@ def save_model(settings, folder):
         vision_config=CLIPVisionConfig.from_pretrained(settings.vision.path),
         projector={"name": settings.projector.name, **settings.projector.settings},
         select_layer=settings.vision.select_layer,
-        cache_identity=Inputs().cache_identity(settings).to_dict(),
+        cache_identity=Inputs(settings).cache_identity().to_dict(),
     )
     torch.manual_seed(0)
     MeteorForConditionalGeneration(config).save_pretrained(folder)
@@ -78,8 +78,8 @@ def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, s
         "vizwiz_test": {**sets["vizwiz"], "split": "test"},
     }
     settings = make_evaluation(sets)
-    cache_features.run(settings)
-    summary = evaluate.run(settings)
+    cache_features.run(Inputs(settings))
+    summary = evaluate.run(Inputs(settings))
     scores = read_scores(summary)
     assert set(scores) == set(sets)
     unscored = {name for name, table in scores.items() if table["score"] is None}
@@ -112,12 +112,12 @@ def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, s
     assert run.data.metrics["pope/f1"] == pytest.approx(scores["pope"]["score"])
     assert "nlvr/consistency" in run.data.metrics
 
-    assert evaluate.run(settings).reused
+    assert evaluate.run(Inputs(settings)).reused
     # A judge's verdicts change the score and ask nothing.
     verdicts = Path(settings.output, "verdicts.json")
     verdicts.write_text(json.dumps({f"v1_{i}": 0.5 for i in range(8)}))
     judged = make_evaluation({**sets, "mmvet": {**sets["mmvet"], "verdicts": str(verdicts)}})
-    again = evaluate.run(judged)
+    again = evaluate.run(Inputs(judged))
     assert (again.counts["answered_now"], read_scores(again)["mmvet"]["score"]) == (0, 0.5)
 
 
@@ -142,13 +142,13 @@ def test_what_was_answered_before_a_crash_is_not_asked_again(make_evaluation, en
     encode(settings)
     say_yes(until=4)
     with pytest.raises(OSError, match="the node is gone"):
-        evaluate.run(settings)
+        evaluate.run(Inputs(settings))
     say_yes()
-    summary = evaluate.run(settings)
+    summary = evaluate.run(Inputs(settings))
     assert (summary.counts["questions"], summary.counts["answered_now"]) == (6, 2)
     # More questions, under another name of the set: only the new ones are asked.
     other = make_evaluation({"other": str(small / "data/evaluate.json")}, limit=8)
-    assert evaluate.run(other).counts["answered_now"] == 2
+    assert evaluate.run(Inputs(other)).counts["answered_now"] == 2
 
 
 def test_a_prompt_is_what_its_answer_depends_on():
@@ -173,7 +173,7 @@ def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(
     settings = make_evaluation({"pairs": str(tmp_path / "pairs.json")}, roots={"": str(tmp_path / "images")})
     encode(settings, index=False)
     say_yes()
-    summary = evaluate.run(settings)
+    summary = evaluate.run(Inputs(settings))
     assert summary.counts["quarantined"] == 1
     rows = {row["id"]: row for row in pq.read_table(summary.results["predictions"]).to_pylist()}
     bad = rows["damaged"]
@@ -186,7 +186,7 @@ def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(
 
 def test_the_plan_names_every_set_and_asks_nothing(make_evaluation, benchmarks):
     settings = make_evaluation({"gqa": {"format": "gqa", "path": str(benchmarks / "gqa")}}, max_new_tokens=None)
-    text = evaluate.plan(settings)
+    text = evaluate.plan(Inputs(settings))
     assert "questions (GQA, testdev_balanced), exact_match, up to 16 tokens per answer" in text
 
 

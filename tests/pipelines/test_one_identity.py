@@ -131,12 +131,12 @@ def test_stage_plan_study_jobs_report_and_mlflow_agree_on_what_is_the_same(data,
         folder, clip_folder, output=output, cache={"uri": str(folder / "out/cache")}, study={"variants": variants}
     )
     runs = {variant.name: variant.settings for variant in expand_study(study)}
-    inputs = Inputs()
-    tasks = make_tasks(list(runs.values()), inputs)
-    plan = plan_study(study, list(runs.values()), inputs)
+    inputs = Inputs(study)
+    tasks = make_tasks([inputs.of(run) for run in runs.values()])
+    plan = plan_study(inputs, list(runs.values()))
     for stage in ("cache_features", "pretrain", "finetune", "evaluate"):
         asking = {name: run for name, run in runs.items() if stage in stages_of(run)}
-        folders = {name: identify(run, stage, inputs).name for name, run in asking.items()}
+        folders = {name: identify(inputs.of(run), stage).name for name, run in asking.items()}
         same = blocks(folders)
         # The study's tasks, and the plan's count.
         assert {frozenset(task.used_by) for task in tasks.values() if task.stage == stage} == same
@@ -146,22 +146,22 @@ def test_stage_plan_study_jobs_report_and_mlflow_agree_on_what_is_the_same(data,
         job_digests = {name: Job(stage, name, (), run, Resources()).digest for name, run in asking.items()}
         assert blocks(job_digests) == same
         # The stage itself, which finds the stages before it finished; the report; MLflow's tag.
-        again = Inputs()
+        again = Inputs(study)
         for name, run in asking.items():
             if stage in ("pretrain", "finetune"):
-                found = prepare(run, stage, again).folder
+                found = prepare(again.of(run), stage).folder
             else:
-                found = StageFolder(run.output, identify(run, stage, again))
+                found = StageFolder(run.output, identify(again.of(run), stage))
             assert found.uri.rpartition("/")[2] == folders[name]
             found.start(run)
             extra = {"totals": {"visual_tokens": 1, "text_tokens": 1}, "training_seconds": 1.0}
             found.finish(Summary(stage, {}, 0.0, {"projector": "p", "model": "m"}, extra=extra))
             StageLog.new(run, found, params={}, tags={})
             if stage != "cache_features":
-                assert find_folders(run, again)[stage] == found.uri
+                assert find_folders(again.of(run))[stage] == found.uri
             if stage == "finetune":
-                assert find_model(run, again) == ("m", found.digest)
-    assert {work.num_finished - work.num_stages for work in plan_study(study, list(runs.values()), inputs).work} == {0}
+                assert find_model(again.of(run)) == ("m", found.digest)
+    assert {work.num_finished - work.num_stages for work in plan_study(inputs, list(runs.values())).work} == {0}
 
 
 def test_variants_that_differ_in_what_is_asked_alone_train_once(folder, clip_folder):
@@ -170,7 +170,7 @@ def test_variants_that_differ_in_what_is_asked_alone_train_once(folder, clip_fol
         "two": {"data.evaluate": {"a": str(folder / "copy.json")}},
     }
     study = make_run(folder, clip_folder, study={"variants": asked})
-    plan = plan_study(study, [variant.settings for variant in expand_study(study)], Inputs())
+    plan = plan_study(Inputs(study), [variant.settings for variant in expand_study(study)])
     assert {work.stage: work.num_stages for work in plan.work} == {
         "cache_features": 2,  # of different samples, though one fills the cache for both
         "pretrain": 1,
@@ -197,7 +197,7 @@ def test_a_study_reads_every_index_and_hashes_every_model_once(folder, clip_fold
     count(DatasetIndex, "digest")
     variants = {f"k{k}_{lr}": {"projector.settings.k": k, "finetune.lr": lr} for k in (1, 2, 3) for lr in (1e-5, 2e-5)}
     study = make_run(folder, clip_folder, study={"variants": variants})
-    plan_study(study, [variant.settings for variant in expand_study(study)], Inputs())
+    plan_study(Inputs(study), [variant.settings for variant in expand_study(study)])
     # One digest of the index for the samples of both stages, and one for the questions.
     assert calls == {
         "llm_fingerprint": 1,
@@ -211,7 +211,7 @@ def test_a_study_reads_every_index_and_hashes_every_model_once(folder, clip_fold
 
 def test_names_alone_need_no_file():
     run = make_run(Path("/nowhere"), "s3://bucket/clip")
-    identities = identify_all(run, NamesAlone())
+    identities = identify_all(NamesAlone(run))
     assert list(identities) == ["cache_features", "pretrain", "finetune", "evaluate"]
     assert all(isinstance(identity.digest, str) for identity in identities.values())
 

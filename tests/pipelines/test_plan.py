@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from meteor.assembly import Inputs
 from meteor.config import RunSettings, load_run
 from meteor.errors import SettingsError
 from meteor.planning import stage_memory as memory_plan
@@ -105,7 +106,7 @@ def test_the_advice_can_be_put_on_the_command_line(from_the_hub):
 def test_a_dry_run_prints_the_memory_and_a_stage_that_will_not_fit_is_refused_before_it_starts(make_settings, encode):
     settings = make_settings()
     encode(settings)
-    text = pretrain.plan(settings)
+    text = pretrain.plan(Inputs(settings))
     assert "each step          " in text
     assert "memory of a worker " in text
     assert "on the CPU" in text
@@ -113,4 +114,4 @@ def test_a_dry_run_prints_the_memory_and_a_stage_that_will_not_fit_is_refused_be
     small = make_settings(runtime={"gpus_per_worker": 1, "gpu_memory_gb": 2})
     for start in (pretrain.plan, pretrain.run):
         with pytest.raises(SettingsError, match=r"it will not fit: it needs 2\.\d+ GB on a GPU, which has 2 GB"):
-            start(small)
+            start(Inputs(small))

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("i
 
 def prepare(settings, stage):
     """A stage as a new command prepares it."""
-    return training_stage.prepare(settings, stage, Inputs())
+    return training_stage.prepare(Inputs(settings), stage)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def mixture(make_settings, small, tmp_path):
 def global_batches(settings):
     """Sample ids by global batch, as a run of these settings lists them."""
     prepared = prepare(settings, "pretrain")
-    plan = plan_samples(settings, "pretrain", prepared)
+    plan = plan_samples(Inputs(settings), prepared)
     steps = StepPlan(plan.table, make_recipe(settings.pretrain, None), prepared.versions.index_digest)
     return [[plan.table.sample_ids[i] for i in step.positions] for step in steps.steps()]
 
@@ -64,13 +64,13 @@ def test_a_mixture_is_the_same_run_wherever_its_files_are_and_in_any_order(mixtu
 def test_samples_of_a_mixture_are_named_by_their_file_and_come_as_often_as_it_weighs(mixture, encode):
     settings = mixture(weights=(2, 0.5))
     encode(settings)
-    plan = plan_samples(settings, "pretrain", prepare(settings, "pretrain"))
+    plan = plan_samples(Inputs(settings), prepare(settings, "pretrain"))
     assert sorted(plan.table.parts, key=lambda part: part.weight) == [Part(6, 0.5), Part(6, 2.0)]
     ids = [name for batch in global_batches(settings) for name in batch]
     by_file = {file: [name for name in ids if name.startswith(f"{file}/")] for file in ("a.json", "b.json")}
     assert [len(names) for names in by_file.values()] == [12, 3]
     assert len(set(by_file["a.json"])) == 6
-    text = pretrain.plan(settings)
+    text = pretrain.plan(Inputs(settings))
     assert "each epoch         15: " in text
     assert "2 x a.json" in text
     assert "0.5 x b.json" in text
@@ -98,9 +98,9 @@ def test_held_out_samples_change_no_run_and_are_counted_where_they_are_trained_o
     encode(settings)
     prepared = prepare(settings, "pretrain")
     assert prepared.identity == prepare(plain, "pretrain").identity
-    assert plan_held_out(plain, "pretrain", prepared, Inputs()) is None
+    assert plan_held_out(Inputs(plain), prepared) is None
     with caplog.at_level("WARNING"):
-        assert len(plan_held_out(settings, "pretrain", prepared, Inputs()).table) == 3
+        assert len(plan_held_out(Inputs(settings), prepared).table) == 3
     assert "3 of 3 held-out samples are training samples too" in caplog.text
 
 
@@ -110,7 +110,7 @@ def test_held_out_images_that_a_pinned_run_does_not_know_are_refused_with_the_re
     prepared = prepare(settings, "pretrain")
     late = make_settings(data={"finetune": None, "held_out": {"pretrain": str(small / "data/evaluate.json")}})
     with pytest.raises(CacheError, match="was pinned to at its first start"):
-        plan_held_out(late, "pretrain", prepared, Inputs())
+        plan_held_out(Inputs(late), prepared)
 
 
 def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_changed_images(
@@ -123,7 +123,7 @@ def test_an_unfinished_run_keeps_what_it_pinned_and_a_finished_one_follows_chang
     hold_pin(settings, first.identity, first.cache.uri)
     names = sorted(first.sets[0].image_names)
     shutil.copy(tmp_path / "images" / names[-1], tmp_path / "images" / names[0])
-    cache_features.run(settings)
+    cache_features.run(Inputs(settings))
     assert prepare(settings, "pretrain").identity == first.identity
     first.folder.finish(Summary("pretrain", {}, 0.0, {}))
     changed = prepare(settings, "pretrain")
@@ -144,12 +144,12 @@ def test_more_images_and_newly_quarantined_ones_change_no_batch_of_a_run_that_ha
     # The cache is extended by another stage's images, and one image has been damaged in the meantime.
     bad = sorted(begun.sets[0].image_names)[0]
     (tmp_path / "images" / bad).write_bytes(b"no image")
-    cache_features.run(make_settings(data={"roots": roots}))
+    cache_features.run(Inputs(make_settings(data={"roots": roots})))
     assert FeatureCache.open(cache.uri).version > cache.version
     assert global_batches(settings) == expected
 
     # Another run begins now: it leaves the sample out, and says so.
     other = make_settings(data={"roots": roots, "finetune": None, "evaluate": {}}, pretrain={"seed": 1})
-    plan = plan_samples(other, "pretrain", prepare(other, "pretrain"))
+    plan = plan_samples(Inputs(other), prepare(other, "pretrain"))
     assert len(plan.excluded) == 1
     assert {*plan.table.sample_ids, plan.excluded[0].sample_id} == set().union(*expected)

@@ -47,12 +47,12 @@ def test_all_stages_run_once_and_then_find_their_work(chain):
     scores = json.loads(Path(answers.results["run"], "scores.json").read_text())
     assert scores["scenes"]["score"] == sum(row["score"] for row in table) / 8
 
-    written = report.run(settings)
+    written = report.run(Inputs(settings))
     page = Path(written.results["html"]).read_text()
     assert "data:image/png;base64" in page
     # Stages leave every number that the tables ask for but one: only a study measures how fast answers come.
     assert page.count(NOT_RECORDED) == 1
-    facts = dict(cache_table(report.cache_facts(settings, Inputs())).rows)
+    facts = dict(cache_table(report.cache_facts(Inputs(settings))).rows)
     assert (facts["distinct images"], facts["codec"]) == (str(first[0].counts["distinct_images"]), "float16")
 
     tracker = Tracker(tracking_uri(settings), settings.tracking.experiment)
@@ -64,15 +64,15 @@ def test_all_stages_run_once_and_then_find_their_work(chain):
     history = tracker._client.get_metric_history(stages["finetune"].info.run_id, "loss")
     assert [metric.step for metric in history] == [row["step"] for row in rows]
 
-    assert all(stage.run(settings).reused for stage in (cache_features, pretrain, finetune, evaluate))
+    assert all(stage.run(Inputs(settings)).reused for stage in (cache_features, pretrain, finetune, evaluate))
 
 
 @pytest.mark.slow
 def test_live_features_train_like_cached_ones(make_settings):
     cached = make_settings(cache={"codec": "float32"})
-    cache_features.run(cached)
+    cache_features.run(Inputs(cached))
     live = make_settings(cache={"codec": "float32"}, pretrain={"features": "live"})
-    first, second = pretrain.run(cached), pretrain.run(live)
+    first, second = pretrain.run(Inputs(cached)), pretrain.run(Inputs(live))
     assert first.results["run"] != second.results["run"]
     assert second.counts["loss_last"] == pytest.approx(first.counts["loss_last"], rel=1e-4)
 
@@ -81,13 +81,13 @@ def test_live_features_train_like_cached_ones(make_settings):
 def test_the_number_of_workers_changes_neither_run_nor_loss(make_settings, encode, tmp_path):
     one = make_settings()
     encode(one)
-    first = pretrain.run(one)
+    first = pretrain.run(Inputs(one))
     two = make_settings(
         output=str(tmp_path / "second"),
         cache={"uri": str(tmp_path / "out/cache")},
         runtime={"num_workers": 2, "cpus_per_worker": 0.5},
     )
-    second = pretrain.run(two)
+    second = pretrain.run(Inputs(two))
     assert Path(second.results["run"]).name == Path(first.results["run"]).name
     assert second.counts["loss_last"] == pytest.approx(first.counts["loss_last"], rel=1e-4)
 
@@ -105,8 +105,8 @@ def test_a_stage_of_adapters_leaves_a_whole_model_and_the_adapters_by_themselves
         }
     )
     encode(settings)
-    pretrain.run(settings)
-    summary = finetune.run(settings)
+    pretrain.run(Inputs(settings))
+    summary = finetune.run(Inputs(settings))
     model = Answerer(summary.results["model"], device="cpu", dtype=torch.float32).model
     weights = load_file(Path(summary.results["model"], "adapter", "adapter_model.safetensors"))
     name = "model.layers.0.mlp.up_proj"
@@ -115,7 +115,7 @@ def test_a_stage_of_adapters_leaves_a_whole_model_and_the_adapters_by_themselves
     expected = base.get_parameter(f"{name}.weight") + 2 * b @ a
     torch.testing.assert_close(model.language_model.get_parameter(f"{name}.weight"), expected)
     assert b.abs().max() > 0
-    assert evaluate.run(settings).counts
+    assert evaluate.run(Inputs(settings)).counts
 
 
 @pytest.mark.slow
@@ -124,8 +124,8 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_is_kept_and_named(make_setti
     stage = {"epochs": 6, "checkpoint_every_steps": 2, "keep_checkpoints": 1}
     settings = make_settings(data={"held_out": {"pretrain": str(file)}}, pretrain={**stage, "zero_stage": 0})
     encode(settings)
-    assert "held out           37, 1 excluded" in pretrain.plan(settings)
-    summary = pretrain.run(settings)
+    assert "held out           37, 1 excluded" in pretrain.plan(Inputs(settings))
+    summary = pretrain.run(Inputs(settings))
     losses = {
         row["step"]: row["held_out_loss"]
         for row in read_stage(summary.results["run"]).metrics
@@ -149,9 +149,9 @@ def test_training_without_a_tracking_server_finishes_and_is_logged_when_it_is_st
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         away = {**settings.tracking.model_dump(), "uri": f"http://127.0.0.1:{probe.getsockname()[1]}"}
-    first = pretrain.run(make_settings(tracking=away))
+    first = pretrain.run(Inputs(make_settings(tracking=away)))
     assert not first.reused
-    assert pretrain.run(settings).reused
+    assert pretrain.run(Inputs(settings)).reused
     tracker = Tracker(tracking_database, settings.tracking.experiment)
     runs = tracker._client.search_runs([tracker.experiment_id], filter_string="tags.`meteor.stage` = 'pretrain'")
     assert [run.info.status for run in runs] == ["FINISHED"]
@@ -166,8 +166,8 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_ou
     settings = make_settings(pretrain={"lr": 1e30, "warmup_ratio": 0.0}, runtime={"max_failures": 0})
     encode(settings)
     with pytest.raises(TrainingError, match=r"failures/step_\d+\.json"):
-        pretrain.run(settings)
-    run = prepare(settings, "pretrain", Inputs()).folder
+        pretrain.run(Inputs(settings))
+    run = prepare(Inputs(settings), "pretrain").folder
     (file,) = Path(run.uri, "failures").iterdir()
     failure = json.loads(file.read_text())
     table = pq.read_table(f"{run.uri}/samples.parquet").to_pylist()
@@ -180,12 +180,12 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_its_samples_are_written_ou
 def test_stages_say_what_must_run_before_them(make_settings, encode):
     settings = make_settings()
     with pytest.raises(CacheError, match="run cache_features"):
-        pretrain.run(settings)
+        pretrain.run(Inputs(settings))
     encode(settings)
     with pytest.raises(SettingsError, match="run pretrain"):
-        finetune.run(settings)
+        finetune.run(Inputs(settings))
     with pytest.raises(SettingsError, match="run pretrain"):
-        evaluate.run(settings)
+        evaluate.run(Inputs(settings))
 
 
 def test_a_stage_1_checkpoint_of_another_projector_is_refused_before_workers_start(
@@ -198,7 +198,7 @@ def test_a_stage_1_checkpoint_of_another_projector_is_refused_before_workers_sta
     encode(other)
     monkeypatch.setattr(training, "_run_workers", lambda *arguments: pytest.fail("workers were started"))
     with pytest.raises(CheckpointError, match="does not fit this run: projector"):
-        finetune.run(other)
+        finetune.run(Inputs(other))
 
 
 def test_a_dry_run_keeps_records_and_tokens_of_the_samples_and_changes_nothing_else(
@@ -208,8 +208,8 @@ def test_a_dry_run_keeps_records_and_tokens_of_the_samples_and_changes_nothing_e
     encode(settings)
     shutil.rmtree(tmp_path / "out/cache/index/samples")
     before = digest_of(tmp_path / "out")
-    assert "2 of 8 samples" in pretrain.plan(settings)
-    cache_features.plan(settings)
+    assert "2 of 8 samples" in pretrain.plan(Inputs(settings))
+    cache_features.plan(Inputs(settings))
     after = digest_of(tmp_path / "out")
     kept = {name for name in after if name.startswith("cache/index/samples/")}
     assert any(name.endswith(".arrow") for name in kept)
