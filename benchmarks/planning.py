@@ -33,9 +33,10 @@ from meteor.assembly.features import indexed_images
 from meteor.cache import DatasetIndex
 from meteor.cache.table import table_bytes
 from meteor.data.collate import ImageLayout, num_image_tokens
+from meteor.data.indexed_images import IndexedImages
 from meteor.data.sample_sets import load_set
 from meteor.data.samples import Sample, iter_samples, load_samples
-from meteor.data.table_plan import IndexedImages, plan_table
+from meteor.data.table_plan import plan_table
 from meteor.data.token_table import tokenise_set
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings

@@ -19,11 +19,12 @@ from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, enco
 from meteor.cache.calibration import open_codec
 from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import Batch, collate
+from meteor.data.indexed_images import IndexedImage, IndexedImages
 from meteor.data.order import MicroBatch
 from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample
 from meteor.data.table import SampleTable
-from meteor.data.table_plan import IndexedImage, IndexedImages, plan_table
+from meteor.data.table_plan import plan_table
 from meteor.data.token_table import TokenTable
 from meteor.features import ImageFeatures
 from meteor.image.budget import visual_token_budget

@@ -10,6 +10,11 @@ def format_count(count: int) -> str:
     return f"{count:,}"
 
 
+def format_amount(amount: float, noun: str) -> str:
+    """Format a number with its noun: 1 run, 2 runs, 0.5 GPUs."""
+    return f"{amount:,g} {noun}{'' if amount == 1 else 's'}"
+
+
 def format_number(value: float) -> str:
     """Format a number with three or more significant digits: 1,234 / 12.0 / 0.0123."""
     if abs(value) >= 99.95 or value == 0:

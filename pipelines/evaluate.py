@@ -16,7 +16,7 @@ from meteor.assembly.sample_sets import as_samples, distinct_images
 from meteor.assembly.training_stage import find_model
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings
-from meteor.data.table_plan import IndexedImage
+from meteor.data.indexed_images import IndexedImage
 from meteor.errors import BadImageError, CacheError, SettingsError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question

@@ -9,7 +9,7 @@ from meteor.assembly.places import pixel_settings
 from meteor.cache import DatasetIndex, FeatureCache, IndexRow
 from meteor.cache.disk_tier import DiskTier
 from meteor.config import RunSettings
-from meteor.data.table_plan import IndexedImage
+from meteor.data.indexed_images import IndexedImage
 from meteor.vision.live import LiveFeatures
 
 

@@ -5,8 +5,9 @@ import logging
 from meteor.assembly.inputs import Inputs
 from meteor.assembly.places import pixel_settings, samples_uri
 from meteor.assembly.training_stage import PreparedStage
+from meteor.data.indexed_images import IndexedImages
 from meteor.data.sample_sets import SampleSet
-from meteor.data.table_plan import IndexedImages, TablePlan, plan_table
+from meteor.data.table_plan import TablePlan, plan_table
 from meteor.data.token_table import tokenise_set
 from meteor.errors import CacheError, QuarantineLimitError, SettingsError
 from meteor.image.budget import visual_token_budget

@@ -7,6 +7,7 @@ from typing import Any
 from meteor import storage
 from meteor.config import RunSettings
 from meteor.errors import MeteorError, SettingsError
+from meteor.formatting import format_amount
 from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost
 from meteor.planning.survey import count_llm_parameters
 from meteor.stages import TrainingStage
@@ -130,7 +131,7 @@ def weighted_rate(measurements: Sequence[tuple[float, float]], source: str) -> R
 
 
 def _measured_by(measurements: Sequence[Any]) -> str:
-    return f"measured by {len(measurements)} finished stage{'s' if len(measurements) != 1 else ''}"
+    return f"measured by {format_amount(len(measurements), 'finished stage')}"
 
 
 def _finished_stages(root: str) -> Iterator[_FinishedStage]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from meteor.formatting import format_bytes, format_count, format_share
+from meteor.formatting import format_amount, format_bytes, format_count, format_share
 from meteor.planning.cache_cost import USD_PER_GB
 from meteor.planning.rates import Rate
 from meteor.stages import STAGES
@@ -123,7 +123,7 @@ class StudyPlan:
             usd_per_gpu_hour: price of one GPU for an hour; None omits the price of computing.
         """
         blocks = [
-            [f"plan of {self.name}: {len(self.states)} run{'s' if len(self.states) != 1 else ''}"],
+            [f"plan of {self.name}: {format_amount(len(self.states), 'run')}"],
             _aligned([*self._stage_rows(), self._total_row(usd_per_gpu_hour)]),
             _aligned(self._facts(usd_per_gb)),
             _aligned(self._run_rows()),
@@ -148,7 +148,9 @@ class StudyPlan:
 
     def _total_row(self, usd_per_gpu_hour: float | None) -> tuple[str, ...]:
         price = "" if usd_per_gpu_hour is None else f", {self.hours * usd_per_gpu_hour:,.0f} USD"
-        clock = f"{_hours(self.hours / self.num_workers)} hours on {self.num_workers} {self.worker}s{price}"
+        clock = (
+            f"{_hours(self.hours / self.num_workers)} hours on {format_amount(self.num_workers, self.worker)}{price}"
+        )
         unknown = "" if all(work.hours is not None for work in self.work) else "at least "
         return ("all", "", "", "", "", _hours(self.hours), f"{unknown}{clock}")
 
@@ -159,7 +161,7 @@ class StudyPlan:
         rows = []
         for cache in self.caches:
             missing = f"{format_count(cache.num_missing)} to encode" if cache.num_missing else "nothing to encode"
-            held = f"{format_count(cache.num_images)} images, {missing}; read by {cache.num_runs} runs"
+            held = f"{format_count(cache.num_images)} images, {missing}; read by {format_amount(cache.num_runs, 'run')}"
             rows.append((f"cache, {cache.codec}", f"{held}; {month(cache.size_bytes)}"))
         rows.append(("checkpoints", f"{month(self.checkpoint_bytes)} if all are kept, results included"))
         rows.append(("the cache avoids", self._avoids()))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from meteor.config.settings import RuntimeSettings
+from meteor.formatting import format_amount
 
 # A sum of fractions of a GPU may end a little below the whole.
 _ROUNDING = 1e-6
@@ -14,7 +15,7 @@ class WorkerRequest:
     """Request for a number of equal workers.
 
     Attributes:
-        kind: name of such workers in messages, for example "training workers".
+        kind: name of one such worker in messages, for example "training worker".
         num: number of workers.
         cpus, gpus: CPU cores and GPUs of each worker; a worker lies on one node.
         settings: names of the settings that decide about the request, for messages.
@@ -28,8 +29,8 @@ class WorkerRequest:
 
     def to_text(self) -> str:
         """Return text such as "2 training workers with 1 CPU and 1 GPU each"."""
-        each = [_count(self.cpus, "CPU"), *([_count(self.gpus, "GPU")] if self.gpus else [])]
-        return f"{self.num} {self.kind} with {' and '.join(each)} each"
+        each = [format_amount(self.cpus, "CPU"), *([format_amount(self.gpus, "GPU")] if self.gpus else [])]
+        return f"{format_amount(self.num, self.kind)} with {' and '.join(each)} each"
 
     def num_fitting(self, nodes: Sequence[Mapping[str, float]]) -> int:
         """Return how many of the workers fit on nodes with these resources."""
@@ -44,27 +45,24 @@ def training_request(runtime: RuntimeSettings) -> WorkerRequest:
     """Return the request for the workers of pretrain and finetune."""
     names = "runtime.num_workers, runtime.cpus_per_worker or runtime.gpus_per_worker"
     return WorkerRequest(
-        "training workers", runtime.num_workers, runtime.cpus_per_worker, runtime.gpus_per_worker, names
+        "training worker", runtime.num_workers, runtime.cpus_per_worker, runtime.gpus_per_worker, names
     )
 
 
 def encoding_request(runtime: RuntimeSettings) -> WorkerRequest:
     """Return the request for the encoder actors of cache_features."""
     names = "runtime.num_encoders, runtime.cpus_per_encoder or runtime.gpus_per_encoder"
-    return WorkerRequest("encoders", runtime.num_encoders, runtime.cpus_per_encoder, runtime.gpus_per_encoder, names)
+    return WorkerRequest("encoder", runtime.num_encoders, runtime.cpus_per_encoder, runtime.gpus_per_encoder, names)
 
 
 def answering_request(runtime: RuntimeSettings) -> WorkerRequest:
     """Return the request for the answering actors of evaluate."""
     names = "runtime.num_evaluators, runtime.cpus_per_worker or runtime.gpus_per_worker"
-    return WorkerRequest("evaluators", runtime.num_evaluators, runtime.cpus_per_worker, runtime.gpus_per_worker, names)
+    return WorkerRequest("evaluator", runtime.num_evaluators, runtime.cpus_per_worker, runtime.gpus_per_worker, names)
 
 
 def describe_nodes(nodes: Sequence[Mapping[str, float]]) -> str:
     """Return text such as "2 nodes with 16 CPUs and 4 GPUs in all"."""
     total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-    return f"{_count(len(nodes), 'node')} with {_count(total['CPU'], 'CPU')} and {_count(total['GPU'], 'GPU')} in all"
-
-
-def _count(amount: float, noun: str) -> str:
-    return f"{amount:g} {noun}{'' if amount == 1 else 's'}"
+    cpus, gpus = (format_amount(amount, kind) for kind, amount in total.items())
+    return f"{format_amount(len(nodes), 'node')} with {cpus} and {gpus} in all"

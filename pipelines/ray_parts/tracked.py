@@ -26,7 +26,7 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
         folder: the stage's folder.
         params: parameters of the MLflow run.
     """
-    tags = {"meteor.kind": "stage", "meteor.stage": folder.stage, "meteor.variant": settings.name}
+    tags = {"meteor.kind": "stage", "meteor.stage": folder.stage, "meteor.run": settings.name}
     tags |= {"meteor.folder": folder.uri, "mlflow.source.git.commit": git_commit() or "unknown"}
     tags |= job_tags()
     tracking = settings.tracking

@@ -4,10 +4,11 @@ import pytest
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import collate
+from meteor.data.indexed_images import IndexedImage, IndexedImages
 from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample, SampleProblem
 from meteor.data.table import SampleTable
-from meteor.data.table_plan import IndexedImage, IndexedImages, plan_table
+from meteor.data.table_plan import plan_table
 from meteor.data.token_table import TokenTable
 from meteor.errors import DataError
 from meteor.image.budget import visual_token_budget

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE, IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data import sample_sets, token_table
 from meteor.data.collate import ImageLayout, num_image_tokens
+from meteor.data.indexed_images import IndexedImage, IndexedImages
 from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample, SampleProblem
 from meteor.data.table import SampleTable
-from meteor.data.table_plan import Exclusion, IndexedImage, IndexedImages, TablePlan, plan_table
+from meteor.data.table_plan import Exclusion, TablePlan, plan_table
 from meteor.data.token_table import TokenTable, tokenise_set, tokenizer_fingerprint
 from meteor.errors import BadImageError, DataError, TokenisationError
 from meteor.image.budget import visual_token_budget

@@ -15,9 +15,10 @@ from contrast import make_contrast_set
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
 from meteor.data.collate import collate
+from meteor.data.indexed_images import IndexedImage, IndexedImages
 from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import load_samples
-from meteor.data.table_plan import IndexedImage, IndexedImages, plan_table
+from meteor.data.table_plan import plan_table
 from meteor.data.token_table import tokenise_set
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question, last_answer

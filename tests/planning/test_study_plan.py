@@ -42,7 +42,7 @@ def test_the_text_says_hours_money_and_what_is_avoided():
     text = make_plan().to_text(usd_per_gb=0.02, usd_per_gpu_hour=3)
     assert "at least 1.5 hours on 4 GPUs, 18 USD" in text
     assert "cache, float16    20 images, 20 to encode; read by 3 runs; 2 TB, 40.00 USD per month" in text
-    assert "20 images, nothing to encode; read by 1 runs" in text
+    assert "20 images, nothing to encode; read by 1 run;" in text
     assert "not known before a stage has finished" in text
     assert "2 GPU hours, 25.0 % of the total without a cache" in text
     assert "as many as fit the cluster" in text
