@@ -5,6 +5,7 @@ MeteorError
 ├── MissingPackageError      an optional package is needed and not installed
 ├── StorageError             a file or object cannot be read or written
 │   ├── NotFoundError
+│   ├── UnsafeNameError      a name that comes from data leads out of its folder, or names no file
 │   └── AlreadyExistsError   a conditional put lost the race
 ├── DataError                a sample cannot be used
 │   ├── ConversationError    its turns or placeholders are wrong
@@ -42,6 +43,10 @@ class StorageError(MeteorError):
 
 
 class NotFoundError(StorageError):
+    pass
+
+
+class UnsafeNameError(StorageError):
     pass
 
 

@@ -35,7 +35,7 @@ def local_model(path: str | os.PathLike[str]) -> str:
 
     Raises:
         SettingsError: there is no config.json below the s3:// folder.
-        StorageError: the s3:// folder cannot be read.
+        StorageError: the s3:// folder cannot be read, or a file's name leads out of the folder.
     """
     path = os.fspath(path)
     if not path.startswith("s3://"):
@@ -54,10 +54,23 @@ def local_model(path: str | os.PathLike[str]) -> str:
             _LOG.info("Copying the model %s (%s) to %s", path, format_bytes(size), folder)
             partial = Path(f"{folder}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            for name, file in files.items():
-                storage.download_file(file.uri, str(partial / name))
+            download_folder(root, str(partial))
             partial.rename(folder)
     return str(folder)
+
+
+def download_folder(uri: str, folder: str) -> int:
+    """Copy all files below an s3:// folder into a local folder, and return their number.
+
+    Raises:
+        UnsafeNameError: a file's name leads out of the folder; nothing has been copied then.
+    """
+    root = storage.absolute(uri)
+    files = storage.list_objects(root)
+    targets = [storage.join_below(folder, info.uri.removeprefix(root + "/")) for info in files]
+    for info, target in zip(files, targets, strict=True):
+        storage.download_file(info.uri, target)
+    return len(files)
 
 
 def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, **kwargs: Any) -> Any:

@@ -111,12 +111,12 @@ def read_manifest(cache_uri: str, version: int) -> Manifest:
 
 def read_keys(cache_uri: str, manifest: Manifest) -> pa.Table:
     """Read the key index, a table with `KEY_SCHEMA` sorted by image key."""
-    return read_table(storage.join(cache_uri, manifest.keys), KEY_SCHEMA, advice=REPAIR_ADVICE)
+    return read_table(storage.join_below(cache_uri, manifest.keys), KEY_SCHEMA, advice=REPAIR_ADVICE)
 
 
 def read_quarantine(cache_uri: str, manifest: Manifest) -> pa.Table:
     """Read the quarantine, a table with `QUARANTINE_SCHEMA`."""
-    return read_table(storage.join(cache_uri, manifest.quarantine), QUARANTINE_SCHEMA, advice=REPAIR_ADVICE)
+    return read_table(storage.join_below(cache_uri, manifest.quarantine), QUARANTINE_SCHEMA, advice=REPAIR_ADVICE)
 
 
 def commit(cache_uri: str) -> int:

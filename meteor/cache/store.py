@@ -225,7 +225,7 @@ class FeatureCache:
         return False
 
     def _read_from_origin(self, row: Mapping[str, Any], buffer: memoryview) -> None:
-        start, uri = row["features_offset"], storage.join(self.uri, row["file"])
+        start, uri = row["features_offset"], storage.join_below(self.uri, row["file"])
         storage.read_range_into(uri, start, buffer)
         if not _is_intact(row, buffer):
             raise CorruptPayloadError(

@@ -209,7 +209,7 @@ class Checkpoint:
         return values
 
     def _read_fragment(self, part: dict[str, Any]) -> torch.Tensor:
-        uri = storage.join(self.uri, part["file"])
+        uri = storage.join_below(self.uri, part["file"])
         try:
             base, header = self._header(uri)
             start, end = header[part["key"]]["data_offsets"]

@@ -26,6 +26,8 @@ def setting(default: Any, description: str, **constraints: Any) -> Any:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Names become parts of paths, so that none may be "..", begin with a dot or hold a slash.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 Weight = Annotated[float, Field(gt=0)]
 
 
@@ -90,7 +92,7 @@ class DataSettings(_Settings):
         "held-out samples: stage -> LLaVA JSON / JSONL file; their loss is measured at each checkpoint, and the checkpoint "
         "with the lowest loss is kept",
     )
-    evaluate: dict[str, QuestionSetSettings] = operational(
+    evaluate: dict[Name, QuestionSetSettings] = operational(
         {},
         "question sets to answer and score, by name: {gqa: {format: gqa, path: /data/gqa}}; a path alone means a LLaVA file",
     )
@@ -444,7 +446,7 @@ class StudySettings(_Settings):
 class RunSettings(_Settings):
     """Settings of a whole run, as a YAML file under jobs/runs/ gives them."""
 
-    name: str = operational("run", "name of the run in folders, reports and MLflow", pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name = operational("run", "name of the run in folders, reports and MLflow")
     output: str = operational("outputs", "folder or s3:// URI under which the run writes everything")
     data: DataSettings = DataSettings()
     slicing: SlicingSettings = SlicingSettings()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from meteor import storage
-from meteor.errors import ImagePathError
+from meteor.errors import ImagePathError, UnsafeNameError
 
 
 def resolve_image(name: str, roots: Mapping[str, str]) -> str:
@@ -21,7 +21,7 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
 
     Raises:
         ImagePathError: no root fits, or the image is outside its root: by "..", by another bucket, by an absolute path,
-            or, on local disk, by a symbolic link inside the root.
+            or, on local disk, by a symbolic link inside the root; or its name is too long for a file.
     """
     if not name or "\0" in name:
         raise ImagePathError(f"{name!r} is no image name.")
@@ -39,7 +39,10 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
     if below.split("/")[0] in ("..", "") or below == ".":
         raise ImagePathError(f"The image name {name!r} leaves its root {roots[prefix]!r}: name a file inside it.")
     root = storage.absolute(roots[prefix])
-    return _checked(name, storage.join(root, below), root)
+    try:
+        return _checked(name, storage.join_below(root, below), root)
+    except UnsafeNameError as error:
+        raise ImagePathError(f"The image name {error}.") from error
 
 
 def _resolve_absolute(name: str, roots: Mapping[str, str]) -> str:

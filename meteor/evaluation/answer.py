@@ -3,19 +3,17 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from meteor import storage
 from meteor.cache import CacheIdentity, FeatureCache
 from meteor.data.collate import Batch, collate
 from meteor.errors import NotFoundError
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
-from meteor.pretrained import load_pretrained
+from meteor.pretrained import download_folder, load_pretrained
 from meteor.text.tokens import tokenise
 
 
@@ -101,11 +99,7 @@ def local_copy(uri: str) -> Iterator[str]:
     if "://" not in uri:
         yield uri
         return
-    files = storage.list_objects(uri)
-    if not files:
-        raise NotFoundError(f"there is no model at {uri}: give the directory that finetune leaves")
     with tempfile.TemporaryDirectory() as folder:
-        # A finished model's directory has no subfolders.
-        for info in files:
-            storage.download_file(info.uri, str(Path(folder) / info.uri.rpartition("/")[2]))
+        if not download_folder(uri, folder):
+            raise NotFoundError(f"there is no model at {uri}: give the directory that finetune leaves")
         yield folder

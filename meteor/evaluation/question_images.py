@@ -12,7 +12,7 @@ from PIL import Image
 
 from meteor import storage
 from meteor.data.roots import resolve_image
-from meteor.errors import BadImageError, NotFoundError
+from meteor.errors import BadImageError, NotFoundError, UnsafeNameError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.image.decode import decode_image
 
@@ -35,7 +35,8 @@ def write_images(
 ) -> None:
     """Write the images, and last the record that all of them exist, so that an interrupted call starts again.
 
-    A missing image is left out, and an image that cannot be decoded is written unchanged; the dataset index reports both.
+    An image that is missing or whose name leads out of the root is left out, and an image that cannot be decoded is written
+    unchanged; the dataset index reports them.
 
     Args:
         questions: question set whose `has_own_images` is true.
@@ -55,7 +56,11 @@ def write_images(
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         for name, data in _contents(questions, roots):
-            pending.append(pool.submit(_write, storage.join(root, name), data, questions.long_side, max_pixels))
+            try:
+                uri = storage.join_below(root, name)
+            except UnsafeNameError:
+                continue
+            pending.append(pool.submit(_write, uri, data, questions.long_side, max_pixels))
             # Only a few images wait at a time, because a benchmark's images together do not fit into memory.
             settle(2 * _NUM_THREADS)
         settle(0)

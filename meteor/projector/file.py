@@ -71,7 +71,7 @@ def read_model_weights(folder_uri: str, prefix: str) -> dict[str, torch.Tensor]:
     promised = {name.removeprefix(prefix) for name in places if name.startswith(prefix)}
     weights: dict[str, torch.Tensor] = {}
     for file in sorted({file for name, file in places.items() if name.startswith(prefix)}):
-        weights |= read_tensors(storage.join(folder_uri, file), prefix)[1]
+        weights |= read_tensors(storage.join_below(folder_uri, file), prefix)[1]
     if weights.keys() != promised:
         raise CheckpointError(f"{folder_uri} contradicts its index: {_some(weights.keys() ^ promised)}; copy it again")
     return weights

@@ -137,7 +137,7 @@ class StageLog:
             tracker.log_dataset(run_id, **dataset)
         tracker.backfill(run_id, [*content["rows"], *read_stage(self._folder.uri).metrics])
         for file in content["files"]:
-            tracker.log_file(run_id, file, storage.read_bytes(storage.join(self._folder.uri, file)))
+            tracker.log_file(run_id, file, storage.read_bytes(storage.join_below(self._folder.uri, file)))
         tracker.set_tags(run_id, content["tags"])
         self._tracker, self._run_id = tracker, run_id
         if not self._page_shown and (page := tracker.page(run_id)):

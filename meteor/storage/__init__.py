@@ -7,11 +7,12 @@ a bounded number of times; the error after the last attempt names the URI.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from meteor.errors import NotFoundError, StorageError
+from meteor.errors import NotFoundError, StorageError, UnsafeNameError
 from meteor.storage.local import LocalFile, disk_errors, partial_file
 from meteor.storage.place import ObjectInfo, Place
 from meteor.storage.s3 import S3Object
@@ -26,6 +27,7 @@ __all__ = [
     "download_file",
     "exists",
     "join",
+    "join_below",
     "json_bytes",
     "list_objects",
     "now_s",
@@ -40,6 +42,12 @@ __all__ = [
 ]
 
 
+_DRIVE = re.compile(r"[A-Za-z]:")
+# Limits of Linux for one part of a path, and of S3 for a whole key.
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 1024
+_LONGEST_SHOWN = 100
+
+
 def absolute(uri: str) -> str:
     """Return the URI in a form that no working directory changes; an s3 URI loses its trailing slash."""
     return uri.rstrip("/") if _is_s3(uri) else os.path.abspath(os.path.expanduser(uri))
@@ -49,6 +57,42 @@ def join(uri: str, *parts: str) -> str:
     """Append ``parts`` to ``uri`` as folders or names; a part may contain slashes."""
     below = [part.strip("/") for part in parts]
     return "/".join([uri.rstrip("/"), *below]) if _is_s3(uri) else os.path.join(uri, *below)
+
+
+def join_below(uri: str, name: str) -> str:
+    """Append a name that comes from data (a table, an archive, the key of an object) and that must stay below ``uri``.
+
+    Args:
+        uri: folder, local or s3://.
+        name: relative name, possibly with slashes; "." and empty parts are dropped.
+
+    Raises:
+        UnsafeNameError: the name is empty or absolute, has a part "..", a drive, a NUL or half of a surrogate pair, or is too
+            long for a file system.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if problem := _why_unsafe(name, parts):
+        shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+        raise UnsafeNameError(
+            f"{shown!r} {problem}, so it names no file below {uri}: the data that holds it is not to be trusted"
+        )
+    return join(uri, *parts)
+
+
+def _why_unsafe(name: str, parts: list[str]) -> str:
+    try:
+        sizes = [len(part.encode()) for part in parts]
+    except UnicodeEncodeError:
+        return "has half of a surrogate pair"
+    if not parts:
+        return "is empty"
+    if name.startswith(("/", "~")) or "://" in name:
+        return "is absolute"
+    if ".." in parts:
+        return "leads out of its folder"
+    if _DRIVE.match(name) or "\0" in name:
+        return "has a drive or a NUL"
+    return "is too long" if max(sizes) > _MAX_NAME_BYTES or sum(sizes) + len(sizes) > _MAX_PATH_BYTES else ""
 
 
 def read_bytes(uri: str) -> bytes:
