@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from meteor.config import RunSettings, expand_study, load_run, settings_digest
+from meteor.config.load import read_yaml
 from meteor.errors import SettingsError
 from meteor.runs.identity import NamesAlone, identify, identify_all, stages_of
 from meteor.stages import STAGES
@@ -132,6 +132,6 @@ def read_specs() -> dict[str, Resources]:
         SettingsError: the file is malformed.
     """
     try:
-        return TypeAdapter(dict[str, Resources]).validate_python(yaml.safe_load(_SPECS.read_text()))
-    except (ValidationError, yaml.YAMLError) as error:
+        return TypeAdapter(dict[str, Resources]).validate_python(read_yaml(_SPECS.read_text(), str(_SPECS)))
+    except (ValidationError, SettingsError) as error:
         raise SettingsError(f"{_SPECS}: {error}") from error

@@ -43,7 +43,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
         dotted, equals, text = override.partition("=")
         if not equals or not all(keys := dotted.split(".")):
             raise SettingsError(f"override {override!r} is not of the form a.b=value")
-        result.append((keys, _yaml(text, override)))
+        result.append((keys, read_yaml(text, override)))
     return result
 
 
@@ -84,9 +84,11 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if file in seen:
         raise SettingsError(f"run files extend each other in a circle: {' -> '.join(str(f) for f in (*seen, file))}")
     try:
-        content = _yaml(file.read_text(), str(file)) or {}
+        content = read_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
     except OSError as error:
         raise SettingsError(f"{file} cannot be read ({error})") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file} is not UTF-8 text ({error}): save it in that encoding") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{file} must hold a mapping of settings, not {type(content).__name__}")
     parent = content.pop("extends", None)
@@ -94,7 +96,21 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 2e-5 as a number, as YAML 1.2 does and people mean it; for YAML 1.1, which the parent reads, it is text."""
+    """Reads 2e-5 as a number, as YAML 1.2 does and people mean it; for YAML 1.1, which the parent reads, it is text.
+
+    A key that comes twice is an error, as YAML demands; the parent keeps the last one in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            # The text decides: a run file has no keys that are lists or mappings.
+            if key.value in keys and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            keys.update([key.value] if isinstance(key, yaml.ScalarNode) and key.value != "<<" else [])
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -102,11 +118,22 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML as run files are parsed.
+
+    Args:
+        text: the text.
+        where: name of the text in the error.
+
+    Raises:
+        SettingsError: the text is not valid YAML, a key comes twice in a mapping, or it is nested too deeply.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise SettingsError(f"{where} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{where} is nested too deeply") from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
 
     Raises:
         ImagePathError: no root fits, or the image is outside its root: by "..", by another bucket, by an absolute path,
-            or, on local disk, by a symbolic link inside the root; or its name is too long for a file.
+            or, on local disk, by a symbolic link to a place outside every root; or its name is too long for a file.
     """
     if not name or "\0" in name:
         raise ImagePathError(f"{name!r} is no image name.")
@@ -40,7 +40,7 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
         raise ImagePathError(f"The image name {name!r} leaves its root {roots[prefix]!r}: name a file inside it.")
     root = storage.absolute(roots[prefix])
     try:
-        return _checked(name, storage.join_below(root, below), root)
+        return _checked(name, storage.join_below(root, below), roots)
     except UnsafeNameError as error:
         raise ImagePathError(f"The image name {error}.") from error
 
@@ -49,22 +49,23 @@ def _resolve_absolute(name: str, roots: Mapping[str, str]) -> str:
     uri = _normalised(name)
     for root in map(storage.absolute, roots.values()):
         if _is_inside(uri, root):
-            return _checked(name, uri, root)
+            return _checked(name, uri, roots)
     raise ImagePathError(
         f"The image {name!r} is outside every root ({sorted(set(roots.values()))}): add its folder to the roots."
     )
 
 
-def _checked(name: str, uri: str, root: str) -> str:
-    """Return the URI, or refuse it if a symbolic link in it leads out of the root; the root itself may be a link."""
+def _checked(name: str, uri: str, roots: Mapping[str, str]) -> str:
+    """Return the URI, or refuse it if a symbolic link in it leads out of all roots; a root itself may be a link."""
     if "://" in uri:
         return uri
     folder, base = os.path.split(uri)
     place = os.path.realpath(uri) if os.path.islink(uri) else os.path.join(_real_folder(folder), base)
-    if not _is_inside(place, _real_folder(root)):
+    # The hub's cache, git-annex and DVC keep images as links to a folder beside, which may be declared as a root too.
+    if not any(_is_inside(place, _real_folder(root)) for root in map(storage.absolute, roots.values())):
         raise ImagePathError(
-            f"The image {name!r} is a link, or behind a link, to {place!r}, outside its root {root!r}: give the linked "
-            f"folder a root of its own (prefix -> folder)."
+            f"The image {name!r} is a link, or behind a link, to {place!r}, outside every root: add a root that contains it, "
+            f"with a prefix that no image name has, such as data.roots={{..., 'linked': {os.path.dirname(place)!r}}}."
         )
     return uri
 

@@ -20,7 +20,7 @@ from meteor.storage.files import new_file, open_file
 from meteor.text.conversation import Role, Turn
 
 # Increased when a change of the code gives other records for an unchanged file.
-_VERSION = 1
+_VERSION = 2
 _BATCH_SIZE = 4096
 # Bytes per read while a file is hashed: few requests to S3, and little memory.
 _HASH_BLOCK_BYTES = 16 << 20

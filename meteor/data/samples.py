@@ -1,5 +1,6 @@
 """Samples from LLaVA's JSON or JSONL; records that cannot be used are listed with a reason, never dropped in silence."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +8,11 @@ from typing import Any
 
 from meteor.data.records import read_records
 from meteor.text.conversation import Conversation, ConversationProblem, Turn, read_conversation
+
+# The key of LLaVA's files, and those of LLaMA-Factory, ms-swift and others.
+_IMAGE_KEYS = ("image", "images", "image_path", "image_paths")
+# Keys that look like images or other media; only those above are read.
+_MEDIA = re.compile(r"image|img|picture|photo|video|audio|visual", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,9 @@ def iter_samples(uri: str, *, for_generation: bool = False) -> Iterator[Sample |
     """Read an annotation file record by record.
 
     A record has ``conversations`` and optionally ``id`` (default: its position), ``image`` (a name or a list of names;
-    absent, null or "" for text alone) and ``type`` or ``category``. If several records share an id, the second becomes
-    ``id#2``, and so on. Records that cannot be used are counted too, so that ids do not change when they are repaired.
+    absent, null or "" for text alone; ``images``, ``image_path`` and ``image_paths`` mean the same) and ``type`` or
+    ``category``. If several records share an id, the second becomes ``id#2``, and so on. Records that cannot be used are
+    counted too, so that ids do not change when they are repaired.
 
     Args:
         uri: local path or s3://, ending in ``.json`` (one list) or ``.jsonl`` (one record per line).
@@ -86,12 +93,12 @@ def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | 
     if not isinstance(record, dict):
         return SampleProblem(sample_id, "bad_record", f"the record is a {type(record).__name__}, not an object")
     images = _image_names(record)
-    if images is None:
-        message = f"'image' must be a name or a list of names, and is {record['image']!r}"
-        return SampleProblem(sample_id, "bad_image_field", message)
+    if isinstance(images, str):
+        return SampleProblem(sample_id, "bad_image_field", images)
     found = read_conversation(record.get("conversations"), num_images=len(images), for_generation=for_generation)
     if isinstance(found, ConversationProblem):
-        return SampleProblem(sample_id, found.reason, found.message)
+        named = [key for key in _IMAGE_KEYS[1:] if record.get(key)]
+        return SampleProblem(sample_id, found.reason, found.message + (f" (in {named[0]!r})" if named else ""))
     sample = Sample(sample_id, images, found.turns, _sample_type(record), found.system)
     if not _is_text(sample):
         return SampleProblem(sample_id, "bad_text", "a text contains half of a surrogate pair, which is no character")
@@ -108,12 +115,22 @@ def _is_text(sample: Sample) -> bool:
     return True
 
 
-def _image_names(record: dict[str, Any]) -> tuple[str, ...] | None:
-    image = record.get("image")
-    if image is None or image == "":
-        return ()
+def _image_names(record: dict[str, Any]) -> tuple[str, ...] | str:
+    """Return the names of a record's images, or what is wrong with them."""
+    given = [key for key in _IMAGE_KEYS if record.get(key) not in (None, "", [])]
+    if not given:
+        # A record whose image is not read would be trained on as text alone.
+        unread = [
+            key for key, value in record.items() if _MEDIA.search(key) and isinstance(value, str | list) and value
+        ]
+        return f"{unread[0]!r} is not read: name images under 'image'" if unread else ()
+    if len(given) > 1 and any(record[key] != record[given[0]] for key in given):
+        return f"images are named under {' and '.join(map(repr, given))}, which differ: keep one"
+    image = record[given[0]]
     names = image if isinstance(image, list) else [image]
-    return tuple(names) if all(isinstance(name, str) and name for name in names) else None
+    if all(isinstance(name, str) and name for name in names):
+        return tuple(names)
+    return f"{given[0]!r} must be a name or a list of names, and is {image!r}"
 
 
 def _sample_type(record: dict[str, Any]) -> str:

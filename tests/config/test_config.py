@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from meteor.config import RunSettings, expand_study, load_run, mathematical_settings, resolve_paths, settings_digest
 from meteor.config.settings import QuestionSetSettings
@@ -118,3 +119,39 @@ def test_local_paths_become_absolute_and_uris_and_hub_ids_stay(tmp_path, monkeyp
     assert settings.data.roots == {"": "s3://bucket/images"}
     assert settings.vision.path == str(tmp_path / "clip")
     assert settings.llm.path == "lmsys/vicuna-7b-v1.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("pretrain: {lr: 5e-4}\nfinetune: {lr: 1e-5}\npretrain: {epochs: 3}\n", 3),
+        ("pretrain:\n  lr: 5e-4\n  epochs: 2\n  lr: 1e-3\n", 4),
+        ("data:\n  evaluate:\n    mine: a.json\n    mine: b.json\n", 4),
+        ('data: {roots: {"a": x, a: y}}\n', 1),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_its_line(tmp_path, text, line):
+    with pytest.raises(SettingsError, match=rf"(?s)is given twice.*line {line}"):
+        load_run(make_run(tmp_path, text))
+
+
+def test_merged_mappings_may_be_overridden(tmp_path):
+    text = "pretrain: &both {lr: 5e-4, epochs: 2}\nfinetune:\n  <<: *both\n  lr: 1e-5\n"
+    run = load_run(make_run(tmp_path, text))
+    assert (run.finetune.lr, run.finetune.epochs) == (1e-5, 2)
+
+
+def test_a_run_file_that_is_no_text_or_too_deep_is_refused(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(SettingsError, match="is not UTF-8 text"):
+        load_run(str(tmp_path / "latin.yaml"))
+    with pytest.raises(SettingsError, match="is nested too deeply"):
+        load_run(make_run(tmp_path, "a: " + "[" * 5000 + "]" * 5000))
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", "", "a b", "\u00e9"])
+def test_names_that_make_no_folder_are_refused(name):
+    with pytest.raises(ValidationError):
+        RunSettings.model_validate({"name": name})
+    with pytest.raises(ValidationError):
+        RunSettings.model_validate({"data": {"evaluate": {name: "a.json"}}})

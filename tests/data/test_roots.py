@@ -76,8 +76,12 @@ def test_a_link_out_of_the_root_is_refused_and_a_root_that_is_a_link_is_not(tmp_
     (tmp_path / "link").symlink_to(tmp_path / "root")
     roots = {"": str(tmp_path / "root")}
     for name in ("file.jpg", "folder/1.jpg", str(tmp_path / "root" / "folder" / "1.jpg")):
-        with pytest.raises(ImagePathError, match="root of its own"):
+        with pytest.raises(ImagePathError, match="outside every root: add a root that contains it"):
             resolve_image(name, roots)
     assert resolve_image("inside.jpg", roots) == str(tmp_path / "root" / "inside.jpg")
     assert resolve_image("1.jpg", {"": str(tmp_path / "link")}) == str(tmp_path / "link" / "1.jpg")
+    # The advice of the message, and a root around both folders.
+    for linked in (tmp_path / "elsewhere", tmp_path):
+        found = resolve_image("file.jpg", {**roots, "linked": str(linked)})
+        assert found == str(tmp_path / "root" / "file.jpg")
     assert resolve_image("folder/1.jpg", roots | {"folder": str(tmp_path / "elsewhere")})

@@ -123,3 +123,31 @@ def test_bytes_that_are_not_text_are_refused(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(NotFoundError, match="nothing"):
         load_samples(str(tmp_path / "nothing.json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("images", ["1.jpg"]), ("images", "1.jpg"), ("image_path", "1.jpg"), ("image_paths", ["1.jpg"])]
+)
+def test_images_under_other_usual_keys_are_read(tmp_path, key, value):
+    (sample,), problems = load(tmp_path, make_record(image=None, **{key: value}))
+    assert (sample.images, problems) == (("1.jpg",), [])
+    samples, (problem,) = load(tmp_path, make_record(image=None, question="What?", **{key: value}))
+    assert (samples, problem.reason) == ([], "image_without_placeholder")
+    assert repr(key) in problem.message
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "img", "picture", "image_url", "photo_file", "Audio", "visual"])
+def test_media_under_keys_that_are_not_read_are_no_text_alone(tmp_path, key):
+    samples, (problem,) = load(tmp_path, make_record(image=None, question="What?", **{key: "a.mp4"}))
+    assert (samples, problem.reason) == ([], "bad_image_field")
+    assert f"{key!r} is not read" in problem.message
+    # Beside an image that is read, such keys say something about it.
+    (sample,), _ = load(tmp_path, make_record(**{key: "a"}))
+    assert sample.images == ("1.jpg",)
+
+
+def test_images_under_two_keys_must_agree(tmp_path):
+    samples, (problem,) = load(tmp_path, make_record(images=["2.jpg"]))
+    assert (samples, problem.reason) == ([], "bad_image_field")
+    assert "'image' and 'images', which differ" in problem.message
+    assert len(load(tmp_path, make_record(images="1.jpg", image_id=7))[0]) == 1

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from meteor.errors import SettingsError
+from meteor.vision.checkpoint import read_normalisation
 from meteor.vision.digest import weights_digest
 from meteor.vision.encoder import FrozenClip
 
@@ -86,10 +89,64 @@ def test_bin_and_safetensors_full_clip_and_tower_have_one_digest(tmp_path):
     model.config.save_pretrained(tmp_path / "bin")
     torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     model.vision_model.save_pretrained(tmp_path / "tower")
+    for name in ("full", "bin", "tower"):
+        (tmp_path / name / "preprocessor_config.json").write_text("{}")
     digests = {FrozenClip.from_pretrained(str(tmp_path / name)).weights_digest for name in ("full", "bin", "tower")}
     assert digests == {weights_digest(model.vision_model.state_dict())}
     half = FrozenClip.from_pretrained(str(tmp_path / "full"), dtype=torch.bfloat16)
     assert half.weights_digest in digests
+
+
+HALF = {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.25, 0.5, 0.25]}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"preprocessor_config.json": HALF},
+        {"processor_config.json": {"processor_class": "CLIPProcessor", "image_processor": HALF}},
+        {
+            "preprocessor_config.json": {
+                **HALF,
+                "do_normalize": True,
+                "do_rescale": True,
+                "rescale_factor": 0.00392156862745098,
+            }
+        },
+        {"preprocessor_config.json": HALF, "processor_config.json": {"image_processor": {"image_mean": [0, 0, 0]}}},
+    ],
+)
+def test_the_normalisation_is_the_checkpoints_own(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert read_normalisation(str(tmp_path)) == (HALF["image_mean"], HALF["image_std"])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"do_normalize": False}, "do_normalize is False"),
+        ({"do_rescale": False}, "do_rescale is False"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+        ({"rescale_factor": None}, "rescale_factor is None"),
+        ({"image_mean": None}, "image_mean is None, not three numbers"),
+        ({"image_std": [0.5]}, "image_std is"),
+        ({"image_std": [0.5, "0.5", 0.5]}, "image_std is"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean is"),
+    ],
+)
+def test_pixels_that_the_checkpoint_wants_otherwise_are_refused(tmp_path, change, problem):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**HALF, **change}))
+    with pytest.raises(SettingsError, match=problem):
+        read_normalisation(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]", "{"])
+def test_a_checkpoint_without_its_normalisation_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "processor_config.json").write_text(text)
+    with pytest.raises(SettingsError, match=r"processor_config\.json"):
+        read_normalisation(str(tmp_path))
 
 
 def test_the_digest_depends_on_values_names_and_types():
