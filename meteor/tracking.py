@@ -1,5 +1,6 @@
 """Experiment tracking in MLflow: runs found by tag, metrics that never stop a job, lineage from caches to runs."""
 
+import hashlib
 import logging
 import os
 import re
@@ -26,12 +27,28 @@ _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_S
 _OUTAGE_PAUSE_S = 60.0
 # Limits of MLflow's API per request and per value.
 _MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
-_MAX_CHILDREN = 5000
+_MAX_CHILDREN, _MAX_NAME_LENGTH = 5000, 250
+# Codes of MLflow's errors about a value, and not about the server.
+_REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "DATA_LOSS")
 
 
 def public_uri(uri: str) -> str:
     """Remove user and password from a URI, for messages and files."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", uri)
+
+
+def mlflow_name(name: str) -> str:
+    """Return a metric's, parameter's or tag's name as MLflow accepts it; different names stay different.
+
+    Letters that MLflow refuses become ":<hexadecimal code>:". So do dots at the start or after a slash, a slash at an end or
+    after another slash, and a colon that would look like such a code. A name that is too long ends in a digest.
+    """
+    escaped = re.sub(r"[^A-Za-z0-9_\-. /:]|:(?=[0-9a-f]+:)", lambda match: f":{ord(match[0]):x}:", name)
+    escaped = re.sub(r"(?<![^/])\.+", lambda match: ":2e:" * len(match[0]), escaped)
+    escaped = re.sub(r"^/|/$|(?<=/)/", ":2f:", escaped)
+    if 0 < len(escaped) <= _MAX_NAME_LENGTH:
+        return escaped
+    return f"{escaped[: _MAX_NAME_LENGTH - 18]}::{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:16]}"
 
 
 def experiment_page(uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
@@ -140,10 +157,9 @@ class Tracker:
         with self._reaching():
             present = self._client.get_run(run_id).data.params
             flat = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in flatten(settings).items()}
-            new = [(key, value) for key, value in flat.items() if key not in present]
-            for start in range(0, len(new), _MAX_PARAMS):
-                params = [self._entities.Param(key, value) for key, value in new[start : start + _MAX_PARAMS]]
-                self._client.log_batch(run_id, params=params)
+            named = {mlflow_name(key): value for key, value in flat.items()}
+            new = [self._entities.Param(key, value) for key, value in named.items() if key not in present]
+            self._log_batches(run_id, "params", new, _MAX_PARAMS)
 
     def log_dataset(self, run_id: str, *, name: str, digest: str, source: str, context: str) -> None:
         """Record a cache or sample file as a run's input; the search ``dataset.digest = '...'`` then finds its runs."""
@@ -167,7 +183,7 @@ class Tracker:
                 _LOG.warning(
                     "MLflow at %s cannot be reached (%s); metrics stay in the run's files and are sent later",
                     public_uri(self.uri),
-                    error,
+                    public_uri(str(error)),
                 )
             self._outage_until = time.monotonic() + _OUTAGE_PAUSE_S
 
@@ -210,7 +226,7 @@ class Tracker:
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         with self._reaching():
             for key, value in tags.items():
-                self._client.set_tag(run_id, key, value)
+                self._client.set_tag(run_id, mlflow_name(key), value)
 
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         with self._reaching():
@@ -219,14 +235,28 @@ class Tracker:
     def _metrics(self, row: Mapping[str, Any], time_ms: int) -> list[Any]:
         """Return a row's numbers as MLflow's metrics."""
         return [
-            self._entities.Metric(key, float(value), time_ms, int(row["step"]))
+            self._entities.Metric(mlflow_name(key), float(value), time_ms, int(row["step"]))
             for key, value in row.items()
             if key not in {"step", "time_ms"} and isinstance(value, int | float)
         ]
 
     def _send(self, run_id: str, metrics: Sequence[Any]) -> None:
-        for start in range(0, len(metrics), _MAX_METRICS):
-            self._client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
+        self._log_batches(run_id, "metrics", metrics, _MAX_METRICS)
+
+    def _log_batches(self, run_id: str, kind: str, values: Sequence[Any], most: int) -> None:
+        """Log metrics or params; a value that MLflow refuses is named in the log, and loses no other value."""
+        for start in range(0, len(values), most):
+            batch = values[start : start + most]
+            try:
+                self._client.log_batch(run_id, **{kind: batch})
+            except self._failures() as error:
+                # `RestException` of a server and `MlflowException` of a database both carry the code.
+                if getattr(error, "error_code", "") not in _REFUSED:
+                    raise
+                if len(batch) > 1:
+                    self._log_batches(run_id, kind, batch, 1)
+                else:
+                    _LOG.warning("MLflow refuses %s = %r: %s", batch[0].key, batch[0].value, public_uri(str(error)))
 
     def _experiment_id(self, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)
@@ -254,4 +284,6 @@ class Tracker:
         try:
             yield
         except self._failures() as error:
-            raise TrackingError(f"MLflow at {public_uri(self.uri)} refused or cannot be reached: {error}") from error
+            # The text of an error may hold the address with its password.
+            problem = public_uri(str(error))
+            raise TrackingError(f"MLflow at {public_uri(self.uri)} refused or cannot be reached: {problem}") from error

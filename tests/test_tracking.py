@@ -6,8 +6,11 @@ import shutil
 import socket
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from meteor import tracking
 from meteor.errors import TrackingError
@@ -53,6 +56,58 @@ def test_settings_are_logged_as_dotted_texts(tracker, client):
     tracker.log_params(run_id, {"a": {"b": {"c": 1, "d": [2, 3]}, "e": {}}, "f": None, "g": "x" * 7000})
     logged = client.get_run(run_id).data.params
     assert logged == {"a.b.c": "1", "a.b.d": "[2, 3]", "a.e": "{}", "f": "None", "g": "x" * 6000}
+
+
+ODD_NAMES = [
+    "mmvet/type rec+spat", "mmvet/type rec:2b:spat", "val (zh)/exact_match", "测试/exact_match", "../exact_match", "./a",
+    "a/../b", "a//b", "/a", "a/", "//", ".", "..", "...", "", "x" * 251, "x" * 252, "a:b", "a::b", "{0}", "%s", "'; --",
+    "\n", "a\tb", "🙂", "a=b", "a,b",
+]  # fmt: skip
+
+
+def test_a_name_of_any_kind_becomes_one_that_is_accepted_and_its_own(tracker, client):
+    run_id = tracker.run("a", "a")
+    assert tracking.mlflow_name("scenes/exact_match") == "scenes/exact_match"
+    row = {name: float(i) for i, name in enumerate(ODD_NAMES)}
+    tracker.log_metrics(run_id, [{**row, "step": 0, "time_ms": 1}])
+    assert tracker.backfill(run_id, [{**row, "step": 0, "time_ms": 1}]) == 0
+    tracker.log_params(run_id, {name: "v" for name in ODD_NAMES if name})
+    tracker.set_tags(run_id, dict.fromkeys(ODD_NAMES, "t"))
+    found = client.get_run(run_id).data
+    assert sorted(found.metrics.values()) == sorted(row.values())
+    assert len(found.params) == len(ODD_NAMES) - 1
+
+
+@given(st.sets(st.text(alphabet=st.sampled_from("a:2e./ +é"), max_size=8), min_size=2, max_size=2))
+def test_different_names_stay_different(names):
+    assert len({tracking.mlflow_name(name) for name in names}) == 2
+
+
+def test_a_value_that_is_refused_is_named_and_loses_no_other(tracker, client, monkeypatch, caplog):
+    run_id = tracker.run("a", "a")
+    real = MlflowClient.log_batch
+
+    def picky(self, run_id, **values):
+        if any(value.key == "odd" for value in next(iter(values.values()))):
+            raise MlflowException("not this one", error_code=INVALID_PARAMETER_VALUE)
+        real(self, run_id, **values)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", picky)
+    tracker.backfill(run_id, [{"step": 0, "time_ms": 1, "one": 1.0, "odd": 2.0, "two": 3.0}])
+    tracker.log_params(run_id, {"one": 1, "odd": 2, "two": 3})
+    found = client.get_run(run_id).data
+    assert (found.metrics, found.params) == ({"one": 1.0, "two": 3.0}, {"one": "1", "two": "3"})
+    assert caplog.text.count("MLflow refuses odd = ") == 2
+
+
+def test_a_password_in_the_address_is_in_no_error(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://user:hunter2@127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(TrackingError) as caught:
+        Tracker(uri, "e")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_stage_that_starts_again_finds_its_run_by_its_digest(tracker, client, uri):

@@ -333,7 +333,6 @@ class EvaluateSettings(_Settings):
         "evaluation uses 1024)",
         ge=14,
     )
-    template: Literal["vicuna_v1", "chat"] = setting("vicuna_v1", "prompt template of the questions")
     limit: int | None = setting(None, "most questions to answer per set; omit for all")
     batch_size: int = operational(16, "questions answered together", ge=1)
     model: str | None = operational(None, "directory of a finished model; omit for this run's own stage 2")

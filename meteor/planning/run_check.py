@@ -92,7 +92,7 @@ def _training_text(inputs: Inputs, file: SampleFile) -> tuple[SampleSet, Callabl
 
 def _question_text(inputs: Inputs, name: str) -> tuple[SampleSet, Callable[[int], int]]:
     """Return a question set's samples, and position -> number of text tokens in the prompt."""
-    tokenizer, template = inputs.tokenizer(), inputs.settings.evaluate.template
+    tokenizer, template = inputs.tokenizer(), inputs.settings.finetune.template
     questions = inputs.question_set(name)
 
     def count(position: int) -> int:

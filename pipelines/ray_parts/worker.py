@@ -179,7 +179,8 @@ def export(task: WorkerTask, checkpoint_uri: str) -> None:
         pixels=pixel_settings(task.settings),
         mean=encoder.mean,
         std=encoder.std,
-        template=task.settings.evaluate.template,
+        # The model asks as it was taught.
+        template=task.stage_settings.template,
         separators=task.separators,
         sub_images=task.stage_settings.sub_images,
     )

@@ -166,6 +166,43 @@ def test_mmbench_makes_rotations_that_the_file_lacks_and_keeps_those_it_has(load
     assert shown_images["images/1.jpg"] == shown_images["images/2.jpg"] != b""
 
 
+@pytest.mark.parametrize(
+    ("cells", "answer", "right"),
+    [
+        (["two", "one", "", "three"], "D", "three"),
+        (["", "two", "one", "unknown"], "B", "two"),
+        (["", "", "one", ""], "C", "one"),
+    ],
+)
+def test_an_empty_option_between_others_moves_no_right_answer(load, tmp_path, cells, answer, right):
+    write_mmbench(tmp_path, [391, "how many?", "", *cells, answer, "count", "A" * 100])
+    questions = load("mmbench", tmp_path).questions
+    assert len(questions) == sum(map(bool, cells))
+    for question in questions:
+        [letter] = question.references
+        assert question.choices["ABCD".index(letter)] == right
+        assert f"{letter}. {right}" in question.text
+
+
+def test_a_right_answer_that_is_no_option_is_a_problem_of_its_record(load, tmp_path):
+    write_mmbench(
+        tmp_path,
+        [1, "?", "", "u", "", "", "", "B", "x", "A" * 100],
+        [2, "?", "", "u", "v", "", "", "A", "x", "A" * 100],
+    )
+    found = load("mmbench", tmp_path)
+    assert {question.group for question in found.questions} == {"2"}
+    assert [(problem.sample_id, problem.reason) for problem in found.problems] == [("1", "bad_answer")]
+    record = {"data_id": "1", "question": "?", "choice_a": "u", "choice_b": None, "choice_c": "v"}
+    records = [{**record, "question_id": str(i), "answer": answer} for i, answer in enumerate(["C", "B", "E"])]
+    (tmp_path / "SEED-Bench.json").write_text(json.dumps({"questions": records}))
+    (tmp_path / "SEED-Bench-image").mkdir()
+    (tmp_path / "SEED-Bench-image/1").write_bytes(b"x")
+    found = load("seed", tmp_path)
+    assert [(question.choices, question.references) for question in found.questions] == [(("u", "v"), ("B",))]
+    assert [problem.sample_id for problem in found.problems] == ["1", "2"]
+
+
 def test_mmmu_has_several_images_a_question_and_open_questions(load):
     questions = load("mmmu").questions
     several = next(one for one in questions if len(one.sample.images) == 2)

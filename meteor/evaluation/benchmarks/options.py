@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from meteor.data.samples import SampleProblem
 from meteor.errors import DataError
 from meteor.evaluation.benchmarks.folder import Folder, read_parquet
 from meteor.evaluation.benchmarks.prompts import OPTION_LETTER, SHORT_ANSWER, with_suffix
@@ -34,10 +35,16 @@ def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     rows = folder.table(*names)
     num_prompts = Counter(int(row["index"]) % _ROTATION for row in rows)
     questions: list[Question] = []
+    problems: list[SampleProblem] = []
     for row in rows:
         index = int(row["index"])
-        options = [row[letter] for letter in LETTERS if row.get(letter)]
-        right = LETTERS.index(row["answer"]) if row.get("answer") else None
+        # An empty option between others shifts the letters of those after it.
+        letters = [letter for letter in LETTERS if row.get(letter)]
+        options = [row[letter] for letter in letters]
+        if row.get("answer") and row["answer"] not in letters:
+            problems.append(_without_right_option(str(index), row["answer"], letters))
+            continue
+        right = letters.index(row["answer"]) if row.get("answer") else None
         # A question with a single prompt has no rotations in the file.
         alone = num_prompts[index % _ROTATION] == 1
         for turn in range(len(options) if alone else 1):
@@ -55,7 +62,12 @@ def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
                     group=str(index % _ROTATION),
                 )
             )
-    return LoadedQuestions(questions, lambda: _mmbench_images(folder.table(*names)))
+    return LoadedQuestions(questions, lambda: _mmbench_images(folder.table(*names)), tuple(problems))
+
+
+def _without_right_option(id: str, answer: str, letters: Sequence[str]) -> SampleProblem:
+    message = f"the right answer {answer!r} is none of its options ({', '.join(letters) or 'there are none'})"
+    return SampleProblem(id, "bad_answer", message)
 
 
 def _mmbench_image(index: int) -> str:
@@ -129,17 +141,23 @@ def load_seed(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     names = {number: name for name, number in content.get("question_type", {}).items()}
     records = [record for record in content["questions"] if record.get("data_type", "image") == "image"]
     place = folder.image_folder("SEED-Bench-image", embedded=[record["data_id"] for record in records])
-    questions = []
+    questions: list[Question] = []
+    problems: list[SampleProblem] = []
     for record in records:
-        options = [str(record[f"choice_{letter}"]) for letter in "abcd" if record.get(f"choice_{letter}") is not None]
+        letters = [letter for letter in "ABCD" if record.get(f"choice_{letter.lower()}") is not None]
+        options = [str(record[f"choice_{letter.lower()}"]) for letter in letters]
+        answer = record.get("answer")
+        if answer and answer not in letters:
+            problems.append(_without_right_option(str(record["question_id"]), answer, letters))
+            continue
         questions.append(
             ask(
                 str(record["question_id"]),
                 with_suffix(record["question"], list_options(options), OPTION_LETTER),
                 [f"{place}{record['data_id']}"],
-                [record["answer"]] if record.get("answer") else (),
+                [LETTERS[letters.index(answer)]] if answer else (),
                 type=names.get(record.get("question_type_id"), ""),
                 choices=options,
             )
         )
-    return LoadedQuestions(questions)
+    return LoadedQuestions(questions, problems=tuple(problems))
