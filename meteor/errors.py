@@ -5,6 +5,7 @@ MeteorError
 ├── MissingPackageError      an optional package is needed and not installed
 ├── StorageError             a file or object cannot be read or written
 │   ├── NotFoundError
+│   ├── InaccessibleError    this file cannot be read (its rights, a circle of links), and others can
 │   ├── UnsafeNameError      a name that comes from data leads out of its folder, or names no file
 │   └── AlreadyExistsError   a conditional put lost the race
 ├── DataError                a sample cannot be used
@@ -43,6 +44,10 @@ class StorageError(MeteorError):
 
 
 class NotFoundError(StorageError):
+    pass
+
+
+class InaccessibleError(StorageError):
     pass
 
 

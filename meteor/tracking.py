@@ -40,8 +40,9 @@ def public_uri(uri: str) -> str:
 def mlflow_name(name: str) -> str:
     """Return a metric's, parameter's or tag's name as MLflow accepts it; different names stay different.
 
-    Letters that MLflow refuses become ":<hexadecimal code>:". So do dots at the start or after a slash, a slash at an end or
-    after another slash, and a colon that would look like such a code. A name that is too long ends in a digest.
+    Letters that MLflow refuses become ":<hexadecimal code>:". Such codes also stand for dots at the start or after a slash, a
+    slash at an end or after another slash, and a colon that would look like such a code. A name that is too long ends in
+    a digest.
     """
     escaped = re.sub(r"[^A-Za-z0-9_\-. /:]|:(?=[0-9a-f]+:)", lambda match: f":{ord(match[0]):x}:", name)
     escaped = re.sub(r"(?<![^/])\.+", lambda match: ":2e:" * len(match[0]), escaped)

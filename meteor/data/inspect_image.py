@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image
 
 from meteor import storage
+from meteor.data.image_problems import image_problems
 from meteor.data.roots import resolve_image
 from meteor.data.sources import other_spelling
-from meteor.errors import BadImageError, ImagePathError, NotFoundError, StorageError
+from meteor.errors import BadImageError, ImagePathError, StorageError
 from meteor.image.decode import decode_image
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
@@ -28,7 +29,7 @@ class InspectedImage:
 
     Attributes:
         name: the image's name in the samples.
-        reason: "" if the image can be used; else "missing", "outside_roots", "storage", or a `BadImageError`'s reason.
+        reason: "" if the image can be used; else "outside_roots", "storage", or a reason of `image_problems`.
         message: description of the problem, or "".
         plan: the image's slices, or None if it cannot be used.
         sha256: digest of the file's bytes if the whole file was read, else "".
@@ -47,16 +48,16 @@ def inspect_image(name: str, roots: Mapping[str, str], pixels: PixelSettings, *,
     """Inspect an image by its header alone, or with ``full`` by decoding it as for the encoder."""
     try:
         uri = resolve_image(name, roots)
-        size, sha256 = _read_whole(uri, pixels) if full else (_read_size(uri, pixels), "")
-        if size[0] * size[1] > pixels.max_pixels:
-            raise BadImageError("too_many_pixels", f"{size[0]}x{size[1]} pixels; the limit is {pixels.max_pixels}")
-        return InspectedImage(name, "", "", pixels.plan(*size), sha256)
+        with image_problems(uri):
+            size, sha256 = _read_whole(uri, pixels) if full else (_read_size(uri, pixels), "")
+            if size[0] * size[1] > pixels.max_pixels:
+                raise BadImageError("too_many_pixels", f"{size[0]}x{size[1]} pixels; the limit is {pixels.max_pixels}")
+            return InspectedImage(name, "", "", pixels.plan(*size), sha256)
     except ImagePathError as error:
         return InspectedImage(name, "outside_roots", str(error), None)
     except BadImageError as error:
-        return InspectedImage(name, error.reason, str(error), None)
-    except NotFoundError as error:
-        return InspectedImage(name, "missing", str(error), None, found_as=_found_as(name, roots))
+        found_as = _found_as(name, roots) if error.reason == "missing" else ""
+        return InspectedImage(name, error.reason, str(error), None, found_as=found_as)
     except StorageError as error:
         return InspectedImage(name, "storage", str(error), None)
 

@@ -20,10 +20,10 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
             ``s3://bucket/coco/train2017/1.jpg``.
 
     Raises:
-        ImagePathError: no root fits, or the image is outside its root: by "..", by another bucket, by an absolute path,
-            or, on local disk, by a symbolic link to a place outside every root; or its name is too long for a file.
+        ImagePathError: no root fits; the image is outside its root (by "..", another bucket or an absolute path) or, on local
+            disk, a link to a place outside every root; or its name is too long for a file.
     """
-    if not name or "\0" in name:
+    if not name or "\0" in name or name.encode(errors="replace").decode() != name:
         raise ImagePathError(f"{name!r} is no image name.")
     if "://" in name or name.startswith(("/", "~")):
         return _resolve_absolute(name, roots)

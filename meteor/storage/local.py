@@ -3,15 +3,27 @@
 import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-from meteor.errors import AlreadyExistsError, NotFoundError, StorageError
+from meteor.errors import AlreadyExistsError, InaccessibleError, NotFoundError, StorageError
 from meteor.storage.place import ObjectInfo, is_partial, partial_name
 
 _COPY_CHUNK_BYTES = 8 << 20
+# Errors about one path, which say nothing about the disk.
+_OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file; a pipe would be waited for, and a device has no end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(path)
+    return descriptor
 
 
 class LocalFile:
@@ -21,13 +33,13 @@ class LocalFile:
         self.path = path
 
     def read(self) -> bytes:
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", opener=_open_regular) as file:
             return file.read()
 
     def read_into(self, start: int, buffer: memoryview) -> int:
         # Unbuffered, so that the bytes go straight into the caller's buffer; the kernel may return fewer than asked for.
         num_read = 0
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.path, "rb", buffering=0, opener=_open_regular) as file:
             file.seek(start)
             while num_read < len(buffer) and (count := file.readinto(buffer[num_read:])):
                 num_read += count
@@ -96,7 +108,7 @@ def disk_errors(uri: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"{uri} does not exist") from error
     except IsADirectoryError as error:
-        raise NotFoundError(f"{uri} is a folder, not a file") from error
+        raise NotFoundError(f"{uri} is a folder or a device, not a file") from error
     except FileExistsError as error:
         raise AlreadyExistsError(f"{uri} exists already") from error
     except OSError as error:
@@ -105,7 +117,8 @@ def disk_errors(uri: str) -> Iterator[None]:
                 f"{uri} cannot be written: {error.strerror}. No part of it was left behind; free space there or choose "
                 "another folder, and start again: work that was finished before is kept"
             ) from error
-        raise StorageError(f"{uri}: {error.strerror or error}") from error
+        kind = InaccessibleError if error.errno in _OF_ONE_FILE else StorageError
+        raise kind(f"{uri}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import hashlib
 from typing import Any
 
 from meteor import storage
+from meteor.data.image_problems import image_problems
 from meteor.errors import BadImageError
 from meteor.image.decode import decode_image
 
@@ -21,12 +22,21 @@ def read_image(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
     Returns:
         Fields of an `IndexRow`.
     """
-    info = storage.stat(row["uri"])
-    data = storage.read_bytes(row["uri"])
-    fields = {"name": row["name"], "uri": row["uri"], "size_bytes": info.size_bytes, "etag": info.etag}
-    fields["image_key"] = hashlib.sha256(data).hexdigest()
+    fields = {
+        "name": row["name"],
+        "uri": row["uri"],
+        "size_bytes": 0,
+        "etag": "",
+        "image_key": "",
+        "width": 0,
+        "height": 0,
+    }
     try:
-        image = decode_image(data, max_pixels=max_pixels)
+        with image_problems(row["uri"]):
+            info = storage.stat(row["uri"])
+            data = storage.read_bytes(row["uri"])
+            fields |= {"size_bytes": info.size_bytes, "etag": info.etag, "image_key": hashlib.sha256(data).hexdigest()}
+            image = decode_image(data, max_pixels=max_pixels)
     except BadImageError as error:
-        return {**fields, "width": 0, "height": 0, "status": "bad", "reason": error.reason}
+        return {**fields, "status": "bad", "reason": error.reason}
     return {**fields, "width": image.width, "height": image.height, "status": "ok", "reason": ""}

@@ -16,7 +16,7 @@ from meteor.cache import DatasetIndex, IndexRow
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
 from meteor.data.sample_sets import SampleSet
-from meteor.errors import ImagePathError, NotFoundError
+from meteor.errors import ImagePathError, InaccessibleError, NotFoundError
 from pipelines.ray_parts.image_facts import read_image
 from pipelines.ray_parts.runtime import num_blocks, progress
 
@@ -120,6 +120,9 @@ def _stat_if_there(uri: str) -> storage.ObjectInfo | None:
         return storage.stat(uri)
     except NotFoundError:
         return None
+    except InaccessibleError:
+        # Reading it will tell the reason.
+        return storage.ObjectInfo(uri, 0, "", 0.0)
 
 
 def _is_place(uri: str) -> bool:

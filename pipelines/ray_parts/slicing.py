@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from meteor import storage
-from meteor.errors import BadImageError, NotFoundError
+from meteor.data.image_problems import image_problems
+from meteor.errors import BadImageError
 from meteor.image.pixels import PixelSettings, slice_bytes
 
 _NUM_READERS = 8
@@ -40,7 +41,7 @@ def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
     # Object stores have a high latency, so that the next images are read while one is decoded.
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         reads = [pool.submit(read_unchanged, uri, key) for uri, key in zip(uris, keys, strict=True)]
-        for key, read in zip(keys, reads, strict=True):
+        for key, uri, read in zip(keys, uris, reads, strict=True):
             row: dict[str, Any] = {
                 "image_key": key,
                 "reason": "",
@@ -50,8 +51,9 @@ def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
                 "height": 0,
             }
             try:
-                image = slice_bytes(read.result(), key, pixels)
-                row |= {"width": image.width, "height": image.height, "pixels": image.to_bytes()}
+                with image_problems(uri):
+                    image = slice_bytes(read.result(), key, pixels)
+                    row |= {"width": image.width, "height": image.height, "pixels": image.to_bytes()}
             except BadImageError as error:
                 row |= {"reason": error.reason, "message": str(error)}
             rows.append(row)
@@ -59,11 +61,9 @@ def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
 
 
 def read_unchanged(uri: str, image_key: str) -> bytes:
-    """Read an image's bytes; raise BadImageError if the file is missing or has changed since it was indexed."""
-    try:
+    """Read an image's bytes; raise BadImageError if the file cannot be read or has changed since it was indexed."""
+    with image_problems(uri):
         data = storage.read_bytes(uri)
-    except NotFoundError as error:
-        raise BadImageError("missing", f"{uri} is in the index, but the file no longer exists") from error
     if hashlib.sha256(data).hexdigest() != image_key:
         raise BadImageError("changed", f"{uri} has changed since it was indexed; run cache_features again")
     return data

@@ -1,13 +1,20 @@
 """What the first pass asks the store, and what it publishes on the way; no Ray."""
 
+import os
+from unittest.mock import Mock
+
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from meteor import storage
 from meteor.assembly import index_uri
-from meteor.cache import DatasetIndex
+from meteor.cache import DatasetIndex, IndexRow
+from meteor.data.inspect_image import inspect_image
 from meteor.data.sample_sets import SampleSet
-from pipelines.ray_parts import indexing
+from meteor.errors import StorageError
+from meteor.image.pixels import PixelSettings
+from pipelines.ray_parts import image_facts, indexing
 from pipelines.ray_parts.image_facts import read_image
 
 BELOW = ["many/below/1.png", "many/below/2.png", "many/below/3.png"]
@@ -34,6 +41,38 @@ def test_a_crowded_folder_of_an_object_store_is_listed_and_other_names_are_asked
     assert sorted(asked["stat"]) == [f"{s3_root}/few/5.png", f"{s3_root}/few/absent.png"]
     there = [name for name in names if "absent" not in name]
     assert found == {f"{s3_root}/{name}": storage.stat(f"{s3_root}/{name}") for name in there}
+
+
+def test_a_file_of_any_kind_is_a_row_with_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    uris = {name: f"{tmp_path}/{name}" for name in ("loop.png", "folder.png", "fifo.png", "good.png", "gone.png")}
+    uris["long"] = f"{tmp_path}/{'x' * 300}"
+    found = indexing.stat_all(uris.values())
+    assert {name for name, uri in uris.items() if uri in found} == {"loop.png", "good.png", "long"}
+
+    def reason(name):
+        row = read_image({"name": name, "uri": uris[name]}, max_pixels=1000)
+        IndexRow(**row)
+        return row["reason"]
+
+    reasons = {name: reason(name) for name in uris}
+    missing = dict.fromkeys(["folder.png", "fifo.png", "gone.png"], "missing")
+    assert reasons == {**missing, "loop.png": "inaccessible", "long": "inaccessible", "good.png": ""}
+    # The check of the data gives the same reasons.
+    pixels, roots = PixelSettings(max_pixels=1000), {"": str(tmp_path)}
+    for name in set(uris) - {"long"}:
+        for full in (False, True):
+            assert inspect_image(name, roots, pixels, full=full).reason == reasons[name], (name, full)
+
+    for error in (MemoryError(), RuntimeError("odd"), RecursionError(), KeyError("x")):
+        monkeypatch.setattr(image_facts, "decode_image", Mock(side_effect=error))
+        assert reason("good.png") == "unreadable"
+    monkeypatch.setattr(storage, "read_bytes", Mock(side_effect=StorageError("the store is away")))
+    with pytest.raises(StorageError, match="away"):
+        reason("good.png")
 
 
 def test_local_files_are_asked_for_one_by_one(tmp_path, asked):
