@@ -40,7 +40,7 @@ def public_uri(uri: str) -> str:
 def mlflow_name(name: str) -> str:
     """Return a metric's, parameter's or tag's name as MLflow accepts it; different names stay different.
 
-    Letters that MLflow refuses become ":<hexadecimal code>:". Such codes also stand for dots at the start or after a slash, a
+    Letters that MLflow refuses become ":<hexadecimal code>:". Codes also stand for dots at the start or after a slash, a
     slash at an end or after another slash, and a colon that would look like such a code. A name that is too long ends in
     a digest.
     """
