@@ -73,7 +73,7 @@ def run(inputs: Inputs) -> Summary:
             new_refusals = _new_refusals(cache_uri, refused)
             record_quarantine(cache_uri, new_refusals)
             live.quarantined([row.reason for row in new_refusals])
-            commit(cache_uri)
+            commit(cache_uri, even_empty=True)
             inputs.refresh()
             cache = FeatureCache.open(cache_uri)
             bad = refused + [row for row in cache.quarantine() if row.image_key in wanted]

@@ -71,10 +71,11 @@ def _plan_set(inputs: Inputs, prepared: PreparedStage, samples: SampleSet) -> Ta
         max_length=options.max_length,
         sub_images=options.sub_images,
     )
-    limit = max(settings.data.min_bad_images - 1, settings.data.max_bad_share * len(samples))
+    num_records = len(samples) + len(samples.problems)
+    limit = max(settings.data.min_bad_images - 1, settings.data.max_bad_share * num_records)
     if len(plan.excluded) > limit:
         raise QuarantineLimitError(
-            f"{len(plan.excluded)} of {len(samples)} samples of {samples.uri} cannot be used ({plan.reasons()}), for example "
+            f"{len(plan.excluded)} of {num_records} samples of {samples.uri} cannot be used ({plan.reasons()}), for example "
             f"{plan.excluded[0].sample_id}: {plan.excluded[0].message}. See `meteor data check`, or raise data.max_bad_share"
         )
     if not len(plan.table):

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from meteor.assembly.inputs import Inputs
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.data.sample_sets import SampleSet
+from meteor.data.table_plan import TablePlan
 from meteor.errors import SettingsError
 from meteor.model import MeteorConfig
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import StageIdentity, Versions, identify
 from meteor.stages import TrainingStage
+from meteor.text.tokens import visual_separators
 from meteor.train.build import read_fitting_projector, read_llm_config
 from meteor.vision.checkpoint import read_vision_config
 
@@ -99,6 +101,36 @@ def check_projector(inputs: Inputs) -> None:
         cache_identity=inputs.cache_identity().to_dict(),
     )
     read_fitting_projector(config, settings.finetune.pretrained)
+
+
+def check_token_ids(inputs: Inputs, *plans: TablePlan | None) -> None:
+    """Check that every token that training may feed has a row in the language model's embedding.
+
+    Args:
+        inputs: settings of the run, and what they name.
+        *plans: samples to train on, and held-out samples; None if the run has none.
+
+    Raises:
+        SettingsError: a token has none; on a worker this would be an index error, on a GPU without a word about the token.
+    """
+    path, tokenizer = inputs.settings.llm.path, inputs.tokenizer()
+    num_rows = read_llm_config(path).get_text_config().vocab_size
+    separators = visual_separators(tokenizer)
+    fed = {
+        "padding": tokenizer.pad_token_id,
+        "the beginning": tokenizer.bos_token_id,
+        "the end": tokenizer.eos_token_id,
+        "separating slices": separators.slice_id,
+        "separating rows": separators.row_id,
+        "a sample's text": max(plan.table.max_token_id() for plan in plans if plan),
+    }
+    for purpose, token in fed.items():
+        if token is not None and token >= num_rows:
+            raise SettingsError(
+                f"llm.path={path!r}: the tokenizer's token {tokenizer.convert_ids_to_tokens(token)!r} for {purpose} has the id "
+                f"{token}, and the model's embedding has {num_rows} rows: remove the token from the tokenizer's files, or give "
+                "a model whose embedding has been enlarged"
+            )
 
 
 def find_model(inputs: Inputs) -> tuple[str, str]:

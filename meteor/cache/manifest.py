@@ -119,16 +119,22 @@ def read_quarantine(cache_uri: str, manifest: Manifest) -> pa.Table:
     return read_table(storage.join_below(cache_uri, manifest.quarantine), QUARANTINE_SCHEMA, advice=REPAIR_ADVICE)
 
 
-def commit(cache_uri: str) -> int:
+def commit(cache_uri: str, *, even_empty: bool = False) -> int:
     """Merge all ledger records that the latest version lacks into a new version.
 
     It is safe to call at any time from any number of processes: each record is merged once, by whichever process. If a
     process dies between a file and its commit, a later commit merges its record.
 
+    Args:
+        cache_uri: URI of the cache.
+        even_empty: whether a cache without any record gets a first version too: samples of text alone need no features.
+
     Returns:
         The version that contains all records: a new version, or the latest if nothing was to merge (0 without any).
     """
-    return publish_next(manifests_uri(cache_uri), _SUFFIX, lambda latest: _next(cache_uri, latest))
+    return publish_next(
+        manifests_uri(cache_uri), _SUFFIX, lambda latest: _next(cache_uri, latest, even_empty=even_empty and not latest)
+    )
 
 
 def publish_edit(cache_uri: str, edit: Edit, *, unreadable: Collection[str] = ()) -> int:
@@ -180,6 +186,7 @@ def _next(
     base: _Base | None = None,
     edit: Edit | None = None,
     unreadable: Collection[str] = (),
+    even_empty: bool = False,
 ) -> bytes | None:
     """Write the tables of the next version and return its manifest, or None if it would change nothing."""
     listed = ledger_names(cache_uri)
@@ -194,7 +201,7 @@ def _next(
     new_rows = _pending_tables(cache_uri, [name for name in readable if name.startswith(FEATURES_PREFIX)])
     new_bad = _pending_tables(cache_uri, [name for name in readable if name.startswith(QUARANTINE_PREFIX)])
     edited = edit(base.keys) if edit else base.keys
-    if not pending and edited.equals(base.keys):
+    if not pending and not even_empty and edited.equals(base.keys):
         return None
     keys = merge_keys(edited, new_rows)
     num_lost = edited.num_rows + sum(table.num_rows for table in new_rows) - keys.num_rows

@@ -83,6 +83,10 @@ class SampleTable:
         """Return the number of labels that enter the loss; a row's first token never does, as nothing predicts it."""
         return self._columns["num_answer_tokens"][position].as_py()
 
+    def max_token_id(self) -> int:
+        """Return the largest token id in the token tables, of samples that are left out too."""
+        return max((tokens.max_token_id() for tokens in self._tokens), default=-1)
+
     def answer_counts(self) -> list[int]:
         """Return `num_answer_tokens` of every sample."""
         return self._columns["num_answer_tokens"].to_pylist()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
@@ -93,6 +94,10 @@ class TokenTable:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def max_token_id(self) -> int:
+        """Return the largest token id, below 0 if there is none."""
+        return max((pc.max(batch.column("input_ids").values).as_py() or -1 for batch in self._batches), default=-1)
 
     @cached_property
     def lengths(self) -> TokenLengths:

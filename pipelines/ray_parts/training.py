@@ -14,7 +14,7 @@ from meteor import storage
 from meteor.assembly import Inputs
 from meteor.assembly.features import uris_by_key
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
-from meteor.assembly.training_stage import PreparedStage, check_projector, prepare
+from meteor.assembly.training_stage import PreparedStage, check_projector, check_token_ids, prepare
 from meteor.checkpoint.format import Checkpoint, best_checkpoint
 from meteor.config import RunSettings, mathematical_settings
 from meteor.data.table_plan import TablePlan
@@ -57,6 +57,7 @@ def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
             check_projector(inputs)
         cache = hold_pin(settings, prepared.identity, prepared.cache.uri)
         plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
+        check_token_ids(inputs, plan, held_out)
         check_memory(settings, stage, plan.table)
         plan.table.write(storage.join(folder.uri, "samples.parquet"))
         if held_out is not None:

@@ -113,7 +113,11 @@ def test_get_asks_storage_for_its_range_alone_and_never_for_a_footer(make_cache,
     calls = []
     read_range_into = storage.read_range_into
     for name in storage.__all__ if hasattr(storage, "__all__") else dir(storage):
-        if callable(getattr(storage, name)) and name not in {"join", "join_below", "absolute"} and not name[0].isupper():
+        if (
+            callable(getattr(storage, name))
+            and name not in {"join", "join_below", "absolute"}
+            and not name[0].isupper()
+        ):
             monkeypatch.setattr(storage, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name}{args}"))
 
     def counted(uri, start, buffer):

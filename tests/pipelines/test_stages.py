@@ -12,14 +12,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from meteor.assembly import Inputs
+from meteor.assembly.sample_tables import plan_samples
 from meteor.assembly.training_stage import prepare
 from meteor.checkpoint.format import Checkpoint, complete_checkpoints
-from meteor.errors import CacheError, CheckpointError, SettingsError, TrainingError
+from meteor.errors import CacheError, CheckpointError, QuarantineLimitError, SettingsError, TrainingError
 from meteor.evaluation.answer import Answerer
 from meteor.report.tables import NOT_RECORDED, cache_table
 from meteor.runs.mlflow_log import tracking_uri
 from meteor.runs.reading import read_stage
+from meteor.text.tokens import load_tokenizer
 from meteor.tracking import Tracker
+from meteor.train.build import read_llm_config
 from pipelines import cache_features, evaluate, finetune, pretrain, report
 from pipelines.ray_parts import training
 
@@ -199,6 +202,38 @@ def test_a_stage_1_checkpoint_of_another_projector_is_refused_before_workers_sta
     monkeypatch.setattr(training, "_run_workers", lambda *arguments: pytest.fail("workers were started"))
     with pytest.raises(CheckpointError, match="does not fit this run: projector"):
         finetune.run(Inputs(other))
+
+
+def test_samples_of_text_alone_need_no_feature(make_settings, tmp_path, monkeypatch):
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+    (tmp_path / "text.json").write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(4)]))
+    data = {"pretrain": None, "finetune": str(tmp_path / "text.json"), "evaluate": {}}
+    # Another encoder's cache, which is empty.
+    settings = make_settings(data=data, slicing={"max_slices": 1}, finetune={"pretrained": "named", "fraction": 1.0})
+    summary = cache_features.run(Inputs(settings))
+    assert (summary.counts["distinct_images"], summary.counts["images_cached"]) == (0, 0)
+    assert cache_features.run(Inputs(settings)).reused
+    monkeypatch.setattr(Inputs, "projector", lambda inputs: "a projector")
+    prepared = prepare(Inputs(settings), "finetune")
+    assert len(plan_samples(Inputs(settings), prepared).table) == 4
+    (tmp_path / "text.json").write_text(json.dumps([{"id": str(i), "conversatons": turns} for i in range(12)]))
+    assert cache_features.run(Inputs(settings)).counts["images"] == 0
+    with pytest.raises(QuarantineLimitError, match="12 of 12 samples"):
+        plan_samples(Inputs(settings), prepare(Inputs(settings), "finetune"))
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused_before_workers_start(make_settings, encode, monkeypatch):
+    settings = make_settings()
+    encode(settings)
+    monkeypatch.setattr(training, "_run_workers", lambda *arguments: pytest.fail("workers were started"))
+    tokenizer = load_tokenizer(settings.llm.path)
+    num_rows = read_llm_config(settings.llm.path).vocab_size
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= num_rows
+    monkeypatch.setattr(Inputs, "tokenizer", lambda inputs: tokenizer)
+    for start in (pretrain.plan, pretrain.run):
+        with pytest.raises(SettingsError, match=rf"'\[PAD\]' for padding has the id \d+, .* has {num_rows} rows"):
+            start(Inputs(settings))
 
 
 def test_a_dry_run_keeps_records_and_tokens_of_the_samples_and_changes_nothing_else(
