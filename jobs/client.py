@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import aiohttp
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.spec import Job
@@ -32,11 +33,12 @@ class JobServer:
     def __init__(self, address: str | None = None) -> None:
         try:
             self._client = JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        # A wrong token is an error of Ray's own tree.
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(
-                f"no Ray cluster answers at {address or 'the default address'}: {error}\nGive --address http://HOST:8265; for "
-                "a cluster on Kubernetes first run `kubectl port-forward service/NAME-head-svc 8265`. If the cluster requires "
-                "a token, put it into RAY_AUTH_TOKEN or ~/.ray/auth_token."
+                f"no Ray cluster answers at {address or 'the default address'}, or it asks for a token: {error}\n"
+                "Give --address http://HOST:8265; for a cluster on Kubernetes first run `kubectl port-forward "
+                "service/NAME-head-svc 8265`. If the cluster requires a token, put it into RAY_AUTH_TOKEN or ~/.ray/auth_token."
             ) from error
         self.address = self._client.get_address()
 

@@ -1,5 +1,9 @@
 """What is submitted, as what, and what happens to it: without a cluster. tests/cluster has one."""
 
+import http.server
+import os
+import threading
+
 import pytest
 import yaml
 from ray.job_submission import JobStatus
@@ -184,6 +188,31 @@ def test_without_waiting_links_are_printed(fake, capsys):
     shown = capsys.readouterr().out
     assert "http://127.0.0.1:8265/#/jobs/pretrain-" in shown
     assert "ray job logs --follow pretrain-" in shown
+
+
+@pytest.mark.parametrize(
+    ("status", "text"), [(401, "Missing authentication token"), (403, "Invalid token"), (500, "oops")]
+)
+def test_a_server_that_lets_nobody_in_is_said(capsys, monkeypatch, status, text):
+    class Guard(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    for name in [name for name in os.environ if name.startswith("RAY_A")]:
+        monkeypatch.delenv(name)
+    with http.server.HTTPServer(("127.0.0.1", 0), Guard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert main(["cache_features", "--run", "demo", "--address", address]) == 2
+        server.shutdown()
+    shown = capsys.readouterr().err
+    assert f"ClusterError: no Ray cluster answers at {address}, or it asks for a token" in shown
+    assert "RAY_AUTH_TOKEN" in shown
 
 
 def test_a_cluster_that_is_not_there_is_said(capsys, monkeypatch):
