@@ -12,6 +12,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.spec import Job
 from meteor.errors import ClusterError, SettingsError
+from meteor.secrets import redact
 
 # Seconds without an answer before a cluster is given up; a restarted head or a laptop after sleep is back in minutes.
 _PATIENCE_S = 600.0
@@ -93,7 +94,7 @@ class JobServer:
             entrypoint=job.entrypoint,
             submission_id=submission_id,
             runtime_env={"working_dir": ".", "env_vars": env_vars},
-            metadata=metadata,
+            metadata={name: redact(value) for name, value in metadata.items()},
             **{name: value for name, value in resources.items() if value},
         )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.errors import MeteorError
+from meteor.secrets import redact
 
 OK, DIFFERS, ERROR = 0, 1, 2
 
@@ -49,4 +50,4 @@ def run_command(act: Callable[[], int]) -> int:
 
 def print_error(kind: str, message: str) -> None:
     """Print one error on standard error."""
-    print(f"{kind}: {message}", file=sys.stderr)
+    print(redact(f"{kind}: {message}"), file=sys.stderr)

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from meteor.errors import TrackingError
 from meteor.formatting import flatten
 from meteor.optional import import_optional
+from meteor.secrets import COVER, redact
 
 _LOG = logging.getLogger(__name__)
 _DIGEST_TAG = "meteor.digest"
@@ -34,7 +35,7 @@ _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "DATA_LOSS")
 
 def public_uri(uri: str) -> str:
     """Remove user and password from a URI, for messages and files."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", uri)
+    return redact(uri).replace(f"{COVER}@", "")
 
 
 def mlflow_name(name: str) -> str:
@@ -157,7 +158,7 @@ class Tracker:
         """Log settings with dotted names; settings logged before keep their first value, as MLflow requires."""
         with self._reaching():
             present = self._client.get_run(run_id).data.params
-            flat = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in flatten(settings).items()}
+            flat = {key: redact(str(value))[:_MAX_PARAM_LENGTH] for key, value in flatten(settings).items()}
             named = {mlflow_name(key): value for key, value in flat.items()}
             new = [self._entities.Param(key, value) for key, value in named.items() if key not in present]
             self._log_batches(run_id, "params", new, _MAX_PARAMS)
@@ -184,7 +185,7 @@ class Tracker:
                 _LOG.warning(
                     "MLflow at %s cannot be reached (%s); metrics stay in the run's files and are sent later",
                     public_uri(self.uri),
-                    public_uri(str(error)),
+                    redact(str(error)),
                 )
             self._outage_until = time.monotonic() + _OUTAGE_PAUSE_S
 
@@ -227,7 +228,7 @@ class Tracker:
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         with self._reaching():
             for key, value in tags.items():
-                self._client.set_tag(run_id, mlflow_name(key), value)
+                self._client.set_tag(run_id, mlflow_name(key), redact(str(value)))
 
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         with self._reaching():
@@ -257,7 +258,7 @@ class Tracker:
                 if len(batch) > 1:
                     self._log_batches(run_id, kind, batch, 1)
                 else:
-                    _LOG.warning("MLflow refuses %s = %r: %s", batch[0].key, batch[0].value, public_uri(str(error)))
+                    _LOG.warning("MLflow refuses %s = %r: %s", batch[0].key, batch[0].value, redact(str(error)))
 
     def _experiment_id(self, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)
@@ -286,5 +287,5 @@ class Tracker:
             yield
         except self._failures() as error:
             # The text of an error may hold the address with its password.
-            problem = public_uri(str(error))
+            problem = redact(str(error))
             raise TrackingError(f"MLflow at {public_uri(self.uri)} refused or cannot be reached: {problem}") from error

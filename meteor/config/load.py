@@ -162,7 +162,11 @@ def explain_problems(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             lines.append(f"unknown setting {where} = {problem['input']!r}{_suggest(problem['loc'])}")
         else:
-            lines.append(f"{where} = {problem['input']!r}: {problem['msg']}" if problem["loc"] else problem["msg"])
+            lines.append(
+                f"{where} = {problem['input']!r}: {problem['msg']}"
+                if problem["loc"]
+                else problem["msg"].removeprefix("Value error, ")
+            )
     return "; ".join(lines)
 
 

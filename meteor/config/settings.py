@@ -5,12 +5,11 @@ and a run that changes it continues from its checkpoint. Each description is sho
 (`meteor config explain`), and must be understood there.
 """
 
-import re
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from meteor.secrets import find_secrets
 from meteor.stages import TrainingStage
 
 
@@ -471,12 +470,11 @@ class RunSettings(_Settings):
     @model_validator(mode="after")
     def _no_credentials(self) -> "RunSettings":
         # Run files are stored with results, logged to MLflow, and shown with a cluster's jobs.
-        for value in _texts(self.model_dump(mode="json")):
-            if found := re.search(r"(\w+://)[^/@\s]*:[^/@\s]*@", value):
-                raise ValueError(
-                    f"a URI with a password ({found[1]}...@) does not belong in a run: pass credentials in environment "
-                    "variables (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI; AWS_*)"
-                )
+        if found := list(find_secrets(self.model_dump(mode="json"))):
+            raise ValueError(
+                f"{', '.join(found)}: a password, token or key does not belong in a run: pass credentials in environment "
+                "variables (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI; AWS_*)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -503,15 +501,3 @@ class RunSettings(_Settings):
     def cache_root(self) -> str:
         """Folder or s3:// URI that holds the feature caches, without the default left open."""
         return self.cache.uri or f"{self.output}/cache"
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings in a tree of mappings and lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in (*value.keys(), *value.values()):
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)

@@ -16,6 +16,7 @@ from meteor.report.canvas import Drawing
 from meteor.report.content import ReportContent, build_content
 from meteor.report.data import RunResult, SelectionPanel, StudyTable
 from meteor.report.tables import GAPS, Table
+from meteor.secrets import redact
 
 # Characters that Markdown reads as markup; "_" is markup only at the edge of a word, so that names stay readable.
 _MARKDOWN_SPECIAL = re.compile(r"[\\`*|\[\]~$#]|(?<!\w)_|_(?!\w)")
@@ -67,7 +68,7 @@ def write_report(
     for drawing in content.drawings():
         storage.write_bytes(storage.join(uri, "figures", f"{drawing.name}.png"), drawing.png)
     for name, text in (content.study.csv_files if content.study else {}).items():
-        storage.write_bytes(storage.join(uri, name), text.encode())
+        storage.write_bytes(storage.join(uri, name), redact(text).encode())
     paths = ReportPaths(markdown=storage.join(uri, "report.md"), html=storage.join(uri, "report.html"))
     storage.write_bytes(paths.markdown, _render("report.md.j2", content))
     storage.write_bytes(paths.html, _render("report.html.j2", content))
@@ -102,4 +103,4 @@ def _render(template: str, content: ReportContent) -> bytes:
     )
     environment.filters.update(md=escape_markdown, markdown_table=_markdown_table, data_uri=_data_uri)
     environment.globals["gaps"] = GAPS
-    return environment.get_template(template).render(report=content).encode("utf-8")
+    return redact(environment.get_template(template).render(report=content)).encode("utf-8")

@@ -13,6 +13,8 @@ from typing import Any
 import ray.data
 from transformers.utils import logging as transformers_logging
 
+from meteor.secrets import redact
+
 # Fields of this thread's lines; a thread that a block starts gets them by `contextvars.copy_context`.
 _ABOUT: ContextVar[dict[str, Any]] = ContextVar("fields of log lines")
 # Fields of all lines of this process, for processes that do one thing, such as a training worker.
@@ -39,7 +41,14 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             content["error"] = self.formatException(record.exc_info)
-        return json.dumps(content, ensure_ascii=False, default=str)
+        return redact(json.dumps(content, ensure_ascii=False, default=str))
+
+
+class TextFormatter(logging.Formatter):
+    """Formatter that writes time and message, with passwords and keys covered."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def configure_logging() -> None:
@@ -72,7 +81,7 @@ def _configure_lines(level: int) -> None:
     if os.environ.get("METEOR_LOG_FORMAT", "text") == "json":
         handler.setFormatter(JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(TextFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
     # Ray's workers come with a handler that prints every line of every library.
     root.handlers = [other for other in root.handlers if type(other) is not logging.StreamHandler] + [handler]
