@@ -8,11 +8,13 @@ from typing import Any
 
 from meteor import storage
 from meteor.data.samples import SampleProblem
-from meteor.errors import NotFoundError, SettingsError
+from meteor.errors import DataError, MeteorError, NotFoundError, SettingsError
 from meteor.evaluation.benchmarks import BENCHMARKS, Benchmark, Folder
 from meteor.evaluation.benchmarks.others import read_verdicts
 from meteor.evaluation.metrics import Metric, judged, relaxed
 from meteor.evaluation.questions import Question
+
+_LONGEST_SHOWN = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +114,9 @@ def load_question_set(
     folder = _Recorded(uri, benchmark.title, benchmark.origin)
     try:
         loaded = benchmark.load(folder, split=split, ocr=ocr)
+        problems = {id(question): _problem(question) for question in loaded.questions}
+        questions = [question for question in loaded.questions if not problems[id(question)]]
+        digest = _digest(questions)
     except NotFoundError:
         # An absent or empty folder is more likely a wrong path than a set of missing files.
         if not folder.is_file and not storage.list_objects(uri):
@@ -120,12 +125,19 @@ def load_question_set(
                 f"{benchmark.origin}"
             ) from None
         raise
-    digest = _digest(loaded.questions)
+    except MeteorError:
+        raise
+    # Files of strangers may hold anything; whatever a reader stumbles over, the user needs the file's name.
+    except Exception as error:
+        read = folder.used[-1] if folder.used else uri
+        raise DataError(
+            f"data.evaluate.{name}: {read} is not as {benchmark.title} is published ({type(error).__name__}: "
+            f"{_shortened(error)}): download it again from {benchmark.origin}"
+        ) from error
     image_root = None if folder.is_file else uri
     if loaded.embedded is not None or long_side:
         image_root = storage.join(embedded_root, "-".join(filter(None, [format, digest[:12], str(long_side or "")])))
     resized: dict[str, str] = {}
-    questions = loaded.questions
     if image_root is not None:
         if long_side:
             names = {image for question in questions for image in question.sample.images}
@@ -138,7 +150,16 @@ def load_question_set(
         benchmark=benchmark,
         metric=_metric(benchmark, format, compat, verdicts),
         questions=questions,
-        problems=loaded.problems,
+        problems=(
+            *loaded.problems,
+            *(
+                SampleProblem(
+                    str(question.id).encode(errors="replace").decode(), "bad_question", problems[id(question)]
+                )
+                for question in loaded.questions
+                if problems[id(question)]
+            ),
+        ),
         digest=digest,
         facts={"benchmark": format, "split": split, "ocr": ocr, "long_side": long_side}
         | ({"compat": compat} if format == "chartqa" else {})
@@ -167,6 +188,25 @@ class _Recorded(Folder):
     def parquet_files(self, part: str) -> list[str]:
         self.used += (found := super().parquet_files(part))
         return found
+
+
+def _problem(question: Question) -> str:
+    """Return why a question cannot be asked; "" if it can. Files of strangers may have any value at any place."""
+    sample = question.sample
+    texts = [question.id, question.group, sample.type, *question.references, *question.choices, *sample.images]
+    texts += [sample.system or "", *(turn.text for turn in sample.turns)]
+    if odd := [text for text in texts if not isinstance(text, str)]:
+        return f"{odd[0]!r} stands where a text should be"
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return "a text contains half of a surrogate pair, which is no character"
+    return ""
+
+
+def _shortened(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _metric(benchmark: Benchmark, format: str, compat: bool, verdicts: str | None) -> Metric:

@@ -1,7 +1,10 @@
 """Every published file format, read from a small folder of it that is generated here."""
 
+import contextlib
 import io
 import json
+import random
+import shutil
 import typing
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from PIL import Image
 
 from meteor import storage
 from meteor.config.settings import QuestionSetSettings
-from meteor.errors import DataError, NotFoundError, SettingsError
+from meteor.errors import DataError, MeteorError, NotFoundError, SettingsError
 from meteor.evaluation.benchmarks import BENCHMARKS
 from meteor.evaluation.benchmarks.others import read_verdicts
 from meteor.evaluation.question_images import is_written, write_images
@@ -35,6 +38,66 @@ def load(folders, tmp_path):
         return load_question_set("set", format=format, uri=uri, embedded_root=str(tmp_path / "images"), **options)
 
     return load
+
+
+def damaged(data: bytes, is_json: bool, rng: random.Random) -> bytes:
+    """Bytes flipped, cut or zeroed; or in JSON a value or key replaced by something odd."""
+    if is_json and rng.random() < 0.75:
+        lines = data.split(b"\n") if not data.lstrip().startswith((b"[", b"{\n", b'{"')) or b"\n{" in data else [data]
+        number = rng.randrange(len(lines))
+        with contextlib.suppress(ValueError):
+            content = json.loads(lines[number])
+            spoil(content, rng)
+            lines[number] = json.dumps(content).encode()
+        return b"\n".join(lines)
+    start = rng.randrange(len(data))
+    kind = rng.randrange(3)
+    if kind == 0:
+        return data[:start]
+    size = rng.randrange(1, 40)
+    middle = bytes(size) if kind == 1 else bytes(byte ^ (1 << rng.randrange(8)) for byte in data[start : start + size])
+    return data[:start] + middle + data[start + size :]
+
+
+def spoil(content, rng: random.Random) -> None:
+    """Replace a value somewhere in a tree, or take it away."""
+    odd = rng.choice([None, 7, -1, 1e308, "", "\ud83d", "x" * 5000, [], {}, [[]], True, 10**400, {"a": None}])
+    keys = list(content) if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else []
+    if not keys:
+        return
+    key = rng.choice(list(keys))
+    if isinstance(content[key], dict | list) and content[key] and rng.random() < 0.85:
+        spoil(content[key], rng)
+    elif rng.random() < 0.3:
+        del content[key]
+    else:
+        content[key] = odd
+
+
+@pytest.mark.parametrize("num_tries", [15, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_file_of_any_format_is_read_or_refused_in_one_sentence(load, folders, tmp_path, format, num_tries):
+    copy = Path(shutil.copytree(folders / format, tmp_path / format))
+    files = [file for file in copy.rglob("*") if file.suffix in (".json", ".jsonl", ".tsv", ".csv", ".parquet", ".txt")]
+    rng = random.Random(f"{format}{num_tries}")
+    refusals = []
+    for _ in range(num_tries):
+        file = rng.choice(files)
+        whole = file.read_bytes()
+        file.write_bytes(damaged(whole, file.suffix in (".json", ".jsonl"), rng))
+        try:
+            questions = load(format, copy)
+            if questions.embedded is not None:
+                write_images(questions, {}, max_pixels=10**8, on_written=lambda number: None)
+            asked = [(question, "A", "") for question in questions.questions]
+            score_table(score_rows("set", asked, questions.metric), questions.questions, questions.metric)
+        except MeteorError as error:
+            refusals.append((file, str(error)))
+        file.write_bytes(whole)
+    assert refusals
+    for file, message in refusals:
+        assert len(message) < 1000
+        assert file.name in message or str(copy) in message
 
 
 def test_settings_know_every_benchmark():

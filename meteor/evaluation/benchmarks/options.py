@@ -83,7 +83,15 @@ def _mmbench_images(rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, by
             if len(encoded.get(content, "")) <= _LONGEST_REFERENCE:
                 raise DataError(f"MMBench's row {index} refers to row {content!r} for its image, but that row has none")
             content = encoded[content]
-        yield _mmbench_image(int(index)), base64.b64decode(content)
+        yield _mmbench_image(int(index)), _decoded(content)
+
+
+def _decoded(content: str) -> bytes:
+    """Return the bytes of an image in base64; none if it is not, so that the dataset index reports the image."""
+    try:
+        return base64.b64decode(content)
+    except ValueError:
+        return b""
 
 
 def load_mmmu(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
@@ -115,7 +123,8 @@ def load_mmmu(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         for uri in files:
             for row in read_parquet(uri, ["id", *(f"image_{i}" for i in range(1, _MMMU_IMAGES + 1))]):
                 for i in _mmmu_numbers(row):
-                    yield _mmmu_image(row, i), row[f"image_{i}"]["bytes"]
+                    encoded = row[f"image_{i}"].get("bytes") if isinstance(row[f"image_{i}"], dict) else None
+                    yield _mmmu_image(row, i), encoded if isinstance(encoded, bytes) else b""
 
     return LoadedQuestions(questions, embedded)
 

@@ -28,12 +28,18 @@ def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
                 f"{category}/{record['question_id']}",
                 with_suffix(record["text"], SHORT_ANSWER),
                 [f"{place}{record['image']}"],
-                [record["label"]],
+                [_pope_label(record)],
                 type=category,
             )
             for record in records
         ]
     return LoadedQuestions(questions)
+
+
+def _pope_label(record: Mapping[str, Any]) -> str:
+    if record["label"] not in ("yes", "no"):
+        raise ValueError(f"the label of question {record['question_id']} is {record['label']!r}, neither yes nor no")
+    return record["label"]
 
 
 def load_mmvet(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
