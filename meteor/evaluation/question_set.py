@@ -12,7 +12,7 @@ from meteor.errors import DataError, MeteorError, NotFoundError, SettingsError
 from meteor.evaluation.benchmarks import BENCHMARKS, Benchmark, Folder
 from meteor.evaluation.benchmarks.others import read_verdicts
 from meteor.evaluation.metrics import Metric, judged, relaxed
-from meteor.evaluation.questions import Question
+from meteor.evaluation.questions import LoadedQuestions, Question
 
 _LONGEST_SHOWN = 200
 
@@ -114,8 +114,7 @@ def load_question_set(
     folder = _Recorded(uri, benchmark.title, benchmark.origin)
     try:
         loaded = benchmark.load(folder, split=split, ocr=ocr)
-        problems = {id(question): _problem(question) for question in loaded.questions}
-        questions = [question for question in loaded.questions if not problems[id(question)]]
+        questions, problems = _usable(loaded)
         digest = _digest(questions)
     except NotFoundError:
         # An absent or empty folder is more likely a wrong path than a set of missing files.
@@ -150,16 +149,7 @@ def load_question_set(
         benchmark=benchmark,
         metric=_metric(benchmark, format, compat, verdicts),
         questions=questions,
-        problems=(
-            *loaded.problems,
-            *(
-                SampleProblem(
-                    str(question.id).encode(errors="replace").decode(), "bad_question", problems[id(question)]
-                )
-                for question in loaded.questions
-                if problems[id(question)]
-            ),
-        ),
+        problems=problems,
         digest=digest,
         facts={"benchmark": format, "split": split, "ocr": ocr, "long_side": long_side}
         | ({"compat": compat} if format == "chartqa" else {})
@@ -188,6 +178,17 @@ class _Recorded(Folder):
     def parquet_files(self, part: str) -> list[str]:
         self.used += (found := super().parquet_files(part))
         return found
+
+
+def _usable(loaded: LoadedQuestions) -> tuple[list[Question], tuple[SampleProblem, ...]]:
+    """Return the questions that can be asked, and the problems of the others."""
+    usable, problems = [], list(loaded.problems)
+    for question in loaded.questions:
+        if problem := _problem(question):
+            problems.append(SampleProblem(str(question.id).encode(errors="replace").decode(), "bad_question", problem))
+        else:
+            usable.append(question)
+    return usable, tuple(problems)
 
 
 def _problem(question: Question) -> str:
