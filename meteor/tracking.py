@@ -139,7 +139,8 @@ class Tracker:
                 run_id = found[0].info.run_id
                 self._client.update_run(run_id, status="RUNNING")
             else:
-                all_tags = {_DIGEST_TAG: digest, **(tags or {}), **({_PARENT_TAG: parent} if parent else {})}
+                given = {mlflow_name(key): redact(value) for key, value in (tags or {}).items()}
+                all_tags = {_DIGEST_TAG: digest, **given, **({_PARENT_TAG: parent} if parent else {})}
                 run_id = self._client.create_run(self.experiment_id, run_name=name, tags=all_tags).info.run_id
             return run_id
 

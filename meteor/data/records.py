@@ -40,6 +40,14 @@ def read_records(uri: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[Any]:
         raise DataError(f"{uri} is neither .json nor .jsonl: give LLaVA's annotation file in one of these forms.")
 
 
+# Python's limits for nesting and for the digits of a whole number.
+_BEYOND_LIMITS = (RecursionError, ValueError)
+
+
+def _limit(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+
+
 class _Text:
     """A window on the text of a file, with a cursor.
 
@@ -103,6 +111,8 @@ class _Text:
             except json.JSONDecodeError as error:
                 if self.is_complete or not self._may_continue(error):
                     raise self.error(error.msg, error.pos) from error
+            except _BEYOND_LIMITS as error:
+                raise self.error(_limit(error)) from error
             else:
                 # A number that ends with the window may continue in the next block.
                 if end + _LONGEST_WORD < len(self.text) or self.is_complete:
@@ -172,4 +182,6 @@ def _lines(text: _Text) -> Iterator[Any]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise text.error(error.msg, text.at + error.pos) from error
+            except _BEYOND_LIMITS as error:
+                raise text.error(_limit(error)) from error
         text.at += len(line) + 1

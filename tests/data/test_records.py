@@ -73,3 +73,15 @@ def test_bytes_that_are_not_text_are_named_by_their_position(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf["\xc3')
     with pytest.raises(DataError, match="byte 5: unexpected end of data"):
         list(read_records(str(path), block_bytes=1))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("value", "problem"), [("[" * 100_000 + "]" * 100_000, "nested too deeply"), ("9" * 5000, "digits")]
+)
+def test_values_beyond_the_parsers_limits_are_refused_with_their_line(tmp_path, name, value, problem):
+    good = '{"id": 1}'
+    text = f"[{good},\n{value}\n]" if name == "a.json" else f"{good}\n{value}\n"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"line 2, column 1: .*{problem}"):
+        list(read_records(str(tmp_path / name)))
