@@ -101,16 +101,15 @@ class _Loader(yaml.SafeLoader):
     A key that comes twice is an error, as YAML demands; the parent keeps the last one in silence.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: set[str] = set()
-        for key, _ in node.value:
-            # The text decides: a run file has no keys that are lists or mappings.
-            if key.value in keys and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            keys.update([key.value] if isinstance(key, yaml.ScalarNode) and key.value != "<<" else [])
-        return super().construct_mapping(node, deep)
+    # Before `<<` is resolved, which puts keys into a mapping that it may hold already.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        # A run file has no keys that are lists or mappings; the parent refuses them later.
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key.value in (other.value for other in keys[:number]):
+                raise yaml.composer.ComposerError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+        return node
 
 
 _Loader.add_implicit_resolver(

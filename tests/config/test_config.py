@@ -139,6 +139,19 @@ def test_merged_mappings_may_be_overridden(tmp_path):
     text = "pretrain: &both {lr: 5e-4, epochs: 2}\nfinetune:\n  <<: *both\n  lr: 1e-5\n"
     run = load_run(make_run(tmp_path, text))
     assert (run.finetune.lr, run.finetune.epochs) == (1e-5, 2)
+    # A mapping that merges another is merged itself, before its own place is reached.
+    nested = """
+data: {evaluate: {one: &one {path: a.json}, deep: &deep {<<: *one, path: b.json}}}
+llm: {path: x}
+study: {variants: {v: {data.evaluate: {other: {<<: *deep, path: c.json}}}}}
+"""
+    run = load_run(make_run(tmp_path, nested))
+    assert {name: questions.path for name, questions in run.data.evaluate.items()} == {
+        "one": "a.json",
+        "deep": "b.json",
+    }
+    with pytest.raises(SettingsError, match="not valid YAML"):
+        load_run(make_run(tmp_path, "? [a, b]\n: 1\n? {a: 1}\n: 2\n"))
 
 
 def test_a_run_file_that_is_no_text_or_too_deep_is_refused(tmp_path):
