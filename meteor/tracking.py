@@ -29,8 +29,8 @@ _OUTAGE_PAUSE_S = 60.0
 # Limits of MLflow's API per request and per value.
 _MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
 _MAX_CHILDREN, _MAX_NAME_LENGTH = 5000, 250
-# Codes of MLflow's errors about a value, and not about the server.
-_REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "DATA_LOSS")
+# Code of MLflow's errors about a value, and not about the server.
+_REFUSED = "INVALID_PARAMETER_VALUE"
 
 
 def public_uri(uri: str) -> str:
@@ -254,12 +254,26 @@ class Tracker:
                 self._client.log_batch(run_id, **{kind: batch})
             except self._failures() as error:
                 # `RestException` of a server and `MlflowException` of a database both carry the code.
-                if getattr(error, "error_code", "") not in _REFUSED:
+                if getattr(error, "error_code", "") != _REFUSED:
                     raise
-                if len(batch) > 1:
-                    self._log_batches(run_id, kind, batch, 1)
-                else:
-                    _LOG.warning("MLflow refuses %s = %r: %s", batch[0].key, batch[0].value, redact(str(error)))
+                refused = self._refused(run_id, kind, batch)
+                # Then the fault is not a value's.
+                if len(refused) == len(batch) > 1:
+                    raise
+                for value, problem in refused:
+                    _LOG.warning("MLflow refuses %s = %r: %s", value.key, value.value, redact(str(problem)))
+
+    def _refused(self, run_id: str, kind: str, values: Sequence[Any]) -> list[tuple[Any, Exception]]:
+        """Log values one by one; return those that MLflow refuses, with its errors."""
+        refused: list[tuple[Any, Exception]] = []
+        for value in values:
+            try:
+                self._client.log_batch(run_id, **{kind: [value]})
+            except self._failures() as error:
+                if getattr(error, "error_code", "") != _REFUSED:
+                    raise
+                refused.append((value, error))
+        return refused
 
     def _experiment_id(self, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)

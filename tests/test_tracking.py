@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
@@ -98,6 +99,10 @@ def test_a_value_that_is_refused_is_named_and_loses_no_other(tracker, client, mo
     found = client.get_run(run_id).data
     assert (found.metrics, found.params) == ({"one": 1.0, "two": 3.0}, {"one": "1", "two": "3"})
     assert caplog.text.count("MLflow refuses odd = ") == 2
+    # All values refused: the run or the server is at fault, and nothing counts as sent.
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *a, **b: picky(*a[:2], metrics=[Metric("odd", 0.0, 0, 0)]))
+    with pytest.raises(TrackingError, match="not this one"):
+        tracker.backfill(run_id, [{"step": 1, "time_ms": 2, "one": 1.0, "two": 3.0}])
 
 
 def test_a_password_in_the_address_is_in_no_error(monkeypatch):
