@@ -110,7 +110,7 @@ def _missing(settings: RunSettings, cache_uri: str, wanted: Mapping[str, IndexRo
         return dict(wanted)
     cache = FeatureCache.open(cache_uri)
     done = set(cache.keys_with_attention(settings.vision.attention_layers))
-    done |= {row.key for row in cache.quarantine() if not retryable(row)}
+    done |= {row.key for row in cache.quarantine() if not retryable(row.reason)}
     return {key: row for key, row in wanted.items() if key not in done}
 
 

@@ -26,7 +26,7 @@ QUARANTINE_SCHEMA = versioned(
 )
 
 # These reasons come from the image's location or from limits in the settings, not from the image's bytes.
-_RETRYABLE_REASONS = frozenset({"missing", "changed", "aspect_ratio", "too_many_pixels"})
+_RETRYABLE_REASONS = frozenset({"missing", "changed", "aspect_ratio", "too_many_pixels", "inaccessible", "failed"})
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class QuarantineRow:
         return self.image_key or self.name
 
 
-def retryable(row: QuarantineRow) -> bool:
-    """Return whether a build must try the image again, because the reason says nothing about the image's bytes.
+def retryable(reason: str) -> bool:
+    """Return whether an image with this reason must be tried again, because the reason says nothing about its bytes.
 
     An image with bad bytes would fail again; with other bytes it would have another image key.
     """
-    return row.reason in _RETRYABLE_REASONS
+    return reason in _RETRYABLE_REASONS
 
 
 def record_quarantine(cache_uri: str, rows: Iterable[QuarantineRow]) -> None:

@@ -11,7 +11,7 @@ def image_problems(uri: str) -> Iterator[None]:
     """Turn every error about one image into `BadImageError`; an outage of the store concerns all images and passes.
 
     The reason is "missing", "inaccessible" (its rights, a circle of links), a reason of `meteor.image.decode.decode_image`, or
-    "unreadable" for anything unforeseen, such as a lack of memory.
+    "failed" for anything unforeseen, such as a lack of memory.
 
     Args:
         uri: URI of the image, for messages.
@@ -25,4 +25,4 @@ def image_problems(uri: str) -> Iterator[None]:
     except (BadImageError, StorageError):
         raise
     except Exception as error:
-        raise BadImageError("unreadable", f"{uri}: {type(error).__name__}: {error}") from error
+        raise BadImageError("failed", f"{uri}: {type(error).__name__}: {error}") from error

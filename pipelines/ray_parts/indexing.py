@@ -12,7 +12,7 @@ import ray
 from meteor import storage
 from meteor.assembly import index_uri
 from meteor.assembly.sample_sets import names_of_images
-from meteor.cache import DatasetIndex, IndexRow
+from meteor.cache import DatasetIndex, IndexRow, retryable
 from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
 from meteor.data.sample_sets import SampleSet
@@ -36,7 +36,7 @@ def update_index(settings: RunSettings, sets: list[SampleSet], roots: Mapping[st
         roots: prefix of an image name -> folder or s3:// URI.
 
     Returns:
-        The index, and the number of files that were read.
+        The index, and the number of files that were new, had changed, or gave another result than before.
     """
     places = _places(sets, roots)
     latest = DatasetIndex.latest(index_uri(settings))
@@ -44,24 +44,30 @@ def update_index(settings: RunSettings, sets: list[SampleSet], roots: Mapping[st
     rows: list[IndexRow] = []
     # A file with several names is read once.
     to_read: dict[str, list[str]] = defaultdict(list)
+    retried: dict[str, IndexRow] = {}
     for name, uri in places.items():
         info = found.get(uri)
         if info is None:
             rows.append(IndexRow(name, uri, 0, "", "", 0, 0, "bad", _reason(uri)))
-        elif unchanged := latest.unchanged(info) if latest else None:
+            continue
+        unchanged = latest.unchanged(info) if latest else None
+        if unchanged and not retryable(unchanged.reason):
             rows.append(replace(unchanged, name=name))
-        else:
-            to_read[uri].append(name)
+            continue
+        to_read[uri].append(name)
+        if unchanged:
+            retried.setdefault(uri, replace(unchanged, name=name))
     _LOG.info("%d images, %d of them new or changed since the last index", len(places), len(to_read))
-    published_at = time.monotonic()
+    published_at, num_read = time.monotonic(), 0
     for row in read_images(
         [{"name": names[0], "uri": uri} for uri, names in to_read.items()], settings.data.max_pixels
     ):
         rows += [replace(row, name=name) for name in to_read[row.uri]]
+        num_read += row != retried.get(row.uri)
         if time.monotonic() - published_at >= settings.cache.commit_every_s:
             DatasetIndex.publish(index_uri(settings), rows)
             published_at = time.monotonic()
-    return DatasetIndex.publish(index_uri(settings), rows), len(to_read)
+    return DatasetIndex.publish(index_uri(settings), rows), num_read
 
 
 def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:

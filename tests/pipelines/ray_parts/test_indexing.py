@@ -69,10 +69,35 @@ def test_a_file_of_any_kind_is_a_row_with_a_reason(tmp_path, monkeypatch):
 
     for error in (MemoryError(), RuntimeError("odd"), RecursionError(), KeyError("x")):
         monkeypatch.setattr(image_facts, "decode_image", Mock(side_effect=error))
-        assert reason("good.png") == "unreadable"
+        assert reason("good.png") == "failed"
     monkeypatch.setattr(storage, "read_bytes", Mock(side_effect=StorageError("the store is away")))
     with pytest.raises(StorageError, match="away"):
         reason("good.png")
+
+
+def test_an_image_is_read_again_where_its_reason_may_be_gone_and_counts_when_it_is(
+    make_settings, tmp_path, monkeypatch
+):
+    Image.new("RGB", (100, 100)).save(tmp_path / "large.png")
+    (tmp_path / "text.png").write_text("no image")
+    samples, read = make_set("large.png", "text.png"), []
+
+    def read_here(places, max_pixels):
+        read.append(len(places))
+        return (IndexRow(**read_image(place, max_pixels=max_pixels)) for place in places)
+
+    monkeypatch.setattr(indexing, "read_images", read_here)
+
+    def update(max_pixels):
+        settings = make_settings(data={"max_pixels": max_pixels})
+        index, num_read = indexing.update_index(settings, [samples], {"": str(tmp_path)})
+        return num_read, {row.name: row.reason for row in index.rows()}
+
+    assert update(5000) == (2, {"large.png": "too_many_pixels", "text.png": "not_an_image"})
+    assert update(5000) == (0, {"large.png": "too_many_pixels", "text.png": "not_an_image"})
+    assert update(20_000) == (1, {"large.png": "", "text.png": "not_an_image"})
+    assert update(20_000)[0] == 0
+    assert read == [2, 1, 1, 0]
 
 
 def test_local_files_are_asked_for_one_by_one(tmp_path, asked):
