@@ -14,17 +14,12 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from meteor.errors import BadImageError, SettingsError
+from meteor.image.png import PNG, without_metadata
 
 # A closed list, because other plugins of Pillow start programs (EPS) or guess without a signature (TGA).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_PNG = b"\x89PNG\r\n\x1a\n"
-# Length, kind and checksum of a PNG file's chunk.
-_CHUNK_OVERHEAD = 12
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-# Keywords of texts in which programs keep the orientation.
-_TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
-_SIGNATURES = (b"\xff\xd8\xff", _PNG, b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
-_END_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", _PNG: b"IEND\xaeB`\x82", b"GIF8": b";"}
+_SIGNATURES = (b"\xff\xd8\xff", PNG, b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+_END_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", PNG: b"IEND\xaeB`\x82", b"GIF8": b";"}
 
 # Exceptions that Pillow's decoders of these formats raise on damaged files.
 _DECODING_ERRORS = (
@@ -101,34 +96,10 @@ def as_shown(image: Image.Image) -> Image.Image:
 
 
 def _open(data: bytes) -> Image.Image:
-    data = _without_metadata(data) if data.startswith(_PNG) else data
+    data = without_metadata(data) if data.startswith(PNG) else data
     # Pillow knows AVIF only from version 11.3, and raises KeyError for the name of an unknown format.
     Image.init()
     return Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN])
-
-
-def _without_metadata(data: bytes) -> bytes:
-    """Return a PNG file without texts, colour profile, and optional parts whose checksum is wrong.
-
-    Pillow refuses an image whose metadata are damaged or longer than a megabyte, although its pixels are whole.
-    Metadata that tell how to turn the image stay. A file that ends early stays as it is from there on.
-    """
-    parts, position = [data[: len(_PNG)]], len(_PNG)
-    while position + _CHUNK_OVERHEAD <= len(data):
-        size = int.from_bytes(data[position : position + 4])
-        kind, end = data[position + 4 : position + 8], position + _CHUNK_OVERHEAD + size
-        if end > len(data):
-            break
-        content = memoryview(data)[position + 4 : end - 4]
-        # Bit 5 of the first letter marks a part that a decoder may leave out.
-        is_optional = bool(kind[0] & 0x20)
-        is_unused = kind == b"iCCP" or (kind in _TEXTS and not data.startswith(_TURNING_TEXTS, position + 8, end))
-        if not is_optional or not (is_unused or zlib.crc32(content) != int.from_bytes(data[end - 4 : end])):
-            parts.append(data[position:end])
-        position = end
-        if kind == b"IEND":
-            break
-    return b"".join([*parts, data[position:]])
 
 
 def _check_num_pixels(image: Image.Image, max_pixels: int) -> None:
