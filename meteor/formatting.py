@@ -15,6 +15,11 @@ def format_amount(amount: float, noun: str) -> str:
     return f"{amount:,g} {noun}{'' if amount == 1 else 's'}"
 
 
+def shorten(text: str, most: int) -> str:
+    """Cut a text to ``most`` characters, with "..." at its end if it was longer."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def format_number(value: float) -> str:
     """Format a number with three or more significant digits: 1,234 / 12.0 / 0.0123."""
     if abs(value) >= 99.95 or value == 0:

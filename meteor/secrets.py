@@ -7,7 +7,7 @@ from typing import Any
 COVER = "***"
 # A user with a password before a host; the password may contain slashes, as people forget to escape them, but a number
 # between a colon and a slash is a port. Or anything before an @ that is part of a URI's host.
-_USER = re.compile(r"(?<=://)(?:[^/@\s'\"]*:(?!\d+/)[^@\s'\"]*|[^/@\s'\"]+)(?=@)")
+_USER = re.compile(r"(?<=://)(?:[^/@\s'\"]*:(?!\d+(?:[/?#]|$))[^@\s'\"]*|[^/@?#\s'\"]+)(?=@)")
 _WORDS = r"password|passwd|pwd|secret|api[-_]?key|access[-_]?key|auth[-_]?token|access[-_]?token|credentials?"
 # Arguments of addresses; the last ones sign an address of S3, Google's storage or Azure's for everybody who has it.
 _ARGUMENT = re.compile(

@@ -27,6 +27,7 @@ KEYS = ["AKIA" + "ABCDEFGH12345678", "hf_" + "a1" * 17, "ghp_" + "b2" * 18]
 PLAIN = [
     "s3://bucket/images/a@2x.png",
     "http://host:8080/a@b",
+    "http://host:8080?mail=a@b",
     "s3://bucket/key with spaces/é.jpg",
     "https://host/search?q=password&max_tokens=5",
     "the password is asked for; mail me@example.org",

@@ -84,14 +84,14 @@ def _parent(inputs: Inputs) -> dict[str, str]:
     return {"uri": summary.results["projector"], "digest": own.digest}
 
 
-def check_projector(inputs: Inputs) -> None:
+def check_projector(inputs: Inputs, stage: TrainingStage) -> None:
     """Check a projector that ``finetune.pretrained`` names: workers would find out as well, but only after they have started.
 
     Raises:
         CheckpointError: the projector was trained with other settings.
     """
     settings = inputs.settings
-    if settings.finetune.pretrained is None:
+    if stage != "finetune" or settings.finetune.pretrained is None:
         return
     config = MeteorConfig(
         text_config=read_llm_config(settings.llm.path),
@@ -116,16 +116,15 @@ def check_token_ids(inputs: Inputs, *plans: TablePlan | None) -> None:
     path, tokenizer = inputs.settings.llm.path, inputs.tokenizer()
     num_rows = read_llm_config(path).get_text_config().vocab_size
     separators = visual_separators(tokenizer)
+    # The tokens that begin and end a sample belong to its text.
     fed = {
         "padding": tokenizer.pad_token_id,
-        "the beginning": tokenizer.bos_token_id,
-        "the end": tokenizer.eos_token_id,
         "separating slices": separators.slice_id,
         "separating rows": separators.row_id,
         "a sample's text": max(plan.table.max_token_id() for plan in plans if plan),
     }
     for purpose, token in fed.items():
-        if token is not None and token >= num_rows:
+        if token >= num_rows:
             raise SettingsError(
                 f"llm.path={path!r}: the tokenizer's token {tokenizer.convert_ids_to_tokens(token)!r} for {purpose} has the id "
                 f"{token}, and the model's embedding has {num_rows} rows: remove the token from the tokenizer's files, or give "

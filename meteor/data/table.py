@@ -85,7 +85,7 @@ class SampleTable:
 
     def max_token_id(self) -> int:
         """Return the largest token id in the token tables, of samples that are left out too."""
-        return max((tokens.max_token_id() for tokens in self._tokens), default=-1)
+        return max(tokens.max_token_id() for tokens in self._tokens)
 
     def answer_counts(self) -> list[int]:
         """Return `num_answer_tokens` of every sample."""

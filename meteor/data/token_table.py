@@ -23,7 +23,7 @@ from meteor.text.tokens import TokenisedSample
 
 # Increased when a change of the code gives other tokens for unchanged samples.
 _VERSION = 1
-# Fewer samples are tokenised sooner than processes start, which takes about five seconds.
+# Fewer samples are tokenised sooner than processes start.
 _MIN_FOR_PROCESSES = 50_000
 _LENGTHS = pa.schema(
     [
@@ -96,8 +96,9 @@ class TokenTable:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def max_token_id(self) -> int:
-        """Return the largest token id, below 0 if there is none."""
-        return max((pc.max(batch.column("input_ids").values).as_py() or -1 for batch in self._batches), default=-1)
+        """Return the largest token id, or the placeholder of images, which is below 0, if there is none."""
+        columns = (batch.column("input_ids").values for batch in self._batches)
+        return max((pc.max(ids).as_py() for ids in columns if len(ids)), default=IMAGE_TOKEN_ID)
 
     @cached_property
     def lengths(self) -> TokenLengths:

@@ -13,6 +13,7 @@ from meteor.evaluation.benchmarks import BENCHMARKS, Benchmark, Folder
 from meteor.evaluation.benchmarks.others import read_verdicts
 from meteor.evaluation.metrics import Metric, judged, relaxed
 from meteor.evaluation.questions import LoadedQuestions, Question
+from meteor.formatting import shorten
 
 _LONGEST_SHOWN = 200
 
@@ -131,7 +132,7 @@ def load_question_set(
         read = folder.used[-1] if folder.used else uri
         raise DataError(
             f"data.evaluate.{name}: {read} is not as {benchmark.title} is published ({type(error).__name__}: "
-            f"{_shortened(error)}): download it again from {benchmark.origin}"
+            f"{shorten(' '.join(str(error).split()), _LONGEST_SHOWN)}): download it again from {benchmark.origin}"
         ) from error
     image_root = None if folder.is_file else uri
     if loaded.embedded is not None or long_side:
@@ -203,11 +204,6 @@ def _problem(question: Question) -> str:
     except UnicodeEncodeError:
         return "a text contains half of a surrogate pair, which is no character"
     return ""
-
-
-def _shortened(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _metric(benchmark: Benchmark, format: str, compat: bool, verdicts: str | None) -> Metric:

@@ -22,8 +22,7 @@ def plan_text(inputs: Inputs, *, stage: TrainingStage) -> str:
         CheckpointError: ``finetune.pretrained`` was trained with other settings.
     """
     settings, prepared = inputs.settings, prepare(inputs, stage)
-    if stage == "finetune":
-        check_projector(inputs)
+    check_projector(inputs, stage)
     plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
     options, table = settings.training(stage), plan.table
     check_token_ids(inputs, plan, held_out)

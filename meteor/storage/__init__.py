@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from meteor.errors import NotFoundError, StorageError, UnsafeNameError
+from meteor.formatting import shorten
 from meteor.storage.local import LocalFile, disk_errors, partial_file
 from meteor.storage.place import ObjectInfo, Place
 from meteor.storage.s3 import S3Object
@@ -72,9 +73,9 @@ def join_below(uri: str, name: str) -> str:
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if problem := _why_unsafe(name, parts):
-        shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
         raise UnsafeNameError(
-            f"{shown!r} {problem}, so it names no file below {uri}: the data that holds it is not to be trusted"
+            f"{shorten(name, _LONGEST_SHOWN)!r} {problem}, so it names no file below {uri}: the data that holds it is not "
+            "to be trusted"
         )
     return join(uri, *parts)
 

@@ -62,7 +62,7 @@ def _questions(scenes: Sequence[Scene], rng: np.random.Generator) -> Iterator[tu
 
 def _image(scene: Scene, kind: str = "PNG") -> bytes:
     sink = io.BytesIO()
-    # More compression than 1 would take five times as long.
+    # A low level saves most of the time.
     draw(scene).save(sink, kind, compress_level=1)
     return sink.getvalue()
 

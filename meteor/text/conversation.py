@@ -7,9 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 from meteor.constants import IMAGE_PLACEHOLDER
 from meteor.errors import ConversationError
+from meteor.formatting import shorten
 
 Role = Literal["human", "gpt"]
 
+_LONGEST_SHOWN = 80
 _ROLES: tuple[Role, Role] = ("human", "gpt")
 _SPEAKERS: Mapping[str, Role] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
@@ -62,7 +64,8 @@ def find_problem(
     """
     if not isinstance(record_conversations, list) or not record_conversations:
         return ConversationProblem(
-            "empty_conversation", f"'conversations' must be a list of turns, and is {_shorten(record_conversations)}"
+            "empty_conversation",
+            f"'conversations' must be a list of turns, and is {_shown(record_conversations)}",
         )
     for position, turn in enumerate(record_conversations):
         problem = _turn_problem(turn, position)
@@ -146,7 +149,8 @@ def parse_turns(
 def _turn_problem(turn: object, position: int) -> ConversationProblem | None:
     if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
         return ConversationProblem(
-            "bad_turn", f"turn {position} must be an object with texts 'from' and 'value', and is {_shorten(turn)}"
+            "bad_turn",
+            f"turn {position} must be an object with texts 'from' and 'value', and is {_shown(turn)}",
         )
     speaker = turn["from"]
     if speaker == "system" and position == 0:
@@ -212,6 +216,5 @@ def _read_turn(turn: dict[str, Any]) -> Turn:
     return Turn(_SPEAKERS[turn["from"]], text, num_images)
 
 
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _shown(value: object) -> str:
+    return shorten(repr(value), _LONGEST_SHOWN)

@@ -53,8 +53,7 @@ def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
         finished = folder.finished()
         if finished:
             return reuse(settings, folder, finished)
-        if stage == "finetune":
-            check_projector(inputs)
+        check_projector(inputs, stage)
         cache = hold_pin(settings, prepared.identity, prepared.cache.uri)
         plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
         check_token_ids(inputs, plan, held_out)

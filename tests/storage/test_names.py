@@ -102,11 +102,11 @@ def test_an_image_inside_a_table_is_written_below_its_root_or_left_out(tmp_path)
     images = {"good.png": sink.getvalue(), "../../evil.png": b"x", "/evil.png": b"x", "a/" + "x" * 300: b"x"}
     written = []
     questions = SimpleNamespace(
-        image_root=str(tmp_path / "deep/root"), embedded=images.items, resized={}, long_side=None, sources={}
+        image_root=str(tmp_path / "deep/below"), embedded=images.items, resized={}, long_side=None, sources={}
     )
     write_images(questions, {}, max_pixels=1000, on_written=written.append)
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert files == ["deep/root/good.png", "deep/root/written.json"]
+    assert files == ["deep/below/good.png", "deep/below/written.json"]
 
 
 def test_an_index_of_weights_cannot_name_files_of_others(tmp_path):
