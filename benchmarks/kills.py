@@ -16,7 +16,8 @@ import torch
 import yaml
 from side_by_side import print_table
 
-from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import KINDS, Checkpoint
 from meteor.runs.reading import read_stage
 from meteor.synthetic.dataset import write_dataset
 from meteor.synthetic.models import make_tiny_models

@@ -6,6 +6,7 @@ MeteorError
 ├── StorageError             a file or object cannot be read or written
 │   ├── NotFoundError
 │   ├── InaccessibleError    this file cannot be read (its rights, a circle of links), and others can
+│   ├── DamagedError         a file's content is not what was written
 │   ├── UnsafeNameError      a name that comes from data leads out of its folder, or names no file
 │   └── AlreadyExistsError   a conditional put lost the race
 ├── DataError                a sample cannot be used
@@ -20,6 +21,7 @@ MeteorError
 ├── CheckpointError          a checkpoint is incomplete, damaged, or does not fit
 ├── TrainingError            training cannot continue
 │   └── FailedStepError      a step's loss or gradient is not finite; carries the samples of its batch
+├── SupersededError          another start of the stage has taken over its folder
 ├── TrackingError            the tracking server cannot be reached, or refused
 └── ClusterError             a cluster does not answer, or is in a wrong state
 """
@@ -48,6 +50,10 @@ class NotFoundError(StorageError):
 
 
 class InaccessibleError(StorageError):
+    pass
+
+
+class DamagedError(StorageError):
     pass
 
 
@@ -131,6 +137,10 @@ class FailedStepError(TrainingError):
 
     def __reduce__(self) -> tuple[type, tuple[str, dict[str, Any]]]:
         return type(self), (str(self), self.failure)
+
+
+class SupersededError(MeteorError):
+    pass
 
 
 class TrackingError(MeteorError):

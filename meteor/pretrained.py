@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from meteor import storage
-from meteor.errors import SettingsError
+from meteor.errors import DamagedError, SettingsError
 from meteor.formatting import format_bytes
 
 _LOG = logging.getLogger(__name__)
@@ -73,6 +73,12 @@ def download_folder(uri: str, folder: str) -> int:
     return len(files)
 
 
+def require_config(path: str) -> None:
+    """Raise DamagedError if a local model folder lacks config.json: transformers would build a model of default size."""
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise DamagedError(f"{path} holds no model: it has no config.json. Copy the whole folder again")
+
+
 def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, **kwargs: Any) -> Any:
     """Load a model by ``model_class.from_pretrained``, and refuse a checkpoint that lacks weights.
 
@@ -88,11 +94,14 @@ def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, 
 
     Raises:
         SettingsError: there is no loadable model, or tensors are missing or have another shape.
+        DamagedError: the folder lacks config.json, or the files of a model of this project are damaged.
     """
     try:
+        folder = local_model(path)
+        require_config(folder)
         with _without_report():
             model, info = model_class.from_pretrained(
-                local_model(path), output_loading_info=True, trust_remote_code=False, **kwargs
+                folder, output_loading_info=True, trust_remote_code=False, **kwargs
             )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise SettingsError(

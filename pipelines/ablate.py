@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ray
 
-from meteor import storage
 from meteor.assembly import Inputs
 from meteor.assembly.study import hold_pins, pinned_variants, study_uri, study_variants
+from meteor.checksums import write_checked_json
 from meteor.command_line import OK, parse, read_run
 from meteor.config import RunSettings, Variant
 from meteor.errors import TrainingError
@@ -115,7 +115,7 @@ def write_study(settings: RunSettings, variants: Sequence[Variant]) -> None:
             for variant in variants
         ],
     }
-    storage.write_json(study_uri(settings, "study.json"), content)
+    write_checked_json(study_uri(settings, "study.json"), content)
 
 
 def _failures(failed: Mapping[str, Outcome]) -> str:

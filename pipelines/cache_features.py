@@ -33,7 +33,7 @@ from pipelines.ray_parts.calibration import calibrate_cache
 from pipelines.ray_parts.encoding import encode_missing
 from pipelines.ray_parts.indexing import update_index
 from pipelines.ray_parts.live_metrics import LiveMetrics
-from pipelines.ray_parts.runtime import progress
+from pipelines.ray_parts.runtime import job_id, progress
 from pipelines.ray_parts.tracked import reuse, tracked
 
 _LOG = logging.getLogger(__name__)
@@ -63,13 +63,13 @@ def run(inputs: Inputs) -> Summary:
         if before and not missing and not num_read:
             return reuse(settings, folder, before)
         sources = {file.name: file.uri for file in sets}
-        folder.start(settings, cache=cache_uri, cache_key=cache_identity.key, sample_sets=sources)
+        folder.start(settings, job=job_id(), cache=cache_uri, cache_key=cache_identity.key, sample_sets=sources)
         with tracked(settings, folder, mathematical_settings(settings)) as log:
             live = LiveMetrics(settings.name, "cache_features", folder.digest)
             encoding: dict[str, float] = {}
             if missing:
                 calibrate_cache(settings, cache_uri, wanted)
-                encoding = encode_missing(settings, cache_uri, missing, live).counts()
+                encoding = encode_missing(settings, cache_uri, missing, live, folder.check_claim).counts()
             new_refusals = _new_refusals(cache_uri, refused)
             record_quarantine(cache_uri, new_refusals)
             live.quarantined([row.reason for row in new_refusals])

@@ -27,6 +27,7 @@ from meteor.runs.identity import identify
 from pipelines.command import stage_main, timed
 from pipelines.ray_parts.answering import SetQuestion, answer
 from pipelines.ray_parts.live_metrics import LiveMetrics
+from pipelines.ray_parts.runtime import job_id
 from pipelines.ray_parts.tracked import reuse, tracked
 
 _DESCRIPTION = """Answer the question sets of data.evaluate greedily and score each set with the metric of its benchmark. A
@@ -57,14 +58,16 @@ def run(inputs: Inputs) -> Summary:
             return reuse(settings, folder, finished)
         index, cache = inputs.index(), inputs.cache()
         parent = {"uri": model_uri, "digest": model_digest}
-        folder.start(settings, parent=parent, cache=cache.uri, cache_key=cache.identity.key)
+        folder.start(settings, job=job_id(), parent=parent, cache=cache.uri, cache_key=cache.identity.key)
         facts = {question_set.name: set_facts(question_set) for question_set in sets}
         params = {"evaluate": mathematical_settings(settings.evaluate), "sets": facts}
         with tracked(settings, folder, params) as log:
             log.cache(cache, context="evaluation")
             questions = find_questions(settings, sets, index, cache)
             live = LiveMetrics(settings.name, "evaluate", folder.digest)
-            predictions, num_new = answer(settings, questions, (model_uri, model_digest), cache, index, live)
+            predictions, num_new = answer(
+                settings, questions, (model_uri, model_digest), cache, index, live, folder.check_claim
+            )
             provenance = {
                 "model": model_uri,
                 "model_digest": model_digest,
@@ -83,6 +86,7 @@ def run(inputs: Inputs) -> Summary:
                 scores[name] = {**facts[name], **score_table(scored, plain, metric), **provenance}
                 rows += scored
                 _export(folder.uri, question_set, plain, answers)
+            folder.check_claim()
             _write(folder.uri, rows, scores)
             log.metrics(_metrics(scores), pipeline=True)
             log.file("scores.json")

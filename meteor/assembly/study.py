@@ -10,6 +10,7 @@ from meteor import storage
 from meteor.assembly.inputs import Inputs
 from meteor.assembly.sample_sets import distinct_images
 from meteor.cache import DatasetIndex, FeatureCache
+from meteor.checksums import read_checked_json, write_checked_json
 from meteor.config import RunSettings, Variant, expand_study, resolve_paths, settings_digest
 from meteor.errors import NotFoundError
 
@@ -55,7 +56,7 @@ def study_uri(settings: RunSettings, *parts: str) -> str:
 def read_pins(settings: RunSettings) -> StudyPins | None:
     """Read the study's pins; None before its first start."""
     try:
-        return StudyPins(**storage.read_json(study_uri(settings, "pins.json")))
+        return StudyPins(**read_checked_json(study_uri(settings, "pins.json")))
     except NotFoundError:
         return None
 
@@ -76,7 +77,7 @@ def hold_pins(inputs: Inputs, variants: Sequence[Variant]) -> StudyPins:
             _LOG.info("%s: there are new images or caches; all variants now read the newest versions", settings.name)
         newest = {uri: run.cache_version() for uri, run in runs.items()}
         pins = StudyPins(inputs.index().version, newest)
-        storage.write_json(study_uri(settings, "pins.json"), vars(pins))
+        write_checked_json(study_uri(settings, "pins.json"), vars(pins))
     for uri, version in pins.caches.items():
         holder = settings_digest({"study": settings.name, "output": settings.output, "version": version})
         FeatureCache.open(uri, version=version).pin(holder, {"name": settings.name, "study": study_uri(settings)})

@@ -6,6 +6,7 @@ from typing import Any
 from meteor import storage
 from meteor.cache.folder import PINS
 from meteor.cache.manifest import manifest_uri
+from meteor.checksums import checked_json_bytes, read_checked_json
 from meteor.errors import AlreadyExistsError, CacheError
 
 _SUFFIX = ".json"
@@ -22,9 +23,9 @@ def pin_version(cache_uri: str, version: int, run_digest: str, payload: Mapping[
     """
     uri, pinned = _uri(cache_uri, run_digest), {**payload, "manifest_version": version}
     try:
-        storage.create_bytes(uri, storage.json_bytes(pinned))
+        storage.create_bytes(uri, checked_json_bytes(pinned))
     except AlreadyExistsError:
-        return storage.read_json(uri)
+        return read_checked_json(uri)
     # `gc` deletes a manifest and then looks for pins. Here the pin comes first and then the look for the manifest, so in a
     # race at least one of the two notices the other.
     if not storage.exists(manifest_uri(cache_uri, version)):
@@ -39,12 +40,12 @@ def pins(cache_uri: str) -> list[dict[str, Any]]:
     """List all pins with ``run_digest``, ``manifest_version``, ``pinned_s`` (epoch seconds) and the run's payload.
 
     Raises:
-        StorageError: a pin is damaged, so the version that it keeps is unknown.
+        DamagedError: a pin is damaged, so the version that it keeps is unknown.
     """
     found = []
     for info in storage.list_objects(storage.join(cache_uri, PINS)):
         run_digest = info.uri.rpartition("/")[2].removesuffix(_SUFFIX)
-        found.append({**storage.read_json(info.uri), "run_digest": run_digest, "pinned_s": info.modified_s})
+        found.append({**read_checked_json(info.uri), "run_digest": run_digest, "pinned_s": info.modified_s})
     return found
 
 

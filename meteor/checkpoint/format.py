@@ -10,6 +10,7 @@ An attempt is one start of the workers. Files of a killed attempt are never mixe
 
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,17 @@ from safetensors.torch import save
 
 from meteor import storage
 from meteor.checkpoint.header import read_header
+from meteor.checksums import read_checked_json, write_checked_json
 from meteor.constants import CHECKPOINT_FORMAT_VERSION
-from meteor.errors import CheckpointError, NotFoundError
+from meteor.errors import CheckpointError, DamagedError, NotFoundError
 
+MANIFEST = "manifest.json"
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 _FILE_BYTES = 1 << 30
 # Elements of a fragment, 64 MiB in fp32. A reader of part of a tensor reads whole fragments to check them, so it reads at
 # most this much in vain at either end.
 _FRAGMENT_ELEMENTS = 1 << 24
+_NUM_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def write_fragments(uri: str, rank: int, fragments: Iterable[Fragment], *, attem
         if pending_bytes >= _FILE_BYTES:
             flush()
     flush()
-    storage.write_json(storage.join(folder, f"rank_{rank:05d}.json"), parts)
+    write_checked_json(storage.join(folder, f"rank_{rank:05d}.json"), {"fragments": parts})
 
 
 def _divided(fragments: Iterable[Fragment]) -> Iterator[Fragment]:
@@ -127,7 +131,8 @@ def publish(
     Raises:
         CheckpointError: the fragments do not cover a parameter.
     """
-    fragments = [part for rank in range(world_size) for part in storage.read_json(_part(uri, attempt, rank))]
+    parts = [read_checked_json(_part(uri, attempt, rank)) for rank in range(world_size)]
+    fragments = [fragment for part in parts for fragment in part["fragments"]]
     spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for part in fragments:
         spans.setdefault((part["kind"], part["name"]), []).append((part["offset"], part["num_elements"]))
@@ -140,11 +145,12 @@ def publish(
     manifest = {
         "format": CHECKPOINT_FORMAT_VERSION,
         "world_size": world_size,
+        "attempt": attempt,
         "shapes": shapes,
         "fragments": fragments,
         "state": state,
     }
-    storage.write_json(storage.join(uri, "manifest.json"), manifest)
+    write_checked_json(storage.join(uri, MANIFEST), manifest)
 
 
 def _num_covered(spans: list[tuple[int, int]]) -> int:
@@ -164,19 +170,22 @@ class Checkpoint:
         uri: folder of the checkpoint.
 
     Raises:
-        CheckpointError: there is no complete checkpoint at the URI.
+        CheckpointError: there is no complete checkpoint at the URI, or its manifest is damaged.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         try:
-            manifest = storage.read_json(storage.join(uri, "manifest.json"))
+            manifest = read_checked_json(storage.join(uri, MANIFEST))
         except NotFoundError as error:
-            raise CheckpointError(f"{uri} is not a complete checkpoint: it has no manifest.json") from error
+            raise CheckpointError(f"{uri} is not a complete checkpoint: it has no {MANIFEST}") from error
+        except DamagedError as error:
+            raise CheckpointError(f"{error}. Use an older checkpoint") from error
         if manifest["format"] > CHECKPOINT_FORMAT_VERSION:
             raise CheckpointError(
                 f"{uri} has format {manifest['format']}; this version reads {CHECKPOINT_FORMAT_VERSION}"
             )
+        self.attempt: str = manifest["attempt"]
         self.shapes: dict[str, list[int]] = manifest["shapes"]
         self.state: dict[str, Any] = manifest["state"]
         self._fragments: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -208,15 +217,28 @@ class Checkpoint:
                 values[first - start : last - start] = self._read_fragment(part)[inside]
         return values
 
+    def verify(self, share: int = 0, num_shares: int = 1) -> None:
+        """Read every ``num_shares``-th fragment from the one numbered ``share``, and compare its checksum.
+
+        Raises:
+            CheckpointError: a fragment is missing or damaged.
+        """
+        parts = [part for parts in self._fragments.values() for part in parts]
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            for _ in pool.map(self._read_fragment, parts[share::num_shares]):
+                pass
+
     def _read_fragment(self, part: dict[str, Any]) -> torch.Tensor:
         uri = storage.join_below(self.uri, part["file"])
         try:
             base, header = self._header(uri)
             start, end = header[part["key"]]["data_offsets"]
-        except (ValueError, KeyError) as error:
+            # torch warns about buffers that are not writable, so the bytes are copied into a bytearray.
+            data = bytearray(storage.read_range(uri, base + start, end - start)) if end > start else bytearray()
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{uri}: its header is damaged ({error}); use an older checkpoint") from error
-        # torch warns about buffers that are not writable, so the bytes are copied into a bytearray.
-        data = bytearray(storage.read_range(uri, base + start, end - start)) if end > start else bytearray()
+        except (NotFoundError, DamagedError) as error:
+            raise CheckpointError(f"{error}. Use an older checkpoint") from error
         if zlib.crc32(data) != part["crc32"]:
             raise CheckpointError(
                 f"{uri}: {part['key']} is damaged (its crc32 does not match); use an older checkpoint"
@@ -228,45 +250,3 @@ class Checkpoint:
         if uri not in self._headers:
             self._headers[uri] = read_header(uri)
         return self._headers[uri]
-
-
-def complete_checkpoints(root: str) -> list[str]:
-    """List the URIs of complete checkpoints under ``root``, oldest first."""
-    suffix = "/manifest.json"
-    return sorted(info.uri.removesuffix(suffix) for info in storage.list_objects(root) if info.uri.endswith(suffix))
-
-
-def best_checkpoint(root: str) -> str | None:
-    """Return the complete checkpoint with the lowest held-out loss; None if none was measured."""
-    losses = [(Checkpoint(uri).state.get("held_out_loss"), uri) for uri in complete_checkpoints(root)]
-    return min(((loss, uri) for loss, uri in losses if loss is not None), default=(None, None))[1]
-
-
-def prune(root: str, *, keep: int) -> list[str]:
-    """Delete old checkpoints: all but the newest ``keep`` complete checkpoints and the best.
-
-    Incomplete checkpoints older than the newest complete one go too. A checkpoint's manifest is deleted first, so that a
-    crash leaves an incomplete checkpoint, never a damaged one.
-
-    Returns:
-        URIs of the deleted checkpoints.
-    """
-    root = storage.absolute(root)
-    kept, best = complete_checkpoints(root)[-keep:], best_checkpoint(root)
-    removed: list[str] = []
-    for uri, files in _by_checkpoint(root):
-        # An incomplete checkpoint newer than the newest complete one may still be in the making.
-        if not kept or uri in (*kept, best) or uri > kept[-1]:
-            continue
-        for file in sorted(files, key=lambda file: not file.endswith("manifest.json")):
-            storage.delete(file)
-        removed.append(uri)
-    return removed
-
-
-def _by_checkpoint(root: str) -> Iterator[tuple[str, list[str]]]:
-    files: dict[str, list[str]] = {}
-    for info in storage.list_objects(root):
-        step = info.uri.removeprefix(root).lstrip("/").partition("/")[0]
-        files.setdefault(storage.join(root, step), []).append(info.uri)
-    yield from files.items()

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from transformers.utils import logging as transformers_logging
 
 import meteor
-from meteor.cli import cache, compare, config, data, generate, plan, project, synthetic
+from meteor.cli import cache, compare, config, data, generate, plan, project, synthetic, verify
 from meteor.command_line import parse, run_command
 
-_COMMANDS = (config, data, plan, cache, project, generate, compare, synthetic)
+_COMMANDS = (config, data, plan, cache, project, generate, compare, verify, synthetic)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; see `meteor.command_line` for the exit status."""
     parser = argparse.ArgumentParser(
         prog="meteor",
-        description="Settings, data, costs, feature caches, visual tokens, answers, comparisons, generated examples.",
+        description="Settings, data, costs, feature caches, visual tokens, answers, comparisons, checks, generated examples.",
     )
     parser.add_argument("--version", action="version", version=f"meteor {meteor.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -3,6 +3,7 @@
 Letters: B samples, L sequence, S sub-images of all samples, P patches, C vision width, K tokens per sub-image, D LLM width.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from meteor.checksums import check_folder
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import empty_sub_image, pad_sub_images
 from meteor.errors import DataError, SettingsError
@@ -20,6 +22,7 @@ from meteor.model.answers import answer_head
 from meteor.model.attention import VARLEN, Layout, Unpadded
 from meteor.model.configuration import MeteorConfig
 from meteor.model.text_sampler import TextSampler, TokenGroups
+from meteor.pretrained import require_config
 from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
 from meteor.vision.encoder import FrozenClip
@@ -71,6 +74,19 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         for part in filter(None, (self.language_model, self.vision_tower)):
             part.set_attn_implementation(self.config._attn_implementation)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does, after the files of a local folder were compared with ``checksums.json``.
+
+        Raises:
+            DamagedError: a file is missing or is not what was written.
+        """
+        folder = str(pretrained_model_name_or_path)
+        require_config(folder)
+        if os.path.isdir(folder):
+            check_folder(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing, because every part initialises itself; transformers' default would overwrite the scan's weights."""

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from meteor import storage
 from meteor.cache.identity import CacheIdentity
+from meteor.checksums import check_folder, read_checksums
 from meteor.errors import CheckpointError
 from meteor.model.configuration import MeteorConfig
 from meteor.projector import Projector, build_projector
@@ -95,7 +96,9 @@ def _read(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     elif storage.exists(file_uri):
         metadata, weights = read_projector_file(file_uri)
     elif storage.exists(config_uri):
+        check_folder(uri, ["config.json"])
         metadata, weights = projector_metadata(_read_config(config_uri)), read_model_weights(uri, PROJECTOR_PREFIX)
+        _check_digest(uri, weights)
     else:
         raise CheckpointError(
             f"there is no projector at {uri}: give the {PROJECTOR_FILE} that pretrain wrote, or the model directory that "
@@ -107,6 +110,15 @@ def _read(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             "pretrain wrote, or the model directory that finetune wrote"
         )
     return metadata, weights
+
+
+def _check_digest(uri: str, weights: dict[str, torch.Tensor]) -> None:
+    checksums = read_checksums(uri)
+    if checksums and checksums["projector"] != weights_digest(weights):
+        raise CheckpointError(
+            f"{uri}: the projector's weights are damaged, as they do not match their digest. Restore the folder from a copy, "
+            "or run finetune again"
+        )
 
 
 def _read_config(uri: str) -> MeteorConfig:

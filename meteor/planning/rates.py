@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meteor import storage
+from meteor.checksums import read_checked_json
 from meteor.config import RunSettings
 from meteor.errors import MeteorError, SettingsError
 from meteor.formatting import format_amount
@@ -140,8 +141,8 @@ def _finished_stages(root: str) -> Iterator[_FinishedStage]:
         folder, _, name = info.uri.rpartition("/")
         if name == "summary.json":
             try:
-                settings = RunSettings.model_validate(storage.read_json(storage.join(folder, "run.json"))["settings"])
-                summary = storage.read_json(info.uri)
+                started = read_checked_json(storage.join(folder, "run.json"))
+                settings, summary = RunSettings.model_validate(started["settings"]), read_checked_json(info.uri)
                 yield _FinishedStage(settings, summary["stage"], summary["counts"], summary["extra"])
             except (MeteorError, ValueError, KeyError):
                 continue

@@ -15,13 +15,16 @@ from meteor.checkpoint.header import read_header
 from meteor.errors import CheckpointError
 from meteor.projector.output import Projector
 
-_METADATA = "meteor"
+_METADATA, _DIGEST = "meteor", "digest"
 _NUM_SHOWN = 3
 
 
 def write_projector_file(uri: str, weights: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
-    """Write ``projector.safetensors`` with ``description`` (JSON values) in its metadata."""
-    storage.write_bytes(uri, save(dict(weights), {_METADATA: json.dumps(description), "format": "pt"}))
+    """Write ``projector.safetensors`` with ``description`` (JSON values) and the digest of all content in its metadata."""
+    # As a reader will see it: lists instead of tuples.
+    plain = json.loads(json.dumps(description))
+    metadata = {_METADATA: json.dumps(plain), _DIGEST: _digest(plain, weights), "format": "pt"}
+    storage.write_bytes(uri, save(dict(weights), metadata))
 
 
 def read_projector_file(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -32,21 +35,31 @@ def read_projector_file(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tenso
 
     Raises:
         NotFoundError: the file does not exist.
-        CheckpointError: the file is not in safetensors format, or its metadata is damaged.
+        CheckpointError: the file is not in safetensors format, or its content is not what was written.
     """
     metadata, weights = read_tensors(uri)
     try:
-        return dict(json.loads(metadata.get(_METADATA, "{}"))), weights
+        description = dict(json.loads(metadata.get(_METADATA, "{}")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{uri}: its metadata is damaged ({error}); export the projector again") from error
+    # Files of other programs carry neither.
+    if metadata.keys() & {_METADATA, _DIGEST} and metadata.get(_DIGEST) != _digest(description, weights):
+        raise CheckpointError(
+            f"{uri} is damaged: its weights or settings do not match their digest. Restore it from a copy, or run pretrain "
+            "again"
+        )
+    return description, weights
 
 
 def projector_digest(uri: str) -> str:
-    """sha256 over the description and the tensors of a projector file; errors as `read_projector_file`.
+    """Return the sha256 over description and tensors of a projector file; errors as `read_projector_file`.
 
     The file's bytes would not do: safetensors writes its metadata in random order.
     """
-    description, weights = read_projector_file(uri)
+    return _digest(*read_projector_file(uri))
+
+
+def _digest(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())

@@ -7,9 +7,11 @@ from typing import Any
 
 import meteor
 from meteor import storage
+from meteor.checksums import CHECKSUMS, read_checked_json, write_checked_json, write_checksums
 from meteor.config import RunSettings
 from meteor.errors import NotFoundError
 from meteor.formatting import format_duration
+from meteor.runs.claim import Claim
 from meteor.runs.identity import StageIdentity
 
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "mlflow-skinny")
@@ -60,6 +62,7 @@ class StageFolder:
 
     def __init__(self, output: str, identity: StageIdentity) -> None:
         self.identity = identity
+        self._claim: Claim | None = None
         self.uri = storage.join(output, "runs", identity.name)
 
     @property
@@ -75,15 +78,37 @@ class StageFolder:
         return storage.exists(storage.join(self.uri, "run.json"))
 
     def finished(self) -> Summary | None:
-        """Return the summary if the stage has finished, else None."""
+        """Return the summary if the stage has finished, else None.
+
+        Raises:
+            DamagedError: the summary is not what was written.
+        """
         try:
-            content = storage.read_json(storage.join(self.uri, "summary.json"))
+            content = read_checked_json(storage.join(self.uri, "summary.json"))
         except NotFoundError:
             return None
         return Summary(**{**content, "reused": True})
 
-    def start(self, settings: RunSettings, **facts: Any) -> None:
-        """Write ``run.json``, with everything that is needed to repeat the stage, and more ``facts`` about it."""
+    @property
+    def claim(self) -> Claim:
+        """Claim of this start on the folder; exists after `start`."""
+        assert self._claim is not None, "the stage has not been started"
+        return self._claim
+
+    def check_claim(self) -> None:
+        """Raise SupersededError if this start has claimed the folder and a newer one has taken it over."""
+        if self._claim is not None:
+            self._claim.check()
+
+    def start(self, settings: RunSettings, *, job: str = "", **facts: Any) -> None:
+        """Claim the folder and write ``run.json``: everything that is needed to repeat the stage, and more ``facts`` about it.
+
+        Args:
+            settings: settings of the run.
+            job: name of the job of this process, for messages of other starts; "" if there is none.
+            **facts: JSON values.
+        """
+        self._claim = Claim.take(self.uri, stage=self.stage, job=job)
         content = {
             "stage": self.stage,
             "name": settings.name,
@@ -93,14 +118,32 @@ class StageFolder:
             "versions": installed_versions(),
             **facts,
         }
-        storage.write_json(storage.join(self.uri, "run.json"), content)
+        write_checked_json(storage.join(self.uri, "run.json"), content)
 
     def finish(self, summary: Summary) -> Summary:
-        """Write ``summary.json``. It must be the last file, as its existence means that the stage is complete."""
+        """Write ``checksums.json`` and ``summary.json``. The summary is the last file: it means that the stage is complete.
+
+        Raises:
+            SupersededError: a newer start has claimed the folder.
+        """
+        self.check_claim()
+        write_checksums(self.uri, leave_out=_has_own_checksum)
         content = {"stage": summary.stage, "counts": summary.counts, "seconds": summary.seconds}
         content |= {"results": summary.results, "extra": summary.extra}
-        storage.write_json(storage.join(self.uri, "summary.json"), content)
+        write_checked_json(storage.join(self.uri, "summary.json"), content)
         return summary
+
+
+def _has_own_checksum(name: str) -> bool:
+    """Return whether a file of a stage's folder is not for ``checksums.json``.
+
+    Checkpoints and a model's folder have lists of their own, as metrics have in the summary. The other files change after the
+    end of the stage.
+    """
+    folder, _, below = name.partition("/")
+    if folder == "model":
+        return below not in {CHECKSUMS, "projector.safetensors"}
+    return folder in {"attempts", "checkpoints", "metrics", "failures"} or name in {"tracking.json", "summary.json"}
 
 
 def git_commit() -> str | None:

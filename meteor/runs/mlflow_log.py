@@ -9,8 +9,9 @@ from typing import Any
 
 from meteor import storage
 from meteor.cache import FeatureCache
+from meteor.checksums import read_checked_json, write_checked_json
 from meteor.config import RunSettings, settings_digest
-from meteor.errors import NotFoundError, TrackingError
+from meteor.errors import DamagedError, NotFoundError, TrackingError
 from meteor.runs.folder import StageFolder
 from meteor.runs.reading import read_stage
 from meteor.tracking import Tracker, public_uri
@@ -53,8 +54,11 @@ class StageLog:
     def unsent(cls, settings: RunSettings, folder: StageFolder) -> "StageLog | None":
         """Read the record of a stage that has ended; None if MLflow has received it completely."""
         try:
-            content = storage.read_json(_file(folder))
+            content = read_checked_json(_file(folder))
         except NotFoundError:
+            return None
+        except DamagedError as error:
+            _LOG.warning("%s. This stage's record is not sent to MLflow", error)
             return None
         return None if content["sent"] else cls(settings, folder, content)
 
@@ -155,7 +159,8 @@ class StageLog:
         self._save()
 
     def _save(self) -> None:
-        storage.write_json(_file(self._folder), self._content)
+        self._folder.check_claim()
+        write_checked_json(_file(self._folder), self._content)
 
 
 def _file(folder: StageFolder) -> str:

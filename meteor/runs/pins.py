@@ -5,6 +5,7 @@ from typing import Any
 
 from meteor import storage
 from meteor.cache import FeatureCache
+from meteor.checksums import read_checked_json, write_checked_json
 from meteor.config import RunSettings, settings_digest
 from meteor.errors import NotFoundError
 from meteor.runs.folder import StageFolder
@@ -48,7 +49,7 @@ def hold_pin(settings: RunSettings, identity: StageIdentity, cache_uri: str) -> 
     assert versions is not None
     content = {name: value for name, value in identity.content.items() if name != "images"}
     pin = {"run_digest": identity.digest, **vars(versions)}
-    storage.write_json(_uri(settings, identity.stage, content), pin)
+    write_checked_json(_uri(settings, identity.stage, content), pin)
     cache = FeatureCache.open(cache_uri, version=versions.cache_version)
     cache.pin(identity.digest, {"name": settings.name, "stage": identity.stage, "output": settings.output})
     return cache
@@ -60,7 +61,7 @@ def _uri(settings: RunSettings, stage: str, content: Mapping[str, Any]) -> str:
 
 def _read(uri: str) -> Versions | None:
     try:
-        content = storage.read_json(uri)
+        content = read_checked_json(uri)
     except NotFoundError:
         return None
     return Versions(content["index_version"], content["index_digest"], content["cache_version"])

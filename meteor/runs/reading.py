@@ -1,15 +1,13 @@
 """Reading of a stage's folder: settings, summary and metrics."""
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from meteor import storage
-from meteor.errors import DataError
-
-_SEGMENT_NAME = re.compile(r"/from_(\d+)\.jsonl$")
+from meteor.checksums import check_folder, read_checked_json
+from meteor.errors import NotFoundError
+from meteor.runs.metrics import read_listed, read_running
 
 
 @dataclass(frozen=True)
@@ -40,44 +38,39 @@ class StageRecord:
 def read_stage(uri: str) -> StageRecord:
     """Read ``run.json``, ``metrics/*.jsonl`` and, if it exists, ``summary.json`` of a stage's folder (local or S3).
 
+    All files of a finished stage except its checkpoints and its model are compared with their checksums.
+
     Raises:
         NotFoundError: the folder holds no ``run.json``.
-        DataError: a metrics file holds a line that is not JSON.
+        DamagedError: a file is not what was written.
+        DataError: the metrics of an unfinished stage hold a line that is not JSON.
     """
-    recorded: dict[str, Any] = dict(storage.read_json(storage.join(uri, "run.json")))
-    summary_uri = storage.join(uri, "summary.json")
+    recorded = read_checked_json(storage.join(uri, "run.json"))
+    summary = _read_summary(storage.join(uri, "summary.json"))
+    if summary is not None:
+        check_folder(uri, is_required=True)
     return StageRecord(
         stage=recorded.pop("stage"),
         uri=uri,
         settings=recorded.pop("settings"),
-        summary=storage.read_json(summary_uri) if storage.exists(summary_uri) else None,
-        metrics=_read_metrics(storage.join(uri, "metrics")),
+        summary=summary,
+        metrics=_read_metrics(uri, summary),
         recorded=recorded,
     )
 
 
-def _read_metrics(uri: str) -> list[dict[str, Any]]:
-    """Read the rows of all segments in order.
-
-    A segment that starts after step s replaces later rows of older segments: those steps were lost when their workers died.
-    """
-    segments = []
-    for info in storage.list_objects(uri):
-        if match := _SEGMENT_NAME.search(info.uri):
-            segments.append((int(match.group(1)), info.uri))
-    rows: list[dict[str, Any]] = []
-    for start, segment_uri in sorted(segments):
-        rows = [row for row in rows if row["step"] <= start] + _read_rows(segment_uri)
-    return rows
+def read_metrics(uri: str) -> list[dict[str, Any]]:
+    """Read the rows of a stage's metrics alone; for errors see `read_stage`."""
+    return _read_metrics(uri, _read_summary(storage.join(uri, "summary.json")))
 
 
-def _read_rows(uri: str) -> list[dict[str, Any]]:
-    # Text after the last newline is an unfinished row: the process died while it wrote.
-    lines = storage.read_bytes(uri).decode("utf-8").split("\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{uri}, line {number} is not JSON ({error}): {line[:80]!r}; remove the line") from error
-    return rows
+def _read_metrics(uri: str, summary: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    # Stages without steps list no metrics.
+    return read_running(uri) if summary is None else read_listed(uri, summary["extra"].get("metrics", []))
+
+
+def _read_summary(uri: str) -> dict[str, Any] | None:
+    try:
+        return read_checked_json(uri)
+    except NotFoundError:
+        return None

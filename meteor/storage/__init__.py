@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from meteor.errors import NotFoundError, StorageError, UnsafeNameError
+from meteor.errors import DamagedError, NotFoundError, StorageError, UnsafeNameError
 from meteor.formatting import shorten
 from meteor.storage.local import LocalFile, disk_errors, partial_file
 from meteor.storage.place import ObjectInfo, Place
@@ -24,6 +24,7 @@ __all__ = [
     "absolute",
     "create_bytes",
     "delete",
+    "delete_empty_folders",
     "delete_leftovers",
     "download_file",
     "exists",
@@ -114,7 +115,7 @@ def read_range_into(uri: str, start: int, buffer: bytearray | memoryview) -> Non
 
     Raises:
         NotFoundError: the file does not exist.
-        StorageError: the file ends inside the range.
+        DamagedError: the file ends inside the range.
     """
     if not len(buffer):
         # HTTP cannot express an empty range.
@@ -122,7 +123,7 @@ def read_range_into(uri: str, start: int, buffer: bytearray | memoryview) -> Non
     with _at(uri) as place:
         num_read = place.read_into(start, memoryview(buffer))
     if num_read != len(buffer):
-        raise StorageError(
+        raise DamagedError(
             f"{uri} ends {len(buffer) - num_read} bytes before the end of the range [{start}, {start + len(buffer)}): "
             "the file was cut short, or the range belongs to another file"
         )
@@ -149,12 +150,13 @@ def create_bytes(uri: str, data: bytes) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """Read the file's JSON value. Raises StorageError if the file is not JSON."""
+    """Read the file's JSON value. Raises DamagedError if the file is not JSON."""
     data = read_bytes(uri)
     try:
         return json.loads(data)
-    except ValueError as error:
-        raise StorageError(f"{uri} does not hold valid JSON ({error}); restore or delete it") from error
+    # RecursionError: lists in lists in lists.
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{uri} does not hold valid JSON ({error}); restore or delete it") from error
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -228,6 +230,12 @@ def delete_leftovers(prefix_uri: str, older_than_s: float, dry_run: bool) -> lis
     """
     with _at(prefix_uri) as place:
         return sorted(place.leftovers(older_than_s, dry_run))
+
+
+def delete_empty_folders(prefix_uri: str) -> None:
+    """Delete the folder and the folders in it that hold no file; on S3, where folders are parts of names, nothing."""
+    with _at(prefix_uri) as place:
+        place.delete_empty_folders()
 
 
 def now_s(uri: str) -> float:

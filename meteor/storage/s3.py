@@ -132,6 +132,9 @@ class S3Object:
     def list(self) -> Iterator[ObjectInfo]:
         return (info for info in self._walk() if not is_partial(info.uri))
 
+    def delete_empty_folders(self) -> None:
+        pass
+
     def leftovers(self, older_than_s: float, dry_run: bool) -> Iterator[str]:
         oldest_kept_s = self.now_s() - older_than_s
         for info in self._walk():

@@ -3,17 +3,19 @@
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from meteor.checkpoint.format import Fragment, checkpoint_uri, num_written, prune, publish, write_fragments
+from meteor.checkpoint.folder import complete_checkpoints, prune, set_aside
+from meteor.checkpoint.format import Checkpoint, Fragment, checkpoint_uri, num_written, publish, write_fragments
 from meteor.errors import CheckpointError
-from meteor.train.protocol import Engine, agree, barrier
+from meteor.train.protocol import Engine, all_reduce_sum, barrier, on_first_worker, rank, world_size
 
 _POLL_S = 0.1
+_OWNER_POLL_S = 5.0
 _PEERS_TIMEOUT_S = 1800.0
 
 
@@ -27,11 +29,13 @@ class CheckpointWriter:
         engine: engine with the training state.
         root: folder or s3:// URI of the checkpoints.
         keep: number of newest complete checkpoints to keep, besides the best.
+        is_owner: function that returns whether these workers still own ``root``. Without ownership nothing is completed or
+            removed.
     """
 
-    def __init__(self, engine: Engine, root: str, *, keep: int) -> None:
-        self._engine, self._root, self._keep = engine, root, keep
-        self._attempt = agree(uuid.uuid4().hex[:8])
+    def __init__(self, engine: Engine, root: str, *, keep: int, is_owner: Callable[[], bool] = lambda: True) -> None:
+        self._engine, self._root, self._keep, self._is_owner = engine, root, keep, is_owner
+        self._attempt = on_first_worker(lambda: uuid.uuid4().hex[:8])
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._abandoned = threading.Event()
@@ -70,19 +74,53 @@ class CheckpointWriter:
     def _write(self, step: int, fragments: list[Fragment], state: dict[str, Any]) -> None:
         uri = checkpoint_uri(self._root, step)
         write_fragments(uri, self._engine.rank, fragments, attempt=self._attempt)
-        if self._engine.rank == 0 and self._peers_are_done(uri):
+        if self._engine.rank == 0 and self._peers_are_done(uri) and self._is_owner():
             shapes, world_size = self._engine.shapes(), self._engine.world_size
             publish(uri, world_size=world_size, shapes=shapes, state=state, attempt=self._attempt)
             prune(self._root, keep=self._keep)
 
     def _peers_are_done(self, uri: str) -> bool:
         """Wait for the other workers by looking at the store, because this thread must not join in their collectives."""
-        world_size, deadline = self._engine.world_size, time.monotonic() + _PEERS_TIMEOUT_S
+        world_size, started = self._engine.world_size, time.monotonic()
+        look_at = started + _OWNER_POLL_S
         while (num := num_written(uri, attempt=self._attempt, world_size=world_size)) < world_size:
             if self._abandoned.wait(_POLL_S):
                 return False
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            # A new owner removes parts of this checkpoint, so that they would be waited for in vain.
+            if now > look_at:
+                if not self._is_owner():
+                    return False
+                look_at = now + _OWNER_POLL_S
+            if now > started + _PEERS_TIMEOUT_S:
                 raise CheckpointError(
                     f"{uri}: only {num} of {world_size} workers wrote their part in {_PEERS_TIMEOUT_S:.0f} s"
                 )
         return True
+
+
+def newest_sound_checkpoint(root: str, device: torch.device) -> Checkpoint | None:
+    """Find the newest complete checkpoint whose bytes are those that were written; None if there is none.
+
+    All workers must call it: each reads a share of the fragments. A damaged checkpoint is set aside, and the one before it is
+    tried (`problems_of_damaged` tells why).
+
+    Args:
+        root: folder or s3:// URI of the checkpoints.
+        device: device of this worker, for the exchange with the others.
+    """
+    while True:
+        uri = on_first_worker(lambda: next(reversed(complete_checkpoints(root)), ""))
+        if not uri:
+            return None
+        checkpoint, problem = None, ""
+        try:
+            checkpoint = Checkpoint(uri)
+            checkpoint.verify(rank(), world_size())
+        except CheckpointError as error:
+            problem = str(error)
+        if not all_reduce_sum(torch.tensor(float(bool(problem)), device=device)).item():
+            return checkpoint
+        if rank() == 0:
+            set_aside(uri, problem or "another worker found its share of the fragments damaged")
+        barrier()

@@ -10,12 +10,14 @@ import torch
 
 from meteor import storage
 from meteor.checkpoint.format import Checkpoint
+from meteor.checksums import checksum, write_checksums
 from meteor.errors import CacheMismatchError
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.trained_projector import PROJECTOR_PREFIX, projector_metadata
 from meteor.projector.file import write_projector_file
 from meteor.train.lora import Lora, merge_lora, write_adapter
 from meteor.train.protocol import load_weights
+from meteor.vision.digest import weights_digest
 from meteor.vision.encoder import FrozenClip
 
 LLM_PREFIX = "language_model."
@@ -57,7 +59,7 @@ def export_model(
     *,
     lora: Lora | None = None,
 ) -> None:
-    """Write a Hugging Face directory: weights (sharded safetensors), configuration, processor, and the encoder.
+    """Write a Hugging Face directory: weights (sharded safetensors), configuration, processor, encoder, and checksums.
 
     Args:
         model: model of this stage on the CPU, without vision tower; the checkpoint replaces its weights.
@@ -86,6 +88,9 @@ def export_model(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        # config.json is uploaded last, so that a directory that contains the file is complete.
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == "config.json"):
-            storage.upload_file(str(file), storage.join(uri, file.name))
+        files = {file.name: str(file) for file in Path(folder).iterdir()}
+        # config.json is uploaded after the others, so that a directory with it can be loaded.
+        for name, file in sorted(files.items(), key=lambda item: item[0] == "config.json"):
+            storage.upload_file(file, storage.join(uri, name))
+        projector = weights_digest(model.projector.state_dict())
+        write_checksums(uri, known={name: checksum(file) for name, file in files.items()}, projector=projector)

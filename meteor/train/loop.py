@@ -33,7 +33,8 @@ def train(
     checkpoints: str,
     start_step: int,
     on_step: Callable[[dict[str, Any]], None],
-    store: Callable[[], None] = lambda: None,
+    store: Callable[[], dict[str, Any]] = dict,
+    is_owner: Callable[[], bool] = lambda: True,
     meet: Callable[[], bool] = lambda: False,
     evaluate: Callable[[], dict[str, float]] = dict,
     flops: ModelFlops | None = None,
@@ -50,7 +51,9 @@ def train(
         start_step: index of the first step to run.
         on_step: callback with the metrics of each step, numbers only and equal on all workers. If the projector selects
             tokens, they include `mean_selection`.
-        store: callback before each checkpoint, which must persist the metrics given to `on_step`.
+        store: callback on all workers before each checkpoint, which must persist the metrics given to `on_step`. It returns
+            JSON values for the checkpoint's manifest.
+        is_owner: callback that returns whether these workers still own ``checkpoints``; see `CheckpointWriter`.
         meet: callback on all workers at once, every few seconds and at the end. It returns, equally on all workers, whether
             a worker is about to lose its machine. If so, the step ends with a checkpoint, and training continues when the
             checkpoint is complete.
@@ -62,7 +65,7 @@ def train(
         FailedStepError: a loss or gradient is not finite, or the projector refuses values that are not finite. The weights
             remain those before the step.
     """
-    writer = CheckpointWriter(engine, checkpoints, keep=recipe.keep_checkpoints)
+    writer = CheckpointWriter(engine, checkpoints, keep=recipe.keep_checkpoints, is_owner=is_owner)
     saving = _Saving(recipe, plan.num_steps, meet)
     with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as steps:
         clock = time.perf_counter()
@@ -81,8 +84,8 @@ def train(
             on_step(row | evaluated)
             if is_due:
                 # Metrics are stored before the checkpoint, because a run resumed from it does not repeat their steps.
-                store()
-                writer.save(done, {"epoch": loaded.step.epoch, **evaluated})
+                stored = store()
+                writer.save(done, {"epoch": loaded.step.epoch, **evaluated, **stored})
             if is_urgent_now:
                 writer.finish()
         writer.finish()

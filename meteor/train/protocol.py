@@ -4,16 +4,17 @@ The loss of a micro step is already divided by the answer tokens of the global b
 steps and workers, so that 1 x 4, 2 x 2 and 4 x 1 (workers x micro steps) give equal updates.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from meteor.checkpoint.format import Checkpoint, Fragment
-from meteor.errors import CheckpointError, SettingsError
+from meteor.errors import CheckpointError, MeteorError, SettingsError
 
+T = TypeVar("T")
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
@@ -62,23 +63,40 @@ class Engine(Protocol):
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all workers in place, and return it."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
+def rank() -> int:
+    """Return this worker's rank; 0 without other workers."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of workers."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def agree(value: str) -> str:
-    """Return the first worker's value on all workers."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    values: list[Any] = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def on_first_worker(function: Callable[[], T]) -> T:
+    """Call a function on the first worker; return its value, or raise its `MeteorError`, on all workers."""
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome = [function(), None]
+        except MeteorError as error:
+            outcome = [None, error]
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    value, failure = outcome
+    if failure is not None:
+        raise failure
+    return value
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

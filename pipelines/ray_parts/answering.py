@@ -1,7 +1,7 @@
 """Answers to questions from actors all over the cluster; known answers are reused."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -59,6 +59,7 @@ def answer(
     cache: FeatureCache,
     index: DatasetIndex,
     live: LiveMetrics,
+    check_claim: Callable[[], None],
 ) -> tuple[dict[tuple[str, str], str], int]:
     """Answer all questions whose images can be used.
 
@@ -68,6 +69,7 @@ def answer(
         model: URI and digest of the model.
         cache, index: feature cache and dataset index, at the versions to read.
         live: metrics that count answers as they arrive.
+        check_claim: function that raises an error if a newer start of the stage has taken over.
 
     Returns:
         (set, question id) -> answer, known answers included; and the number of prompts that were answered now.
@@ -84,7 +86,8 @@ def answer(
     if missing:
         try:
             for answers in _ask(settings, missing, model[0], cache, index):
-                store.add(answers)
+                if store.add(answers):
+                    check_claim()
                 live.answered(len(answers))
                 known |= answers
         finally:

@@ -48,11 +48,13 @@ class AnswerStore:
                 known |= dict(zip(table["prompt"].to_pylist(), table["prediction"].to_pylist(), strict=True))
         return known
 
-    def add(self, answers: Mapping[str, str]) -> None:
-        """Keep new answers, and write them if the last write is long enough ago."""
+    def add(self, answers: Mapping[str, str]) -> bool:
+        """Keep new answers, and write them if the last write is long enough ago; return whether they were written."""
         self._new |= answers
-        if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
+        is_due = time.monotonic() - self._written_at >= _WRITE_EVERY_S
+        if is_due:
             self.flush()
+        return is_due
 
     def flush(self) -> None:
         """Write the answers that are not written yet."""

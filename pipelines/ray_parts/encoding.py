@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -26,7 +26,11 @@ _MAX_TASK_RETRIES = 15
 
 
 def encode_missing(
-    settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow], live: LiveMetrics
+    settings: RunSettings,
+    cache_uri: str,
+    missing: Mapping[str, IndexRow],
+    live: LiveMetrics,
+    check_claim: Callable[[], None],
 ) -> EncodingMeter:
     """Encode images into a cache; commit them regularly and at the end, even if the pass fails.
 
@@ -35,6 +39,7 @@ def encode_missing(
         cache_uri: URI of a cache that exists.
         missing: image key -> row in the index, for the images to encode.
         live: metrics that count images as they are encoded.
+        check_claim: function that raises an error if a newer start of the stage has taken over.
 
     Returns:
         Counts and rates of the pass.
@@ -45,6 +50,7 @@ def encode_missing(
     try:
         with progress("images encoded:", len(missing), lambda: meter.num_images, detail=meter.detail):
             for outcomes in _stream(settings, cache_uri, missing):
+                check_claim()
                 meter.add(outcomes)
                 live.encoded(outcomes)
                 bad += [_quarantine_row(row, missing[row["image_key"]]) for row in outcomes if row["reason"]]

@@ -124,6 +124,11 @@ def job_metadata() -> dict[str, str]:
     return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
 
 
+def job_id() -> str:
+    """Return the submission id of the Ray job of this process; "" outside a job."""
+    return job_metadata().get("job_submission_id", "")
+
+
 def num_blocks(num_items: int, items_per_block: int) -> int:
     """Return the number of blocks for `ray.data.from_items`: enough to spread the work, few enough to limit overhead."""
     return max(1, min(num_items // items_per_block, 4096))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from meteor.config import RunSettings
+from meteor.errors import SupersededError
 from meteor.runs.folder import StageFolder, Summary, git_commit
 from meteor.runs.mlflow_log import StageLog, has_server
 from pipelines.ray_parts.logs import log_context
@@ -45,6 +46,9 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
         log.open()
         try:
             yield log
+        # The MLflow run belongs to the newer start now.
+        except SupersededError:
+            raise
         except BaseException:
             log.close(failed=True)
             raise

@@ -15,7 +15,8 @@ from meteor.assembly import Inputs
 from meteor.assembly.features import uris_by_key
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
 from meteor.assembly.training_stage import PreparedStage, check_projector, check_token_ids, prepare
-from meteor.checkpoint.format import Checkpoint, best_checkpoint
+from meteor.checkpoint.folder import best_checkpoint, complete_checkpoints, problems_of_damaged
+from meteor.checkpoint.format import Checkpoint
 from meteor.config import RunSettings, mathematical_settings
 from meteor.data.table_plan import TablePlan
 from meteor.errors import TrainingError
@@ -32,7 +33,7 @@ from meteor.text.tokens import visual_separators
 from pipelines.command import timed
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 from pipelines.ray_parts.resources import wait_for_nodes
-from pipelines.ray_parts.runtime import progress, worker_environment
+from pipelines.ray_parts.runtime import job_id, progress, worker_environment
 from pipelines.ray_parts.tracked import reuse, tracked
 from pipelines.ray_parts.worker import WorkerTask, train_worker
 
@@ -58,18 +59,19 @@ def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
         plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
         check_token_ids(inputs, plan, held_out)
         check_memory(settings, stage, plan.table)
+        folder.start(
+            settings,
+            job=job_id(),
+            pin=vars(prepared.versions),
+            parent=prepared.parent,
+            cache=prepared.cache.uri,
+            cache_key=cache.identity.key,
+        )
         plan.table.write(storage.join(folder.uri, "samples.parquet"))
         if held_out is not None:
             held_out.table.write(storage.join(folder.uri, "held_out.parquet"))
         storage.write_json(storage.join(folder.uri, "excluded.json"), [vars(sample) for sample in plan.excluded])
         task = _task(inputs, prepared, has_held_out=held_out is not None)
-        folder.start(
-            settings,
-            pin=vars(prepared.versions),
-            parent=prepared.parent,
-            cache=task.cache_uri,
-            cache_key=cache.identity.key,
-        )
         params = {stage: mathematical_settings(settings.training(stage)), **_shared_params(settings)}
         with tracked(settings, folder, params) as log:
             log.cache(cache, context="training")
@@ -78,6 +80,7 @@ def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
             steps = num_steps(settings.training(stage), plan.table)
             _LOG.info("[%s] %s: %d samples, %d steps, run %s", settings.name, stage, len(plan.table), steps, folder.uri)
             _run_workers(settings, task, log, steps)
+            folder.claim.check()
             summary = _summary(task, plan, steps, seconds())
             log.tag("meteor.result", task.result_uri)
         return folder.finish(summary)
@@ -95,6 +98,7 @@ def _task(inputs: Inputs, prepared: PreparedStage, *, has_held_out: bool) -> Wor
         settings=settings,
         stage=stage,
         run_uri=prepared.folder.uri,
+        claim=prepared.folder.claim,
         index_digest=prepared.versions.index_digest,
         cache_uri=prepared.cache.uri,
         cache_version=prepared.versions.cache_version,
@@ -109,10 +113,8 @@ def _task(inputs: Inputs, prepared: PreparedStage, *, has_held_out: bool) -> Wor
 
 def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_steps: int) -> None:
     runtime = settings.runtime
-    attempts = storage.list_objects(storage.join(task.run_uri, "attempts"))
     # Every start gets a new name, as Ray Train does nothing for a name that it knows as finished or failed.
-    name = f"{task.stage}-{task.run_uri[-12:]}-{len(attempts)}"
-    storage.write_json(storage.join(task.run_uri, "attempts", f"{len(attempts):04d}.json"), {"name": name})
+    name = f"{task.stage}-{task.run_uri[-12:]}-{task.claim.number}"
     trainer = TorchTrainer(
         # The task is bound to the function. As a `train_loop_config` it would reach the controller too, which would then import
         # everything that a worker imports.
@@ -130,28 +132,55 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
             worker_runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
         ),
     )
-    last: dict[str, Any] = {}
-
-    def steps_done() -> int:
-        last.update(read_last(task.run_uri) or {})
-        return int(last.get("step", 0))
-
-    def detail() -> str:
-        epochs = settings.training(task.stage).epochs
-        return f"; epoch {last['epoch']:.2f} of {epochs}, loss {last['loss']:.4f}" if last else ""
-
+    watch = _Watch(task)
     label, workers = f"[{settings.name}] {task.stage}", training_request(runtime)
     wait_for_nodes(workers, runtime)
     starting = f"{label}: starting {workers.to_text()}"
-    with progress(f"{label}: step", num_steps, steps_done, detail=detail, starting=starting):
+    with progress(f"{label}: step", num_steps, watch.steps_done, detail=watch.detail, starting=starting):
         try:
             trainer.fit()
+            watch.warn_of_damage()
         # RayActorError means that the controller itself has died.
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            task.claim.check()
             raise TrainingError(
                 f"{task.stage} failed. Run this command again to resume it from its last checkpoint in {task.run_uri}. "
                 f"Cause: {error}"
             ) from error
+
+
+class _Watch:
+    """The driver's view of a stage's workers: their last row of metrics, and checkpoints that they found damaged."""
+
+    def __init__(self, task: WorkerTask) -> None:
+        self._run_uri, self._epochs = task.run_uri, task.stage_settings.epochs
+        self._checkpoints = storage.join(task.run_uri, "checkpoints")
+        self._known = problems_of_damaged(self._checkpoints)
+        self._last = read_last(self._run_uri)
+        self._has_begun = False
+
+    def steps_done(self) -> int:
+        """Return the number of finished steps."""
+        row = read_last(self._run_uri)
+        if row != self._last and not self._has_begun:
+            self._has_begun = True
+            # Workers look for damage before their first step.
+            self.warn_of_damage()
+        self._last = row
+        return int(row["step"]) if row else 0
+
+    def detail(self) -> str:
+        """Return text about the last row, for progress lines."""
+        return (
+            f"; epoch {self._last['epoch']:.2f} of {self._epochs}, loss {self._last['loss']:.4f}" if self._last else ""
+        )
+
+    def warn_of_damage(self) -> None:
+        """Say which checkpoints the workers passed over."""
+        found = problems_of_damaged(self._checkpoints)
+        for record in found.keys() - self._known.keys():
+            _LOG.warning("%s. Training goes on from the checkpoint before it, if there is one", found[record])
+        self._known = found
 
 
 def _resources(cpus: float, gpus: float) -> dict[str, float]:
@@ -173,10 +202,12 @@ def _summary(task: WorkerTask, plan: TablePlan, num_steps: int, seconds: float) 
         "text_tokens": totals["text_tokens"],
         "samples_per_s": sum(row["num_samples"] for row in rows) / busy_s,
     }
-    best = best_checkpoint(storage.join(task.run_uri, "checkpoints"))
+    checkpoints = storage.join(task.run_uri, "checkpoints")
+    best = best_checkpoint(checkpoints)
     if best is not None:
         state = Checkpoint(best).state
         counts |= {"best_held_out_loss": state["held_out_loss"], "best_checkpoint_step": state["step"]}
     kind = "projector" if task.stage == "pretrain" else "model"
     extra = {"training_seconds": busy_s, "excluded_reasons": plan.reasons(), "totals": totals}
+    extra["metrics"] = Checkpoint(complete_checkpoints(checkpoints)[-1]).state["metrics"]
     return Summary(task.stage, counts, seconds, {kind: task.result_uri, "run": task.run_uri}, extra=extra)

@@ -1,5 +1,6 @@
 """Work inside a Ray Train worker: build the model, resume, train, write the result."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,18 +15,21 @@ from meteor import storage
 from meteor.assembly import make_lora, make_recipe, pixel_settings
 from meteor.assembly.features import open_features
 from meteor.cache import CacheIdentity
-from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import Checkpoint
 from meteor.config import FinetuneSettings, RunSettings, StageSettings
 from meteor.data.collate import collate
 from meteor.data.table import SampleTable
-from meteor.errors import FailedStepError, TrainingError
+from meteor.errors import FailedStepError, SupersededError, TrainingError
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.attention import choose_attention
+from meteor.runs.claim import Claim
 from meteor.runs.metrics import MetricsSegment
 from meteor.stages import TrainingStage
 from meteor.text.tokens import Separators, load_tokenizer
 from meteor.train.build import DTYPES, build_model, checkpoint_activations, compile_layers, freeze_for, load_projector
+from meteor.train.checkpoints import newest_sound_checkpoint
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.export import export_adapter, export_model, export_projector
 from meteor.train.flops import ModelFlops, peak_flops
@@ -34,10 +38,12 @@ from meteor.train.loading import load_batches
 from meteor.train.loop import train
 from meteor.train.lora import Lora, add_lora
 from meteor.train.plan import Recipe, StepPlan
-from meteor.train.protocol import Engine
+from meteor.train.protocol import Engine, on_first_worker
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging, lines_are_about
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class WorkerTask:
     settings: RunSettings
     stage: TrainingStage
     run_uri: str
+    claim: Claim
     index_digest: str
     cache_uri: str
     cache_version: int
@@ -77,7 +84,18 @@ class WorkerTask:
 
 
 def train_worker(task: WorkerTask) -> None:
-    """Train a stage in a worker; the entry point for `ray.train.torch.TorchTrainer`."""
+    """Train a stage in a worker; the entry point for `ray.train.torch.TorchTrainer`.
+
+    If a newer start of the stage takes over, the worker ends without an error, as Ray Train would start it again after one. The
+    driver then notices the newer start too.
+    """
+    try:
+        _train_worker(task)
+    except SupersededError as error:
+        _LOG.warning("%s", error)
+
+
+def _train_worker(task: WorkerTask) -> None:
     configure_worker_logging(
         run=task.settings.name,
         stage=task.stage,
@@ -94,9 +112,9 @@ def train_worker(task: WorkerTask) -> None:
     dtype = DTYPES[settings.llm.dtype]
     with loading_for(zero_stage=stage.zero_stage, dtype=dtype, options=stage.deepspeed):
         model = _build(task, attention=choose_attention(settings.llm.attention, device, dtype))
+    claim = on_first_worker(task.claim.for_workers)
     checkpoints = storage.join(task.run_uri, "checkpoints")
-    done = complete_checkpoints(checkpoints)
-    resumed = Checkpoint(done[-1]) if done else None
+    resumed = newest_sound_checkpoint(checkpoints, device)
     recipe = make_recipe(stage, _native_weight_full(model))
     plan = StepPlan(table, recipe, task.index_digest)
     start_step = resumed.state["step"] if resumed else 0
@@ -112,7 +130,7 @@ def train_worker(task: WorkerTask) -> None:
             checkpoint=resumed,
             options=stage.deepspeed,
         )
-        reporter = _Reporter(task, start_step, engine.rank)
+        reporter = _Reporter(task, claim, resumed, engine.rank)
         try:
             train(
                 engine,
@@ -123,15 +141,17 @@ def train_worker(task: WorkerTask) -> None:
                 start_step=start_step,
                 on_step=reporter,
                 store=reporter.store,
+                is_owner=claim.is_current,
                 meet=reporter.meet,
                 evaluate=partial(_evaluate, task, engine, recipe, load_from),
                 flops=_flops(model, device, settings.runtime.peak_tflops),
             )
         except FailedStepError as error:
-            reporter.store()  # the loss before the failed step helps to find the cause
+            reporter.write()  # the loss before the failed step helps to find the cause
             raise write_failure(error, task.run_uri) from error
     # Other workers end here. If they waited in a collective, its timeout would end a slow export of a large model.
     if ray.train.get_context().get_world_rank() == 0:
+        claim.check()
         export(task, complete_checkpoints(checkpoints)[-1])
 
 
@@ -260,9 +280,12 @@ def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:
 class _Reporter:
     """Reporter of metrics: each step's row goes to the stage's folder, then to the controller, which sends it to MLflow."""
 
-    def __init__(self, task: WorkerTask, start_step: int, rank: int) -> None:
-        self._rank = rank
-        self._segment = MetricsSegment(task.run_uri, start_step)
+    def __init__(self, task: WorkerTask, claim: Claim, resumed: Checkpoint | None, rank: int) -> None:
+        self._claim, self._rank = claim, rank
+        state: dict[str, Any] = resumed.state if resumed else {"step": 0, "metrics": []}
+        self._segment = MetricsSegment(
+            task.run_uri, attempt=claim.number, start_step=state["step"], before=state["metrics"]
+        )
         self._live = LiveMetrics(task.settings.name, task.stage, task.run_uri[-12:])
         self._unstored: list[dict[str, Any]] = []
         self._unreported: list[dict[str, Any]] = []
@@ -273,7 +296,17 @@ class _Reporter:
         if self._rank == 0:  # a row covers all workers, so that one worker exports it
             self._live.step(row)
 
-    def store(self) -> None:
+    def store(self) -> dict[str, Any]:
+        """Write pending rows to the stage's folder; return the list of segments for a checkpoint's manifest.
+
+        Raises:
+            SupersededError: a newer start has taken over; on all workers.
+        """
+        on_first_worker(self._claim.check)
+        self.write()
+        return {"metrics": self._segment.listed()}
+
+    def write(self) -> None:
         """Write pending rows to the stage's folder."""
         if self._rank == 0 and self._unstored:
             self._segment.add(self._unstored)
@@ -281,7 +314,11 @@ class _Reporter:
         self._unstored = []
 
     def meet(self) -> bool:
-        """Store and report pending rows, on all workers after the same step; return whether a machine is about to stop."""
+        """Store and report pending rows, on all workers after the same step; return whether a machine is about to stop.
+
+        Raises:
+            SupersededError: a newer start has taken over; on all workers.
+        """
         self.store()
         ray.train.report({"rows": self._unreported})
         self._unreported = []

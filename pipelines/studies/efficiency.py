@@ -8,11 +8,11 @@ from typing import Any
 import ray
 import torch
 
-from meteor import storage
 from meteor.assembly import Inputs
 from meteor.assembly.study import study_uri
 from meteor.assembly.training_stage import find_model
 from meteor.cache import FeatureCache
+from meteor.checksums import read_checked_json, write_checked_json
 from meteor.config import RunSettings, Variant, settings_digest
 from meteor.errors import NotFoundError, SettingsError
 from meteor.evaluation.answer import Answerer
@@ -59,7 +59,7 @@ def measure_variants(inputs: Inputs, variants: Sequence[Variant]) -> dict[str, d
         content = _read(uri)
         if content is None or {key: content.get(key) for key in measured_on} != measured_on:
             content = {**measured_on, "measured": _measure(run.settings, model_uri, questions, run.cache())}
-            storage.write_json(uri, content)
+            write_checked_json(uri, content)
             _LOG.info("[%s] answers: %s", name, _line(content["measured"]))
         measured[name] = content["measured"]
     return measured
@@ -74,7 +74,7 @@ def _line(measured: dict[str, Any]) -> str:
 
 def _read(uri: str) -> dict[str, Any] | None:
     try:
-        return storage.read_json(uri)
+        return read_checked_json(uri)
     except NotFoundError:
         return None
 

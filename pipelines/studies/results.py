@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from meteor import storage
 from meteor.assembly import Inputs
 from meteor.assembly.study import study_uri
+from meteor.checksums import read_checked_json, write_checked_json
 from meteor.config import RunSettings, expand_study
 from meteor.errors import MeteorError, NotFoundError, SettingsError, TrackingError
 from meteor.projector.file import count_parameters
@@ -56,7 +57,7 @@ class RunRecord:
 def write_records(settings: RunSettings, records: Sequence[RunRecord]) -> None:
     """Write records to the study's folder, beside those of runs that ``--only`` excluded; they stand in for MLflow."""
     kept = _read_records(settings) | {record.name: record for record in records}
-    storage.write_json(study_uri(settings, "runs.json"), [asdict(record) for record in kept.values()])
+    write_checked_json(study_uri(settings, "runs.json"), {"runs": [asdict(record) for record in kept.values()]})
 
 
 def find_records(settings: RunSettings) -> list[RunRecord]:
@@ -95,7 +96,7 @@ def _record(name: str, tags: Mapping[str, str], metrics: Mapping[str, float]) ->
 
 def _read_records(settings: RunSettings) -> dict[str, RunRecord]:
     try:
-        content = storage.read_json(study_uri(settings, "runs.json"))
+        content = read_checked_json(study_uri(settings, "runs.json"))["runs"]
     except NotFoundError:
         return {}
     return {fields["name"]: RunRecord(**fields) for fields in content}

@@ -6,18 +6,8 @@ import torch
 
 from meteor import storage
 from meteor.checkpoint import format as checkpoint_format
-from meteor.checkpoint.format import (
-    KINDS,
-    Checkpoint,
-    Fragment,
-    best_checkpoint,
-    checkpoint_uri,
-    complete_checkpoints,
-    num_written,
-    prune,
-    publish,
-    write_fragments,
-)
+from meteor.checkpoint.folder import best_checkpoint, complete_checkpoints, prune
+from meteor.checkpoint.format import KINDS, Checkpoint, Fragment, checkpoint_uri, num_written, publish, write_fragments
 from meteor.errors import CheckpointError, StorageError
 
 SHAPES = {"projector.weight": [3, 4], "projector.bias": [5], "llm.scale": []}
@@ -216,7 +206,7 @@ def test_unknown_tensors_and_newer_formats_are_refused(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="has no weights of elsewhere"):
         Checkpoint(uri).read("weights", "elsewhere")
     monkeypatch.setattr(checkpoint_format, "CHECKPOINT_FORMAT_VERSION", 0)
-    with pytest.raises(CheckpointError, match="has format 2; this version reads 0"):
+    with pytest.raises(CheckpointError, match="has format 3; this version reads 0"):
         Checkpoint(uri)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meteor import storage
+from meteor.checksums import write_checked_json
 from meteor.config import load_run, resolve_paths
 
 TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "that"}]
@@ -105,8 +105,8 @@ def test_finished_runs_tell_the_rates(call, write_run, settings):
 
 def leave(settings, stage, counts, extra):
     folder = f"{settings['output']}/runs/{stage}-000000000000"
-    storage.write_json(f"{folder}/run.json", {"settings": settings})
-    storage.write_json(f"{folder}/summary.json", {"stage": stage, "counts": counts, "extra": extra})
+    write_checked_json(f"{folder}/run.json", {"settings": settings})
+    write_checked_json(f"{folder}/summary.json", {"stage": stage, "counts": counts, "extra": extra})
 
 
 def num_tokens_of_stage_1(settings):

@@ -13,7 +13,8 @@ import torch
 from contrast import make_contrast_set
 
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
-from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import Checkpoint
 from meteor.data.collate import collate
 from meteor.data.indexed_images import IndexedImage, IndexedImages
 from meteor.data.sample_sets import SampleSet

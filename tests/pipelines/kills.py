@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from meteor.checkpoint.format import complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
 
 _STARTING_S, _ENDING_S = 240.0, 120.0
 

@@ -105,14 +105,14 @@ def test_a_stage_without_a_server_finishes_and_is_logged_when_it_is_found_finish
     run = make_run(uri)
     with run.tracked({"pretrain": {"lr": 0.1}}) as log:
         log.dataset(name="cache", digest="k", source="/cache", context="training")
-        segment = MetricsSegment(run.uri, 0)
+        segment = MetricsSegment(run.uri, attempt=0)
         segment.add(make_rows(1, 2))
         log.live(make_rows(1, 2))
         storage.write_json(storage.join(run.uri, "scores.json"), {})
         log.metrics({"exact_match": 0.5}, pipeline=True)
         log.file("scores.json")
         log.tag("meteor.result", "/result")
-    run.finish(Summary("pretrain", {}, 1.0, {}))
+    run.finish(Summary("pretrain", {}, 1.0, {}, extra={"metrics": segment.listed()}))
     assert [record.message.partition(". ")[2][:9] for record in caplog.records] == ["The stage", "The MLflo"]
 
     again = make_run(uri)
@@ -140,7 +140,7 @@ def test_a_server_that_comes_in_the_middle_gets_what_it_missed_and_goes_on(make_
     monkeypatch.setattr(stage_log.time, "monotonic", lambda: clock["now"])
     run = make_run(uri)
     with run.tracked({}) as log:
-        segment = MetricsSegment(run.uri, 0)
+        segment = MetricsSegment(run.uri, attempt=0)
 
         def report(step):
             segment.add(make_rows(step))
@@ -235,7 +235,7 @@ def test_a_real_server_that_dies_while_a_stage_logs_has_every_number_once_in_the
     steps = iter(range(1, 1000))
     run = make_run(server.uri)
     with run.tracked({"lr": 0.1}) as log:  # away at the start
-        segment = MetricsSegment(run.uri, 0)
+        segment = MetricsSegment(run.uri, attempt=0)
 
         def report(num_steps):
             for _ in range(num_steps):
@@ -255,7 +255,7 @@ def test_a_real_server_that_dies_while_a_stage_logs_has_every_number_once_in_the
         server.start()
         report(3)
         server.kill()
-    run.finish(Summary("pretrain", {}, 1.0, {}))  # away at the end
+    run.finish(Summary("pretrain", {}, 1.0, {}, extra={"metrics": segment.listed()}))  # away at the end
     assert "run the same command again" in caplog.text
     last = next(steps) - 1
     server.start()

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from meteor.assembly import Inputs
 from meteor.assembly.sample_tables import plan_samples
 from meteor.assembly.training_stage import prepare
-from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import Checkpoint
 from meteor.errors import CacheError, CheckpointError, QuarantineLimitError, SettingsError, TrainingError
 from meteor.evaluation.answer import Answerer
 from meteor.report.tables import NOT_RECORDED, cache_table

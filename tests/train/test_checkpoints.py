@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from meteor.checkpoint.format import Checkpoint, Fragment, checkpoint_uri, complete_checkpoints, write_fragments
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import Checkpoint, Fragment, checkpoint_uri, write_fragments
 from meteor.errors import StorageError
 from meteor.train import checkpoints
 from meteor.train.checkpoints import CheckpointWriter
@@ -82,7 +83,7 @@ def test_a_failed_upload_is_raised_by_the_next_checkpoint(tmp_path, monkeypatch)
 
 
 def make_pair(root, monkeypatch):
-    monkeypatch.setattr(checkpoints, "agree", lambda value: "attempt")
+    monkeypatch.setattr(checkpoints, "on_first_worker", lambda function: "attempt")
     return [CheckpointWriter(OneTensor(rank, 2), root, keep=2) for rank in (0, 1)]
 
 

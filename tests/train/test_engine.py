@@ -6,7 +6,8 @@ import pytest
 import torch
 from saving import save_checkpoint
 
-from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import Checkpoint
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import CheckpointError, SettingsError
 from meteor.text.tokens import TokenisedSample

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from saving import save_checkpoint
 from transformers import AutoModelForCausalLM
 
-from meteor.checkpoint.format import KINDS, Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import KINDS, Checkpoint
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.model import MeteorForConditionalGeneration
 from meteor.text.tokens import TokenisedSample

@@ -9,7 +9,8 @@ from saving import save_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from meteor import storage
-from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import Checkpoint
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import CacheMismatchError
 from meteor.image.pixels import PixelSettings
@@ -152,11 +153,16 @@ def test_the_configuration_is_written_last(build, train_a_little, encoder, proce
     model = build()
     checkpoint = train_a_little(model, "finetune")
     uploaded = []
-    monkeypatch.setattr(storage, "upload_file", lambda file, uri: uploaded.append(uri))
-    export_model(model, checkpoint, encoder, processor, "s3://bucket/model", torch.float32)
-    assert uploaded[-1] == "s3://bucket/model/config.json"
-    names = {uri.removeprefix("s3://bucket/model/") for uri in uploaded}
-    assert {"model.safetensors", "tokenizer.json", "processor_config.json"} < names
+    for name in ("upload_file", "write_bytes"):
+        original = getattr(storage, name)
+        monkeypatch.setattr(
+            storage, name, lambda *given, original=original, **more: (uploaded.append(given), original(*given, **more))
+        )
+    export_model(model, checkpoint, encoder, processor, str(tmp_path / "model"), torch.float32)
+    names = [str(value).removeprefix(f"{tmp_path}/model/") for given in uploaded for value in given[:2]]
+    names = [name for name in names if "/" not in name and "{" not in name]
+    assert names[-2:] == ["config.json", "checksums.json"]
+    assert {"model.safetensors", "tokenizer.json", "processor_config.json"} < set(names)
 
 
 def test_an_encoder_other_than_the_caches_is_refused_before_anything_is_written(

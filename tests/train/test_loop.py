@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import Checkpoint
 from meteor.config import RunSettings
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
@@ -397,8 +398,15 @@ def test_what_is_measured_at_a_checkpoint_is_reported_and_kept(run, tmp_path):
 
 def test_rows_are_stored_before_the_checkpoint_of_their_step_exists(run, tmp_path):
     seen = []
-    run("a", calls={"store": lambda: seen.append(steps_on_disk(tmp_path / "a"))}, checkpoint_every_steps=3)
+
+    def store():
+        seen.append(steps_on_disk(tmp_path / "a"))
+        return {"rows": len(seen)}
+
+    run("a", calls={"store": store}, checkpoint_every_steps=3)
     assert seen == [[], [3]]
+    kept = [Checkpoint(uri).state["rows"] for uri in complete_checkpoints(str(tmp_path / "a"))]
+    assert kept == [1, 2]
 
 
 def test_workers_meet_by_the_clock_and_at_the_end(run, monkeypatch):

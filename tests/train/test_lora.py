@@ -9,7 +9,8 @@ import torch
 from saving import save_checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from meteor.checkpoint.format import Checkpoint, complete_checkpoints
+from meteor.checkpoint.folder import complete_checkpoints
+from meteor.checkpoint.format import Checkpoint
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import SettingsError
 from meteor.text.tokens import TokenisedSample
