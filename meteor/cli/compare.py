@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meteor import storage
+from meteor.checksums import check_folder
 from meteor.cli.options import add_json
-from meteor.errors import NotFoundError, SettingsError
+from meteor.errors import DamagedError, NotFoundError, SettingsError
 from meteor.report import RunResult
 from meteor.report.paired import paired_difference, question_scores
 
@@ -125,10 +126,15 @@ def compare(a: str, b: str) -> list[Comparison]:
 
 
 def _read(place: str) -> list[dict[str, Any]]:
-    uri = place if place.endswith(".parquet") else storage.join(place, "predictions.parquet")
+    uri = storage.absolute(place if place.endswith(".parquet") else storage.join(place, "predictions.parquet"))
+    folder, _, name = uri.rpartition("/")
     try:
-        return pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
+        data = storage.read_bytes(uri)
+        check_folder(folder, [name])
+        return pq.read_table(pa.BufferReader(data)).to_pylist()
     except NotFoundError as error:
         raise NotFoundError(
             f"there is no evaluation at {place}: give the folder that evaluate prints as `run`"
         ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(f"{uri} is no readable Parquet file ({error}): evaluate again") from error

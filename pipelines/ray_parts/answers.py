@@ -1,11 +1,14 @@
 """Store of a model's answers, so that a prompt is answered once, even after a crash and in other runs.
 
-The store is a folder of immutable Parquet files with (prompt, prediction) pairs. A prompt is the digest of everything that its
-answer depends on besides the model. Two runs that answer at the same time write different files with equal answers.
+The store is a folder of immutable Parquet files with (prompt, prediction) pairs, whose names end in their crc32. A prompt is
+the digest of everything that its answer depends on besides the model. Two runs that answer at the same time write different
+files with equal answers.
 """
 
+import logging
 import time
 import uuid
+import zlib
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -17,6 +20,8 @@ from meteor.evaluation.questions import Question
 
 _SCHEMA = pa.schema([("prompt", pa.string()), ("prediction", pa.string())])
 _WRITE_EVERY_S = 30.0
+_SUFFIX = ".parquet"
+_LOG = logging.getLogger(__name__)
 
 
 def prompt_digest(question: Question, max_new_tokens: int) -> str:
@@ -40,12 +45,19 @@ class AnswerStore:
         self._written_at = time.monotonic()
 
     def read(self) -> dict[str, str]:
-        """Read prompt -> prediction from all files."""
+        """Read prompt -> prediction from all files; the prompts of a damaged file are answered again."""
         known: dict[str, str] = {}
         for info in storage.list_objects(self._uri):
-            if info.uri.endswith(".parquet"):
-                table = pq.read_table(pa.BufferReader(storage.read_bytes(info.uri)))
-                known |= dict(zip(table["prompt"].to_pylist(), table["prediction"].to_pylist(), strict=True))
+            if not info.uri.endswith(_SUFFIX):
+                continue
+            data = storage.read_bytes(info.uri)
+            if not info.uri.endswith(f"-{zlib.crc32(data):08x}{_SUFFIX}"):
+                _LOG.warning(
+                    "%s is damaged: its content does not match its name. Its questions are answered again", info.uri
+                )
+                continue
+            table = pq.read_table(pa.BufferReader(data))
+            known |= dict(zip(table["prompt"].to_pylist(), table["prediction"].to_pylist(), strict=True))
         return known
 
     def add(self, answers: Mapping[str, str]) -> bool:
@@ -64,5 +76,6 @@ class AnswerStore:
         table = pa.table({"prompt": list(self._new), "prediction": list(self._new.values())}, schema=_SCHEMA)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        storage.write_bytes(storage.join(self._uri, f"{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes())
+        data = sink.getvalue().to_pybytes()
+        storage.write_bytes(storage.join(self._uri, f"{uuid.uuid4().hex}-{zlib.crc32(data):08x}{_SUFFIX}"), data)
         self._new = {}

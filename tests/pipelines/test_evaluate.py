@@ -200,3 +200,17 @@ def test_answers_written_by_two_at_once_are_all_read(tmp_path):
     assert AnswerStore(str(tmp_path)).read() == {"a": "1", "b": "2"}
     one.flush()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_file_of_answers_counts_for_nothing(tmp_path, caplog):
+    store = AnswerStore(str(tmp_path))
+    store.add({"a": "yes"})
+    store.flush()
+    [file] = tmp_path.iterdir()
+    intact = file.read_bytes()
+    for position in range(0, len(intact), 13):
+        damaged = bytearray(intact)
+        damaged[position] ^= 4
+        file.write_bytes(damaged)
+        assert AnswerStore(str(tmp_path)).read() == {}
+    assert "Its questions are answered again" in caplog.text
