@@ -1,51 +1,13 @@
 import itertools
-import os
 
 import pytest
 import torch
+from making import SHAPES, assert_holds, files_below, make_state, pieces, write_checkpoint
 
-from meteor import storage
 from meteor.checkpoint import format as checkpoint_format
-from meteor.checkpoint.folder import best_checkpoint, complete_checkpoints, prune
+from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import KINDS, Checkpoint, Fragment, checkpoint_uri, num_written, publish, write_fragments
 from meteor.errors import CheckpointError, StorageError
-
-SHAPES = {"projector.weight": [3, 4], "projector.bias": [5], "llm.scale": []}
-
-
-@pytest.fixture(params=["disk", "s3"])
-def root(request, tmp_path):
-    return str(tmp_path / "checkpoints") if request.param == "disk" else request.getfixturevalue("s3_root")
-
-
-def make_state(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {(kind, name): torch.randn(shape, generator=generator) for kind in KINDS for name, shape in SHAPES.items()}
-
-
-def pieces(state, cuts):
-    """Fragments of every tensor, cut at the same elements (where it has so many)."""
-    for (kind, name), values in state.items():
-        flat = values.reshape(-1)
-        bounds = [0, *(cut for cut in cuts if cut < flat.numel()), flat.numel()]
-        for start, end in itertools.pairwise(bounds):
-            yield Fragment(kind, name, start, flat[start:end])
-
-
-def write_checkpoint(root, step, state=None, **facts):
-    uri = checkpoint_uri(root, step)
-    write_fragments(uri, 0, pieces(state or make_state(step), []))
-    publish(uri, world_size=1, shapes=SHAPES, state={"step": step, **facts})
-    return uri
-
-
-def assert_holds(checkpoint, state):
-    for (kind, name), values in state.items():
-        assert torch.equal(checkpoint.read(kind, name), values), (kind, name)
-
-
-def files_below(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_fragments_of_two_ranks_read_back_as_whole_tensors(root):
@@ -208,57 +170,3 @@ def test_unknown_tensors_and_newer_formats_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_format, "CHECKPOINT_FORMAT_VERSION", 0)
     with pytest.raises(CheckpointError, match="has format 3; this version reads 0"):
         Checkpoint(uri)
-
-
-def test_pruning_keeps_the_newest_and_removes_older_leftovers_but_none_being_written(root):
-    complete = {step: write_checkpoint(root, step) for step in (10, 30, 50, 60)}
-    for step in (20, 55, 70):  # crashed, crashed between two kept ones, being written now
-        write_fragments(checkpoint_uri(root, step), 0, pieces(make_state(), []))
-    removed = prune(root, keep=2)
-    assert sorted(removed) == [checkpoint_uri(root, step) for step in (10, 20, 30, 55)]
-    assert complete_checkpoints(root) == [complete[50], complete[60]]
-    left = {info.uri.removeprefix(root).split("/")[1] for info in storage.list_objects(root)}
-    assert left == {"step_00000050", "step_00000060", "step_00000070"}
-    assert_holds(Checkpoint(complete[60]), make_state(60))
-
-
-def test_the_best_on_held_out_samples_is_kept_beside_the_newest(tmp_path):
-    losses = {1: 3.0, 2: 1.5, 3: 2.0, 4: 1.5, 5: 1.8}
-    uris = [write_checkpoint(str(tmp_path), step, held_out_loss=loss) for step, loss in losses.items()]
-    assert best_checkpoint(str(tmp_path)) == uris[1]  # the first of equals
-    prune(str(tmp_path), keep=1)
-    assert complete_checkpoints(str(tmp_path)) == [uris[1], uris[4]]
-
-
-def test_without_held_out_samples_there_is_no_best(tmp_path):
-    write_checkpoint(str(tmp_path), 1)
-    assert best_checkpoint(str(tmp_path)) is None
-
-
-def test_pruning_before_the_first_complete_checkpoint_removes_nothing(tmp_path):
-    write_fragments(checkpoint_uri(str(tmp_path), 5), 0, pieces(make_state(), []))
-    before = files_below(tmp_path)
-    assert prune(str(tmp_path), keep=1) == []
-    assert files_below(tmp_path) == before
-
-
-@pytest.mark.parametrize("form", ["checkpoints", "./checkpoints", "checkpoints/", "{}/checkpoints/"])
-def test_pruning_takes_any_spelling_of_the_folder(tmp_path, monkeypatch, form):
-    monkeypatch.chdir(tmp_path)
-    for step in (1, 2, 3):
-        write_checkpoint(str(tmp_path / "checkpoints"), step)
-    prune(form.format(tmp_path), keep=2)
-    assert sorted(name for name in os.listdir("checkpoints") if files_below(tmp_path / "checkpoints" / name)) == [
-        "step_00000002",
-        "step_00000003",
-    ]
-
-
-def test_the_manifest_goes_first_when_a_checkpoint_is_removed(tmp_path, monkeypatch):
-    for step in (1, 2):
-        write_checkpoint(str(tmp_path), step)
-    deleted = []
-    monkeypatch.setattr(checkpoint_format.storage, "delete", deleted.append)
-    prune(str(tmp_path), keep=1)
-    assert deleted[0].endswith("step_00000001/manifest.json")
-    assert len(deleted) == 3
