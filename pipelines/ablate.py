@@ -13,12 +13,13 @@ from meteor.command_line import OK, parse, read_run
 from meteor.config import RunSettings, Variant
 from meteor.errors import TrainingError
 from meteor.planning.study import plan_study
+from meteor.runs.claim import Claim
 from meteor.runs.folder import Summary, git_commit
 from meteor.runs.mlflow_log import where_to_compare
 from meteor.runs.tasks import Task, make_tasks
 from pipelines import evaluate, finetune, pretrain, report
 from pipelines.command import guarded, stage_parser, timed
-from pipelines.ray_parts.runtime import ray_session
+from pipelines.ray_parts.runtime import job_id, ray_session
 from pipelines.studies.caches import fill_caches
 from pipelines.studies.efficiency import measure_variants
 from pipelines.studies.log import announce, mark_failed, record
@@ -36,10 +37,12 @@ def run(inputs: Inputs, variants: Sequence[Variant]) -> Summary:
     """Encode, train, score, measure, report.
 
     Raises:
+        SupersededError: a newer start of the study has taken over.
         TrainingError: a variant failed; it is raised after all others are done and the report is written.
     """
     with timed() as seconds:
         settings = inputs.settings
+        claim = Claim.take(study_uri(settings), stage="ablate", job=job_id())
         fill_caches(inputs, make_tasks([inputs.of(variant.settings) for variant in variants]).values())
         pins = hold_pins(inputs, variants)
         variants = [pins.apply(variant, inputs) for variant in variants]
@@ -51,9 +54,10 @@ def run(inputs: Inputs, variants: Sequence[Variant]) -> Summary:
         tasks = {key: task for key, task in make_tasks([inputs.of(run) for run in runs]).items() if task.stage in _RUN}
         outcomes = run_tasks(
             {key: [need for need in task.needs if need in tasks] for key, task in tasks.items()},
-            lambda key: _run_task(inputs, tasks[key]),
+            lambda key: _run_task(inputs, tasks[key], claim),
             parallel=settings.study.parallel or num_fitting_runs(runs) if settings.study else 1,
         )
+        claim.check()
         failed = {tasks[key].label: outcome for key, outcome in outcomes.items() if outcome.error}
         measured = measure_variants(inputs, variants)
         incomplete = {name for key, outcome in outcomes.items() if outcome.error for name in tasks[key].used_by}
@@ -88,7 +92,9 @@ def num_fitting_runs(runs: Sequence[RunSettings]) -> int:
     return max(1, min(map(fits, runs)))
 
 
-def _run_task(inputs: Inputs, task: Task) -> Summary:
+def _run_task(inputs: Inputs, task: Task, claim: Claim) -> Summary:
+    # Two starts of a study would take its stages from each other in turns.
+    claim.check()
     try:
         summary = _RUN[task.stage](inputs.of(task.settings))
     except Exception as error:
