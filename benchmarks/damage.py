@@ -1,4 +1,4 @@
-"""Damage to every file of a finished run, one at a time: `python benchmarks/damage.py OUTPUT` prints what readers make of it.
+"""Damage to every file of a finished run, one at a time: `python benchmarks/damage.py OUTPUT` counts how readers react.
 
 A copy of the output folder of a small run (for example of `make demo`) is damaged: single flipped bits, cuts, zeros. Damage is
 refused by an error that names the file, or harmless, as for white space in JSON. Silent damage, which changes what is read, and
