@@ -98,7 +98,7 @@ class DataSettings(_Settings):
     max_aspect_ratio: float = setting(
         24.0, "largest ratio of an image's longer to its shorter side; images beyond it are quarantined", ge=1
     )
-    # Pillow's own limit for decompression bombs is 2 x 89,478,485 pixels, this number.
+    # Pillow refuses more than 2 x 89,478,485 pixels by default, this number.
     max_pixels: int = setting(
         178_956_970, "most pixels of an image; larger images (decompression bombs) are quarantined", gt=0
     )

@@ -1,26 +1,20 @@
 """Inspection of an image that an annotation file names: does it exist, can it be read, how is it sliced?"""
 
 import hashlib
-import io
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from PIL import ExifTags, Image
 
 from meteor import storage
 from meteor.data.image_problems import image_problems
 from meteor.data.roots import resolve_image
 from meteor.data.sources import other_spelling
 from meteor.errors import BadImageError, ImagePathError, StorageError
-from meteor.image.decode import decode_image
+from meteor.image.decode import decoded, read_size
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 
 # Enough for the size of nearly every JPEG (the EXIF block before it is at most 64 KiB) and of every PNG, GIF and BMP.
 _HEADER_BYTES = 1 << 17
-_HEADER_FORMATS = ("JPEG", "PNG", "GIF", "BMP")
-_ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +44,6 @@ def inspect_image(name: str, roots: Mapping[str, str], pixels: PixelSettings, *,
         uri = resolve_image(name, roots)
         with image_problems(uri):
             size, sha256 = _read_whole(uri, pixels) if full else (_read_size(uri, pixels), "")
-            if size[0] * size[1] > pixels.max_pixels:
-                raise BadImageError("too_many_pixels", f"{size[0]}x{size[1]} pixels; the limit is {pixels.max_pixels}")
             return InspectedImage(name, "", "", pixels.plan(*size), sha256)
     except ImagePathError as error:
         return InspectedImage(name, "outside_roots", str(error), None)
@@ -69,22 +61,11 @@ def _found_as(name: str, roots: Mapping[str, str]) -> str:
 
 def _read_whole(uri: str, pixels: PixelSettings) -> tuple[tuple[int, int], str]:
     data = storage.read_bytes(uri)
-    return decode_image(data, max_pixels=pixels.max_pixels).size, hashlib.sha256(data).hexdigest()
+    with decoded(data, max_pixels=pixels.max_pixels) as image:
+        return image.size, hashlib.sha256(data).hexdigest()
 
 
 def _read_size(uri: str, pixels: PixelSettings) -> tuple[int, int]:
     """Return (width, height) as displayed, from the header if possible, else by decoding, which names any fault."""
     header = storage.read_range(uri, 0, min(_HEADER_BYTES, storage.stat(uri).size_bytes))
-    return _header_size(header) or decode_image(storage.read_bytes(uri), max_pixels=pixels.max_pixels).size
-
-
-def _header_size(header: bytes) -> tuple[int, int] | None:
-    try:
-        with Image.open(io.BytesIO(header), formats=_HEADER_FORMATS) as image:
-            # Pillow decodes a whole PNG when it looks for EXIF data, as these may follow the pixels.
-            exif = image.getexif() if _ORIENTATION_KEYS & image.info.keys() else {}
-            width, height = image.size
-            # The EXIF orientations 5 to 8 turn the image by 90 degrees.
-            return (height, width) if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (width, height)
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
-        return None
+    return read_size(header, max_pixels=pixels.max_pixels) or _read_whole(uri, pixels)[0]

@@ -14,7 +14,7 @@ from meteor import storage
 from meteor.data.roots import resolve_image
 from meteor.errors import BadImageError, NotFoundError, UnsafeNameError
 from meteor.evaluation.question_set import QuestionSet
-from meteor.image.decode import decode_image
+from meteor.image.decode import decoded
 
 _NUM_THREADS = 8
 _DONE = "written.json"
@@ -89,12 +89,13 @@ def _write(uri: str, data: bytes, long_side: int | None, max_pixels: int) -> Non
 def resize(data: bytes, long_side: int, max_pixels: int) -> bytes:
     """Resize an image file to a PNG with a longer side of ``long_side`` pixels; a file that is no image stays as it is."""
     try:
-        image = decode_image(data, max_pixels=max_pixels)
+        with decoded(data, max_pixels=max_pixels) as image:
+            scale = long_side / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            resized = image.resize(size, Image.Resampling.BICUBIC)
     except BadImageError:
         return data
-    scale = long_side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     sink = io.BytesIO()
     # PNG is lossless, so resizing is the only change; the lowest compression level saves time.
-    image.resize(size, Image.Resampling.BICUBIC).save(sink, "PNG", compress_level=1)
+    resized.save(sink, "PNG", compress_level=1)
     return sink.getvalue()

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from meteor.features import ImageFeatures
-from meteor.image.decode import as_shown
 from meteor.image.pixels import SlicedImage
+from meteor.image.shown import as_shown
 from meteor.image.transform import slice_image
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.vision.encode_images import encode_sliced

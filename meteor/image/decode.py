@@ -2,22 +2,29 @@
 
 import io
 import struct
-import threading
-import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from contextlib import ExitStack, contextmanager
+from typing import NoReturn
 
-import numpy as np
-import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from meteor.errors import BadImageError, SettingsError
+from meteor.image.byte_budget import ByteBudget
+from meteor.image.pillow import pillow_settings
 from meteor.image.png import PNG, without_metadata
+from meteor.image.shown import orientation, to_rgb, turn
+from meteor.image.webp import webp_canvas
 
 # A closed list, because other plugins of Pillow start programs (EPS) or guess without a signature (TGA).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Formats whose size is in the first bytes of a file.
+_HEADER_FORMATS = ("JPEG", "PNG", "GIF", "BMP")
+_ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp"}
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+# EXIF orientations that exchange width and height.
+_QUARTER_TURNS = (5, 6, 7, 8)
 _SIGNATURES = (b"\xff\xd8\xff", PNG, b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 _END_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", PNG: b"IEND\xaeB`\x82", b"GIF8": b";"}
 
@@ -35,29 +42,36 @@ _DECODING_ERRORS = (
     zlib.error,
 )
 
-_TRANSPOSE_OF_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# Most bytes per pixel while an image is decoded, measured by `benchmarks/decode_memory.py` and rounded up. The decoders of
+# these formats keep coefficients, frames or strips of their own; elsewhere the peak is an image beside its copy in RGB.
+_BYTES_PER_PIXEL = {"JPEG": 13, "PPM": 14, "TIFF": 16, "AVIF": 16, "WEBP": 20, "JPEG2000": 28}
+_OTHER_BYTES_PER_PIXEL = 10
+# Memory of all images that this process decodes at the same time: JPEG files of 80 million pixels.
+_DECODING = ByteBudget(1 << 30)
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
-    """Decode an image file to RGB, oriented and coloured as a viewer shows it.
+    """Decode an image file to RGB, oriented and coloured as a viewer shows it; see `decoded`."""
+    with decoded(data, max_pixels=max_pixels) as image:
+        return image
+
+
+@contextmanager
+def decoded(data: bytes, *, max_pixels: int) -> Iterator[Image.Image]:
+    """Decode an image file to RGB, oriented and coloured as a viewer shows it, for use in a block.
 
     EXIF orientation is applied. Transparency is laid over white. An animation gives its first frame. Greyscale with more
     than 8 bits is scaled to 8 bits. Colour profiles are not applied, as in CLIP's and LLaVA's own preprocessing.
 
+    The images that threads decode at the same time share a budget of memory. A thread waits until the others leave enough
+    for the pixels that the image's header announces. It gives its part back at the end of the block, in which no other
+    image may be decoded.
+
     Args:
         data: bytes of the file (JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or AVIF).
-        max_pixels: most pixels (width x height) of an image, checked in the header before anything is decoded. Pillow's
-            own limit (`PIL.Image.MAX_IMAGE_PIXELS`) holds as well.
+        max_pixels: most pixels (width x height) of an image, checked in the header before anything is decoded.
 
-    Returns:
+    Yields:
         An image of mode RGB, fully loaded.
 
     Raises:
@@ -70,91 +84,80 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         raise SettingsError(f"max_pixels is {max_pixels!r}; give the most pixels an image may have, at least 1")
     if not data:
         raise BadImageError("empty", "the image file has 0 bytes; restore it or remove the samples that name it")
-    try:
-        with _pillow_warnings.tamed(), _open(data) as image:
-            _check_num_pixels(image, max_pixels)
+    with ExitStack() as stack:
+        with _refusals(data, max_pixels), pillow_settings.tamed(max_pixels), _open(data, max_pixels) as image:
+            stack.enter_context(_DECODING.hold(_needed_bytes(image) + len(data)))
             image.load()
-            return as_shown(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImageError("too_many_pixels", f"{error} (Pillow's limit, whatever max_pixels is)") from error
-    except _DECODING_ERRORS as error:
-        _refuse(data, error)
+            rgb, exif_orientation = to_rgb(image), orientation(image)
+            # Turning makes another copy, so the memory of the first goes back before it.
+            image.close()
+        yield turn(rgb, exif_orientation)
 
 
-def as_shown(image: Image.Image) -> Image.Image:
-    """Convert an open image of any mode to RGB as a viewer shows it.
+def read_size(header: bytes, *, max_pixels: int) -> tuple[int, int] | None:
+    """Return (width, height) as displayed from the first bytes of a file; None if they do not tell.
 
-    Returns:
-        A new image of mode RGB: upright, transparency on white, deep greyscale scaled to 8 bits.
+    Raises:
+        BadImageError: the image has more than ``max_pixels`` pixels.
     """
-    transpose = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
-    rgb = _to_rgb(image)
-    upright = rgb if transpose is None else rgb.transpose(transpose)
-    # The EXIF block would make the next reader rotate the image again.
-    upright.info.clear()
-    return upright
+    try:
+        with pillow_settings.tamed(max_pixels), Image.open(io.BytesIO(header), formats=_HEADER_FORMATS) as image:
+            _check_num_pixels(*image.size, max_pixels)
+            # Pillow decodes a whole PNG when it looks for EXIF data, as these may follow the pixels.
+            turned = orientation(image) in _QUARTER_TURNS if _ORIENTATION_KEYS & image.info.keys() else False
+            return (image.height, image.width) if turned else image.size
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels(max_pixels, error) from error
+    except (OSError, ValueError, SyntaxError, struct.error):
+        return None
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     data = without_metadata(data) if data.startswith(PNG) else data
+    if size := webp_canvas(data):
+        # Pillow's decoder allocates the canvas of an animation when it opens the file.
+        _check_num_pixels(*size, max_pixels)
     # Pillow knows AVIF only from version 11.3, and raises KeyError for the name of an unknown format.
     Image.init()
-    return Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN])
+    image = Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN])
+    _check_num_pixels(*image.size, max_pixels)
+    return image
 
 
-def _check_num_pixels(image: Image.Image, max_pixels: int) -> None:
+def _needed_bytes(image: Image.Image) -> int:
     num_pixels = image.width * image.height
-    if num_pixels > max_pixels:
+    if isinstance(image, TiffImageFile):
+        # The decoder allocates a whole tile, which can be larger than the image.
+        num_pixels = max(num_pixels, image.tag_v2.get(_TILE_WIDTH, 0) * image.tag_v2.get(_TILE_LENGTH, 0))
+    return num_pixels * _BYTES_PER_PIXEL.get(str(image.format), _OTHER_BYTES_PER_PIXEL)
+
+
+def _check_num_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
         raise BadImageError(
             "too_many_pixels",
-            f"the image is {image.width}x{image.height}, {num_pixels} pixels, and the limit is {max_pixels}; "
+            f"the image is {width}x{height}, {width * height} pixels, and the limit is {max_pixels}; "
             "make it smaller or raise max_pixels",
         )
 
 
-def _orientation(image: Image.Image) -> Any:
-    """Return the EXIF orientation, 1 if there is none.
-
-    `PIL.ImageOps.exif_transpose` is not used: it rewrites the whole EXIF block, and fails if a single tag is malformed.
-    """
+@contextmanager
+def _refusals(data: bytes, max_pixels: int) -> Iterator[None]:
+    """Raise Pillow's errors as `BadImageError`."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, OSError, struct.error):
-        return 1  # The pixels of an image with a damaged EXIF block are sound; viewers show them as stored.
+        yield
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels(max_pixels, error) from error
+    except _DECODING_ERRORS as error:
+        _refuse(data, error)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _deep_grey_to_rgb(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Scale greyscale of more than 8 bits to 8 bits, because Pillow's own conversion clips it at 255."""
-    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    values_HW = np.asarray(image).astype(np.float64)
-    grey_HW = np.rint(_scale_to_255(values_HW, is_16_bit=is_16_bit))
-    transparent_value = image.info.get("transparency")
-    if transparent_value is not None:
-        grey_HW[values_HW == transparent_value] = 255
-    return Image.fromarray(grey_HW.astype(np.uint8)).convert("RGB")
-
-
-def _scale_to_255(values_HW: npt.NDArray[np.float64], *, is_16_bit: bool) -> npt.NDArray[np.float64]:
-    """Scale values to [0, 255] by the format's full scale or, if it has none (32-bit TIFF), by the values' range."""
-    lowest, highest = float(values_HW.min()), float(values_HW.max())
-    if is_16_bit:
-        return values_HW * (255 / 65535)
-    if not np.isfinite([lowest, highest]).all():
-        raise ValueError("the image has pixels that are not finite")
-    if lowest >= 0 and highest <= 1:
-        return values_HW * 255
-    if lowest >= 0 and highest <= 255:
-        return values_HW
-    return (values_HW - lowest) * (255 / ((highest - lowest) or 1.0))
+def _too_many_pixels(max_pixels: int, error: Exception) -> BadImageError:
+    return BadImageError(
+        "too_many_pixels",
+        f"the image announces more than twice the limit of {max_pixels} pixels ({error}); make it smaller or raise "
+        "max_pixels",
+    )
 
 
 def _refuse(data: bytes, error: Exception) -> NoReturn:
@@ -188,36 +191,3 @@ def _is_cut_short(data: bytes, error: Exception) -> bool:
     # Some programs append zeros or line ends after the end marker.
     tail = data[-64:].rstrip(b"\0\r\n ")
     return any(data.startswith(start) and not tail.endswith(end) for start, end in _END_MARKERS.items())
-
-
-class _PillowWarnings:
-    """Warning filters that silence Pillow on odd files and turn its decompression bomb warning into an error.
-
-    Python's warning filters belong to the process. The first thread to enter sets them, and the last to leave restores
-    them. If each thread did both, a thread could restore filters that another had set, and silence Pillow for good.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._saved_filters = warnings.catch_warnings()
-
-    @contextmanager
-    def tamed(self) -> Iterator[None]:
-        with self._lock:
-            if self._num_inside == 0:
-                self._saved_filters = warnings.catch_warnings()
-                self._saved_filters.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-                warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-            self._num_inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_inside -= 1
-                if self._num_inside == 0:
-                    self._saved_filters.__exit__(None, None, None)
-
-
-_pillow_warnings = _PillowWarnings()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meteor.image.decode import decode_image
+from meteor.image.decode import decoded
 from meteor.image.slicing import SlicePlan, check_aspect_ratio, plan_slices
 from meteor.image.transform import slice_image
 
@@ -80,6 +80,6 @@ def slice_bytes(data: bytes, image_key: str, settings: PixelSettings) -> SlicedI
     Raises:
         BadImageError: the file is not an image or truncated, or the image is too large or too elongated.
     """
-    image = decode_image(data, max_pixels=settings.max_pixels)
-    plan = settings.plan(image.width, image.height)
-    return SlicedImage(image_key, image.width, image.height, plan, tuple(slice_image(image, plan)))
+    with decoded(data, max_pixels=settings.max_pixels) as image:
+        plan = settings.plan(image.width, image.height)
+        return SlicedImage(image_key, image.width, image.height, plan, tuple(slice_image(image, plan)))

@@ -14,8 +14,8 @@ from meteor.constants import IMAGE_PLACEHOLDER
 from meteor.data.collate import ImageLayout, expand_images, pad_tokens
 from meteor.errors import ConversationError, SettingsError
 from meteor.image.budget import visual_token_budget
-from meteor.image.decode import as_shown
 from meteor.image.pixels import PixelSettings
+from meteor.image.shown import as_shown
 from meteor.image.transform import normalise, slice_image
 from meteor.model.configuration import MeteorConfig
 from meteor.text.conversation import Conversation, parse_turns

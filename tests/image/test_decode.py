@@ -3,15 +3,24 @@
 import io
 import pickle
 import struct
+import subprocess
+import sys
+import threading
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from meteor.errors import BadImageError, SettingsError
-from meteor.image.decode import _pillow_warnings, decode_image
+from meteor.image import decode as decoding
+from meteor.image import shown
+from meteor.image.byte_budget import ByteBudget
+from meteor.image.decode import decode_image, decoded, read_size
 
 MAX_PIXELS = 1_000_000
 ORIENTATION_TAG = 0x0112
@@ -305,9 +314,48 @@ def test_the_size_is_checked_before_anything_is_decoded() -> None:
     assert reason_of(make_png_of_size(200, 200), max_pixels=MAX_PIXELS) != "too_many_pixels"
 
 
-@pytest.mark.parametrize("size", [(10_000, 10_000), (30_000, 30_000)], ids=["warning", "error"])
-def test_pillows_own_limit_is_the_same_reason(size: tuple[int, int]) -> None:
-    assert reason_of(make_png_of_size(*size), max_pixels=10**12) == "too_many_pixels"
+def test_the_limit_is_the_callers_whatever_pillows_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    data = make_file(make_image(48, 32), "PNG")
+    assert decode_image(data, max_pixels=48 * 32).size == (48, 32)
+    assert read_size(data, max_pixels=48 * 32) == (48, 32)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.parametrize("size", [(48, 32), (30_000, 30_000)])
+def test_the_header_alone_is_enough_to_refuse_too_many_pixels(size: tuple[int, int]) -> None:
+    data = make_png_of_size(*size)
+    with pytest.raises(BadImageError, match="raise max_pixels") as caught:
+        read_size(data, max_pixels=48 * 32 - 1)
+    assert caught.value.reason == reason_of(data, max_pixels=48 * 32 - 1) == "too_many_pixels"
+
+
+def make_canvas(width: int, height: int) -> bytes:
+    """A WebP animation with a canvas of this size and a frame of 8x8 pixels."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return name + struct.pack("<I", len(body)) + body
+
+    def size(width: int, height: int) -> bytes:
+        return (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+
+    frame = bytes(6) + size(8, 8) + bytes(4) + make_file(make_image(8, 8), "WEBP")[12:]
+    chunks = chunk(b"VP8X", b"\2\0\0\0" + size(width, height)) + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", frame)
+    return chunk(b"RIFF", b"WEBP" + chunks)
+
+
+def test_the_canvas_of_an_animation_is_checked_before_the_decoder_allocates_it(monkeypatch) -> None:
+    assert decode(make_canvas(20, 10)).shape == (10, 20, 3)
+    monkeypatch.setattr(Image, "open", None)
+    assert reason_of(make_canvas(1001, 1000)) == "too_many_pixels"
+
+
+def test_a_frame_larger_than_its_animation_is_refused() -> None:
+    screen, frame = struct.pack("<HHBBB", 8, 8, 0x80, 0, 0), struct.pack("<HHHHB", 0, 0, 60_000, 60_000, 0)
+    # Disposal method 2 makes Pillow fill the frame's area when it opens the file.
+    control = b"!\xf9\x04\x08\0\0\0\0"
+    data = b"GIF89a" + screen + bytes(6) + control + b"," + frame + b"\x02\x02D\x01\0;"
+    assert reason_of(data) == "too_many_pixels"
 
 
 def test_a_warning_of_pillow_does_not_leak_and_the_filters_stay_as_they_were() -> None:
@@ -325,18 +373,6 @@ def test_a_warning_of_pillow_does_not_leak_and_the_filters_stay_as_they_were() -
     assert warnings.filters == filters
 
 
-def test_two_threads_that_overlap_leave_the_warning_filters_as_they_were() -> None:
-    # In the order in which two threads can meet: the first to enter is the first to leave.
-    filters = list(warnings.filters)
-    first, second = _pillow_warnings.tamed(), _pillow_warnings.tamed()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert warnings.filters != filters
-    second.__exit__(None, None, None)
-    assert warnings.filters == filters
-
-
 def test_decoding_leaves_pillows_settings_alone() -> None:
     before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
     data = make_file(make_noise(), "JPEG")
@@ -345,9 +381,147 @@ def test_decoding_leaves_pillows_settings_alone() -> None:
     assert (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS) == before == (False, before[1])
 
 
+def plain(image: Image.Image) -> np.ndarray:
+    """What `shown` computes strip by strip, from the whole image at once."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float64)
+        lowest, highest = values.min(), values.max()
+        if image.mode.startswith("I;16") or image.format == "PPM":
+            values = values * (255 / 65535)
+        elif not 0 <= lowest <= highest <= 255:
+            values = (values - lowest) * (255 / (highest - lowest))
+        return np.repeat(np.rint(values).astype(np.uint8)[..., None], 3, axis=2)
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    rgba = image.convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+
+
+def deep(dtype: type, scale: float) -> Image.Image:
+    return Image.fromarray((np.asarray(make_noise().convert("I")) * scale).astype(dtype))
+
+
+@pytest.mark.parametrize("strip_pixels", [1, 200, 1 << 18])
+@pytest.mark.parametrize(
+    ("image", "file_format"),
+    [
+        (make_noise().convert("1"), "PNG"),
+        (make_noise().convert("L"), "PNG"),
+        (make_noise().convert("LA"), "PNG"),
+        (make_noise().quantize(9), "PNG"),
+        (make_noise(), "PNG"),
+        (Image.merge("RGBA", (*make_noise().split(), make_noise().getchannel(0))), "PNG"),
+        (deep(np.uint16, 250), "PNG"),
+        (deep(np.uint16, 250), "TIFF"),
+        (deep(np.uint16, 250), "PPM"),
+        (deep(np.int32, -5), "TIFF"),
+        (deep(np.float32, 1.7), "TIFF"),
+        (make_noise().convert("CMYK"), "TIFF"),
+        (Image.merge("LAB", make_noise().split()), "TIFF"),
+        (make_noise().convert("YCbCr"), "JPEG"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "mode", None),
+)
+def test_strips_of_any_size_give_the_pixels_of_the_whole(image, file_format, strip_pixels, monkeypatch) -> None:
+    monkeypatch.setattr(shown, "_STRIP_PIXELS", strip_pixels)
+    data = make_file(image, file_format)
+    np.testing.assert_array_equal(decode(data), plain(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("kind", ["transparent", "turned"])
+def test_strips_keep_the_transparent_value_and_the_orientation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    options = {"transparency": 1000} if kind == "transparent" else {"exif": exif}
+    values = np.arange(990, 1010, dtype=np.uint16).repeat(3).reshape(20, 3) * (1 if kind == "transparent" else 50)
+    data = make_file(Image.fromarray(values), "PNG", **options)
+    whole = decode(data)
+    monkeypatch.setattr(shown, "_STRIP_PIXELS", 4)
+    np.testing.assert_array_equal(decode(data), whole)
+    assert ((whole == 255).sum() == 9) if kind == "transparent" else whole.shape == (3, 20, 3)
+
+
+def make_memory_files() -> dict[str, bytes]:
+    """Files whose conversion or decoder takes much memory, 2000x1500 pixels each."""
+    noise = make_noise(2000, 1500)
+    files = {
+        "PNG I;16": make_file(Image.fromarray(np.asarray(noise.convert("L")).astype(np.uint16) * 256), "PNG"),
+        "PNG RGBA": make_file(Image.merge("RGBA", (*noise.split(), noise.getchannel(0))), "PNG", compress_level=1),
+        "TIFF F": make_file(noise.convert("F"), "TIFF"),
+        "JPEG CMYK": make_file(noise.convert("CMYK"), "JPEG", progressive=True),
+        "WEBP": make_file(noise, "WEBP", method=0),
+    }
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    return files | {"JPEG turned": make_file(noise, "JPEG", exif=exif)}
+
+
+MEASURE = """
+import ctypes, io, pickle, sys
+from PIL import Image
+from meteor.image.decode import _needed_bytes, decode_image
+
+def resident(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+decode_image(open(sys.argv[2], "rb").read(), max_pixels=10**8)
+for name, data in pickle.load(open(sys.argv[1], "rb")).items():
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = resident("VmRSS")
+    decode_image(data, max_pixels=10**8)
+    print(name, resident("VmHWM") - before, _needed_bytes(Image.open(io.BytesIO(data))) + len(data), sep="|")
+"""
+
+
+def test_no_decoder_takes_more_memory_than_it_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "files").write_bytes(pickle.dumps(make_memory_files()))
+    (tmp_path / "small").write_bytes(make_file(make_noise(), "PNG"))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "files"), str(tmp_path / "small")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 6
+    for name, taken, asked in (line.split("|") for line in lines):
+        # The peak counts whole pages of libraries too, which are loaded at their first use.
+        assert int(taken) <= int(asked) + (4 << 20), name
+
+
+def test_a_tile_larger_than_its_image_is_counted() -> None:
+    with Image.open(io.BytesIO(make_file(make_noise(), "TIFF"))) as image:
+        asked = decoding._needed_bytes(image)
+        image.tag_v2[322], image.tag_v2[323] = 640, 640
+        assert decoding._needed_bytes(image) == 100 * asked
+
+
+def test_threads_wait_until_the_images_of_others_leave_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_file(make_noise(), "PNG")
+    num_bytes = 64 * 64 * decoding._OTHER_BYTES_PER_PIXEL + len(data)
+    budget = ByteBudget(2 * num_bytes)
+    monkeypatch.setattr(decoding, "_DECODING", budget)
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def use(number: int) -> None:
+        nonlocal inside, most
+        with decoded(data, max_pixels=MAX_PIXELS):
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.001)
+            with lock:
+                inside -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, range(40)))
+    assert most == 2
+    # A file that cannot be decoded gives its part back as well.
+    assert reason_of(data[:5000]) == "truncated"
+    with budget.hold(budget.num_bytes):
+        pass
+
+
 def test_the_error_tells_the_value_and_travels_between_processes() -> None:
-    with pytest.raises(BadImageError, match="48x32, 1536 pixels, and the limit is 10") as caught:
-        decode_image(make_file(make_image(), "PNG"), max_pixels=10)
+    with pytest.raises(BadImageError, match="48x32, 1536 pixels, and the limit is 1000") as caught:
+        decode_image(make_file(make_image(), "PNG"), max_pixels=1000)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.reason, str(copy)) == (caught.value.reason, str(caught.value))
 
