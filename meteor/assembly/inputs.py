@@ -248,7 +248,7 @@ class _Store:
 
 
 def _model_digest(uri: str) -> str:
-    files = {info.uri.removeprefix(uri): [info.size_bytes, info.etag] for info in storage.list_objects(uri)}
+    files = {info.uri.removeprefix(uri): [info.size_bytes, info.copied_etag] for info in storage.list_objects(uri)}
     if not files:
         raise SettingsError(f"evaluate.model={uri!r} holds no model: give the model directory that finetune writes")
     return settings_digest(files)

@@ -143,7 +143,8 @@ def create_bytes(uri: str, data: bytes) -> None:
 
     Raises:
         AlreadyExistsError: the file existed already.
-        StorageError: the store does not obey conditional puts, so two writers could both succeed.
+        StorageError: the store does not obey conditional puts, or the file system has no move that spares an existing file,
+            so two writers could both succeed.
     """
     with _at(uri) as place:
         place.create(data)
@@ -239,7 +240,11 @@ def delete_empty_folders(prefix_uri: str) -> None:
 
 
 def now_s(uri: str) -> float:
-    """Return the time in epoch seconds by the clock that sets `ObjectInfo.modified_s`: on S3 the store's clock."""
+    """Return the time in epoch seconds by the clock that sets `ObjectInfo.modified_s`: the store's clock.
+
+    On local disk a file is written for a moment in the folder, because a file server has a clock of its own. In a folder that
+    cannot be written this machine's clock counts.
+    """
     with _at(uri) as place:
         return place.now_s()
 

@@ -10,9 +10,11 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from meteor.errors import AlreadyExistsError, InaccessibleError, NotFoundError, StorageError
+from meteor.storage.exclusive import move_if_absent
 from meteor.storage.place import ObjectInfo, is_partial, partial_name
 
 _COPY_CHUNK_BYTES = 8 << 20
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 # Errors about one path, which say nothing about the disk.
 _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 
@@ -49,8 +51,7 @@ class LocalFile:
         self._publish(lambda file: file.write(data), os.replace)
 
     def create(self, data: bytes) -> None:
-        # A hard link fails if the name exists, whereas a rename would replace the file.
-        self._publish(lambda file: file.write(data), os.link)
+        self._publish(lambda file: file.write(data), move_if_absent)
 
     def upload(self, source: str) -> None:
         with open(source, "rb") as content:
@@ -72,7 +73,11 @@ class LocalFile:
         status = os.stat(self.path)
         if not os.path.isfile(self.path):
             raise IsADirectoryError(self.path)
-        return ObjectInfo(self.path, status.st_size, str(status.st_mtime_ns), status.st_mtime)
+        # The inode's number is left out: some network file systems number a file anew on each machine, and replacing a file
+        # by another changes the time as well.
+        modified = str(status.st_mtime_ns)
+        etag = f"{modified}-{status.st_ctime_ns}"
+        return ObjectInfo(self.path, status.st_size, etag, status.st_mtime, modified)
 
     def delete(self) -> None:
         with suppress(FileNotFoundError):
@@ -103,7 +108,30 @@ class LocalFile:
                     yield LocalFile(os.path.join(folder, name)).stat()
 
     def now_s(self) -> float:
-        return time.time()
+        folder = self.path
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        try:
+            return _date_of_new_file(folder)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            # Nothing can be written or deleted there, so ages are only shown.
+            return time.time()
+
+
+def _date_of_new_file(folder: str) -> float:
+    path = os.path.join(folder, partial_name())
+    try:
+        with open(path, "xb", buffering=0) as file:
+            # Some servers date a file only when data arrive; a full disk still dates it when it is made.
+            with suppress(OSError):
+                file.write(b"x")
+                os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_mtime
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 @contextmanager

@@ -18,15 +18,19 @@ class ObjectInfo:
     Attributes:
         uri: the file's URI.
         size_bytes: number of bytes.
-        etag: text that changes when the content does; on local disk the modification time in ns.
+        etag: text that changes when the content does; on local disk the times of the last modification and of the last
+            change of the inode, in ns. A program can set the first back, and only the kernel sets the second.
         modified_s: time of the last write, in epoch seconds of the clock that `now_s` reads; nan if it is not known. It
             is not part of equality, because S3 gives milliseconds in a listing and seconds elsewhere.
+        copied_etag: the part of the etag that a copy with its times keeps; on local disk the modification time in ns, on S3
+            the etag. It names a model in the identity of a run, which must survive a move to another disk.
     """
 
     uri: str
     size_bytes: int
     etag: str
     modified_s: float = field(default=math.nan, compare=False)
+    copied_etag: str = field(default="", compare=False)
 
 
 class Place(Protocol):

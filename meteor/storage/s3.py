@@ -174,7 +174,8 @@ class S3Object:
 
 
 def _info(uri: str, size_bytes: int, answer: dict[str, Any]) -> ObjectInfo:
-    return ObjectInfo(uri, size_bytes, answer["ETag"].strip('"'), answer["LastModified"].timestamp())
+    etag = answer["ETag"].strip('"')
+    return ObjectInfo(uri, size_bytes, etag, answer["LastModified"].timestamp(), etag)
 
 
 def _transfer() -> Any:

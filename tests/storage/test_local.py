@@ -1,15 +1,21 @@
 """Local disk: nothing half is seen after a failure, a kill, a full disk."""
 
+import ctypes
 import errno
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from meteor import storage
 from meteor.errors import AlreadyExistsError, StorageError
+from meteor.storage import exclusive, local
 
 
 @pytest.mark.parametrize("write", [storage.write_bytes, storage.create_bytes])
@@ -97,3 +103,119 @@ def test_a_published_name_is_synced_after_the_move_and_so_are_new_folders(tmp_pa
     assert events[3:] == ["moved", str(tmp_path / "a/b")]
     write(str(tmp_path / "a/b/other"), b"x")
     assert events[6:] == ["moved", str(tmp_path / "a/b")]
+
+
+def no_links(*paths: str, **options: object) -> None:
+    """What `link` does on exFAT."""
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_files_are_created_without_hard_links_too_and_only_once(tmp_path: Path, monkeypatch, number: int) -> None:
+    def fail(*paths: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", fail)
+    uri = str(tmp_path / "manifests/v00000001.json")
+    storage.create_bytes(uri, b"first")
+    with pytest.raises(AlreadyExistsError, match=r"v00000001\.json"):
+        storage.create_bytes(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    assert [path.name for path in (tmp_path / "manifests").iterdir()] == ["v00000001.json"]
+
+
+def test_of_many_creators_without_hard_links_exactly_one_wins(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    uri = str(tmp_path / "one-winner")
+    barrier = threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        barrier.wait()
+        try:
+            storage.create_bytes(uri, str(number).encode() * 1000)
+        except AlreadyExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(create, range(8)))
+    assert sum(won) == 1
+    assert storage.read_bytes(uri) == str(won.index(True)).encode() * 1000
+
+
+@pytest.mark.parametrize("missing", ["flag", "function"])
+def test_a_file_system_without_any_exclusive_move_is_named_with_the_remedy(tmp_path, monkeypatch, missing) -> None:
+    def refuse(*arguments: object) -> int:
+        ctypes.set_errno(errno.EINVAL)
+        return -1
+
+    library = SimpleNamespace(renameat2=refuse) if missing == "flag" else SimpleNamespace()
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(exclusive.ctypes, "CDLL", lambda *arguments, **options: library)
+    with pytest.raises(StorageError, match=r"v1 cannot be created.*neither hard links.*nor a rename.*Use another"):
+        storage.create_bytes(str(tmp_path / "v1"), b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_of_the_exclusive_rename_is_raised_with_the_file(tmp_path: Path, monkeypatch) -> None:
+    def full(*arguments: object) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(exclusive.ctypes, "CDLL", lambda *arguments, **options: SimpleNamespace(renameat2=full))
+    with pytest.raises(StorageError, match=r"v1 cannot be written: No space left"):
+        storage.create_bytes(str(tmp_path / "v1"), b"x")
+
+
+@pytest.mark.parametrize("replace", ["write", "rename"])
+def test_the_etag_changes_with_the_content_though_size_and_time_are_set_back(tmp_path: Path, replace: str) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(b"old!")
+    os.utime(path, ns=(1, 1))
+    before = storage.stat(str(path))
+    wait_for_tick(tmp_path)
+    if replace == "write":
+        path.write_bytes(b"new!")
+        os.utime(path, ns=(1, 1))
+    else:
+        (tmp_path / "other").write_bytes(b"new!")
+        os.utime(tmp_path / "other", ns=(1, 1))
+        (tmp_path / "other").rename(path)
+    after = storage.stat(str(path))
+    assert (after.size_bytes, after.modified_s, after.copied_etag) == (4, before.modified_s, before.copied_etag)
+    assert after.etag != before.etag
+
+
+def wait_for_tick(folder: Path) -> None:
+    """Wait until the file system dates a new file later than one made before; kernels count some milliseconds at once."""
+    start_s = storage.now_s(str(folder))
+    while storage.now_s(str(folder)) == start_s:
+        pass
+
+
+def test_now_is_the_file_systems_time_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    before_s = storage.now_s(str(tmp_path))
+    storage.write_bytes(str(tmp_path / "file"), b"x")
+    assert before_s <= storage.stat(str(tmp_path / "file")).modified_s <= storage.now_s(str(tmp_path / "absent/below"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_now_of_a_full_disk_is_still_the_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before_s = storage.now_s(str(tmp_path))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(os, "fsync", full)
+    assert storage.now_s(str(tmp_path)) >= before_s
+
+
+def test_now_of_a_folder_that_cannot_be_written_is_this_machines(tmp_path: Path, monkeypatch) -> None:
+    def read_only(path: str, *arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(local, "open", read_only, raising=False)
+    monkeypatch.setattr(time, "time", lambda: 5.0)
+    assert storage.now_s(str(tmp_path)) == 5.0

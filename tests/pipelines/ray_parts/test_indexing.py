@@ -1,6 +1,8 @@
 """What the first pass asks the store, and what it publishes on the way; no Ray."""
 
 import os
+import shutil
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pyarrow as pa
@@ -152,3 +154,33 @@ def test_a_file_that_samples_name_otherwise_now_is_found_under_both_names(make_s
     settings = make_settings(data={"roots": {"coco/": str(folder)}})
     index, num_read = indexing.update_index(settings, [make_set("coco/1.png")], settings.data.roots)
     assert ([row.name for row in index.rows()], num_read) == (["1.png", "coco/1.png"], 0)
+
+
+def test_images_whose_state_looks_new_are_read_once_and_stay_the_same_data(make_settings, tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    Image.new("RGB", (9, 8)).save(tmp_path / "2.png")
+    read = []
+
+    def read_here(places, max_pixels):
+        read.append([place["name"] for place in places])
+        return [IndexRow(**read_image(place, max_pixels=max_pixels)) for place in places]
+
+    monkeypatch.setattr(indexing, "read_images", read_here)
+    settings = make_settings()
+
+    def digest():
+        index, _ = indexing.update_index(settings, [make_set("1.png", "2.png")], {"": str(tmp_path)})
+        return index.digest(["1.png", "2.png"])
+
+    first = digest()
+    # An older release knew files by their modification time alone.
+    rows = [
+        replace(row, etag=str(os.stat(row.uri).st_mtime_ns)) for row in DatasetIndex.latest(index_uri(settings)).rows()
+    ]
+    DatasetIndex.publish(index_uri(settings), rows)
+    assert digest() == digest() == first
+    # A copy with its times, as a backup or another disk has it.
+    shutil.copy2(tmp_path / "1.png", tmp_path / "copy")
+    (tmp_path / "copy").rename(tmp_path / "1.png")
+    assert digest() == digest() == first
+    assert read == [["1.png", "2.png"], ["1.png", "2.png"], [], ["1.png"], []]
