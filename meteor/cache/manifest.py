@@ -29,6 +29,8 @@ from meteor.errors import AlreadyExistsError, CacheError, CorruptPayloadError, N
 
 _SUFFIX = ".json"
 Edit = Callable[[pa.Table], pa.Table]
+# URI -> content of the tables that were written for a version.
+_Tables = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ def commit(cache_uri: str, *, even_empty: bool = False) -> int:
     Returns:
         The version that contains all records: a new version, or the latest if nothing was to merge (0 without any).
     """
-    return publish_next(
-        manifests_uri(cache_uri), _SUFFIX, lambda latest: _next(cache_uri, latest, even_empty=even_empty and not latest)
+    return _publish(
+        cache_uri, lambda latest, tables: _next(cache_uri, latest, tables, even_empty=even_empty and not latest)
     )
 
 
@@ -150,8 +152,8 @@ def publish_edit(cache_uri: str, edit: Edit, *, unreadable: Collection[str] = ()
     Returns:
         The new version, or the latest if nothing would change.
     """
-    return publish_next(
-        manifests_uri(cache_uri), _SUFFIX, lambda latest: _next(cache_uri, latest, edit=edit, unreadable=unreadable)
+    return _publish(
+        cache_uri, lambda latest, tables: _next(cache_uri, latest, tables, edit=edit, unreadable=unreadable)
     )
 
 
@@ -162,10 +164,28 @@ def rebuild(cache_uri: str, broken_version: int, *, unreadable: Collection[str] 
         The new version, or the latest if another process has published a version after the broken one.
     """
 
-    def content_after(latest: int) -> bytes | None:
-        return _next(cache_uri, latest, base=_NOTHING, unreadable=unreadable) if latest == broken_version else None
+    def content_after(latest: int, tables: _Tables) -> bytes | None:
+        if latest != broken_version:
+            return None
+        return _next(cache_uri, latest, tables, base=_NOTHING, unreadable=unreadable)
 
-    return publish_next(manifests_uri(cache_uri), _SUFFIX, content_after)
+    return _publish(cache_uri, content_after)
+
+
+def _publish(cache_uri: str, content_after: Callable[[int, _Tables], bytes | None]) -> int:
+    tables: _Tables = {}
+
+    def content(latest: int) -> bytes | None:
+        tables.clear()
+        return content_after(latest, tables)
+
+    version = publish_next(manifests_uri(cache_uri), _SUFFIX, content)
+    # `gc` deletes a table that no manifest names, and then looks for new manifests. Here the manifest comes first and then
+    # the look for its tables, so in a race at least one of the two notices the other.
+    for uri, data in tables.items():
+        if not storage.exists(uri):
+            storage.write_bytes(uri, data)
+    return version
 
 
 def _base(cache_uri: str, manifest: Manifest | None) -> _Base:
@@ -182,13 +202,14 @@ def _base(cache_uri: str, manifest: Manifest | None) -> _Base:
 def _next(
     cache_uri: str,
     latest: int,
+    tables: _Tables,
     *,
     base: _Base | None = None,
     edit: Edit | None = None,
     unreadable: Collection[str] = (),
     even_empty: bool = False,
 ) -> bytes | None:
-    """Write the tables of the next version and return its manifest, or None if it would change nothing."""
+    """Write the next version's tables, add them to ``tables``, and return its manifest; None if it would change nothing."""
     listed = ledger_names(cache_uri)
     if base is None:
         manifest = read_manifest(cache_uri, latest) if latest else None
@@ -208,6 +229,7 @@ def _next(
     return _write_version(
         cache_uri,
         latest + 1,
+        tables,
         keys,
         merge_quarantine(base.quarantine, new_bad, keys["image_key"]),
         # A record that `gc` has removed cannot be merged again, so its name need not be kept.
@@ -229,7 +251,14 @@ def _pending_tables(cache_uri: str, names: Sequence[str]) -> list[pa.Table]:
 
 
 def _write_version(
-    cache_uri: str, version: int, keys: pa.Table, quarantine: pa.Table, *, records: Collection[str], num_shadowed: int
+    cache_uri: str,
+    version: int,
+    tables: _Tables,
+    keys: pa.Table,
+    quarantine: pa.Table,
+    *,
+    records: Collection[str],
+    num_shadowed: int,
 ) -> bytes:
     """Write the tables of a version, and return the manifest, which makes the version visible once it is published."""
     # If others have published during the merge, this version has lost, and its tables would be waste for `gc`.
@@ -237,8 +266,10 @@ def _write_version(
         raise AlreadyExistsError(f"{cache_uri} has a version {version} already")
     # Random names, so that a writer that loses the race for the manifest overwrites no table of the winner.
     name = f"{version_name(version)}-{uuid.uuid4().hex}.parquet"
-    storage.write_bytes(storage.join(cache_uri, KEYS, name), table_bytes(keys))
-    storage.write_bytes(storage.join(cache_uri, QUARANTINE, name), table_bytes(quarantine))
+    tables[storage.join(cache_uri, KEYS, name)] = table_bytes(keys)
+    tables[storage.join(cache_uri, QUARANTINE, name)] = table_bytes(quarantine)
+    for uri, data in tables.items():
+        storage.write_bytes(uri, data)
     manifest = Manifest(
         version=version,
         keys=f"{KEYS}/{name}",

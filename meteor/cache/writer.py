@@ -82,6 +82,10 @@ def write_feature_file(
     if (stored := storage.stat(uri).size_bytes) != len(data):
         raise StorageError(f"{uri} has {stored} bytes after {len(data)} were written; the store lost some, write again")
     storage.write_bytes(storage.join(cache_uri, LEDGER, f"features-{file_id}.parquet"), table_bytes(record.rows))
+    # `gc` deletes a file without a record, and then looks for the record. Here the record comes first and then the look for
+    # the file, so in a race at least one of the two notices the other.
+    if not storage.exists(uri):
+        storage.write_bytes(uri, data)
     return record
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +49,11 @@ def add_commands(commands: Any) -> None:
     clean = add("gc", _gc, "list, or delete with --delete, the files that no kept version needs", "cache")
     clean.add_argument("--delete", action="store_true", help="delete the files; without it nothing is changed")
     clean.add_argument(
-        "--older-than", type=float, default=24, metavar="HOURS", help="spare younger files (default: %(default)s)"
+        "--older-than",
+        type=_hours,
+        default=24,
+        metavar="HOURS",
+        help="spare younger files, by the clock of the store (default: %(default)s)",
     )
     clean.add_argument(
         "--unpin",
@@ -162,10 +167,24 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0 if found.equal else 1
 
 
+def _hours(text: str) -> float:
+    value = float(text)
+    # The negation refuses nan as well.
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of hours from 0 on")
+    return value
+
+
 def _gc(arguments: argparse.Namespace) -> int:
     uri = storage.absolute(arguments.cache)
     for run in arguments.unpin:
         unpin(uri, run)
+    if arguments.older_than < 1:
+        print(
+            f"warning: --older-than {arguments.older_than:g} also deletes superseded versions that a job which runs now may "
+            "read: make sure that no job uses this cache",
+            file=sys.stderr,
+        )
     plan = plan_gc(uri, older_than_s=arguments.older_than * _SECONDS_PER_HOUR)
     if not arguments.delete:
         _print(arguments, plan.to_dict(), f"{plan.to_text()}\nnothing was changed; --delete deletes the files")

@@ -170,6 +170,14 @@ def test_gc_changes_nothing_unless_told(call, cache, make_features):
     assert call("cache", "verify", cache)[0] == 0
 
 
+def test_gc_warns_when_it_spares_nothing_and_refuses_what_is_no_age(call, cache):
+    assert "make sure that no job uses this cache" in call("cache", "gc", cache, "--older-than", "0")[2]
+    assert call("cache", "gc", cache)[2] == ""
+    for hours in ("-1", "nan", "soon"):
+        with pytest.raises(SystemExit):
+            call("cache", "gc", cache, "--older-than", hours)
+
+
 def test_gc_keeps_a_pinned_version_until_it_is_unpinned(call, cache, make_features):
     FeatureCache.open(cache).pin("run1", {})
     write_feature_file(cache, [encode_row(make_features("d" * 64), get_codec("float16"))])

@@ -2,24 +2,23 @@
 
 A plan lists the files to delete with reasons. Its execution makes a fresh plan and deletes only files that both plans name.
 A file is deleted after everything that refers to it. A reader therefore never sees a version whose files are gone, and
-after a crash the next run finishes the work.
+after a crash the next run finishes the work. Ages are counted by the store's clock.
 """
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 from meteor import storage
 from meteor.cache.folder import DATA, KEYS, LEDGER, MANIFESTS, QUARANTINE, read_cache_info
 from meteor.cache.ledger import FEATURES_PREFIX, record_of
-from meteor.cache.manifest import manifest_uri
-from meteor.cache.pins import pins
 from meteor.cache.upkeep.compaction import compact, plan_compactions
-from meteor.cache.upkeep.gc_plan import Deletion, GcPlan, GcReport
+from meteor.cache.upkeep.deletion import Deleter
+from meteor.cache.upkeep.gc_plan import UNFINISHED, UNNAMED, Deletion, GcPlan, GcReport
 from meteor.cache.upkeep.usage import Usage, read_usage
-from meteor.errors import CacheError, NotFoundError
 
 DAY_S = 24 * 3600.0
+# A partial file this old belongs to no write that is still going on, and nothing but its age tells.
+_LONGEST_WRITE_S = 3600.0
 # Each deletion on S3 is a round trip, so threads save most of the time.
 _NUM_DELETERS = 16
 # Order of deletion: files of a folder may refer only to files of folders behind it.
@@ -40,7 +39,7 @@ def plan_gc(cache_uri: str, *, older_than_s: float = DAY_S, now_s: float | None 
 
     Args:
         cache_uri: URI of the cache.
-        older_than_s: least age of a file to delete.
+        older_than_s: least age of a file to delete; unfinished writes must be an hour old in any case.
         now_s: time from which ages are counted, in epoch seconds; None for the store's clock.
 
     Raises:
@@ -61,7 +60,7 @@ def plan_gc(cache_uri: str, *, older_than_s: float = DAY_S, now_s: float | None 
             sorted(_deletions(usage), key=lambda deletion: (_ORDER.index(_folder(deletion.file)), deletion.file))
         ),
         compactions=tuple(plan_compactions(usage)),
-        leftovers=tuple(storage.delete_leftovers(cache_uri, older_than_s, True)),
+        leftovers=tuple(_leftovers(cache_uri, older_than_s, dry_run=True)),
         num_files=len(usage.files),
         num_bytes=sum(info.size_bytes for info in usage.files.values()),
     )
@@ -81,30 +80,44 @@ def run_gc(plan: GcPlan, *, on_progress: Callable[[int, int], None] | None = Non
     fresh = plan_gc(plan.cache_uri, older_than_s=plan.older_than_s, now_s=plan.now_s)
     still_unneeded = set(fresh.deletions)
     deletions = [deletion for deletion in plan.deletions if deletion in still_unneeded]
-    by_folder = [[deletion.file for deletion in deletions if _folder(deletion.file) == folder] for folder in _ORDER]
-    _delete_versions(plan.cache_uri, by_folder[0])
-    num_done = len(by_folder[0])
-    for files in by_folder[1:]:
-        with ThreadPoolExecutor(_NUM_DELETERS) as pool:
-            for _ in pool.map(lambda file: storage.delete(storage.join(plan.cache_uri, file)), files):
-                num_done += 1
-                if on_progress:
-                    on_progress(num_done, len(deletions))
-    leftovers = storage.delete_leftovers(plan.cache_uri, plan.older_than_s, False)
+    deleted = _delete(plan.cache_uri, fresh.latest, deletions, on_progress)
+    leftovers = _leftovers(plan.cache_uri, plan.older_than_s, dry_run=False)
     to_compact = {compaction.file for compaction in fresh.compactions}
     version, num_compacted, notes = compact(
         plan.cache_uri, [compaction.file for compaction in plan.compactions if compaction.file in to_compact]
     )
-    if num_kept := len(plan.deletions) - len(deletions):
+    if num_kept := len(plan.deletions) - len(deleted):
         notes = [f"{num_kept} files of the plan were kept, because they are needed by now", *notes]
     return GcReport(
-        num_deleted=len(deletions),
-        deleted_bytes=sum(deletion.size_bytes for deletion in deletions),
+        num_deleted=len(deleted),
+        deleted_bytes=sum(deletion.size_bytes for deletion in deleted),
         num_compacted=num_compacted,
         num_leftovers=len(leftovers),
         version=version,
         notes=tuple(notes),
     )
+
+
+def _delete(
+    cache_uri: str, latest: int, deletions: list[Deletion], on_progress: Callable[[int, int], None] | None
+) -> list[Deletion]:
+    """Delete the files folder by folder, and return the deletions that took place."""
+    by_folder = [[deletion for deletion in deletions if _folder(deletion.file) == folder] for folder in _ORDER]
+    deleter = Deleter(cache_uri, latest)
+    deleter.delete_versions([deletion.file for deletion in by_folder[0]])
+    deleted, num_done = list(by_folder[0]), len(by_folder[0])
+    for some in by_folder[1:]:
+        with ThreadPoolExecutor(_NUM_DELETERS) as pool:
+            for deletion, is_gone in zip(some, pool.map(deleter.delete, some), strict=True):
+                deleted += [deletion] * is_gone
+                num_done += 1
+                if on_progress:
+                    on_progress(num_done, len(deletions))
+    return deleted
+
+
+def _leftovers(cache_uri: str, older_than_s: float, *, dry_run: bool) -> list[str]:
+    return storage.delete_leftovers(cache_uri, max(older_than_s, _LONGEST_WRITE_S), dry_run)
 
 
 def _deletions(usage: Usage) -> Iterable[Deletion]:
@@ -121,38 +134,16 @@ def _why_unneeded(usage: Usage, file: str) -> str:
     if folder == MANIFESTS:
         return "superseded version"
     if folder in (KEYS, QUARANTINE):
-        return "no kept version names it"
+        return UNNAMED
     if folder == DATA:
         record = record_of(file)
         if f"{LEDGER}/{record}" not in usage.files:
-            return "its writer never finished it"
+            return UNFINISHED
         return "all rows shadowed or dropped" if record in usage.merged and usage.is_old(f"{LEDGER}/{record}") else ""
     # Quarantine records always stay: they are few and small, and `repair` rebuilds a damaged quarantine table from them.
     data = f"{DATA}/{name.removeprefix(FEATURES_PREFIX)}"
     is_dead = name.startswith(FEATURES_PREFIX) and name in usage.merged and data not in usage.named
     return "all rows shadowed or dropped" if is_dead and usage.is_old(data) else ""
-
-
-def _delete_versions(cache_uri: str, files: list[str]) -> None:
-    """Delete manifests, and restore them if a run has pinned one of them in the meantime.
-
-    `pin_version` writes a pin and then looks for the manifest. Here the deletion comes first and then the look for pins, so
-    in a race at least one of the two notices the other.
-    """
-    contents: dict[str, bytes] = {}
-    for uri in (storage.join(cache_uri, file) for file in files):
-        # Another `gc` may have deleted the manifest already.
-        with suppress(NotFoundError):
-            contents[uri] = storage.read_bytes(uri)
-        storage.delete(uri)
-    for pin in pins(cache_uri) if files else ():
-        uri = manifest_uri(cache_uri, pin["manifest_version"])
-        if uri in contents:
-            storage.write_bytes(uri, contents[uri])
-            raise CacheError(
-                f"{cache_uri}: run {pin['run_digest']} pinned version {pin['manifest_version']} while it was being "
-                "deleted; the version is restored, and its files still exist. Run gc again"
-            )
 
 
 def _folder(file: str) -> str:

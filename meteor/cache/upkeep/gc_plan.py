@@ -6,6 +6,10 @@ from typing import Any
 from meteor.cache.upkeep.compaction import Compaction
 from meteor.formatting import format_bytes
 
+# Reasons for files that a writer may own which has not finished yet.
+UNFINISHED = "its writer never finished it"
+UNNAMED = "no kept version names it"
+
 
 @dataclass(frozen=True)
 class Deletion:
