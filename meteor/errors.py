@@ -5,7 +5,7 @@ MeteorError
 ├── MissingPackageError      an optional package is needed and not installed
 ├── StorageError             a file or object cannot be read or written
 │   ├── NotFoundError
-│   ├── InaccessibleError    this file cannot be read (its rights, a circle of links), and others can
+│   ├── InaccessibleError    this file cannot be read (its rights, a circle of links, its size), and others can
 │   ├── DamagedError         a file's content is not what was written
 │   ├── UnsafeNameError      a name that comes from data leads out of its folder, or names no file
 │   └── AlreadyExistsError   a conditional put lost the race

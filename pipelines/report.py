@@ -15,6 +15,7 @@ from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.errors import SettingsError, TrackingError
 from meteor.evaluation.selection import SelectedPatches, select_patches
 from meteor.image.decode import decode_image
+from meteor.image.files import read_image_file
 from meteor.model.trained_projector import load_trained_projector
 from meteor.report import (
     RunResult,
@@ -173,7 +174,7 @@ def _thumbnails(settings: RunSettings, variants: Sequence[RunResult]) -> dict[st
 
 
 def _open(uri: str, settings: RunSettings) -> Image.Image:
-    return decode_image(storage.read_bytes(uri), max_pixels=settings.data.max_pixels)
+    return decode_image(read_image_file(uri), max_pixels=settings.data.max_pixels)
 
 
 if __name__ == "__main__":

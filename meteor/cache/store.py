@@ -137,7 +137,9 @@ class FeatureCache:
         """
         position = self._position(image_key)
         row = self._index.row(position)
-        buffer = PAYLOAD_MEMORY.take(int(self._sizes_bytes[position]))
+        size_bytes = int(self._sizes_bytes[position])
+        storage.check_range(storage.join_below(self.uri, row["file"]), row["features_offset"], size_bytes)
+        buffer = PAYLOAD_MEMORY.take(size_bytes)
         if not self._read_from_tier(row, buffer):
             self._read_from_origin(row, buffer)
         features, cls_attention, cls = _payloads(row, buffer)

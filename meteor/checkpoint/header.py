@@ -23,4 +23,7 @@ def read_header(uri: str) -> tuple[int, dict[str, Any]]:
     size = int.from_bytes(storage.read_range(uri, 0, 8), "little")
     if size > _MAX_HEADER_BYTES:
         raise ValueError(f"its header would have {size} bytes")
-    return 8 + size, json.loads(storage.read_range(uri, 8, size))
+    try:
+        return 8 + size, json.loads(storage.read_range(uri, 8, size))
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error

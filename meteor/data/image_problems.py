@@ -10,8 +10,8 @@ from meteor.errors import BadImageError, InaccessibleError, NotFoundError, Stora
 def image_problems(uri: str) -> Iterator[None]:
     """Turn every error about one image into `BadImageError`; an outage of the store concerns all images and passes.
 
-    The reason is "missing", "inaccessible" (its rights, a circle of links), a reason of `meteor.image.decode.decode_image`, or
-    "failed" for anything unforeseen, such as a lack of memory.
+    The reason is "missing", "inaccessible" (its rights, a circle of links, its size), a reason of
+    `meteor.image.decode.decode_image`, or "failed" for anything unforeseen, such as a lack of memory.
 
     Args:
         uri: URI of the image, for messages.

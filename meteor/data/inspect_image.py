@@ -9,12 +9,17 @@ from meteor.data.image_problems import image_problems
 from meteor.data.roots import resolve_image
 from meteor.data.sources import other_spelling
 from meteor.errors import BadImageError, ImagePathError, StorageError
+from meteor.image.byte_budget import ByteBudget
 from meteor.image.decode import decoded, read_size
+from meteor.image.files import read_image_file
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 
 # Enough for the size of nearly every JPEG (the EXIF block before it is at most 64 KiB) and of every PNG, GIF and BMP.
 _HEADER_BYTES = 1 << 17
+
+# Bytes of the image files that this process inspects whole at the same time.
+_FILES = ByteBudget(1 << 30)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,12 @@ def _found_as(name: str, roots: Mapping[str, str]) -> str:
 
 
 def _read_whole(uri: str, pixels: PixelSettings) -> tuple[tuple[int, int], str]:
-    data = storage.read_bytes(uri)
+    # Threads share this budget for the files themselves, and then `decoded`'s for the pixels.
+    with _FILES.hold(storage.stat(uri).size_bytes):
+        return _decode_whole(read_image_file(uri), pixels)
+
+
+def _decode_whole(data: bytes, pixels: PixelSettings) -> tuple[tuple[int, int], str]:
     with decoded(data, max_pixels=pixels.max_pixels) as image:
         return image.size, hashlib.sha256(data).hexdigest()
 

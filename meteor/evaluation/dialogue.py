@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
-from meteor import storage
 from meteor.data.samples import Sample
 from meteor.errors import ConversationError
 from meteor.evaluation.answer import Answerer
@@ -19,6 +18,7 @@ from meteor.evaluation.questions import Question
 from meteor.evaluation.shown import ShownImages
 from meteor.features import ImageFeatures
 from meteor.image.decode import decode_image
+from meteor.image.files import read_image_file
 from meteor.text.conversation import Turn
 
 
@@ -78,7 +78,7 @@ class Dialogue:
             NotFoundError: the file does not exist.
             BadImageError: the file is not an image, or the model cannot use the image.
         """
-        data = storage.read_bytes(uri)
+        data = read_image_file(uri)
         image = decode_image(data, max_pixels=self.answerer.processor.pixels.max_pixels)
         shown = ShownImage(uri, image, self._shown.add(hashlib.sha256(data).hexdigest(), image))
         self.images.append(shown)

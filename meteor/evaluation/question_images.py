@@ -12,9 +12,10 @@ from PIL import Image
 
 from meteor import storage
 from meteor.data.roots import resolve_image
-from meteor.errors import BadImageError, NotFoundError, UnsafeNameError
+from meteor.errors import BadImageError, InaccessibleError, NotFoundError, UnsafeNameError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.image.decode import decoded
+from meteor.image.files import read_image_file
 
 _NUM_THREADS = 8
 _DONE = "written.json"
@@ -35,8 +36,8 @@ def write_images(
 ) -> None:
     """Write the images, and last the record that all of them exist, so that an interrupted call starts again.
 
-    An image that is missing or whose name leads out of the root is left out, and an image that cannot be decoded is written
-    unchanged; the dataset index reports them.
+    An image that is missing, cannot be read, or whose name leads out of the root is left out. An image that cannot be decoded
+    is written unchanged. The dataset index reports them.
 
     Args:
         questions: question set whose `has_own_images` is true.
@@ -77,8 +78,8 @@ def _contents(questions: QuestionSet, roots: Mapping[str, str]) -> Iterator[tupl
     roots = roots if questions.folder.is_file else {"": questions.uri}
     for name, old in questions.resized.items():
         try:
-            yield name, storage.read_bytes(resolve_image(old, roots))
-        except NotFoundError:
+            yield name, read_image_file(resolve_image(old, roots))
+        except (NotFoundError, InaccessibleError):
             continue
 
 

@@ -22,6 +22,7 @@ from meteor.storage.s3_errors import s3_errors
 __all__ = [
     "ObjectInfo",
     "absolute",
+    "check_range",
     "create_bytes",
     "delete",
     "delete_empty_folders",
@@ -48,6 +49,10 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 # Limits of Linux for one part of a path, and of S3 for a whole key.
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 1024
 _LONGEST_SHOWN = 100
+# Ranges up to this size are read at once, because a look at the file's size is a request on S3.
+_UNCHECKED_RANGE_BYTES = 64 << 20
+# The values of a JSON file take about ten times its size in memory.
+_MAX_JSON_BYTES = 1 << 30
 
 
 def absolute(uri: str) -> str:
@@ -97,14 +102,25 @@ def _why_unsafe(name: str, parts: list[str]) -> str:
     return "is too long" if max(sizes) > _MAX_NAME_BYTES or sum(sizes) + len(sizes) > _MAX_PATH_BYTES else ""
 
 
-def read_bytes(uri: str) -> bytes:
-    """Read the whole file. Raises NotFoundError if it does not exist."""
+def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
+    """Read the whole file.
+
+    Args:
+        uri: URI of the file.
+        max_bytes: largest size to read, compared with the size that the store announces before memory is taken; None for
+            the project's own files, which have any size.
+
+    Raises:
+        NotFoundError: the file does not exist.
+        InaccessibleError: the file is larger.
+    """
     with _at(uri) as place:
-        return place.read()
+        return place.read(max_bytes)
 
 
 def read_range(uri: str, start: int, size_bytes: int) -> bytes:
     """Read ``size_bytes`` bytes from offset ``start``; see `read_range_into`."""
+    check_range(uri, start, size_bytes)
     buffer = bytearray(size_bytes)
     read_range_into(uri, start, buffer)
     return bytes(buffer)
@@ -123,10 +139,27 @@ def read_range_into(uri: str, start: int, buffer: bytearray | memoryview) -> Non
     with _at(uri) as place:
         num_read = place.read_into(start, memoryview(buffer))
     if num_read != len(buffer):
-        raise DamagedError(
-            f"{uri} ends {len(buffer) - num_read} bytes before the end of the range [{start}, {start + len(buffer)}): "
-            "the file was cut short, or the range belongs to another file"
-        )
+        raise _range_error(uri, start, len(buffer), num_read)
+
+
+def check_range(uri: str, start: int, size_bytes: int) -> None:
+    """Check before memory is taken that a range which other data name is inside the file; small ranges are not looked up.
+
+    Raises:
+        NotFoundError: the file does not exist.
+        DamagedError: the file ends inside the range, or the range is negative.
+    """
+    if start < 0 or size_bytes < 0:
+        raise _range_error(uri, start, size_bytes, 0)
+    if size_bytes > _UNCHECKED_RANGE_BYTES and (left := stat(uri).size_bytes - start) < size_bytes:
+        raise _range_error(uri, start, size_bytes, max(left, 0))
+
+
+def _range_error(uri: str, start: int, size_bytes: int, num_there: int) -> DamagedError:
+    return DamagedError(
+        f"{uri} ends {size_bytes - num_there} bytes before the end of the range [{start}, {start + size_bytes}): "
+        "the file was cut short, or the range belongs to another file"
+    )
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
@@ -151,11 +184,10 @@ def create_bytes(uri: str, data: bytes) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """Read the file's JSON value. Raises DamagedError if the file is not JSON."""
-    data = read_bytes(uri)
+    """Read the file's JSON value. Raises DamagedError if the file is not JSON, or larger than a gigabyte."""
+    data = read_bytes(uri, max_bytes=_MAX_JSON_BYTES)
     try:
         return json.loads(data)
-    # RecursionError: lists in lists in lists.
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{uri} does not hold valid JSON ({error}); restore or delete it") from error
 

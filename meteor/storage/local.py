@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from meteor.errors import AlreadyExistsError, InaccessibleError, NotFoundError, StorageError
 from meteor.storage.exclusive import move_if_absent
-from meteor.storage.place import ObjectInfo, is_partial, partial_name
+from meteor.storage.place import ObjectInfo, check_size, is_partial, partial_name
 
 _COPY_CHUNK_BYTES = 8 << 20
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -34,8 +34,9 @@ class LocalFile:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def read(self) -> bytes:
+    def read(self, max_bytes: int | None) -> bytes:
         with open(self.path, "rb", opener=_open_regular) as file:
+            check_size(self.path, os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
 
     def read_into(self, start: int, buffer: memoryview) -> int:

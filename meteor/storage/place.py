@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from meteor.errors import InaccessibleError
+
 # Names with this prefix are unfinished or temporary; a listing never shows them, and `delete_leftovers` removes them.
 PARTIAL_PREFIX = ".partial-"
 
@@ -36,7 +38,7 @@ class ObjectInfo:
 class Place(Protocol):
     """Operations of local files and of S3 objects; the functions of `meteor.storage` describe them."""
 
-    def read(self) -> bytes: ...
+    def read(self, max_bytes: int | None) -> bytes: ...
     def read_into(self, start: int, buffer: memoryview) -> int: ...
     def write(self, data: bytes | memoryview) -> None: ...
     def create(self, data: bytes) -> None: ...
@@ -48,6 +50,15 @@ class Place(Protocol):
     def delete_empty_folders(self) -> None: ...
     def leftovers(self, older_than_s: float, dry_run: bool) -> Iterator[str]: ...
     def now_s(self) -> float: ...
+
+
+def check_size(uri: str, size_bytes: int, max_bytes: int | None) -> None:
+    """Refuse a file that is larger than its reader expects. Raises InaccessibleError."""
+    if max_bytes is not None and size_bytes > max_bytes:
+        raise InaccessibleError(
+            f"{uri} has {size_bytes} bytes, and at most {max_bytes} are read into memory: it is not the kind of file that "
+            "is expected here, or damaged; replace it"
+        )
 
 
 def partial_name() -> str:

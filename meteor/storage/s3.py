@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from meteor.errors import StorageError
+from meteor.errors import InaccessibleError, StorageError
 from meteor.storage import s3_create
 from meteor.storage.client import boto3_module, s3_client
-from meteor.storage.place import ObjectInfo, is_partial
+from meteor.storage.place import ObjectInfo, check_size, is_partial
 
 # Writes from this size on are sent in parts; a part that fails is sent again alone.
 _MULTIPART_BYTES = 64 << 20
@@ -42,8 +42,13 @@ class S3Object:
             raise StorageError(f"{self.uri!r} names a bucket without a key; write s3://bucket/key")
         return {"Bucket": self.bucket, "Key": self.key}
 
-    def read(self) -> bytes:
+    def read(self, max_bytes: int | None) -> bytes:
         response = self.client.get_object(**self.address())
+        try:
+            check_size(self.uri, response["ContentLength"], max_bytes)
+        except InaccessibleError:
+            response["Body"].close()
+            raise
         # BytesIO keeps the bytes object that it is given, so filling it in place returns the content without a copy.
         content = io.BytesIO(bytes(response["ContentLength"]))
         with content.getbuffer() as buffer:

@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Generator, Iterable, Mapping
 
-from meteor import storage
 from meteor.errors import BadImageError, DataError, NotFoundError
 from meteor.features import ImageFeatures
+from meteor.image.files import read_image_file
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.vision.encode_images import encode_sliced
 from meteor.vision.encoder import FrozenClip
@@ -31,7 +31,7 @@ class LiveFeatures:
         """
         uri = self.uris[image_key]
         try:
-            data = storage.read_bytes(uri)
+            data = read_image_file(uri)
             if hashlib.sha256(data).hexdigest() != image_key:
                 raise DataError(f"{uri} has changed since it was indexed as {image_key}: run cache_features again")
             return encode_sliced([slice_bytes(data, image_key, self.settings)], self.encoder)[0]

@@ -10,6 +10,7 @@ from meteor import storage
 from meteor.data.image_problems import image_problems
 from meteor.errors import BadImageError
 from meteor.image.decode import decode_image
+from meteor.image.files import read_image_file
 
 
 def read_image(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def read_image(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
     try:
         with image_problems(row["uri"]):
             info = storage.stat(row["uri"])
-            data = storage.read_bytes(row["uri"])
+            data = read_image_file(row["uri"])
             fields |= {"size_bytes": info.size_bytes, "etag": info.etag, "image_key": hashlib.sha256(data).hexdigest()}
             image = decode_image(data, max_pixels=max_pixels)
     except BadImageError as error:

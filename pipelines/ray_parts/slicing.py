@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from meteor import storage
 from meteor.data.image_problems import image_problems
 from meteor.errors import BadImageError
+from meteor.image.files import read_image_file
 from meteor.image.pixels import PixelSettings, slice_bytes
 
 _NUM_READERS = 8
@@ -63,7 +63,7 @@ def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
 def read_unchanged(uri: str, image_key: str) -> bytes:
     """Read an image's bytes; raise BadImageError if the file cannot be read or has changed since it was indexed."""
     with image_problems(uri):
-        data = storage.read_bytes(uri)
+        data = read_image_file(uri)
     if hashlib.sha256(data).hexdigest() != image_key:
         raise BadImageError("changed", f"{uri} has changed since it was indexed; run cache_features again")
     return data

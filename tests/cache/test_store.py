@@ -23,6 +23,7 @@ from meteor.cache import (
     record_quarantine,
     write_feature_file,
 )
+from meteor.cache.table import table_bytes
 from meteor.constants import CACHE_SCHEMA_VERSION
 from meteor.errors import CacheError, CorruptPayloadError, StorageError
 from meteor.features import ImageFeatures
@@ -115,7 +116,7 @@ def test_get_asks_storage_for_its_range_alone_and_never_for_a_footer(make_cache,
     for name in storage.__all__ if hasattr(storage, "__all__") else dir(storage):
         if (
             callable(getattr(storage, name))
-            and name not in {"join", "join_below", "absolute"}
+            and name not in {"join", "join_below", "absolute", "check_range"}
             and not name[0].isupper()
         ):
             monkeypatch.setattr(storage, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name}{args}"))
@@ -288,6 +289,18 @@ def test_verify_finds_a_damaged_column_that_get_never_reads(make_cache, make_ima
     cache = FeatureCache.open(uri)
     assert_same_image(cache.get(make_image("a").image_key), make_image("a"), torch.float16)
     assert len(cache.verify()) == 1
+
+
+def test_a_range_that_a_damaged_index_makes_too_large_is_refused_before_memory_is_taken(make_cache, make_image) -> None:
+    uri = make_cache([make_image("a")])
+    keys = Path(uri, FeatureCache.open(uri).manifest.keys)
+    table = pq.read_table(keys)
+    sizes = pa.array([1 << 60], pa.int64())
+    position = table.column_names.index("cls_size")
+    storage.write_bytes(str(keys), table_bytes(table.set_column(position, table.schema.field(position), sizes)))
+    cache = FeatureCache.open(uri)
+    with pytest.raises(StorageError, match=r"\.parquet ends .* before the end of the range"):
+        cache.get(cache.keys()[0])
 
 
 def test_asking_for_attention_layers_gives_those(make_cache, make_image) -> None:

@@ -3,11 +3,15 @@
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
 import typing
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,6 +19,7 @@ from meteor import storage
 from meteor.config.settings import QuestionSetSettings
 from meteor.errors import DataError, MeteorError, NotFoundError, SettingsError
 from meteor.evaluation.benchmarks import BENCHMARKS
+from meteor.evaluation.benchmarks.folder import read_parquet
 from meteor.evaluation.benchmarks.others import read_verdicts
 from meteor.evaluation.question_images import is_written, write_images
 from meteor.evaluation.question_set import load_question_set
@@ -370,3 +375,16 @@ def test_written_images_are_written_again_when_their_file_has_changed(load, tmp_
     second = load("mmbench", tmp_path)
     assert second.image_root == first.image_root
     assert not is_written(second)
+
+
+def test_a_small_table_of_many_rows_is_read_a_few_at_a_time(tmp_path):
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(50_000_000, np.int8)), pa.array(["x" * 100]))
+    uri = str(tmp_path / "many.parquet")
+    pq.write_table(pa.table({"text": column}), uri)
+    del column
+    assert os.path.getsize(uri) < 1_000_000
+    before = pa.total_allocated_bytes()
+    rows = read_parquet(uri, ["text", "absent"])
+    assert next(rows) == {"text": "x" * 100}
+    assert pa.total_allocated_bytes() - before < 50_000_000
+    rows.close()

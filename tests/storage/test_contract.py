@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meteor import storage
-from meteor.errors import AlreadyExistsError, NotFoundError, StorageError
+from meteor.errors import AlreadyExistsError, InaccessibleError, NotFoundError, StorageError
 from meteor.storage import s3
 from meteor.storage.client import s3_client
 
@@ -33,6 +33,24 @@ def test_a_range_beyond_the_end_is_refused_with_the_uri(root: str) -> None:
         storage.read_range(uri, 2, 4)
     with pytest.raises(StorageError, match=r"data\.bin"):
         storage.read_range(uri, 8, 1)
+
+
+def test_a_file_larger_than_its_reader_expects_is_refused_by_the_size_it_announces(root: str) -> None:
+    uri = storage.join(root, "data.bin")
+    storage.write_bytes(uri, b"0123")
+    assert storage.read_bytes(uri, max_bytes=4) == b"0123"
+    with pytest.raises(InaccessibleError, match=r"data\.bin has 4 bytes, and at most 3 are read"):
+        storage.read_bytes(uri, max_bytes=3)
+
+
+@pytest.mark.parametrize(("start", "size_bytes"), [(0, 1 << 60), (1 << 60, 1 << 60), (-1, 2), (0, -5)])
+def test_a_range_that_damaged_data_name_is_refused_before_memory_is_taken(
+    root: str, start: int, size_bytes: int
+) -> None:
+    uri = storage.join(root, "data.bin")
+    storage.write_bytes(uri, b"0123")
+    with pytest.raises(StorageError, match=r"data\.bin ends .* before the end of the range"):
+        storage.read_range(uri, start, size_bytes)
 
 
 @pytest.mark.parametrize("read", [storage.read_bytes, storage.stat, storage.read_json])
@@ -113,9 +131,10 @@ def test_json_is_canonical_and_broken_json_names_the_file(root: str) -> None:
     assert storage.read_json(uri) == {"a": "Größe", "b": [1, 2.5]}
     storage.write_json(uri, {"a": "Größe", "b": [1, 2.5]})
     assert storage.read_bytes(uri) == first
-    storage.write_bytes(uri, b'{"a": ')
-    with pytest.raises(StorageError, match=r"settings\.json"):
-        storage.read_json(uri)
+    for broken in (b'{"a": ', b"[" * 100_000):
+        storage.write_bytes(uri, broken)
+        with pytest.raises(StorageError, match=r"settings\.json"):
+            storage.read_json(uri)
 
 
 def test_files_are_uploaded_and_downloaded(root: str, tmp_path: Path) -> None:

@@ -11,6 +11,12 @@ import pyarrow.parquet as pq
 
 from meteor import storage
 from meteor.errors import DataError, NotFoundError
+from meteor.storage.files import open_file
+
+# The largest published file, MMBench's with its images in base64, has some hundred megabytes.
+_MAX_FILE_BYTES = 4 << 30
+# Rows of a Parquet file in memory at once; one can hold several images.
+_ROWS_AT_ONCE = 64
 
 
 class Folder:
@@ -53,19 +59,19 @@ class Folder:
             DataError: the file is not JSON.
         """
         uri = self.find(*names)
-        return _parsed(storage.read_bytes(uri), uri)
+        return _parsed(_read(uri), uri)
 
     def json_lines(self, *names: str) -> Iterator[Any]:
         """Yield the records of a file with one JSON record per line; see `json`."""
         uri = self.find(*names)
-        for line in storage.read_bytes(uri).split(b"\n"):
+        for line in io.BytesIO(_read(uri)):
             if line.strip():
                 yield _parsed(line, uri)
 
     def table(self, *names: str) -> list[dict[str, str]]:
         """Read a TSV file; every value is a text, even "None" and "nan", which are options; a missing value is ""."""
         uri = self.find(*names)
-        data = storage.read_bytes(uri)
+        data = _read(uri)
         header = data.partition(b"\n")[0].decode("utf-8-sig").strip("\r").split("\t")
         try:
             table = pyarrow.csv.read_csv(
@@ -118,15 +124,22 @@ class Folder:
         raise self.missing(" or ".join(f"{prefix}{few[0]}" for prefix in prefixes))
 
 
+def _read(uri: str) -> bytes:
+    return storage.read_bytes(uri, max_bytes=_MAX_FILE_BYTES)
+
+
 def _parsed(data: bytes, uri: str) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{uri} is not valid JSON ({error}): download it again") from error
 
 
-def read_parquet(uri: str, columns: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a Parquet file; columns that the file lacks are left out."""
-    file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(uri)))
-    known = set(file.schema_arrow.names)
-    return file.read(columns=[name for name in columns if name in known] if columns else None).to_pylist()
+def read_parquet(uri: str, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, a few at a time; columns that the file lacks are left out."""
+    with open_file(uri) as source:
+        file = pq.ParquetFile(source)
+        known = set(file.schema_arrow.names)
+        # Read in small batches: a kilobyte of a compressed column can stand for a billion values.
+        for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[name for name in columns if name in known]):
+            yield from rows.to_pylist()
