@@ -51,8 +51,6 @@ _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 1024
 _LONGEST_SHOWN = 100
 # Ranges up to this size are read at once, because a look at the file's size is a request on S3.
 _UNCHECKED_RANGE_BYTES = 64 << 20
-# The values of a JSON file take about ten times its size in memory.
-_MAX_JSON_BYTES = 1 << 30
 
 
 def absolute(uri: str) -> str:
@@ -184,8 +182,8 @@ def create_bytes(uri: str, data: bytes) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """Read the file's JSON value. Raises DamagedError if the file is not JSON, or larger than a gigabyte."""
-    data = read_bytes(uri, max_bytes=_MAX_JSON_BYTES)
+    """Read the JSON value of a file. Raises DamagedError if the file is not JSON."""
+    data = read_bytes(uri)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -249,7 +247,7 @@ def list_objects(prefix_uri: str) -> list[ObjectInfo]:
 
 
 def delete_leftovers(prefix_uri: str, older_than_s: float, dry_run: bool) -> list[str]:
-    """Delete the remains of broken-off writes below the folder: partial files and unfinished multi-part uploads.
+    """Delete the remains of broken-off writes below the folder: partial files, unfinished multi-part uploads, empty folders.
 
     No listing shows these remains, but they take space.
 
@@ -259,7 +257,8 @@ def delete_leftovers(prefix_uri: str, older_than_s: float, dry_run: bool) -> lis
         dry_run: only list the files that would be deleted.
 
     Returns:
-        The URIs of the remains, sorted; the URI of an upload ends in ``?uploadId=...``.
+        The URIs of the remains, sorted; the URI of an upload ends in ``?uploadId=...``, and that of an empty folder on local
+        disk in a slash. A folder is as old as the last change in it, so it goes some time after its files.
     """
     with _at(prefix_uri) as place:
         return sorted(place.leftovers(older_than_s, dry_run))

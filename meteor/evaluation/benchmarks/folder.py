@@ -58,8 +58,7 @@ class Folder:
             NotFoundError: none of the files exists.
             DataError: the file is not JSON.
         """
-        uri = self.find(*names)
-        return _parsed(_read(uri), uri)
+        return read_json(self.find(*names))
 
     def json_lines(self, *names: str) -> Iterator[Any]:
         """Yield the records of a file with one JSON record per line; see `json`."""
@@ -122,6 +121,11 @@ class Folder:
             if any(storage.exists(storage.join(self.uri, f"{prefix}{name}")) for name in few):
                 return prefix
         raise self.missing(" or ".join(f"{prefix}{few[0]}" for prefix in prefixes))
+
+
+def read_json(uri: str) -> Any:
+    """Read a JSON file. Raises DataError if the file is not JSON."""
+    return _parsed(_read(uri), uri)
 
 
 def _read(uri: str) -> bytes:

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from meteor import storage
 from meteor.data.records import read_records
 from meteor.data.samples import load_samples
 from meteor.errors import DataError
-from meteor.evaluation.benchmarks.folder import Folder
+from meteor.evaluation.benchmarks.folder import Folder, read_json
 from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, with_suffix
 from meteor.evaluation.questions import LoadedQuestions, Question, ask, last_answer
 
@@ -70,10 +69,10 @@ def read_verdicts(uri: str) -> dict[str, float]:
     The file maps ids to numbers, or is MM-Vet's own grade file (id -> {"score": [number, ...]}), whose means count.
 
     Raises:
-        DataError: a verdict is not in [0, 1].
+        DataError: the file is not JSON, or a verdict is not in [0, 1].
     """
     verdicts = {}
-    for question_id, content in storage.read_json(uri).items():
+    for question_id, content in read_json(uri).items():
         scores = content["score"] if isinstance(content, dict) else content
         values = [float(score) for score in (scores if isinstance(scores, list) else [scores])]
         if not values or not all(0 <= value <= 1 for value in values):
