@@ -14,6 +14,7 @@ from meteor.storage.exclusive import move_if_absent
 from meteor.storage.place import ObjectInfo, check_size, is_partial, partial_name
 
 _COPY_CHUNK_BYTES = 8 << 20
+_NUM_FOLDER_ATTEMPTS = 5
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 # Errors about one path, which say nothing about the disk.
 _OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
@@ -60,7 +61,7 @@ class LocalFile:
 
     def _publish(self, fill: Callable[[BinaryIO], object], move: Callable[[str, str], None]) -> None:
         with partial_file(self.path) as partial:
-            with open(partial, "xb") as file:
+            with open(partial, "wb") as file:
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -100,6 +101,16 @@ class LocalFile:
                 if not dry_run:
                     LocalFile(info.uri).delete()
                 yield info.uri
+        yield from self._empty_folders(oldest_kept_s, dry_run)
+
+    def _empty_folders(self, oldest_kept_s: float, dry_run: bool) -> Iterator[str]:
+        # The deepest folders come first, so that a folder of nothing but empty folders is empty in its turn.
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            # Another process may use or remove a folder after the walk has found it.
+            with suppress(FileNotFoundError):
+                is_old = os.stat(folder).st_mtime < oldest_kept_s
+                if folder != self.path and is_old and not os.listdir(folder) and (dry_run or _remove_folder(folder)):
+                    yield f"{folder}/"
 
     def _walk(self) -> Iterator[ObjectInfo]:
         for folder, _, names in os.walk(self.path):
@@ -158,18 +169,42 @@ def disk_errors(uri: str) -> Iterator[None]:
 
 @contextmanager
 def partial_file(path: str) -> Iterator[str]:
-    """Yield a new name beside ``path``, to write to and then move; the name is removed at the end in every case."""
+    """Yield a new, empty file beside ``path``, to fill and then move; its name is removed at the end in every case."""
     folder = os.path.dirname(path)
+    partial = os.path.join(folder, partial_name())
     try:
-        _make_folder(folder)
+        _make_partial(partial)
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(f"{path} cannot be written: a file stands where its folder {folder} should be") from error
-    partial = os.path.join(folder, partial_name())
     try:
         yield partial
     finally:
         with suppress(FileNotFoundError):
             os.unlink(partial)
+
+
+def _make_partial(path: str) -> None:
+    """Make an empty file, which also keeps its folder from being removed as empty, and the folder if necessary."""
+    for attempt in range(1, _NUM_FOLDER_ATTEMPTS + 1):
+        _make_folder(os.path.dirname(path))
+        try:
+            open(path, "xb").close()
+            return
+        except FileNotFoundError:
+            # A clean-up removed the empty folder just now.
+            if attempt == _NUM_FOLDER_ATTEMPTS:
+                raise
+
+
+def _remove_folder(folder: str) -> bool:
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        # A writer has just made a file in it.
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        return False
+    return True
 
 
 def _make_folder(folder: str) -> None:

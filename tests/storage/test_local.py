@@ -219,3 +219,55 @@ def test_now_of_a_folder_that_cannot_be_written_is_this_machines(tmp_path: Path,
     monkeypatch.setattr(local, "open", read_only, raising=False)
     monkeypatch.setattr(time, "time", lambda: 5.0)
     assert storage.now_s(str(tmp_path)) == 5.0
+
+
+def test_old_empty_folders_are_left_over_and_folders_in_use_are_not(tmp_path: Path) -> None:
+    for name in ("steps/1/deep", "steps/2", "kept"):
+        (tmp_path / name).mkdir(parents=True)
+    storage.write_bytes(str(tmp_path / "steps/2/file"), b"x")
+    assert storage.delete_leftovers(str(tmp_path), 60, dry_run=False) == []
+    for name in ("steps/1/deep", "steps/1", "steps", "kept"):
+        os.utime(tmp_path / name, (1, 1))
+    os.utime(tmp_path, (1, 1))
+    assert storage.delete_leftovers(str(tmp_path), 60, dry_run=True) == [
+        f"{tmp_path}/kept/",
+        f"{tmp_path}/steps/1/deep/",
+    ]
+    assert storage.delete_leftovers(str(tmp_path), 60, dry_run=False) == [
+        f"{tmp_path}/kept/",
+        f"{tmp_path}/steps/1/deep/",
+    ]
+    os.utime(tmp_path / "steps/1", (1, 1))
+    assert storage.delete_leftovers(str(tmp_path), 60, dry_run=False) == [f"{tmp_path}/steps/1/"]
+    assert storage.delete_leftovers(str(tmp_path / "steps"), 60, dry_run=False) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["steps", "2", "file"]
+
+
+def test_a_folder_that_is_removed_just_before_a_write_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    make, removed = local._make_folder, []
+
+    def make_and_remove(folder: str) -> None:
+        make(folder)
+        if not removed and folder == str(tmp_path / "pins"):
+            removed.append(folder)
+            os.rmdir(folder)
+
+    monkeypatch.setattr(local, "_make_folder", make_and_remove)
+    storage.write_bytes(str(tmp_path / "pins/run.json"), b"x")
+    assert removed
+    assert storage.read_bytes(str(tmp_path / "pins/run.json")) == b"x"
+
+
+def test_a_folder_in_which_a_writer_just_started_stays(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "pins").mkdir()
+    os.utime(tmp_path / "pins", (1, 1))
+    listdir = os.listdir
+
+    def list_and_write(folder: str) -> list[str]:
+        names = listdir(folder)
+        (Path(folder) / ".partial-1").write_bytes(b"x")
+        return names
+
+    monkeypatch.setattr(os, "listdir", list_and_write)
+    assert storage.delete_leftovers(str(tmp_path), 60, dry_run=False) == []
+    assert (tmp_path / "pins/.partial-1").exists()

@@ -32,7 +32,7 @@ class GcPlan:
         kept_versions: (version, reason) of each version that is kept.
         deletions: files to delete, in the order of their deletion.
         compactions: data files whose live rows move to a new file; a later run deletes the old file.
-        leftovers: URIs of unfinished writes.
+        leftovers: URIs of unfinished writes and empty folders.
         num_files, num_bytes: number and size of all files below the cache's URI.
     """
 
@@ -84,7 +84,7 @@ class GcPlan:
                 f"{format_bytes(sum(compaction.dead_bytes for compaction in self.compactions))}"
             )
         if self.leftovers:
-            lines.append(f"  delete {len(self.leftovers):,} unfinished writes")
+            lines.append(f"  delete {len(self.leftovers):,} unfinished writes and empty folders")
         lines.append(f"  nothing younger than {self.older_than_s / 3600:g} hours is touched")
         if self.is_empty:
             lines.append("  nothing to do")
@@ -98,7 +98,7 @@ class GcReport:
     Attributes:
         num_deleted, deleted_bytes: number and size of the deleted files.
         num_compacted: data files whose live rows were moved.
-        num_leftovers: unfinished writes that were deleted.
+        num_leftovers: unfinished writes and empty folders that were deleted.
         version: the latest version; a new version if rows were moved.
         notes: parts of the plan that were not carried out, with reasons.
     """
@@ -117,7 +117,7 @@ class GcReport:
     def to_text(self) -> str:
         """Return the report as lines for people."""
         done = f"deleted {self.num_deleted:,} files, {format_bytes(self.deleted_bytes)}"
-        done += f", and {self.num_leftovers:,} unfinished writes" if self.num_leftovers else ""
+        done += f", and {self.num_leftovers:,} unfinished writes and empty folders" if self.num_leftovers else ""
         if self.num_compacted:
             done += (
                 f"; compacted {self.num_compacted:,} data files in version {self.version}, a later gc deletes the old"
