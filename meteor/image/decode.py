@@ -44,7 +44,7 @@ _DECODING_ERRORS = (
 
 # Most bytes per pixel while an image is decoded, measured by `benchmarks/decode_memory.py` and rounded up. The decoders of
 # these formats keep coefficients, frames or strips of their own; elsewhere the peak is an image beside its copy in RGB.
-_BYTES_PER_PIXEL = {"JPEG": 13, "PPM": 14, "TIFF": 16, "AVIF": 16, "WEBP": 20, "JPEG2000": 28}
+_BYTES_PER_PIXEL = {"JPEG": 13, "MPO": 13, "PPM": 14, "TIFF": 16, "AVIF": 16, "WEBP": 20, "JPEG2000": 28}
 _OTHER_BYTES_PER_PIXEL = 10
 # Memory of all images that this process decodes at the same time: JPEG files of 80 million pixels.
 _DECODING = ByteBudget(1 << 30)

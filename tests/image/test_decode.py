@@ -493,6 +493,15 @@ def test_a_tile_larger_than_its_image_is_counted() -> None:
         assert decoding._needed_bytes(image) == 100 * asked
 
 
+def test_a_jpeg_of_several_pictures_is_counted_as_a_jpeg() -> None:
+    # Pillow names the format of these files MPO, though its decoder is JPEG's.
+    several = make_file(make_noise(), "MPO", save_all=True, append_images=[make_noise()])
+    needed = [
+        decoding._needed_bytes(Image.open(io.BytesIO(data))) for data in (several, make_file(make_noise(), "JPEG"))
+    ]
+    assert needed[0] == needed[1]
+
+
 def test_threads_wait_until_the_images_of_others_leave_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_file(make_noise(), "PNG")
     num_bytes = 64 * 64 * decoding._OTHER_BYTES_PER_PIXEL + len(data)
