@@ -5,7 +5,9 @@ process would spend seconds and hundreds of megabytes on those imports.
 """
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -36,28 +38,39 @@ def slice_batch(batch: pa.Table, pixels: PixelSettings) -> pa.Table:
         batch: table with the columns ``image_key`` and ``uri``.
         pixels: slicing settings and limits.
     """
-    keys, uris = batch["image_key"].to_pylist(), batch["uri"].to_pylist()
     rows = []
-    # Object stores have a high latency, so that the next images are read while one is decoded.
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        reads = [pool.submit(read_unchanged, uri, key) for uri, key in zip(uris, keys, strict=True)]
-        for key, uri, read in zip(keys, uris, reads, strict=True):
-            row: dict[str, Any] = {
-                "image_key": key,
-                "reason": "",
-                "message": "",
-                "pixels": b"",
-                "width": 0,
-                "height": 0,
-            }
-            try:
-                with image_problems(uri):
-                    image = slice_bytes(read.result(), key, pixels)
-                    row |= {"width": image.width, "height": image.height, "pixels": image.to_bytes()}
-            except BadImageError as error:
-                row |= {"reason": error.reason, "message": str(error)}
-            rows.append(row)
+    for key, uri, read in _reads(batch["image_key"].to_pylist(), batch["uri"].to_pylist()):
+        row: dict[str, Any] = {
+            "image_key": key,
+            "reason": "",
+            "message": "",
+            "pixels": b"",
+            "width": 0,
+            "height": 0,
+        }
+        try:
+            with image_problems(uri):
+                image = slice_bytes(read.result(), key, pixels)
+                row |= {"width": image.width, "height": image.height, "pixels": image.to_bytes()}
+        except BadImageError as error:
+            row |= {"reason": error.reason, "message": str(error)}
+        rows.append(row)
     return pa.Table.from_pylist(rows, schema=_SLICED_SCHEMA)
+
+
+def _reads(keys: list[str], uris: list[str]) -> Iterator[tuple[str, str, Future[bytes]]]:
+    """Yield (image key, URI, read of its file), while the next files are read; object stores have a high latency.
+
+    Only a few files are in memory at a time, because a file can be as large as `meteor.image.files.MAX_FILE_BYTES`.
+    """
+    waiting: deque[tuple[str, str, Future[bytes]]] = deque()
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        for key, uri in zip(keys, uris, strict=True):
+            if len(waiting) == _NUM_READERS:
+                yield waiting.popleft()
+            waiting.append((key, uri, pool.submit(read_unchanged, uri, key)))
+        while waiting:
+            yield waiting.popleft()
 
 
 def read_unchanged(uri: str, image_key: str) -> bytes:

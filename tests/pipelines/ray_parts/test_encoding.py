@@ -11,6 +11,7 @@ from meteor.cache import FeatureCache, calibrate, commit, create_cache, needs_ca
 from meteor.image.pixels import slice_bytes
 from meteor.vision.encode_images import encode_sliced
 from pipelines.ray_parts import encoder as encoder_module
+from pipelines.ray_parts import slicing
 from pipelines.ray_parts.calibration import encode_places
 from pipelines.ray_parts.encoder import DeviceEncoder, Encoder, cut_by_size, unpack_sliced
 from pipelines.ray_parts.meter import EncodingMeter
@@ -52,6 +53,27 @@ def test_sliced_images_come_back_from_their_columns_as_they_were(run, batch):
             expected = slice_bytes(file.read(), key, pixel_settings(run))
         assert (image.image_key, (image.width, image.height), image.plan) == (key, size, expected.plan)
         assert all((one == other).all() for one, other in zip(image.sub_images, expected.sub_images, strict=True))
+
+
+def test_only_a_few_files_are_read_ahead_and_the_order_stays(run, batch, monkeypatch):
+    many = pa.concat_tables([batch.slice(0, 4)] * 20)
+    read, ahead = [], []
+    real_read, real_slice = slicing.read_unchanged, slicing.slice_bytes
+
+    def counted_read(uri, key):
+        read.append(key)
+        return real_read(uri, key)
+
+    def counted_slice(data, key, pixels):
+        ahead.append(len(read) - len(ahead))
+        return real_slice(data, key, pixels)
+
+    monkeypatch.setattr(slicing, "read_unchanged", counted_read)
+    monkeypatch.setattr(slicing, "slice_bytes", counted_slice)
+    table = slice_batch(many, pixel_settings(run))
+    assert table["image_key"].to_pylist() == many["image_key"].to_pylist()
+    assert len(ahead) == 80
+    assert max(ahead) <= slicing._NUM_READERS
 
 
 def test_the_actor_writes_what_it_says_it_wrote(run, batch, cache_uri):
