@@ -77,7 +77,7 @@ def _log(settings: RunSettings, uri: str, *, failed: bool) -> None:
     run_id = find(tracker, settings)
     for info in storage.list_objects(uri):
         tracker.log_file(run_id, f"report/{info.uri.removeprefix(uri).lstrip('/')}", storage.read_bytes(info.uri))
-    tracker.finish(run_id, failed=failed)
+    tracker.finish(run_id, "FAILED" if failed else "FINISHED")
 
 
 def plan(inputs: Inputs) -> str:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from meteor import storage
 from meteor.cache import FeatureCache
@@ -14,10 +14,13 @@ from meteor.config import RunSettings, settings_digest
 from meteor.errors import DamagedError, NotFoundError, TrackingError
 from meteor.runs.folder import StageFolder
 from meteor.runs.reading import read_stage
-from meteor.tracking import Tracker, public_uri
+from meteor.tracking import RunEnd, Tracker, public_uri
 
 _LOG = logging.getLogger(__name__)
 _RETRY_S = 60.0
+# End of a stage -> MLflow's word for it.
+StageEnd = Literal["finished", "failed", "stopped"]
+_ENDS: dict[str, RunEnd] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class StageLog:
@@ -106,9 +109,9 @@ class StageLog:
         """Send the record at the start of the stage."""
         self._try("The stage continues; its MLflow run is sent later")
 
-    def close(self, *, failed: bool) -> None:
+    def close(self, end: StageEnd) -> None:
         """Record the end of the stage, and send everything now or at the next start."""
-        self._content["status"] = "failed" if failed else "finished"
+        self._content["status"] = end
         self._save()
         self.send_all()
 
@@ -148,9 +151,9 @@ class StageLog:
             _LOG.info("[%s] %s in MLflow: %s", self._settings.name, stage, page)
         self._page_shown = True
         if status != "running":
-            tracker.finish(run_id, failed=status == "failed")
-            if status == "finished" and not used_by:
-                tracker.finish(parent)
+            tracker.finish(run_id, _ENDS[status])
+            if not used_by:
+                tracker.finish(parent, _ENDS[status])
             content["sent"] = True
             self._save()
 

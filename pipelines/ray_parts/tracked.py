@@ -50,9 +50,9 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
         except SupersededError:
             raise
         except BaseException:
-            log.close(failed=True)
+            log.close("failed")
             raise
-        log.close(failed=False)
+        log.close("finished")
 
 
 def reuse(settings: RunSettings, folder: StageFolder, summary: Summary) -> Summary:

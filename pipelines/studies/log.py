@@ -55,7 +55,7 @@ def record(
         run_record = records[variant.settings.name]
         tracker.set_tags(run_id, run_record.tags())
         tracker.log_metrics(run_id, [{"step": 0, **run_record.numbers}])
-        tracker.finish(run_id, failed=variant.settings.name in incomplete)
+        tracker.finish(run_id, "FAILED" if variant.settings.name in incomplete else "FINISHED")
 
     _send_each(variants, send)
 
@@ -73,7 +73,7 @@ def mark_failed(settings: RunSettings) -> None:
     """End the MLflow run of the study as failed."""
     try:
         tracker = make_tracker(settings)
-        tracker.finish(study_run(tracker, settings), failed=True)
+        tracker.finish(study_run(tracker, settings), "FAILED")
     except TrackingError as error:
         _LOG.warning("%s. The study's MLflow run is not marked as failed", error)
 

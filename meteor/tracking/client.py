@@ -1,22 +1,25 @@
-"""Experiment tracking in MLflow: runs found by tag, metrics that never stop a job, lineage from caches to runs."""
+"""Client of one MLflow experiment: runs found by tag, metrics that never stop a job, lineage from caches to runs."""
 
-import hashlib
 import logging
 import os
-import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from meteor.errors import TrackingError
 from meteor.formatting import flatten
 from meteor.optional import import_optional
-from meteor.secrets import COVER, redact
+from meteor.secrets import redact
+from meteor.tracking.database import ready_database
+from meteor.tracking.names import mlflow_name, public_uri
+from meteor.tracking.outages import reaching
+
+RunEnd = Literal["FINISHED", "FAILED", "KILLED"]
 
 _LOG = logging.getLogger(__name__)
 _DIGEST_TAG = "meteor.digest"
@@ -24,33 +27,15 @@ _PARENT_TAG = "mlflow.parentRunId"
 # MLflow's defaults (7 retries of up to 120 s) would delay training for minutes at every report while the server is away.
 _HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+# MLflow logs every database migration at level INFO, and the traceback of every database error, which it raises too.
+_LEVELS = {"alembic": logging.WARNING, "mlflow.tracking": logging.WARNING, "mlflow.store.db.utils": logging.CRITICAL}
 # Seconds without attempts to send metrics after the server could not be reached.
 _OUTAGE_PAUSE_S = 60.0
 # Limits of MLflow's API per request and per value.
 _MAX_PARAMS, _MAX_METRICS, _MAX_PARAM_LENGTH, _MAX_DATASET_DIGEST = 100, 1000, 6000, 36
-_MAX_CHILDREN, _MAX_NAME_LENGTH = 5000, 250
-# Code of MLflow's errors about a value, and not about the server.
-_REFUSED = "INVALID_PARAMETER_VALUE"
-
-
-def public_uri(uri: str) -> str:
-    """Remove user and password from a URI, for messages and files."""
-    return redact(uri).replace(f"{COVER}@", "")
-
-
-def mlflow_name(name: str) -> str:
-    """Return a metric's, parameter's or tag's name as MLflow accepts it; different names stay different.
-
-    Letters that MLflow refuses become ":<hexadecimal code>:". Codes also stand for dots at the start or after a slash, a
-    slash at an end or after another slash, and a colon that would look like such a code. A name that is too long ends in
-    a digest.
-    """
-    escaped = re.sub(r"[^A-Za-z0-9_\-. /:]|:(?=[0-9a-f]+:)", lambda match: f":{ord(match[0]):x}:", name)
-    escaped = re.sub(r"(?<![^/])\.+", lambda match: ":2e:" * len(match[0]), escaped)
-    escaped = re.sub(r"^/|/$|(?<=/)/", ":2f:", escaped)
-    if 0 < len(escaped) <= _MAX_NAME_LENGTH:
-        return escaped
-    return f"{escaped[: _MAX_NAME_LENGTH - 18]}::{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:16]}"
+_MAX_CHILDREN = 5000
+# Codes of MLflow's errors about a value, and about an experiment that another process has just made.
+_REFUSED, _EXISTS = "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"
 
 
 def experiment_page(uri: str, experiment: str, tags: Mapping[str, str]) -> str | None:
@@ -109,13 +94,13 @@ class Tracker:
         for name, value in {**_QUIET, **_HTTP_SETTINGS}.items():
             os.environ.setdefault(name, value)
         mlflow = import_optional("mlflow", needed_for="tracking", install="pip install mlflow")
-        # MLflow logs every database migration at level INFO.
-        for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        for noisy, level in _LEVELS.items():
+            logging.getLogger(noisy).setLevel(level)
         self.uri, self.experiment = uri, experiment
-        self._entities = mlflow.entities
+        # The error of a server and the error of a database; both carry a code.
+        self._entities, self._mlflow_error = mlflow.entities, mlflow.exceptions.MlflowException
         self._outage_until: float | None = None
-        with self._reaching():
+        with self._reaching(), ready_database(uri):
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self.experiment_id = self._experiment_id(experiment)
 
@@ -179,15 +164,14 @@ class Tracker:
             return
         now_ms = int(time.time() * 1000)
         try:
-            self._send(run_id, [metric for row in rows for metric in self._metrics(row, row.get("time_ms", now_ms))])
-            self._outage_until = None
-        except self._failures() as error:
-            if self._outage_until is None:
-                _LOG.warning(
-                    "MLflow at %s cannot be reached (%s); metrics stay in the run's files and are sent later",
-                    public_uri(self.uri),
-                    redact(str(error)),
+            with self._reaching():
+                self._send(
+                    run_id, [metric for row in rows for metric in self._metrics(row, row.get("time_ms", now_ms))]
                 )
+            self._outage_until = None
+        except TrackingError as error:
+            if self._outage_until is None:
+                _LOG.warning("%s; metrics stay in the run's files and are sent later", error)
             self._outage_until = time.monotonic() + _OUTAGE_PAUSE_S
 
     def backfill(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -231,9 +215,10 @@ class Tracker:
             for key, value in tags.items():
                 self._client.set_tag(run_id, mlflow_name(key), redact(str(value)))
 
-    def finish(self, run_id: str, *, failed: bool = False) -> None:
+    def finish(self, run_id: str, status: RunEnd = "FINISHED") -> None:
+        """End a run; "KILLED" is MLflow's word for a run that was stopped and may go on."""
         with self._reaching():
-            self._client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
+            self._client.set_terminated(run_id, status=status)
 
     def _metrics(self, row: Mapping[str, Any], time_ms: int) -> list[Any]:
         """Return a row's numbers as MLflow's metrics."""
@@ -252,9 +237,8 @@ class Tracker:
             batch = values[start : start + most]
             try:
                 self._client.log_batch(run_id, **{kind: batch})
-            except self._failures() as error:
-                # `RestException` of a server and `MlflowException` of a database both carry the code.
-                if getattr(error, "error_code", "") != _REFUSED:
+            except self._mlflow_error as error:
+                if error.error_code != _REFUSED:
                     raise
                 refused = self._refused(run_id, kind, batch)
                 # Then the fault is not a value's.
@@ -269,8 +253,8 @@ class Tracker:
         for value in values:
             try:
                 self._client.log_batch(run_id, **{kind: [value]})
-            except self._failures() as error:
-                if getattr(error, "error_code", "") != _REFUSED:
+            except self._mlflow_error as error:
+                if error.error_code != _REFUSED:
                     raise
                 refused.append((value, error))
         return refused
@@ -282,13 +266,12 @@ class Tracker:
         # MLflow would put artifacts of a SQLite store into the working directory; they belong beside the database.
         folder = self.uri.removeprefix("sqlite:///")
         location = str(Path(folder).parent / "mlartifacts" / name) if folder != self.uri else None
-        return self._client.create_experiment(name, artifact_location=location)
-
-    def _failures(self) -> tuple[type[Exception], ...]:
-        from mlflow.exceptions import MlflowException
-        from requests.exceptions import RequestException
-
-        return MlflowException, RequestException, OSError
+        try:
+            return self._client.create_experiment(name, artifact_location=location)
+        except self._mlflow_error as error:
+            if error.error_code != _EXISTS:
+                raise
+            return self._client.get_experiment_by_name(name).experiment_id
 
     def page(self, run_id: str) -> str | None:
         """Return the address of a run's web page; None without a server."""
@@ -296,11 +279,5 @@ class Tracker:
             return None
         return f"{public_uri(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        try:
-            yield
-        except self._failures() as error:
-            # The text of an error may hold the address with its password.
-            problem = redact(str(error))
-            raise TrackingError(f"MLflow at {public_uri(self.uri)} refused or cannot be reached: {problem}") from error
+    def _reaching(self) -> AbstractContextManager[None]:
+        return reaching(self.uri)

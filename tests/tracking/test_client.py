@@ -13,9 +13,9 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from meteor import tracking
 from meteor.errors import TrackingError
-from meteor.tracking import Tracker
+from meteor.tracking import Tracker, mlflow_name
+from meteor.tracking import client as client_module
 
 # MLflow's own way with SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -68,7 +68,7 @@ ODD_NAMES = [
 
 def test_a_name_of_any_kind_becomes_one_that_is_accepted_and_its_own(tracker, client):
     run_id = tracker.run("a", "a")
-    assert tracking.mlflow_name("scenes/exact_match") == "scenes/exact_match"
+    assert mlflow_name("scenes/exact_match") == "scenes/exact_match"
     row = {name: float(i) for i, name in enumerate(ODD_NAMES)}
     tracker.log_metrics(run_id, [{**row, "step": 0, "time_ms": 1}])
     assert tracker.backfill(run_id, [{**row, "step": 0, "time_ms": 1}]) == 0
@@ -81,7 +81,7 @@ def test_a_name_of_any_kind_becomes_one_that_is_accepted_and_its_own(tracker, cl
 
 @given(st.sets(st.text(alphabet=st.sampled_from("a:2e./ +é"), max_size=8), min_size=2, max_size=2))
 def test_different_names_stay_different(names):
-    assert len({tracking.mlflow_name(name) for name in names}) == 2
+    assert len({mlflow_name(name) for name in names}) == 2
 
 
 def test_a_value_that_is_refused_is_named_and_loses_no_other(tracker, client, monkeypatch, caplog):
@@ -117,7 +117,7 @@ def test_a_password_in_the_address_is_in_no_error(monkeypatch):
 
 def test_a_stage_that_starts_again_finds_its_run_by_its_digest(tracker, client, uri):
     first = tracker.run("meteor finetune", "d" * 64, tags={"meteor.stage": "finetune"})
-    tracker.finish(first, failed=True)
+    tracker.finish(first, "FAILED")
     assert client.get_run(first).info.status == "FAILED"
     assert Tracker(uri, "experiment").run("another name", "d" * 64) == first
     run = client.get_run(first)
@@ -166,7 +166,7 @@ def test_metrics_without_a_time_are_of_now(tracker, client):
 
 
 def test_more_metrics_than_one_call_takes_are_all_logged(tracker, client, monkeypatch):
-    monkeypatch.setattr(tracking, "_MAX_METRICS", 7)
+    monkeypatch.setattr(client_module, "_MAX_METRICS", 7)
     run_id = tracker.run("a", "a")
     tracker.log_metrics(run_id, make_rows(*range(1, 11)))
     assert [step for step, _ in history(client, run_id, "loss")] == list(range(1, 11))
@@ -211,7 +211,7 @@ def outage(tracker, monkeypatch):
         return log_batch(*args, **kwargs)
 
     monkeypatch.setattr(tracker._client, "log_batch", broken)
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: state["now"])
+    monkeypatch.setattr(client_module.time, "monotonic", lambda: state["now"])
     return state
 
 
@@ -227,7 +227,8 @@ def test_an_outage_stops_nothing_is_told_once_and_holds_nobody_up(tracker, clien
     tracker.log_metrics(run_id, make_rows(5))
     assert outage["attempts"] == 3
     assert [record.getMessage() for record in caplog.records] == [
-        f"MLflow at {tracker.uri} cannot be reached (the server is away); metrics stay in the run's files and are sent later"
+        f"MLflow at {tracker.uri} refused or cannot be reached: the server is away; "
+        "metrics stay in the run's files and are sent later"
     ]
     outage["on"] = False
     outage["now"] += 61
@@ -259,7 +260,7 @@ def test_what_an_outage_swallowed_is_filled_in_exactly(tracker, client, outage):
 
 def test_a_row_that_was_cut_in_the_middle_is_completed(tracker, client, outage, monkeypatch):
     run_id, rows = tracker.run("a", "a"), make_rows(1, 2, 3)
-    monkeypatch.setattr(tracking, "_MAX_METRICS", 3)
+    monkeypatch.setattr(client_module, "_MAX_METRICS", 3)
     send = tracker._client.log_batch
 
     def send_once(*args, **kwargs):
