@@ -1,16 +1,18 @@
 """Conventions of all command lines: run files and overrides, exit statuses, one line per error.
 
 Exit statuses: 0 for success; 1 if a check failed, or if two things that were compared differ; 2 for a wrong command line or an
-error, whose message is on standard error.
+error, whose message is on standard error. A signal that stops the command adds 128 to its number: Ctrl-C makes 130.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.errors import MeteorError
 from meteor.secrets import redact
+from meteor.stopping import stop_signal
 
 OK, DIFFERS, ERROR = 0, 1, 2
 
@@ -39,10 +41,18 @@ def read_run(arguments: argparse.Namespace) -> RunSettings:
     return resolve_paths(load_run(arguments.run, arguments.overrides))
 
 
-def run_command(act: Callable[[], int]) -> int:
-    """Call ``act`` and return its exit status; print the message of a `MeteorError` and return `ERROR`."""
+def run_command(act: Callable[[], int], *, when_stopped: str = "stopped") -> int:
+    """Call ``act`` and return its exit status; print the message of a `MeteorError` and return `ERROR`.
+
+    Args:
+        act: function that does the command's work.
+        when_stopped: line that is printed if a signal stops the command and nothing more is known.
+    """
     try:
         return act()
+    except KeyboardInterrupt as error:
+        print(str(error) or when_stopped, file=sys.stderr)
+        return 128 + (stop_signal() or signal.SIGINT)
     except MeteorError as error:
         print_error(type(error).__name__, str(error))
         return ERROR

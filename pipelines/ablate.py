@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import ray
 
@@ -12,17 +13,19 @@ from meteor.checksums import write_checked_json
 from meteor.command_line import OK, parse, read_run
 from meteor.config import RunSettings, Variant
 from meteor.errors import TrainingError
+from meteor.formatting import shorten
 from meteor.planning.study import plan_study
 from meteor.runs.claim import Claim
 from meteor.runs.folder import Summary, git_commit
 from meteor.runs.mlflow_log import where_to_compare
 from meteor.runs.tasks import Task, make_tasks
+from meteor.stopping import Stopped, stop_signal
 from pipelines import evaluate, finetune, pretrain, report
 from pipelines.command import guarded, stage_parser, timed
 from pipelines.ray_parts.runtime import job_id, ray_session
 from pipelines.studies.caches import fill_caches
 from pipelines.studies.efficiency import measure_variants
-from pipelines.studies.log import announce, mark_failed, record
+from pipelines.studies.log import announce, end_study, record
 from pipelines.studies.results import choose_variants
 from pipelines.studies.schedule import Outcome, run_tasks
 
@@ -30,6 +33,8 @@ _LOG = logging.getLogger(__name__)
 _DESCRIPTION = """Train and score every variant of a run's `study:` over one cache. Images are encoded once, stages that
 variants share are trained once, and all variants see the same batches. A failed variant stops no other. A second start
 skips finished stages."""
+# Letters of the list of stages that are left after a stop.
+_MAX_LEFT = 500
 _RUN: dict[str, Callable[..., Summary]] = {"pretrain": pretrain.run, "finetune": finetune.run, "evaluate": evaluate.run}
 
 
@@ -52,11 +57,13 @@ def run(inputs: Inputs, variants: Sequence[Variant]) -> Summary:
         announce(settings, variants)
         # The caches are filled; every other task waits for the tasks before it.
         tasks = {key: task for key, task in make_tasks([inputs.of(run) for run in runs]).items() if task.stage in _RUN}
-        outcomes = run_tasks(
-            {key: [need for need in task.needs if need in tasks] for key, task in tasks.items()},
-            lambda key: _run_task(inputs, tasks[key], claim),
-            parallel=settings.study.parallel or num_fitting_runs(runs) if settings.study else 1,
-        )
+        with _ends_when_stopped(settings, runs, tasks):
+            outcomes = run_tasks(
+                {key: [need for need in task.needs if need in tasks] for key, task in tasks.items()},
+                lambda key: _run_task(inputs, tasks[key], claim),
+                parallel=settings.study.parallel or num_fitting_runs(runs) if settings.study else 1,
+                interrupt=ray.shutdown,
+            )
         claim.check()
         failed = {tasks[key].label: outcome for key, outcome in outcomes.items() if outcome.error}
         measured = measure_variants(inputs, variants)
@@ -64,7 +71,7 @@ def run(inputs: Inputs, variants: Sequence[Variant]) -> Summary:
         record(inputs, variants, measured, incomplete)
         written = report.run(inputs)
         if failed:
-            mark_failed(settings)
+            end_study(settings, "FAILED")
     counts = {
         "variants": len(variants),
         "stages": len(tasks),
@@ -98,11 +105,27 @@ def _run_task(inputs: Inputs, task: Task, claim: Claim) -> Summary:
     try:
         summary = _RUN[task.stage](inputs.of(task.settings))
     except Exception as error:
-        # Other stages may run for hours before the summary names this error.
-        _LOG.error("[%s] failed: %s: %s", task.label, type(error).__name__, error)
+        # Other stages may run for hours before the summary names this error. A stop ends all tasks, with errors of any kind.
+        if stop_signal() is None:
+            _LOG.error("[%s] failed: %s: %s", task.label, type(error).__name__, error)
         raise
     print(f"[{task.label}] {summary.to_text()}", flush=True)
     return summary
+
+
+@contextmanager
+def _ends_when_stopped(settings: RunSettings, runs: Sequence[RunSettings], tasks: Mapping[str, Task]) -> Iterator[None]:
+    """After a stop, end the study's MLflow runs and name the stages that are left."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        left = [task for task in tasks.values() if not task.folder.finished()]
+        names = {name for task in left for name in task.used_by}
+        end_study(settings, "KILLED", [run for run in runs if run.name in names])
+        labels = shorten("; ".join(task.label for task in left), _MAX_LEFT)
+        raise Stopped(
+            f"[{settings.name}] stopped; the same command goes on with {len(left)} of {len(tasks)} stages: {labels}"
+        ) from error
 
 
 def write_study(settings: RunSettings, variants: Sequence[Variant]) -> None:

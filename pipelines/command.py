@@ -11,6 +11,7 @@ from meteor.assembly import Inputs
 from meteor.command_line import DIFFERS, ERROR, OK, add_run, parse, print_error, read_run, run_command
 from meteor.planning.run_check import check_run
 from meteor.runs.folder import Summary
+from meteor.stopping import stoppable
 from pipelines.ray_parts.logs import configure_logging
 from pipelines.ray_parts.runtime import find_meteor_error, ray_session
 
@@ -70,11 +71,12 @@ def guarded(act: Callable[[], int]) -> int:
     """Call ``act`` with this project's logging and return its exit status.
 
     Errors of this project become one line and status 2, even if a remote task raised them. Unexpected errors keep their
-    traceback.
+    traceback. A signal that stops the command becomes one line and status 128 + its number, after everything is cleaned up.
     """
     configure_logging()
     try:
-        return run_command(act)
+        with stoppable():
+            return run_command(act, when_stopped="stopped; the same command goes on from where it stopped")
     # Ray replaces the class and the text of an error that a remote task raised.
     except ray.exceptions.RayError as error:
         line = find_meteor_error(error)

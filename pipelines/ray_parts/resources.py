@@ -12,6 +12,7 @@ from meteor.config.settings import RuntimeSettings
 from meteor.errors import ClusterError
 from meteor.formatting import format_duration
 from meteor.planning.workers import WorkerRequest, describe_nodes
+from meteor.stopping import raise_if_stopped
 from pipelines.ray_parts.runtime import session_is_local
 
 _LOG = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def wait_for_nodes(request: WorkerRequest, runtime: RuntimeSettings, *, at_least
     started, next_line_s = time.monotonic(), 0.0
     is_requested = False
     while (num_fitting := request.num_fitting(nodes := alive_nodes())) < enough:
+        raise_if_stopped()
         waited_s = time.monotonic() - started
         there = f"the cluster has {describe_nodes(nodes)}, room for {num_fitting}"
         if waited_s >= limit_s:

@@ -14,6 +14,7 @@ import ray
 
 from meteor.config.settings import RuntimeSettings
 from meteor.progress import Pace, progress_line
+from meteor.stopping import keep_listening
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,12 +56,11 @@ def ray_session(settings: RuntimeSettings) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Without this, Ray's core prints an error line for every Ray Data actor whose constructor takes arguments.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if address:
-        ray.init(address=address, logging_level=logging.WARNING)
-    else:
-        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-    _session["local"] = not address
+    local = {} if address else {"include_dashboard": False, "log_to_driver": False}
     try:
+        with keep_listening():
+            ray.init(address=address, logging_level=logging.WARNING, **local)
+        _session["local"] = not address
         yield
     finally:
         _session["local"] = False

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from meteor import storage
+from meteor.checkpoint.folder import complete_checkpoints
 from meteor.config import RunSettings
-from meteor.errors import SupersededError
+from meteor.errors import StorageError, SupersededError
 from meteor.runs.folder import StageFolder, Summary, git_commit
 from meteor.runs.mlflow_log import StageLog, has_server
+from meteor.stages import TRAINING_STAGES
+from meteor.stopping import Stopped, raise_if_stopped, stop_signal
 from pipelines.ray_parts.logs import log_context
 from pipelines.ray_parts.runtime import job_metadata
 
@@ -18,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 @contextmanager
 def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) -> Iterator[StageLog]:
-    """Keep a stage's MLflow run open while the block runs; it ends as finished, or as failed after an exception.
+    """Keep a stage's MLflow run open while the block runs; it ends as finished, failed, or stopped by a signal.
 
     If the server cannot be reached, the block runs all the same, see `StageLog`.
 
@@ -26,7 +30,12 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
         settings: settings of the run.
         folder: the stage's folder.
         params: parameters of the MLflow run.
+
+    Raises:
+        Stopped: a signal stopped the block; the text says from where the same command goes on.
     """
+    # A thread of a study must not start Ray again after the main thread has stopped it.
+    raise_if_stopped()
     tags = {"meteor.kind": "stage", "meteor.stage": folder.stage, "meteor.run": settings.name}
     tags |= {"meteor.folder": folder.uri, "mlflow.source.git.commit": git_commit() or "unknown"}
     tags |= job_tags()
@@ -49,10 +58,26 @@ def tracked(settings: RunSettings, folder: StageFolder, params: dict[str, Any]) 
         # The MLflow run belongs to the newer start now.
         except SupersededError:
             raise
-        except BaseException:
+        except BaseException as error:
+            # After a signal, Ray ends under the threads of a study, which then see errors of any kind.
+            if isinstance(error, KeyboardInterrupt) or stop_signal() is not None:
+                log.close("stopped")
+                raise Stopped(f"[{settings.name}] {folder.stage}: stopped; {_continuation(folder)}") from error
             log.close("failed")
             raise
         log.close("finished")
+
+
+def _continuation(folder: StageFolder) -> str:
+    """Say from where the same command goes on."""
+    where = "where it stopped"
+    if folder.stage in TRAINING_STAGES:
+        try:
+            done = complete_checkpoints(storage.join(folder.uri, "checkpoints"))
+            where = f"step {int(done[-1].rpartition('_')[2])}" if done else "its first step"
+        except StorageError as error:
+            where = f"its newest checkpoint ({error})"
+    return f"the same command goes on from {where}"
 
 
 def reuse(settings: RunSettings, folder: StageFolder, summary: Summary) -> Summary:

@@ -115,7 +115,7 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
     runtime = settings.runtime
     # Every start gets a new name, as Ray Train does nothing for a name that it knows as finished or failed.
     name = f"{task.stage}-{task.run_uri[-12:]}-{task.claim.number}"
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         # The task is bound to the function. As a `train_loop_config` it would reach the controller too, which would then import
         # everything that a worker imports.
         partial(train_worker, task),
@@ -147,6 +147,13 @@ def _run_workers(settings: RunSettings, task: WorkerTask, log: StageLog, num_ste
                 f"{task.stage} failed. Run this command again to resume it from its last checkpoint in {task.run_uri}. "
                 f"Cause: {error}"
             ) from error
+
+
+class _Trainer(TorchTrainer):
+    """Trainer that leaves SIGINT to `meteor.stopping`; Ray's own handler would exit with status 0, without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Set no handler."""
 
 
 class _Watch:

@@ -12,7 +12,7 @@ from meteor.planning.survey import estimate_cache
 from meteor.report.study import numbers
 from meteor.runs.folder import git_commit
 from meteor.runs.mlflow_log import make_tracker, parent_run, study_run
-from meteor.tracking import Tracker
+from meteor.tracking import RunEnd, Tracker
 from pipelines.studies.results import RunRecord, find_folders, read_record, write_records
 
 _LOG = logging.getLogger(__name__)
@@ -69,13 +69,15 @@ def _record(inputs: Inputs, variant: Variant, measured: Mapping[str, Any] | None
     return dataclasses.replace(run, numbers=numbers(result), hardware=measured["hardware"] if measured else "")
 
 
-def mark_failed(settings: RunSettings) -> None:
-    """End the MLflow run of the study as failed."""
+def end_study(settings: RunSettings, end: RunEnd, incomplete: Sequence[RunSettings] = ()) -> None:
+    """End the MLflow runs of the study and of its incomplete variants as failed or killed."""
     try:
         tracker = make_tracker(settings)
-        tracker.finish(study_run(tracker, settings), "FAILED")
+        for variant in incomplete:
+            tracker.finish(parent_run(tracker, variant), end)
+        tracker.finish(study_run(tracker, settings), end)
     except TrackingError as error:
-        _LOG.warning("%s. The study's MLflow run is not marked as failed", error)
+        _LOG.warning("%s. The study's MLflow run is not marked as %s", error, end.lower())
 
 
 def _send_each(variants: Sequence[Variant], send: Callable[[Tracker, Variant, str], None]) -> None:

@@ -21,16 +21,19 @@ class Outcome:
     tried: bool = True
 
 
-def run_tasks(needs: Mapping[str, Sequence[str]], run: Callable[[str], Any], *, parallel: int) -> dict[str, Outcome]:
+def run_tasks(
+    needs: Mapping[str, Sequence[str]], run: Callable[[str], Any], *, parallel: int, interrupt: Callable[[], None]
+) -> dict[str, Outcome]:
     """Run every task after the tasks that it needs.
 
     If several tasks could start, the first in the order of ``needs`` starts, so that a chain ends before the next begins. An
-    interrupt, for example of the keyboard, is raised at once, and does not stop the tasks that are running.
+    interrupt, for example of the keyboard, is raised after the running tasks have ended.
 
     Args:
         needs: task -> tasks that must be done before it, without circles.
         run: function that does one task; it is called in a thread.
         parallel: largest number of tasks at the same time.
+        interrupt: function that lets the running tasks end soon; it is called after an interrupt.
 
     Returns:
         Task -> outcome, in the order of ``needs``.
@@ -52,8 +55,11 @@ def run_tasks(needs: Mapping[str, Sequence[str]], run: Callable[[str], Any], *, 
                     waiting.remove(task)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 outcomes[running.pop(future)] = _outcome(future)
+    except KeyboardInterrupt:
+        interrupt()
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
     return {task: outcomes[task] for task in needs}
 
 

@@ -14,13 +14,15 @@ import pytest
 from mlflow import MlflowClient
 from ray import cloudpickle
 
-from meteor import storage
+from meteor import stopping, storage
+from meteor.checkpoint.format import checkpoint_uri
 from meteor.config import RunSettings
 from meteor.errors import TrackingError
 from meteor.runs import mlflow_log as stage_log
 from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import StageIdentity
 from meteor.runs.metrics import MetricsSegment
+from meteor.stopping import Stopped
 from meteor.tracking import Tracker
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 from pipelines.ray_parts.tracked import reuse, tracked
@@ -93,6 +95,10 @@ def runs_of(uri):
     client = MlflowClient(tracking_uri=uri)
     found = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     return {run.data.tags.get("meteor.stage", ""): run for run in found}
+
+
+def statuses(uri):
+    return {stage: run.info.status for stage, run in runs_of(uri).items()}
 
 
 def points(uri, run, key):
@@ -173,10 +179,39 @@ def test_a_stage_that_fails_is_a_failed_run(make_run, database):
     uri = f"sqlite:///{database}"
     with pytest.raises(ValueError, match="broken"), make_run(uri).tracked({}):
         raise ValueError("broken")
-    assert runs_of(uri)["pretrain"].info.status == "FAILED"
+    assert statuses(uri) == {"pretrain": "FAILED", "": "FAILED"}
     with make_run(uri).tracked({}):
-        assert runs_of(uri)["pretrain"].info.status == "RUNNING"
-    assert runs_of(uri)["pretrain"].info.status == "FINISHED"
+        assert statuses(uri) == {"pretrain": "RUNNING", "": "RUNNING"}
+    assert statuses(uri) == {"pretrain": "FINISHED", "": "FINISHED"}
+
+
+@pytest.mark.parametrize(("steps", "where"), [((), "its first step"), ((5, 20), "step 20")])
+def test_a_stage_that_is_stopped_is_a_killed_run_and_names_the_step_from_which_it_goes_on(
+    make_run, database, steps, where
+):
+    uri, run = f"sqlite:///{database}", make_run(f"sqlite:///{database}")
+    for step in steps:
+        storage.write_json(
+            storage.join(checkpoint_uri(storage.join(run.uri, "checkpoints"), step), "manifest.json"), {}
+        )
+    with pytest.raises(Stopped) as stopped, run.tracked({}):
+        raise KeyboardInterrupt
+    assert str(stopped.value) == f"[r] pretrain: stopped; the same command goes on from {where}"
+    assert statuses(uri) == {"pretrain": "KILLED", "": "KILLED"}
+
+
+def test_an_error_in_a_thread_of_a_command_that_was_stopped_is_a_stop(make_run, database, monkeypatch):
+    run = make_run(f"sqlite:///{database}")
+
+    def lose_ray():
+        monkeypatch.setattr(stopping._Request, "received", signal.SIGTERM)
+        raise ValueError("Ray has ended")
+
+    with pytest.raises(Stopped), run.tracked({}):
+        lose_ray()
+    assert statuses(f"sqlite:///{database}")["pretrain"] == "KILLED"
+    with pytest.raises(Stopped), make_run(f"sqlite:///{database}").tracked({}):
+        raise AssertionError("it must not start")
 
 
 class Server:
@@ -229,9 +264,9 @@ def test_a_real_server_that_dies_while_a_stage_logs_has_every_number_once_in_the
 ):
     caplog.set_level(logging.WARNING)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("meteor.tracking._OUTAGE_PAUSE_S", 0.0)
+    monkeypatch.setattr("meteor.tracking.client._OUTAGE_PAUSE_S", 0.0)
     monkeypatch.setattr(stage_log, "_RETRY_S", 0.0)
-    monkeypatch.setattr("meteor.tracking._MAX_METRICS", 3)  # calls end in the middle of rows
+    monkeypatch.setattr("meteor.tracking.client._MAX_METRICS", 3)  # calls end in the middle of rows
     steps = iter(range(1, 1000))
     run = make_run(server.uri)
     with run.tracked({"lr": 0.1}) as log:  # away at the start
