@@ -16,6 +16,7 @@ from meteor import storage
 from meteor.command_line import DIFFERS, OK, add_run, parse, read_run, run_command
 from meteor.config import RunSettings
 from meteor.planning.workers import answering_request, describe_nodes, encoding_request, training_request
+from meteor.stopping import keep_listening, stoppable
 
 _DESCRIPTION = """Check everything that a run needs, on every node of the cluster: storage (write, read, conditional put),
 models, data, MLflow, GPUs, versions. Nothing is trained, and temporary files are deleted."""
@@ -38,11 +39,13 @@ def check_cluster(settings: RunSettings) -> int:
     """Check every node and print what was found; the exit status is 1 if a check failed."""
     address = settings.runtime.ray_address or os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False}
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
-    try:
-        return report(settings, look(settings))
-    finally:
-        ray.shutdown()
+    with stoppable():
+        try:
+            with keep_listening():
+                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
+            return report(settings, look(settings))
+        finally:
+            ray.shutdown()
 
 
 def look(settings: RunSettings) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from meteor.runs.tasks import Task, make_tasks
 from meteor.stopping import Stopped, stop_signal
 from pipelines import evaluate, finetune, pretrain, report
 from pipelines.command import guarded, stage_parser, timed
-from pipelines.ray_parts.runtime import job_id, ray_session
+from pipelines.ray_parts.runtime import job_id, ray_session, stop_ray
 from pipelines.studies.caches import fill_caches
 from pipelines.studies.efficiency import measure_variants
 from pipelines.studies.log import announce, end_study, record
@@ -62,7 +62,7 @@ def run(inputs: Inputs, variants: Sequence[Variant]) -> Summary:
                 {key: [need for need in task.needs if need in tasks] for key, task in tasks.items()},
                 lambda key: _run_task(inputs, tasks[key], claim),
                 parallel=settings.study.parallel or num_fitting_runs(runs) if settings.study else 1,
-                interrupt=ray.shutdown,
+                interrupt=stop_ray,
             )
         claim.check()
         failed = {tasks[key].label: outcome for key, outcome in outcomes.items() if outcome.error}

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from meteor.errors import TrackingError
 
 _LOG = logging.getLogger(__name__)
-# Migrations of a new database take 3 s on two busy cores.
+# Migrations of a new database take a second or two on two cores.
 _LOCK_WAIT_S, _LOCK_PAUSE_S = 60.0, 0.1
 # Time for another process to finish writing.
 _BUSY_S = 5.0

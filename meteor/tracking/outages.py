@@ -11,17 +11,20 @@ from meteor.tracking.names import public_uri
 _CURES = {
     "is locked": "another process holds the database: end it, or wait for it",
     "not a database": "the file is damaged: move it away, and a new one is made",
+    "can't decode byte": "the file is damaged: move it away, and a new one is made",
     "malformed": "the file is damaged: move it away, and a new one is made",
     "is full": "free space on the disk",
     "No space left": "free space on the disk",
     "unable to open": "its folder must exist, and this user must be allowed to write there",
     "readonly": "this user must be allowed to write the file and its folder",
     "Read-only": "its folder must be writable, or tracking.uri must name another place",
+    "Not a directory": "a file stands where its folder should be",
     "Permission denied": "this user must be allowed to write the file and its folder",
     "Can't locate revision": "a newer MLflow wrote the database: install that version, or name another file in tracking.uri",
     "No module named": "install the driver of the database, or name another driver, for example postgresql+psycopg2://",
     "Can't load plugin": "the driver's name is unknown: for example postgresql+psycopg2:// exists",
-    "Unsupported URI": "tracking.uri starts with http://, https://, sqlite:/// or postgresql://",
+    "nsupported URI": "tracking.uri starts with http://, https://, sqlite:/// or postgresql://",
+    "Could not parse": "tracking.uri starts with http://, https://, sqlite:/// or postgresql://",
 }
 
 

@@ -63,7 +63,14 @@ def ray_session(settings: RuntimeSettings) -> Iterator[None]:
         _session["local"] = not address
         yield
     finally:
-        _session["local"] = False
+        stop_ray()
+
+
+def stop_ray() -> None:
+    """Leave the cluster, or stop the local Ray; what other threads of this process wait for ends with an error."""
+    _session["local"] = False
+    # Ray's C++ code takes back its handlers, and ours with them.
+    with keep_listening():
         ray.shutdown()
 
 

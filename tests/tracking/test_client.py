@@ -21,14 +21,6 @@ from meteor.tracking import client as client_module
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory):
-    """MLflow takes seconds to bring a new database to its present form."""
-    file = tmp_path_factory.mktemp("mlflow") / "template.db"
-    Tracker(f"sqlite:///{file}", "template")
-    return file
-
-
 @pytest.fixture
 def uri(migrated_database, tmp_path):
     return f"sqlite:///{shutil.copy(migrated_database, tmp_path / 'mlflow.db')}"

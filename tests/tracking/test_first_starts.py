@@ -78,6 +78,7 @@ def test_first_starts_at_once_share_one_database_and_one_experiment(tmp_path, nu
     assert runs_in(database) == num_starts
 
 
+@pytest.mark.slow
 def test_a_start_that_waits_for_a_lock_whose_holder_is_killed_goes_on(tmp_path):
     database = tmp_path / "mlflow.db"
     holder = subprocess.Popen(
