@@ -32,20 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m jobs.preflight", description=_DESCRIPTION, epilog=_EPILOG)
     add_run(parser)
     arguments = parse(parser, argv)
-    return run_command(lambda: check_cluster(read_run(arguments)))
+    with stoppable():
+        return run_command(lambda: check_cluster(read_run(arguments)))
 
 
 def check_cluster(settings: RunSettings) -> int:
     """Check every node and print what was found; the exit status is 1 if a check failed."""
     address = settings.runtime.ray_address or os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False}
-    with stoppable():
-        try:
-            with keep_listening():
-                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
-            return report(settings, look(settings))
-        finally:
-            ray.shutdown()
+    try:
+        with keep_listening():
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
+        return report(settings, look(settings))
+    finally:
+        ray.shutdown()
 
 
 def look(settings: RunSettings) -> dict[str, dict[str, Any]]:
