@@ -141,6 +141,26 @@ def test_a_stage_without_a_server_finishes_and_is_logged_when_it_is_found_finish
     assert [one.path for one in artifacts] == ["scores.json"]
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"damaged" * 1000), lambda file: file.mkdir()])
+def test_a_stage_whose_database_cannot_be_used_finishes_and_is_sent_when_the_file_has_been_moved_away(
+    make_run, tmp_path, damage, caplog
+):
+    file = tmp_path / "mlflow.db"
+    damage(file)
+    run = make_run(f"sqlite:///{file}")
+    with run.tracked({"lr": 0.1}) as log:
+        MetricsSegment(run.uri, 0).add(make_rows(1, 2))
+        log.live(make_rows(1, 2))
+    run.finish(Summary("pretrain", {}, 1.0, {}))
+    assert "move it away" in caplog.text
+    file.rename(tmp_path / "moved")
+    again = make_run(f"sqlite:///{file}")
+    again.reuse(again.finished())
+    stage = runs_of(f"sqlite:///{file}")["pretrain"]
+    assert (stage.info.status, stage.data.params) == ("FINISHED", {"lr": "0.1"})
+    assert points(f"sqlite:///{file}", stage, "loss") == [(1, 1.0), (2, 0.5)]
+
+
 def test_a_server_that_comes_in_the_middle_gets_what_it_missed_and_goes_on(make_run, database, away, monkeypatch):
     uri, clock = f"sqlite:///{database}", {"now": 0.0}
     monkeypatch.setattr(stage_log.time, "monotonic", lambda: clock["now"])
