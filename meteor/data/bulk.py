@@ -1,13 +1,18 @@
-"""Helpers for hundreds of thousands of samples: processes that share the work, and a pause of Python's cycle collector."""
+"""Helpers for hundreds of thousands of samples.
+
+Processes share the work, a batch that fails loses only the items at fault, and Python's cycle collector pauses.
+"""
 
 import gc
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from meteor.errors import DataError, MeteorError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,21 +31,59 @@ def map_in_processes(make: Callable[[], Callable[[Item], Result]], items: Iterab
     Args:
         make: makes the function, once in each process; it and the items are sent to the processes as pickles.
         items: arguments of the function.
+
+    Raises:
+        DataError: the system ended a process, most often for lack of memory.
     """
     # Unlike the standard library's, these processes do not import the main module again, which may start work or have no file.
     from loky import ProcessPoolExecutor
+    from loky.process_executor import BrokenProcessPool
 
     num_processes = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES)
     # `map` of an executor would read all items at once.
     waiting: deque[Future[Result]] = deque()
     # As bytes, because a process imports what a pickle needs while it reads it, and the next one only starts afterwards.
     with ProcessPoolExecutor(num_processes, initializer=_start, initargs=(pickle.dumps(make),)) as pool:
-        for item in items:
-            waiting.append(pool.submit(_call, item))
-            if len(waiting) > 2 * num_processes:
+        try:
+            for item in items:
+                waiting.append(pool.submit(_call, item))
+                if len(waiting) > 2 * num_processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"the system ended one of {num_processes} processes that work on the samples, most often for lack of memory: "
+                "free some memory, or allow fewer CPUs with `taskset`, which starts fewer processes"
+            ) from error
+
+
+def by_halves(
+    function: Callable[[Sequence[Item]], Result],
+    batch: Sequence[Item],
+    fail: Callable[[Sequence[Item], BaseException], Result],
+) -> Iterator[Result]:
+    """Apply a function to a batch; if it fails, to its halves, so that only the items at fault are lost.
+
+    Args:
+        function: function of a batch.
+        batch: list, or Arrow batch of rows, with at least one item.
+        fail: makes the result of a batch of one item for which the function fails.
+
+    Raises:
+        MeteorError: the function raised it: the fault is foreseen, and concerns all items.
+    """
+    try:
+        yield function(batch)
+    except (MeteorError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  (a panic in the Rust code of a tokenizer is no Exception)
+        size = len(batch)
+        if size == 1:
+            yield fail(batch, error)
+            return
+        for half in (batch[: size // 2], batch[size // 2 :]):
+            yield from by_halves(function, half, fail)
 
 
 def _start(make: bytes) -> None:

@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from meteor import storage
@@ -15,6 +16,20 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _NEXT = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=[^ \t\n\r\]])")
 # An error this close to the end of the window may only mean that a word or an escape continues in the next block.
 _LONGEST_WORD = 16
+# Texts, and the brackets outside of them.
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+_SCALAR = re.compile(r"[^ \t\n\r,\]}]*")
+
+
+@dataclass(frozen=True)
+class UnreadableRecord:
+    """A record that the parser refuses, in a file whose other records can be read.
+
+    Attributes:
+        message: description of the problem, with the line and column.
+    """
+
+    message: str
 
 
 def read_records(uri: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[Any]:
@@ -25,11 +40,13 @@ def read_records(uri: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[Any]:
         block_bytes: bytes per read.
 
     Yields:
-        The records as Python values, in the order of the file.
+        The records as Python values, in the order of the file. `UnreadableRecord` stands for a line of ``.jsonl`` that is
+        not JSON, and for a value beyond Python's limits: nested too deeply, or a number of too many digits.
 
     Raises:
         NotFoundError: the file does not exist.
-        DataError: the file is not UTF-8, not JSON (with the line and column), or not a list of records.
+        DataError: the file is not UTF-8, not JSON (with the line and column), not a list of records, or ends in the middle
+            of a record.
     """
     text = _Text(uri, block_bytes)
     if uri.endswith(".jsonl"):
@@ -104,7 +121,7 @@ class _Text:
             self.more()
 
     def value(self) -> Any:
-        """Parse the JSON value at the cursor and move behind it."""
+        """Parse the JSON value at the cursor and move behind it; a value beyond Python's limits is only passed over."""
         while True:
             try:
                 value, end = self._values.raw_decode(self.text, self.at)
@@ -112,13 +129,36 @@ class _Text:
                 if self.is_complete or not self._may_continue(error):
                     raise self.error(error.msg, error.pos) from error
             except _BEYOND_LIMITS as error:
-                raise self.error(_limit(error)) from error
+                problem = UnreadableRecord(str(self.error(_limit(error))))
+                self._skip()
+                return problem
             else:
                 # A number that ends with the window may continue in the next block.
                 if end + _LONGEST_WORD < len(self.text) or self.is_complete:
                     self.at = end
                     return value
             self.more()
+
+    def _skip(self) -> None:
+        """Move behind the value at the cursor without parsing it."""
+        while (end := self._end()) is None or (end == len(self.text) and not self.is_complete):
+            if self.is_complete:
+                raise self.error("Unterminated list or object")
+            self.more()
+        self.at = end
+
+    def _end(self) -> int | None:
+        """Return the position behind the value at the cursor; None if the window ends before it."""
+        if self.text[self.at] not in "[{":
+            match = _SCALAR.match(self.text, self.at)
+            assert match is not None
+            return match.end()
+        depth = 0
+        for match in _BRACKETS.finditer(self.text, self.at):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+            if not depth:
+                return match.end()
+        return None
 
     def line(self) -> str | None:
         """Return the rest of the line at the cursor; None at the end of the file."""
@@ -178,10 +218,18 @@ def _refuse(text: _Text) -> None:
 def _lines(text: _Text) -> Iterator[Any]:
     while (line := text.line()) is not None:
         if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise text.error(error.msg, text.at + error.pos) from error
-            except _BEYOND_LIMITS as error:
-                raise text.error(_limit(error)) from error
+            yield _line(text, line)
         text.at += len(line) + 1
+
+
+def _line(text: _Text, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        problem = text.error(error.msg, text.at + error.pos)
+        # Without its end, the last line is what an interrupted download leaves.
+        if text.at + len(line) >= len(text.text):
+            raise problem from error
+        return UnreadableRecord(str(problem))
+    except _BEYOND_LIMITS as error:
+        return UnreadableRecord(str(text.error(_limit(error))))

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from meteor import storage
-from meteor.data.bulk import without_cycle_collector
-from meteor.data.samples import Sample, SampleProblem, iter_samples
+from meteor.data.bulk import by_halves, without_cycle_collector
+from meteor.data.samples import Sample, SampleProblem, failed, iter_samples
 from meteor.errors import DataError, NotFoundError
 from meteor.storage.files import new_file, open_file
 from meteor.text.conversation import Role, Turn
@@ -221,8 +221,13 @@ def _keep_records(uri: str, target: str, on_progress: OnProgress | None) -> list
     ):
         read = iter_samples(uri)
         while batch := list(islice(read, _BATCH_SIZE)):
-            writer.write_batch(_batch([record for record in batch if isinstance(record, Sample)]))
             problems += [vars(record) for record in batch if isinstance(record, SampleProblem)]
+            samples = [record for record in batch if isinstance(record, Sample)]
+            for rows in by_halves(_batch, samples, lambda sample, error: failed(sample[0].id, error)):
+                if isinstance(rows, SampleProblem):
+                    problems.append(vars(rows))
+                else:
+                    writer.write_batch(rows)
             num_read += len(batch)
             if on_progress is not None:
                 on_progress(num_read, None)

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from meteor.data.records import read_records
+from meteor.data.records import UnreadableRecord, read_records
+from meteor.formatting import shorten
 from meteor.text.conversation import Conversation, ConversationProblem, Turn, read_conversation
 
+_LONGEST_SHOWN = 200
+# What the column of a turn's number of images can hold.
+_MAX_IMAGES = (1 << 15) - 1
 # The key of LLaVA's files, and those of LLaMA-Factory, ms-swift and others.
 _IMAGE_KEYS = ("image", "images", "image_path", "image_paths")
 # Keys that look like images or other media; only those above are read.
@@ -74,7 +78,23 @@ def iter_samples(uri: str, *, for_generation: bool = False) -> Iterator[Sample |
     """
     ids = _UniqueIds()
     for position, record in enumerate(read_records(uri)):
-        yield _read_record(record, ids.take(_stated_id(record, position)), for_generation)
+        sample_id = str(position)
+        try:
+            sample_id = ids.take(_stated_id(record, position))
+            found = _read_record(record, sample_id, for_generation)
+        except Exception as error:  # noqa: BLE001  (a record may hold anything, and must not cost the others)
+            found = failed(sample_id, error)
+        yield found
+
+
+def failed(sample_id: str, error: BaseException) -> SampleProblem:
+    """Make the problem of a record from an error that nobody foresaw, such as a lack of memory."""
+    return SampleProblem(sample_id, "failed", describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """Describe an unforeseen error on one line."""
+    return f"{type(error).__name__}: {shorten(' '.join(str(error).split()), _LONGEST_SHOWN)}"
 
 
 def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample], list[SampleProblem]]:
@@ -90,6 +110,8 @@ def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample
 
 
 def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | SampleProblem:
+    if isinstance(record, UnreadableRecord):
+        return SampleProblem(sample_id, "bad_record", record.message)
     if not isinstance(record, dict):
         return SampleProblem(sample_id, "bad_record", f"the record is a {type(record).__name__}, not an object")
     images = _image_names(record)
@@ -128,9 +150,11 @@ def _image_names(record: dict[str, Any]) -> tuple[str, ...] | str:
         return f"images are named under {' and '.join(map(repr, given))}, which differ: keep one"
     image = record[given[0]]
     names = image if isinstance(image, list) else [image]
+    if len(names) > _MAX_IMAGES:
+        return f"{given[0]!r} names {len(names):,} images, and a record may name {_MAX_IMAGES:,}"
     if all(isinstance(name, str) and name for name in names):
         return tuple(names)
-    return f"{given[0]!r} must be a name or a list of names, and is {image!r}"
+    return f"{given[0]!r} must be a name or a list of names, and is {shorten(repr(image), _LONGEST_SHOWN)}"
 
 
 def _sample_type(record: dict[str, Any]) -> str:

@@ -88,7 +88,7 @@ def plan_table(
     lengths = tokens.lengths
     excluded = shown.excluded(samples, images)
     for row, problem in lengths.problems.items():
-        excluded.setdefault(row, ("tokenisation", f"Sample {samples.ids[row].as_py()!r}{problem}"))
+        excluded.setdefault(row, ("tokenisation", tokenisation_message(samples.ids[row].as_py(), problem)))
     num_image_tokens = shown.visual_tokens + shown.separators
     # Text tokens that fit beside the images; negative if the images alone are too long.
     max_text_tokens = max_length - num_image_tokens
@@ -97,11 +97,7 @@ def plan_table(
     is_cut = used & (lengths.num_text_tokens > max_text_tokens)
     # Without any answer token a sample would teach nothing.
     for row in np.flatnonzero(is_cut & (lengths.first_answer >= max_text_tokens)).tolist():
-        message = (
-            f"its images take {num_image_tokens[row]} of {max_length} tokens and its question the rest: no room for an "
-            "answer; raise max_length or keep fewer visual tokens"
-        )
-        excluded[row] = "too_long", message
+        excluded[row] = "too_long", too_long_message(int(num_image_tokens[row]), max_length)
         used[row] = is_cut[row] = False
     num_answers = lengths.num_answer_tokens.copy()
     for row in np.flatnonzero(is_cut).tolist():
@@ -121,6 +117,19 @@ def plan_table(
     problems = [Exclusion(problem.sample_id, problem.reason, problem.message) for problem in samples.problems]
     found = [Exclusion(samples.ids[row].as_py(), *excluded[row]) for row in sorted(excluded)]
     return TablePlan(SampleTable(table, [tokens]), (*problems, *found), int(is_cut.sum()))
+
+
+def tokenisation_message(sample_id: str, problem: str) -> str:
+    """Return the message about a sample with a problem of its `TokenLengths`."""
+    return f"Sample {sample_id!r}{problem}"
+
+
+def too_long_message(num_image_tokens: int, max_length: int) -> str:
+    """Return the message about a sample whose images and question leave no room for an answer."""
+    return (
+        f"its images take {num_image_tokens} of {max_length} tokens and its question the rest: no room for an answer; "
+        "raise max_length or keep fewer visual tokens"
+    )
 
 
 def _table(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from meteor import storage
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
-from meteor.data.bulk import map_in_processes, without_cycle_collector
+from meteor.data.bulk import by_halves, map_in_processes, without_cycle_collector
 from meteor.data.sample_sets import OnProgress, SampleSet, samples_of
+from meteor.data.samples import describe
 from meteor.storage.files import new_file, open_file
 from meteor.text.batches import BatchTokeniser, TokenBatch
 from meteor.text.tokens import TokenisedSample
@@ -186,16 +187,25 @@ def _tokenise(
     batches = samples.batches()
     num_done = 0
     with without_cycle_collector():
-        for batch in map(make(), batches) if len(samples) < _MIN_FOR_PROCESSES else map_in_processes(make, batches):
-            yield batch
-            num_done += len(batch.problems)
+        for parts in map(make(), batches) if len(samples) < _MIN_FOR_PROCESSES else map_in_processes(make, batches):
+            yield from parts
+            num_done += sum(len(part.problems) for part in parts)
             if on_progress is not None:
                 on_progress(num_done, len(samples))
 
 
-def _make_tokenise(tokenizer: PreTrainedTokenizerBase, template: str) -> Callable[[pa.RecordBatch], TokenBatch]:
+def _make_tokenise(tokenizer: PreTrainedTokenizerBase, template: str) -> Callable[[pa.RecordBatch], list[TokenBatch]]:
     tokeniser = BatchTokeniser(tokenizer, template)
-    return lambda batch: tokeniser([sample.conversation for sample in samples_of(batch)])
+
+    def tokenise(batch: pa.RecordBatch) -> TokenBatch:
+        return tokeniser([sample.conversation for sample in samples_of(batch)])
+
+    return lambda batch: list(by_halves(tokenise, batch, _without_tokens))
+
+
+def _without_tokens(sample: pa.RecordBatch, error: BaseException) -> TokenBatch:
+    """Make the empty row of a sample whose tokenisation failed."""
+    return replace(TokenBatch.of([TokenisedSample([], [])]), problems=[f" cannot be tokenised ({describe(error)})"])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

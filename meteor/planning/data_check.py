@@ -12,7 +12,6 @@ from meteor.data.inspect_image import InspectedImage, inspect_image
 from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import SampleProblem
 from meteor.data.sources import find_source
-from meteor.errors import TokenisationError
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 from meteor.planning.data_report import DataReport, SetReport, SourceReport
@@ -20,7 +19,7 @@ from meteor.planning.data_report import DataReport, SetReport, SourceReport
 # Images given to the threads at once: futures for 400,000 images would take half a gigabyte.
 _IMAGES_AT_ONCE = 4096
 
-TokenCounter = Callable[[int, Sequence[SlicePlan]], int]
+TokenCounter = Callable[[int, Sequence[SlicePlan]], int | SampleProblem]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class CheckedSet:
     Attributes:
         samples: the file's samples and its unusable records.
         max_length: number of tokens above which a sample's text is cut.
-        count_tokens: (position of a sample, slice plans of its images in order) -> number of text and visual tokens.
+        count_tokens: (position of a sample, slice plans of its images in order) -> number of text and visual tokens, or the
+            problem because of which the stage leaves the sample out.
     """
 
     samples: SampleSet
@@ -95,10 +95,11 @@ def _check_set(name: str, checked: CheckedSet, inspected: Mapping[str, Inspected
         if len(plans) < len(images):
             num_without_images += 1
             continue
-        try:
-            token_counts[sample_id] = checked.count_tokens(position, plans)
-        except TokenisationError as error:
-            found.append(SampleProblem(sample_id, "tokenisation", str(error)))
+        counted = checked.count_tokens(position, plans)
+        if isinstance(counted, SampleProblem):
+            found.append(counted)
+        else:
+            token_counts[sample_id] = counted
     own = [inspected[image] for image in samples.distinct_images.to_pylist()]
     return SetReport(
         name=name,

@@ -7,8 +7,10 @@ from meteor.assembly.places import samples_uri
 from meteor.assembly.sample_sets import as_samples
 from meteor.data.collate import ImageLayout, num_image_tokens
 from meteor.data.sample_sets import SampleSet
+from meteor.data.samples import SampleProblem, failed
+from meteor.data.table_plan import tokenisation_message, too_long_message
 from meteor.data.token_table import tokenise_set
-from meteor.errors import TokenisationError
+from meteor.errors import MeteorError, TokenisationError
 from meteor.evaluation.question_images import is_written
 from meteor.image.budget import visual_token_budget
 from meteor.image.slicing import SlicePlan
@@ -55,22 +57,26 @@ def _checked(inputs: Inputs, file: SampleFile) -> CheckedSet:
     # The finished model answers questions with the limits of stage 2.
     options = settings.training(file.stage or "finetune")
     budget = visual_token_budget(settings.projector.name, settings.projector.settings)
-    if file.stage is None:
-        samples, count_text = _question_text(inputs, file.name)
-    else:
-        samples, count_text = _training_text(inputs, file)
 
-    def count_tokens(position: int, plans: Sequence[SlicePlan]) -> int:
+    def num_visual(plans: Sequence[SlicePlan]) -> int:
         layouts = [ImageLayout(plan.grid, plan.patch_grids) for plan in plans]
         if options.sub_images == "global":
             layouts = [layout.only_global() for layout in layouts]
-        return count_text(position) + sum(num_image_tokens(layout, budget) for layout in layouts)
+        return sum(num_image_tokens(layout, budget) for layout in layouts)
 
-    return CheckedSet(samples, options.max_length, count_tokens)
+    make = _question_text if file.stage is None else _training_text
+    samples, count_text = make(inputs, file)
+    return CheckedSet(
+        samples, options.max_length, lambda position, plans: count_text(position, num_visual(plans), options.max_length)
+    )
 
 
-def _training_text(inputs: Inputs, file: SampleFile) -> tuple[SampleSet, Callable[[int], int]]:
-    """Return a training file's samples, and position -> number of text tokens, from the tokens that training uses."""
+# (position of a sample, number of visual tokens, max_length) -> number of tokens, or the sample's problem.
+_Counter = Callable[[int, int, int], int | SampleProblem]
+
+
+def _training_text(inputs: Inputs, file: SampleFile) -> tuple[SampleSet, _Counter]:
+    """Return a training file's samples, and a counter of the tokens that training uses."""
     settings = inputs.settings
     assert file.stage is not None
     samples = inputs.sample_set(file.name, file.uri)
@@ -82,22 +88,33 @@ def _training_text(inputs: Inputs, file: SampleFile) -> tuple[SampleSet, Callabl
         on_progress=ProgressLog(f"{file.name}: tokenising: samples"),
     ).lengths
 
-    def count(position: int) -> int:
+    def count(position: int, num_visual: int, max_length: int) -> int | SampleProblem:
+        sample_id = samples.ids[position].as_py()
         if position in lengths.problems:
-            raise TokenisationError(f"Sample {samples.ids[position].as_py()!r}{lengths.problems[position]}")
-        return int(lengths.num_text_tokens[position])
+            return SampleProblem(sample_id, "tokenisation", tokenisation_message(sample_id, lengths.problems[position]))
+        num_tokens = int(lengths.num_text_tokens[position]) + num_visual
+        if num_tokens > max_length and lengths.first_answer[position] >= max_length - num_visual:
+            return SampleProblem(sample_id, "too_long", too_long_message(num_visual, max_length))
+        return num_tokens
 
     return samples, count
 
 
-def _question_text(inputs: Inputs, name: str) -> tuple[SampleSet, Callable[[int], int]]:
-    """Return a question set's samples, and position -> number of text tokens in the prompt."""
+def _question_text(inputs: Inputs, file: SampleFile) -> tuple[SampleSet, _Counter]:
+    """Return a question set's samples, and a counter of the tokens of prompts."""
     tokenizer, template = inputs.tokenizer(), inputs.settings.finetune.template
-    questions = inputs.question_set(name)
+    questions = inputs.question_set(file.name)
 
-    def count(position: int) -> int:
+    def count(position: int, num_visual: int, max_length: int) -> int | SampleProblem:
         sample = questions.questions[position].sample
-        tokens = tokenise(sample.conversation, tokenizer, template, for_generation=True, sample_id=sample.id)
-        return len(tokens.input_ids) - len(sample.images)
+        try:
+            tokens = tokenise(sample.conversation, tokenizer, template, for_generation=True, sample_id=sample.id)
+        except TokenisationError as error:
+            return SampleProblem(sample.id, "tokenisation", str(error))
+        except MeteorError:
+            raise
+        except Exception as error:  # noqa: BLE001  (a text may hold anything, and must not cost the check of the others)
+            return failed(sample.id, error)
+        return len(tokens.input_ids) - len(sample.images) + num_visual
 
     return as_samples(questions), count

@@ -1,12 +1,13 @@
 """Records read block by block are those of the whole document, and its errors too."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meteor.data.records import read_records
+from meteor.data.records import UnreadableRecord, read_records
 from meteor.errors import DataError
 
 VALUES = st.recursive(
@@ -76,12 +77,40 @@ def test_bytes_that_are_not_text_are_named_by_their_position(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("block_bytes", [100, 1 << 20])
 @pytest.mark.parametrize(
-    ("value", "problem"), [("[" * 100_000 + "]" * 100_000, "nested too deeply"), ("9" * 5000, "digits")]
+    ("value", "problem"),
+    [
+        ("[" * 100_000 + '"]}\\"{"' + "]" * 100_000, "nested too deeply"),
+        ('{"a": ' * 10_000 + "1" + "}" * 10_000, "nested too deeply"),
+        ("9" * 5000, "digits"),
+        ('{"id": [' + "9" * 5000 + "]}", "digits"),
+    ],
 )
-def test_values_beyond_the_parsers_limits_are_refused_with_their_line(tmp_path, name, value, problem):
+def test_a_value_beyond_the_parsers_limits_is_named_by_its_line_and_costs_no_other(
+    tmp_path, name, block_bytes, value, problem
+):
     good = '{"id": 1}'
-    text = f"[{good},\n{value}\n]" if name == "a.json" else f"{good}\n{value}\n"
+    text = f"[{good},\n{value},\n{good}\n]" if name == "a.json" else f"{good}\n{value}\n{good}\n"
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=rf"line 2, column 1: .*{problem}"):
-        list(read_records(str(tmp_path / name)))
+    first, bad, last = read_records(str(tmp_path / name), block_bytes=block_bytes)
+    assert first == last == {"id": 1}
+    assert isinstance(bad, UnreadableRecord)
+    assert re.search(rf"{name}, line 2, column 1: .*{problem}", bad.message)
+
+
+def test_a_deep_value_that_never_ends_is_a_damaged_file(tmp_path):
+    (tmp_path / "a.json").write_text("[1,\n" + "[" * 100_000)
+    with pytest.raises(DataError, match=r"a\.json, line 2, column 1: .*Unterminated"):
+        list(read_records(str(tmp_path / "a.json")))
+
+
+def test_a_line_that_is_not_json_costs_no_other_and_a_line_that_is_cut_off_is_a_damaged_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1}\n{"id" 2}\r\n\n{"id": 3}')
+    first, bad, last = read_records(str(path))
+    assert (first, last) == ({"id": 1}, {"id": 3})
+    assert f"{path}, line 2, column 7: not valid JSON" in bad.message
+    path.write_text(path.read_text()[:-1])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 4, column 9"):
+        list(read_records(str(path)))

@@ -8,7 +8,6 @@ from meteor import storage
 from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample, SampleProblem
 from meteor.data.sources import find_source
-from meteor.errors import TokenisationError
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import plan_slices
 from meteor.planning.data_check import CheckedSet, check_data
@@ -118,9 +117,7 @@ def test_a_size_behind_a_long_header_is_found_by_reading_on(tmp_path):
 
 def test_problems_of_records_and_of_tokens_are_counted(tmp_path):
     def count_tokens(position, plans):
-        if position == 1:
-            raise TokenisationError("no answer token")
-        return 10
+        return SampleProblem("b", "tokenisation", "no answer token") if position == 1 else 10
 
     problems = [SampleProblem("x", "image_without_placeholder", "image without <image>")]
     report = check([make_sample("a"), make_sample("b")], {}, problems, count_tokens=count_tokens)
