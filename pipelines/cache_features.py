@@ -197,8 +197,7 @@ def _new_refusals(cache_uri: str, refused: Iterable[QuarantineRow]) -> list[Quar
 
 
 def _check_share_of_bad(settings: RunSettings, num_images: int, bad: list[QuarantineRow]) -> None:
-    data = settings.data
-    if len(bad) >= data.min_bad_images and len(bad) > data.max_bad_share * num_images:
+    if not settings.data.tolerates(len(bad), num_images):
         reasons = ", ".join(
             f"{count} {reason}" for reason, count in collections.Counter(row.reason for row in bad).most_common()
         )

@@ -17,10 +17,11 @@ from meteor.assembly.training_stage import find_model
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, mathematical_settings
 from meteor.data.indexed_images import IndexedImage
-from meteor.errors import BadImageError, CacheError, SettingsError
+from meteor.data.samples import SampleProblem
+from meteor.errors import BadImageError, CacheError, QuarantineLimitError, SettingsError
 from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question
-from meteor.evaluation.score_table import UNTYPED, score_rows, score_table
+from meteor.evaluation.score_table import UNTYPED, score_rows, score_table, unusable_rows
 from meteor.image.pixels import PixelSettings
 from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import identify
@@ -31,8 +32,8 @@ from pipelines.ray_parts.runtime import job_id
 from pipelines.ray_parts.tracked import reuse, tracked
 
 _DESCRIPTION = """Answer the question sets of data.evaluate greedily and score each set with the metric of its benchmark. A
-question whose image is quarantined counts as wrong and is reported. Answers are kept as they arrive: a second start, or more
-question sets, only answers new questions."""
+question that cannot be read, or whose image is quarantined, counts as wrong and is reported. Answers are kept as they
+arrive: a second start, or more question sets, only answers new questions."""
 _PREDICTIONS = pa.schema(
     [
         *((name, pa.string()) for name in ("set", "id", "group", "image", "type", "question", "answer")),
@@ -65,9 +66,17 @@ def run(inputs: Inputs) -> Summary:
             log.cache(cache, context="evaluation")
             questions = find_questions(settings, sets, index, cache)
             live = LiveMetrics(settings.name, "evaluate", folder.digest)
-            predictions, num_new = answer(
+            answers_of_all = answer(
                 settings, questions, (model_uri, model_digest), cache, index, live, folder.check_claim
             )
+            questions, predictions, num_new = (
+                answers_of_all.questions,
+                answers_of_all.predictions,
+                answers_of_all.num_new,
+            )
+            for question_set in sets:
+                of_set = [question for question in questions if question.set == question_set.name]
+                _check_share_of_bad(settings, question_set, len(of_set), answers_of_all.problems(question_set.name))
             provenance = {
                 "model": model_uri,
                 "model_digest": model_digest,
@@ -78,13 +87,14 @@ def run(inputs: Inputs) -> Summary:
             for question_set in sets:
                 name, metric = question_set.name, question_set.metric
                 of_set = [question for question in questions if question.set == name]
-                plain = [question.question for question in of_set]
+                plain, problems = [each.question for each in of_set], counted_problems(settings, question_set)
                 answers = {question.id: predictions.get((name, question.id), "") for question in plain}
                 scored = score_rows(
                     name, [(each.question, answers[each.question.id], each.reason) for each in of_set], metric
                 )
-                scores[name] = {**facts[name], **score_table(scored, plain, metric), **provenance}
-                rows += scored
+                table = score_table(scored, plain, metric, num_unusable=len(problems))
+                scores[name] = {**facts[name], **table, **provenance}
+                rows += [*scored, *unusable_rows(name, problems, is_scored=table["score"] is not None)]
                 _export(folder.uri, question_set, plain, answers)
             folder.check_claim()
             _write(folder.uri, rows, scores)
@@ -92,7 +102,7 @@ def run(inputs: Inputs) -> Summary:
             log.file("scores.json")
         elapsed = seconds()
         counts: dict[str, Any] = {"questions": len(rows), "answered_now": num_new}
-        counts |= {"quarantined": sum(bool(question.reason) for question in questions)}
+        counts |= {"quarantined": sum(row["quarantined"] for row in rows)}
         counts |= {"questions_per_s": num_new / elapsed}
         counts |= {line: value for name, table in scores.items() for line, value in _lines(name, table)}
         results = {
@@ -143,17 +153,13 @@ def find_questions(
 
     Raises:
         CacheError: an image has not been indexed or encoded.
-        SettingsError: records of a question set cannot be used.
+        QuarantineLimitError: too many records of a question set cannot be used.
     """
     images = indexed_images(index, distinct_images(map(as_samples, sets)), cache.quarantined())
     pixels, found = pixel_settings(settings), []
     for question_set in sets:
-        if question_set.problems:
-            problem = question_set.problems[0]
-            raise SettingsError(
-                f"{question_set.uri}: {len(question_set.problems)} records cannot be used, for example {problem.sample_id}: "
-                f"{problem.message}"
-            )
+        num_records = len(question_set.questions) + len(question_set.problems)
+        _check_share_of_bad(settings, question_set, num_records, question_set.problems)
         longest = longest_answer(settings, question_set)
         for question in first_questions(question_set, settings.evaluate.limit):
             shown = question.sample.images
@@ -161,6 +167,23 @@ def find_questions(
             keys = tuple(images[name].image_key for name in shown)
             found.append(SetQuestion(question_set.name, replace(question, image_keys=keys), reason, longest))
     return found
+
+
+def counted_problems(settings: RunSettings, question_set: QuestionSet) -> tuple[SampleProblem, ...]:
+    """Return the records that count as wrong questions: all that cannot be used; none if only some questions are asked."""
+    return question_set.problems if settings.evaluate.limit is None else ()
+
+
+def _check_share_of_bad(
+    settings: RunSettings, question_set: QuestionSet, num_all: int, problems: Sequence[SampleProblem]
+) -> None:
+    if settings.data.tolerates(len(problems), num_all) and len(problems) < num_all:
+        return
+    example = f", for example {problems[0].sample_id}: {problems[0].message}" if problems else ""
+    raise QuarantineLimitError(
+        f"{question_set.uri}: {len(problems)} of {num_all} questions cannot be asked{example}. See `meteor data check`, repair "
+        "the file, or raise data.max_bad_share: a question that cannot be asked counts as wrong"
+    )
 
 
 def _reason(name: str, images: Mapping[str, IndexedImage], pixels: PixelSettings) -> str:

@@ -72,8 +72,7 @@ def _plan_set(inputs: Inputs, prepared: PreparedStage, samples: SampleSet) -> Ta
         sub_images=options.sub_images,
     )
     num_records = len(samples) + len(samples.problems)
-    limit = max(settings.data.min_bad_images - 1, settings.data.max_bad_share * num_records)
-    if len(plan.excluded) > limit:
+    if not settings.data.tolerates(len(plan.excluded), num_records):
         raise QuarantineLimitError(
             f"{len(plan.excluded)} of {num_records} samples of {samples.uri} cannot be used ({plan.reasons()}), for example "
             f"{plan.excluded[0].sample_id}: {plan.excluded[0].message}. See `meteor data check`, or raise data.max_bad_share"

@@ -104,11 +104,14 @@ class DataSettings(_Settings):
     )
     max_bad_share: Fraction = operational(
         0.01,
-        "share of quarantined images above which a stage fails (cache_features first publishes the good images); "
-        "min_bad_images must be reached as well",
+        "share of quarantined images, or of samples or questions that cannot be used, above which a stage fails "
+        "(cache_features first publishes the good images); min_bad_images must be reached as well",
     )
     min_bad_images: int = operational(
-        10, "number of quarantined images below which no stage fails, whatever their share", ge=0
+        10,
+        "number of quarantined images, or of samples or questions that cannot be used, below which no stage fails, whatever "
+        "their share; 0 with max_bad_share 0: the first one fails the stage",
+        ge=0,
     )
 
     @field_validator("evaluate", mode="before")
@@ -119,6 +122,10 @@ class DataSettings(_Settings):
         return {
             name: {"path": questions} if isinstance(questions, str) else questions for name, questions in value.items()
         }
+
+    def tolerates(self, num_bad: int, num_all: int) -> bool:
+        """Return whether a stage goes on although some of its images, samples or questions cannot be used."""
+        return not num_bad or num_bad < self.min_bad_images or num_bad <= self.max_bad_share * num_all
 
     def sources(self, stage: TrainingStage) -> dict[str, float]:
         """Return the stage's sample files with their passes per epoch; empty if the run names none."""

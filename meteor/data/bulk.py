@@ -62,6 +62,8 @@ def by_halves(
     function: Callable[[Sequence[Item]], Result],
     batch: Sequence[Item],
     fail: Callable[[Sequence[Item], BaseException], Result],
+    *,
+    concerns_items: Callable[[BaseException], bool] = lambda error: not isinstance(error, MeteorError),
 ) -> Iterator[Result]:
     """Apply a function to a batch; if it fails, to its halves, so that only the items at fault are lost.
 
@@ -69,21 +71,23 @@ def by_halves(
         function: function of a batch.
         batch: list, or Arrow batch of rows, with at least one item.
         fail: makes the result of a batch of one item for which the function fails.
-
-    Raises:
-        MeteorError: the function raised it: the fault is foreseen, and concerns all items.
+        concerns_items: whether an error may be due to single items. Other errors pass; by default those of
+            `meteor.errors`, which are foreseen.
     """
     try:
         yield function(batch)
-    except (MeteorError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # noqa: BLE001  (a panic in the Rust code of a tokenizer is no Exception)
+    # A panic in the Rust code of a tokenizer is no Exception.
+    except BaseException as error:
+        if not concerns_items(error):
+            raise
         size = len(batch)
         if size == 1:
             yield fail(batch, error)
             return
         for half in (batch[: size // 2], batch[size // 2 :]):
-            yield from by_halves(function, half, fail)
+            yield from by_halves(function, half, fail, concerns_items=concerns_items)
 
 
 def _start(make: bytes) -> None:

@@ -11,7 +11,7 @@ from meteor.formatting import shorten
 from meteor.text.conversation import Conversation, ConversationProblem, Turn, read_conversation
 
 _LONGEST_SHOWN = 200
-# What the column of a turn's number of images can hold.
+# The largest number in the column that counts the images of a turn.
 _MAX_IMAGES = (1 << 15) - 1
 # The key of LLaVA's files, and those of LLaMA-Factory, ms-swift and others.
 _IMAGE_KEYS = ("image", "images", "image_path", "image_paths")
@@ -76,7 +76,7 @@ def iter_samples(uri: str, *, for_generation: bool = False) -> Iterator[Sample |
         NotFoundError: the file does not exist.
         DataError: the file is not JSON (with the line and column), or not a list of records.
     """
-    ids = _UniqueIds()
+    ids = UniqueIds()
     for position, record in enumerate(read_records(uri)):
         sample_id = str(position)
         try:
@@ -167,7 +167,7 @@ def _stated_id(record: Any, position: int) -> str:
     return str(position) if stated is None or stated == "" else str(stated).encode(errors="replace").decode()
 
 
-class _UniqueIds:
+class UniqueIds:
     """Ids of the records of a file so far; repeated ids get a number."""
 
     def __init__(self) -> None:
@@ -175,6 +175,7 @@ class _UniqueIds:
         self._taken: set[str] = set()
 
     def take(self, stated: str) -> str:
+        """Return the id of the next record, which states this id."""
         self._num_uses[stated] += 1
         unique = stated if self._num_uses[stated] == 1 else f"{stated}#{self._num_uses[stated]}"
         # A file may already contain an id like "a#2".

@@ -58,6 +58,8 @@ class QuestionSet:
     def scoring_digest(self) -> str:
         """Digest of the questions, the right answers, the options and the metric: everything but the model."""
         content = [self.digest, self.facts, self.metric.name, self.metric.version]
+        # Records that cannot be used count as wrong.
+        content += [[problem.sample_id for problem in self.problems]] if self.problems else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -183,13 +185,15 @@ class _Recorded(Folder):
 
 def _usable(loaded: LoadedQuestions) -> tuple[list[Question], tuple[SampleProblem, ...]]:
     """Return the questions that can be asked, and the problems of the others."""
-    usable, problems = [], list(loaded.problems)
+    usable: dict[str, Question] = {}
+    problems = list(loaded.problems)
     for question in loaded.questions:
-        if problem := _problem(question):
+        problem = _problem(question) or ("an earlier question has its id" if question.id in usable else "")
+        if problem:
             problems.append(SampleProblem(str(question.id).encode(errors="replace").decode(), "bad_question", problem))
         else:
-            usable.append(question)
-    return usable, tuple(problems)
+            usable[question.id] = question
+    return list(usable.values()), tuple(problems)
 
 
 def _problem(question: Question) -> str:

@@ -19,6 +19,7 @@ class Question:
         choices: texts of the options A, B, ...; empty for free answers.
         group: common id of prompts that are scored together, such as the rotations of a question; "" for a single prompt.
         image_keys: keys of the images in order; empty before the index is known.
+        stated_id: the id in the file, for files of answers; "" if it is ``id``.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Question:
     choices: tuple[str, ...] = ()
     group: str = ""
     image_keys: tuple[str, ...] = ()
+    stated_id: str = ""
 
     @property
     def text(self) -> str:

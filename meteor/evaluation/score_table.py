@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from meteor.data.samples import SampleProblem
 from meteor.errors import DataError
 from meteor.evaluation.metrics import EXACT_MATCH, Metric
 from meteor.evaluation.questions import Question
@@ -57,6 +58,30 @@ def score_rows(
     return rows
 
 
+def unusable_rows(name: str, problems: Sequence[SampleProblem], *, is_scored: bool) -> list[dict[str, Any]]:
+    """Return a row for each record that is no question which can be asked; it counts as wrong.
+
+    Args:
+        name: name of the question set.
+        problems: records that cannot be used.
+        is_scored: whether the answers of the set are scored here; the rows have no score otherwise.
+    """
+    texts = ("image", "type", "question", "answer", "prediction", "read_as")
+    return [
+        {
+            **dict.fromkeys(texts, ""),
+            "set": name,
+            "id": problem.sample_id,
+            "group": problem.sample_id,
+            "references": [],
+            "score": 0.0 if is_scored else None,
+            "quarantined": True,
+            "quarantine_reason": f"{problem.reason}: {problem.message}",
+        }
+        for problem in problems
+    ]
+
+
 def _score_together(rows: Sequence[dict[str, Any]]) -> None:
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -69,14 +94,23 @@ def _score_together(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def score_table(
-    rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], metric: Metric = EXACT_MATCH
+    rows: Sequence[Mapping[str, Any]],
+    questions: Sequence[Question],
+    metric: Metric = EXACT_MATCH,
+    *,
+    num_unusable: int = 0,
 ) -> dict[str, Any]:
     """Combine the rows of a set into scores, over all questions and for each type.
+
+    A record that cannot be used counts as a wrong question: the score is multiplied by the share of usable questions. For a
+    mean of questions this is exact. Scores of types and further numbers are those of the usable questions, because the type
+    of such a record is not known.
 
     Args:
         rows: rows of a set from `score_rows`.
         questions: questions of these rows, for the score of a constant answer.
         metric: the benchmark's metric.
+        num_unusable: number of records that cannot be used, which have no rows here.
 
     Returns:
         A table with these entries. Everything from ``score`` to ``extra`` is also in ``by_type``, for each type by name.
@@ -84,7 +118,8 @@ def score_table(
         - ``metric`` and ``metric_version``
         - ``score``, or None if answers cannot be scored here
         - ``interval``, the 95 % interval [low, high], clustered by image; None with fewer than two images
-        - ``num_questions`` and ``num_quarantined``
+        - ``num_questions``, and ``num_quarantined``: how many of them count as wrong because their record or an image cannot
+          be used
         - ``majority_score``, the score of always giving the most frequent answer
         - ``extra``, further numbers of the metric
 
@@ -100,30 +135,35 @@ def score_table(
         name: _part([rows[i] for i in types[name]], [questions[i] for i in types[name]], metric)
         for name in sorted(types)
     }
-    whole = _part(rows, questions, metric)
+    whole = _part(rows, questions, metric, num_unusable)
     return {"metric": metric.name, "metric_version": metric.version, **whole, "by_type": by_type}
 
 
-def _part(rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], metric: Metric) -> dict[str, Any]:
+def _part(
+    rows: Sequence[Mapping[str, Any]], questions: Sequence[Question], metric: Metric, num_unusable: int = 0
+) -> dict[str, Any]:
     scored = [row for row in rows if row["score"] is not None]
+    num_usable = len({row["group"] for row in rows})
+    share = num_usable / (num_usable + num_unusable)
     content: dict[str, Any] = {
         "score": None,
         "interval": None,
-        "num_questions": len({row["group"] for row in rows}),
+        "num_questions": num_usable + num_unusable,
         "majority_score": None,
-        "num_quarantined": len({row["group"] for row in rows if row["quarantined"]}),
+        "num_quarantined": len({row["group"] for row in rows if row["quarantined"]}) + num_unusable,
         "extra": {},
     }
     if not scored:
         return content
     value, influences = metric.combine(scored)
+    value, influences = share * value, [share * influence for influence in influences]
     # Questions about an image are not independent, so the image is the unit of the standard error.
     clusters = [row["image"] or row["group"] for row in scored]
     error, num_clusters = standard_error(influences, clusters), len(set(clusters))
     return content | {
         "score": value,
         "interval": None if error is None else list(share_interval(min(max(value, 0.0), 1.0), error, num_clusters)),
-        "majority_score": _majority_score(questions, metric),
+        "majority_score": None if (constant := _majority_score(questions, metric)) is None else share * constant,
         "extra": metric.extra(scored),
     }
 

@@ -60,7 +60,7 @@ class ScoreSection:
         facts: sentence about everything that the scores depend on.
         table: scores by type of question.
         figure: chart of the scores; None if nothing could be scored.
-        num_quarantined: questions that count as wrong because their image could not be used.
+        num_quarantined: questions that count as wrong because their record or image could not be used.
     """
 
     question_set: str

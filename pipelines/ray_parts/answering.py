@@ -1,8 +1,8 @@
 """Answers to questions from actors all over the cluster; known answers are reused."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +17,9 @@ from meteor.assembly.features import open_features, uris_by_key
 from meteor.cache import DatasetIndex, FeatureCache
 from meteor.config import RunSettings, settings_digest
 from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE
+from meteor.data.bulk import by_halves
+from meteor.data.samples import SampleProblem
+from meteor.errors import DataError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
@@ -33,6 +36,7 @@ _LOG = logging.getLogger(__name__)
 _METHOD = 1
 # Estimate for English text, good enough to sort prompts by length.
 _CHARACTERS_PER_TOKEN = 4
+_ANSWERS = pa.schema([("position", pa.int64()), ("prediction", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class SetQuestion:
     Attributes:
         set: name of the question set.
         question: the question, with the keys of its images.
-        reason: reason for which an image of the question is quarantined; "" if the question can be answered.
+        reason: reason for which an image of the question is quarantined, or the question got no answer; "" for all others.
         longest: largest number of tokens in the answer.
     """
 
@@ -50,6 +54,38 @@ class SetQuestion:
     question: Question
     reason: str
     longest: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to the questions of all sets.
+
+    Attributes:
+        questions: questions of all sets in order, with the reasons of those that got no answer.
+        predictions: (set, question id) -> answer, known answers included.
+        num_new: number of prompts that were asked now.
+        unanswered: (set, question id) -> reason, for prompts that were asked in vain; the next start asks them again.
+    """
+
+    questions: list[SetQuestion]
+    predictions: dict[tuple[str, str], str]
+    num_new: int
+    unanswered: dict[tuple[str, str], str]
+
+    def problems(self, name: str) -> list[SampleProblem]:
+        """Return the questions of a set that were asked in vain."""
+        return [
+            SampleProblem(question_id, "unanswered", reason)
+            for (set_name, question_id), reason in self.unanswered.items()
+            if set_name == name
+        ]
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """Reason for which a prompt has no answer: its text does not fit the template, or an image has gone or changed."""
+
+    reason: str
 
 
 def answer(
@@ -60,7 +96,7 @@ def answer(
     index: DatasetIndex,
     live: LiveMetrics,
     check_claim: Callable[[], None],
-) -> tuple[dict[tuple[str, str], str], int]:
+) -> Answers:
     """Answer all questions whose images can be used.
 
     Args:
@@ -70,14 +106,11 @@ def answer(
         cache, index: feature cache and dataset index, at the versions to read.
         live: metrics that count answers as they arrive.
         check_claim: function that raises an error if a newer start of the stage has taken over.
-
-    Returns:
-        (set, question id) -> answer, known answers included; and the number of prompts that were answered now.
     """
     store = AnswerStore(_answers_uri(settings, model[1], cache))
     good = [each for each in questions if not each.reason]
     prompts = {(each.set, each.question.id): prompt_digest(each.question, each.longest) for each in good}
-    known = store.read()
+    known: dict[str, str | Unanswered] = {**store.read()}
     if num_known := sum(prompt in known for prompt in prompts.values()):
         _LOG.info("[%s] %d of %d questions were answered before", settings.name, num_known, len(prompts))
     # A prompt that occurs in two sets is answered once.
@@ -86,13 +119,20 @@ def answer(
     if missing:
         try:
             for answers in _ask(settings, missing, model[0], cache, index):
-                if store.add(answers):
+                if store.add({prompt: text for prompt, text in answers.items() if isinstance(text, str)}):
                     check_claim()
                 live.answered(len(answers))
                 known |= answers
         finally:
             store.flush()
-    return {key: known[prompt] for key, prompt in prompts.items()}, len(missing)
+    found = {key: known[prompt] for key, prompt in prompts.items()}
+    reasons = {key: answer.reason for key, answer in found.items() if isinstance(answer, Unanswered)}
+    return Answers(
+        [replace(each, reason=reasons.get((each.set, each.question.id), each.reason)) for each in questions],
+        {key: answer for key, answer in found.items() if isinstance(answer, str)},
+        len(missing),
+        reasons,
+    )
 
 
 def _answers_uri(settings: RunSettings, model_digest: str, cache: FeatureCache) -> str:
@@ -107,8 +147,8 @@ def _ask(
     model_uri: str,
     cache: FeatureCache,
     index: DatasetIndex,
-) -> Iterator[dict[str, str]]:
-    """Yield prompt -> answer as answers arrive from actors.
+) -> Iterator[dict[str, str | Unanswered]]:
+    """Yield prompt -> answer, or why there is none, as answers arrive from actors.
 
     Questions of similar length share a batch. The longest come first, so that no actor still works on them at the end.
     """
@@ -138,9 +178,14 @@ def _ask(
             compute=ActorPoolStrategy(size=runtime.num_evaluators),
             runtime_env={"env_vars": worker_environment(runtime.gpus_per_worker)},
         )
-        for row in dataset.iter_rows():
+        for found in _by_prompt(dataset.iter_rows(), [prompt for prompt, _ in ordered]):
             num_done += 1
-            yield {ordered[row["position"]][0]: row["prediction"]}
+            yield found
+
+
+def _by_prompt(rows: Iterable[Mapping[str, Any]], prompts: Sequence[str]) -> Iterator[dict[str, str | Unanswered]]:
+    for row in rows:
+        yield {prompts[row["position"]]: row["prediction"] if row["reason"] is None else Unanswered(row["reason"])}
 
 
 def _lengths(settings: RunSettings, missing: Mapping[str, tuple[int, Question]], index: DatasetIndex) -> dict[str, int]:
@@ -180,9 +225,26 @@ class AnswerActor:
             self._answerer.check(self._source)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        positions, answers = batch["position"].to_pylist(), []
+        positions = batch["position"].to_pylist()
+        answers: list[str | Unanswered] = []
         # Questions are sorted by their longest answer, so that nearly all batches are one group.
         for longest, group in groupby((self._questions[i] for i in positions), key=lambda item: item[0]):
             questions = [question for _, question in group]
-            answers += self._answerer.answer(questions, self._source, max_new_tokens=longest)
-        return pa.table({"position": positions, "prediction": answers})
+
+            def ask(some: Sequence[Question], longest: int = longest) -> list[str | Unanswered]:
+                return [*self._answerer.answer(some, self._source, max_new_tokens=longest)]
+
+            for part in by_halves(ask, questions, _without_answer, concerns_items=_is_about_questions):
+                answers += part
+        texts = [answer if isinstance(answer, str) else None for answer in answers]
+        reasons = [answer.reason if isinstance(answer, Unanswered) else None for answer in answers]
+        return pa.table({"position": positions, "prediction": texts, "reason": reasons}, schema=_ANSWERS)
+
+
+def _without_answer(question: Sequence[Question], error: BaseException) -> list[str | Unanswered]:
+    return [Unanswered(str(error))]
+
+
+def _is_about_questions(error: BaseException) -> bool:
+    # An outage of the store, or a device without memory, would make the score depend on the machine.
+    return isinstance(error, DataError)

@@ -323,9 +323,21 @@ def test_a_question_file_of_llava_and_its_answers_file(load, tmp_path):
     name, answers = questions.benchmark.export(questions.folder, questions.questions, {"7": "a cat", "x": "so"})
     assert name == "answers.jsonl"
     assert answers[0] == {"question_id": 7, "prompt": "what?" + SHORT, "text": "a cat"}
-    file.write_text('{"text": "what?"}')
-    with pytest.raises(DataError, match="needs question_id and text"):
-        load("llava", file)
+
+
+def test_a_question_of_a_file_that_cannot_be_read_costs_no_other(load, tmp_path):
+    file = tmp_path / "question.jsonl"
+    good = {"question_id": 1, "text": "what?"}
+    odd = [{"text": "why?"}, 7, {"question_id": 2, "text": 5}, {"question_id": 3, "text": "\ud83d"}]
+    file.write_text("".join(json.dumps(one) + "\n" for one in [good, *odd]) + "{no json}\n" + json.dumps(good))
+    found = load("llava", file)
+    assert [question.id for question in found.questions] == ["1", "1#2"]
+    assert [problem.reason for problem in found.problems] == ["bad_record"] * 4 + ["bad_question"]
+    assert "needs question_id and a text, but has ['text']" in found.problems[0].message
+    assert "line 6, column 2" in found.problems[3].message
+    # LLaVA's own scripts find an answer by the id in the file.
+    _, answers = found.benchmark.export(found.folder, found.questions, {"1": "a", "1#2": "b"})
+    assert [(answer["question_id"], answer["text"]) for answer in answers] == [(1, "a"), (1, "b")]
 
 
 def test_a_benchmark_on_s3_is_read_as_one_on_disk(load, folders, s3_root, tmp_path):

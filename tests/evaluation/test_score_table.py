@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meteor.data.samples import SampleProblem
 from meteor.errors import DataError
 from meteor.evaluation.metrics import CIRCULAR, EXACT_MATCH, POPE_F1, TRUE_FALSE, VQA_ACCURACY, judged, relaxed
 from meteor.evaluation.questions import ask
-from meteor.evaluation.score_table import score_rows, score_table
+from meteor.evaluation.score_table import score_rows, score_table, unusable_rows
 from meteor.evaluation.scoring import pope_scores
 
 
@@ -171,3 +172,21 @@ def test_influences_on_f1_add_up_to_nothing_and_asking_twice_changes_nothing(row
     assert sum(influences) == pytest.approx(0, abs=1e-9)
     doubled, _ = POPE_F1.combine(scored * 2)
     assert doubled == pytest.approx(value)
+
+
+def test_a_record_that_cannot_be_used_counts_as_a_wrong_question():
+    rows, table = make_table(
+        [(make_question("a"), "yes", ""), (make_question("b"), "yes", ""), (make_question("c"), "no", "")]
+    )
+    questions = [make_question(name) for name in "abc"]
+    problems = [SampleProblem("d", "bad_question", "half of a pair")]
+    more = score_table(rows, questions, num_unusable=1)
+    unusable = unusable_rows("set", problems, is_scored=True)
+    assert table["score"] == 2 / 3
+    # The mean of the rows is the score, as for all other questions.
+    assert more["score"] == sum(row["score"] for row in [*rows, *unusable]) / 4 == 2 / 4
+    assert (more["num_questions"], more["num_quarantined"]) == (4, 1)
+    assert more["majority_score"] == table["majority_score"] * 3 / 4
+    assert unusable[0]["quarantine_reason"] == "bad_question: half of a pair"
+    assert unusable[0].keys() == rows[0].keys()
+    assert unusable_rows("set", problems, is_scored=False)[0]["score"] is None

@@ -5,12 +5,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoConfig, CLIPVisionConfig
 
 from meteor.assembly import Inputs, load_encoder, pixel_settings
+from meteor.errors import DataError, QuarantineLimitError
 from meteor.evaluation.benchmarks import BENCHMARKS
 from meteor.evaluation.questions import ask
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
@@ -182,6 +184,70 @@ def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(
     assert (rows["alike"]["score"], rows["alike"]["quarantined"]) == (1.0, False)
     table = read_scores(summary)["pairs"]
     assert (table["num_questions"], table["num_quarantined"]) == (2, 1)
+
+
+def test_a_record_that_cannot_be_asked_is_a_wrong_answer_and_too_many_stop_the_stage(
+    make_evaluation, encode, say_yes, tmp_path
+):
+    turns = [{"from": "human", "value": "yes?"}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": name, "conversations": turns} for name in ("a", "b", "c")]
+    records.append({"id": "odd", "conversations": [{"from": "human", "value": "\ud83d"}, turns[1]]})
+    (tmp_path / "questions.json").write_text(json.dumps(records))
+    sets = {"odd": str(tmp_path / "questions.json")}
+    settings = make_evaluation(sets, limit=None)
+    encode(settings)
+    say_yes()
+    summary = evaluate.run(Inputs(settings))
+    table = read_scores(summary)["odd"]
+    assert (table["score"], table["num_questions"], table["num_quarantined"]) == (0.75, 4, 1)
+    assert (summary.counts["questions"], summary.counts["quarantined"]) == (4, 1)
+    rows = {row["id"]: row for row in pq.read_table(summary.results["predictions"]).to_pylist()}
+    assert (rows["odd"]["score"], rows["odd"]["quarantined"]) == (0.0, True)
+    assert rows["odd"]["quarantine_reason"].startswith("bad_text: ")
+    # Repaired or removed, the record makes another evaluation.
+    (tmp_path / "questions.json").write_text(json.dumps(records[:3]))
+    assert read_scores(evaluate.run(Inputs(settings)))["odd"]["score"] == 1.0
+    (tmp_path / "questions.json").write_text(json.dumps(records))
+    strict = make_evaluation(sets, limit=None)
+    data = strict.data.model_copy(update={"min_bad_images": 0, "max_bad_share": 0.0})
+    with pytest.raises(
+        QuarantineLimitError, match="1 of 4 questions cannot be asked, for example odd: a text contains half"
+    ):
+        evaluate.find_questions(
+            strict.model_copy(update={"data": data}),
+            Inputs(strict).question_sets(),
+            Inputs(strict).index(),
+            Inputs(strict).cache(),
+        )
+
+
+def test_a_question_that_is_asked_in_vain_costs_no_other_and_is_asked_again(
+    make_evaluation, encode, monkeypatch, small
+):
+    class Answerer:
+        def answer(self, questions, source, *, max_new_tokens):
+            if any(question.id == gone for question in questions):
+                raise DataError("gone.png was readable when it was indexed, but is not now")
+            return ["yes"] * len(questions)
+
+    def ask(settings, missing, *arguments):
+        actor = answering.AnswerActor.__new__(answering.AnswerActor)
+        actor._questions, actor._answerer, actor._source = list(missing.values()), Answerer(), None
+        rows = actor(pa.table({"position": range(len(missing))})).to_pylist()
+        yield from answering._by_prompt(rows, list(missing))
+
+    monkeypatch.setattr(answering, "_ask", ask)
+    settings = make_evaluation({"scenes": str(small / "data/evaluate.json")}, limit=8)
+    encode(settings)
+    gone = Inputs(settings).question_sets()[0].questions[3].id
+    summary = evaluate.run(Inputs(settings))
+    assert (summary.counts["questions"], summary.counts["answered_now"], summary.counts["quarantined"]) == (8, 8, 1)
+    rows = {row["id"]: row for row in pq.read_table(summary.results["predictions"]).to_pylist()}
+    assert (rows[gone]["score"], rows[gone]["prediction"]) == (0.0, "")
+    assert "gone.png" in rows[gone]["quarantine_reason"]
+    other = make_evaluation({"other": str(small / "data/evaluate.json")}, limit=8)
+    gone = None
+    assert evaluate.run(Inputs(other)).counts["answered_now"] == 1
 
 
 def test_the_plan_names_every_set_and_asks_nothing(make_evaluation, benchmarks):

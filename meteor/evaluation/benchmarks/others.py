@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from meteor.data.records import read_records
-from meteor.data.samples import load_samples
+from meteor.data.records import UnreadableRecord, read_records
+from meteor.data.samples import SampleProblem, UniqueIds, failed, load_samples
 from meteor.errors import DataError
 from meteor.evaluation.benchmarks.folder import Folder, read_json
 from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, with_suffix
@@ -87,17 +87,38 @@ def load_llava(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     A record of ``question.jsonl`` has ``question_id``, ``image`` and ``text``, and optionally ``category`` and ``answer`` or
     ``label``.
     """
-    first = next(iter(read_records(folder.uri)), None)
-    if isinstance(first, dict) and "text" in first and "conversations" not in first:
-        return LoadedQuestions([_read_question(record, folder.uri) for record in read_records(folder.uri)])
+    first: dict[str, Any] = next((record for record in read_records(folder.uri) if isinstance(record, dict)), {})
+    if "text" in first and "conversations" not in first:
+        return _read_question_file(folder.uri)
     samples, problems = load_samples(folder.uri)
     questions = [Question(sample.id, sample, (last_answer(sample.turns),)) for sample in samples]
     return LoadedQuestions(questions, problems=tuple(problems))
 
 
-def _read_question(record: Mapping[str, Any], uri: str) -> Question:
-    if "text" not in record or "question_id" not in record:
-        raise DataError(f"{uri}: a record of a question file needs question_id and text, but has {sorted(record)}")
+def _read_question_file(uri: str) -> LoadedQuestions:
+    questions, problems, ids = [], [], UniqueIds()
+    for position, record in enumerate(read_records(uri)):
+        try:
+            found = _read_question(record, position)
+            if isinstance(found, Question):
+                # LLaVA's file for TextVQA names several questions by the id of their image.
+                found = replace(found, id=ids.take(found.id), stated_id=found.id)
+        except Exception as error:  # noqa: BLE001  (a record may hold anything, and must not cost the others)
+            found = failed(str(position), error)
+        if isinstance(found, Question):
+            questions.append(found)
+        else:
+            problems.append(found)
+    return LoadedQuestions(questions, problems=tuple(problems))
+
+
+def _read_question(record: Any, position: int) -> Question | SampleProblem:
+    if isinstance(record, UnreadableRecord):
+        return SampleProblem(str(position), "bad_record", record.message)
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str) or "question_id" not in record:
+        held = sorted(record) if isinstance(record, dict) else type(record).__name__
+        message = f"a record of a question file needs question_id and a text, but has {held}"
+        return SampleProblem(str(position), "bad_record", message)
     images, answer = record.get("image") or [], record.get("answer", record.get("label"))
     return ask(
         str(record["question_id"]),
@@ -111,7 +132,11 @@ def _read_question(record: Mapping[str, Any], uri: str) -> Question:
 def answers_of_llava(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:
     """Make the answers file of LLaVA's own evaluation scripts, with one record per line."""
     rows = [
-        {"question_id": _number(question.id), "prompt": question.text, "text": answers[question.id]}
+        {
+            "question_id": _number(question.stated_id or question.id),
+            "prompt": question.text,
+            "text": answers[question.id],
+        }
         for question in questions
     ]
     return "answers.jsonl", rows
