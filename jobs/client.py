@@ -1,9 +1,11 @@
 """Client of Ray's job server: a stage of a run has one job at a time, which is followed even over broken connections."""
 
 import asyncio
+import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -11,12 +13,16 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.spec import Job
+from jobs.upload import require_small
+from meteor.clusters import require_listener
 from meteor.errors import ClusterError, SettingsError
+from meteor.formatting import shorten
 from meteor.secrets import redact
 
 # Seconds without an answer before a cluster is given up; a restarted head or a laptop after sleep is back in minutes.
 _PATIENCE_S = 600.0
 _PAUSE_S = 2.0
+_LONGEST_SHOWN = 300
 # Exceptions by which Ray's client and aiohttp report a lost connection.
 _LOST = (aiohttp.ClientError, ConnectionError, OSError, RuntimeError, TimeoutError)
 
@@ -32,15 +38,11 @@ class JobServer:
     """
 
     def __init__(self, address: str | None = None) -> None:
-        try:
+        named = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        with _telling(named or "the default address"):
+            if named:
+                require_listener(named)
             self._client = JobSubmissionClient(address)
-        # A wrong token is an error of Ray's own tree.
-        except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise ClusterError(
-                f"no Ray cluster answers at {address or 'the default address'}, or it asks for a token: {error}\n"
-                "Give --address http://HOST:8265; for a cluster on Kubernetes first run `kubectl port-forward "
-                "service/NAME-head-svc 8265`. If the cluster requires a token, put it into RAY_AUTH_TOKEN or ~/.ray/auth_token."
-            ) from error
         self.address = self._client.get_address()
 
     def page(self, submission_id: str) -> str:
@@ -54,16 +56,23 @@ class JobServer:
             The submission id, and whether the job is new.
 
         Raises:
-            SettingsError: the cluster refuses the job.
+            SettingsError: the cluster refuses the job, or the working directory is too large to be uploaded.
+            ClusterError: the cluster does not answer any more.
         """
+        require_small(Path("."))
         while True:
-            attempts = self._attempts(job)
+            with _telling(self.address):
+                attempts = self._attempts(job)
             running = [details for details in attempts.values() if not details.status.is_terminal()]
             if running:
                 return str(running[-1].submission_id), False
             submission_id = job.submission_id(max(attempts, default=0) + 1)
             try:
                 return self._submit(job, submission_id), True
+            except OSError as error:
+                raise ClusterError(
+                    f"{self.address} does not answer any more: {error}. Run the command again"
+                ) from error
             except RuntimeError as error:
                 # Another user submitted the same id a moment earlier; the next round finds that job running.
                 if "already exists" not in str(error):
@@ -152,6 +161,21 @@ class JobServer:
                         f"for the job {submission_id}"
                     ) from error
             time.sleep(_PAUSE_S)
+
+
+@contextmanager
+def _telling(address: str) -> Iterator[None]:
+    """Turn the errors of Ray's client into `ClusterError`, with the cure."""
+    try:
+        yield
+    # A wrong token is an error of Ray's own tree.
+    except (ClusterError, OSError, RuntimeError, ValueError, RayError) as error:
+        said = shorten(" ".join(str(error).split()), _LONGEST_SHOWN).rstrip(".")
+        raise ClusterError(
+            f"no Ray cluster answers at {address}, or it asks for a token: {said}. Give --address http://HOST:8265; for a "
+            "cluster on Kubernetes first run `kubectl port-forward service/NAME-head-svc 8265`. If the cluster requires a "
+            "token, put it into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
 
 
 def exit_status(details: JobDetails) -> int:

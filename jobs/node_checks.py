@@ -16,6 +16,7 @@ from meteor.data.roots import resolve_image
 from meteor.data.samples import load_samples
 from meteor.errors import AlreadyExistsError, MeteorError, TrackingError
 from meteor.formatting import format_bytes
+from meteor.home import expand_home
 from meteor.pretrained import local_model
 from meteor.text.tokens import load_tokenizer
 from meteor.tracking import Tracker, public_uri
@@ -177,7 +178,7 @@ def _llm(settings: RunSettings) -> str:
 
 
 def _disk() -> str:
-    folder = os.path.expanduser(os.environ.get("METEOR_MODELS", "~"))
+    folder = expand_home(os.environ.get("METEOR_MODELS", "~"))
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     return f"{format_bytes(shutil.disk_usage(folder).free)} free at {folder}"

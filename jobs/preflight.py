@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.node_checks import Finding, check_node, differing, gpus, versions
 from meteor import storage
+from meteor.clusters import joining
 from meteor.command_line import DIFFERS, OK, add_run, parse, read_run, run_command
 from meteor.config import RunSettings
 from meteor.planning.workers import answering_request, describe_nodes, encoding_request, training_request
@@ -41,7 +42,7 @@ def check_cluster(settings: RunSettings) -> int:
     address = settings.runtime.ray_address or os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False}
     try:
-        with keep_listening():
+        with joining(address), keep_listening():
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
         return report(settings, look(settings))
     finally:

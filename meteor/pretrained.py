@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from meteor import storage
 from meteor.errors import DamagedError, SettingsError
 from meteor.formatting import format_bytes
+from meteor.home import expand_home
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def local_model(path: str | os.PathLike[str]) -> str:
     if "config.json" not in files:
         raise SettingsError(f"{path} holds no model: there is no config.json among its {len(files)} files")
     digest = hashlib.sha256(repr([(name, file.size_bytes, file.etag) for name, file in files.items()]).encode())
-    folder = Path(os.environ.get("METEOR_MODELS", "~/.cache/meteor/models")).expanduser() / digest.hexdigest()[:32]
+    folder = Path(expand_home(os.environ.get("METEOR_MODELS", "~/.cache/meteor/models")), digest.hexdigest()[:32])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases the lock even if the process is killed

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from meteor.errors import StorageError
+from meteor.home import expand_home
 
 _LOG = logging.getLogger(__name__)
 # The tier deletes only files with such names in this subfolder of the configured folder.
@@ -50,7 +51,7 @@ class DiskTier:
     """
 
     def __init__(self, folder: str, limit_bytes: int) -> None:
-        self.folder = os.path.join(os.path.abspath(os.path.expanduser(folder)), _FOLDER)
+        self.folder = os.path.join(os.path.abspath(expand_home(folder)), _FOLDER)
         self.limit_bytes = limit_bytes
         self._given_folder = folder
         self._warned = False

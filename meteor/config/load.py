@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from meteor.config.settings import QuestionSetSettings, RunSettings
 from meteor.errors import SettingsError
+from meteor.home import expand_home
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> RunSettings:
@@ -221,8 +222,8 @@ def _absolute_questions(questions: QuestionSetSettings) -> QuestionSetSettings:
 
 def _model_path(path: str) -> str:
     """Make a local directory absolute; leave a hub id as it is."""
-    return _absolute(path) if Path(path).expanduser().is_dir() else path
+    return _absolute(path) if Path(expand_home(path)).is_dir() else path
 
 
 def _absolute(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+    return uri if "://" in uri else str(Path(expand_home(uri)).resolve())

@@ -14,6 +14,7 @@ from typing import Any
 
 from meteor.errors import DamagedError, NotFoundError, StorageError, UnsafeNameError
 from meteor.formatting import shorten
+from meteor.home import expand_home
 from meteor.storage.local import LocalFile, disk_errors, partial_file
 from meteor.storage.place import ObjectInfo, Place
 from meteor.storage.s3 import S3Object
@@ -55,7 +56,7 @@ _UNCHECKED_RANGE_BYTES = 64 << 20
 
 def absolute(uri: str) -> str:
     """Return the URI in a form that no working directory changes; an s3 URI loses its trailing slash."""
-    return uri.rstrip("/") if _is_s3(uri) else os.path.abspath(os.path.expanduser(uri))
+    return uri.rstrip("/") if _is_s3(uri) else os.path.abspath(expand_home(uri))
 
 
 def join(uri: str, *parts: str) -> str:

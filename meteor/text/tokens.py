@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import SettingsError, TokenisationError
+from meteor.home import expand_home
 from meteor.optional import import_optional
 from meteor.pretrained import local_model
 from meteor.text.conversation import Conversation
@@ -59,7 +60,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         SettingsError: the folder does not exist, has no tokenizer, or its tokenizer is not fast.
         MissingPackageError: the folder has only a SentencePiece model, and a package for its conversion is missing.
     """
-    folder = os.path.expanduser(local_model(path))
+    folder = expand_home(local_model(path))
     if not os.path.isdir(folder) and _looks_local(path):
         raise SettingsError(f"The tokenizer's folder {folder!r} does not exist: check the path of the language model.")
     if os.path.isdir(folder):

@@ -12,6 +12,7 @@ from contextvars import copy_context
 
 import ray
 
+from meteor.clusters import joining
 from meteor.config.settings import RuntimeSettings
 from meteor.progress import Pace, progress_line
 from meteor.stopping import keep_listening
@@ -46,6 +47,9 @@ def ray_session(settings: RuntimeSettings) -> Iterator[None]:
     """Join the cluster that the settings or ``RAY_ADDRESS`` name, or start a local Ray and stop it at the end of the block.
 
     Inside another session, when several stages share a process, it does nothing.
+
+    Raises:
+        ClusterError: the cluster cannot be joined, or Ray does not start on this machine.
     """
     if ray.is_initialized():
         yield
@@ -58,7 +62,7 @@ def ray_session(settings: RuntimeSettings) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     local = {} if address else {"include_dashboard": False, "log_to_driver": False}
     try:
-        with keep_listening():
+        with joining(address), keep_listening():
             ray.init(address=address, logging_level=logging.WARNING, **local)
         _session["local"] = not address
         yield
