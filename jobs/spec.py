@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from meteor.config import RunSettings, expand_study, load_run, settings_digest
-from meteor.config.load import read_yaml
+from meteor.config.yaml_text import read_yaml
 from meteor.errors import SettingsError
 from meteor.runs.identity import NamesAlone, identify, identify_all, stages_of
 from meteor.stages import STAGES

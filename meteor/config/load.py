@@ -1,14 +1,14 @@
 """Loading of `RunSettings` from a YAML file and dotted overrides."""
 
-import re
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from meteor.config.settings import QuestionSetSettings, RunSettings
+from meteor.config.yaml_text import read_yaml
 from meteor.errors import SettingsError
 from meteor.home import expand_home
 
@@ -74,7 +74,7 @@ def _replace(settings: dict[str, Any], keys: Sequence[str], value: Any) -> dict[
 def _find(path: str) -> Path:
     candidates = [Path(path), Path("jobs/runs") / f"{path}.yaml"]
     for candidate in candidates:
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     raise SettingsError(f"there is no run file {path!r} (looked for {', '.join(map(str, candidates))})")
 
@@ -93,47 +93,13 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SettingsError(f"{file} must hold a mapping of settings, not {type(content).__name__}")
     parent = content.pop("extends", None)
-    return content if parent is None else _merge(_read(file.parent / parent, (*seen, file)), content)
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 2e-5 as a number, as YAML 1.2 does and people mean it; for YAML 1.1, which the parent reads, it is text.
-
-    A key that comes twice is an error, as YAML demands; the parent keeps the last one in silence.
-    """
-
-    # Before `<<` is resolved, which puts keys into a mapping that it may hold already.
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        # A run file has no keys that are lists or mappings; the parent refuses them later.
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(keys):
-            if key.value in (other.value for other in keys[:number]):
-                raise yaml.composer.ComposerError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("+-.0123456789")
-)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML as run files are parsed.
-
-    Args:
-        text: the text.
-        where: name of the text in the error.
-
-    Raises:
-        SettingsError: the text is not valid YAML, a key comes twice in a mapping, or it is nested too deeply.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{where} is not valid YAML: {error}") from error
-    except RecursionError as error:
-        raise SettingsError(f"{where} is nested too deeply") from error
+    if parent is None:
+        return content
+    if not isinstance(parent, str):
+        raise SettingsError(f"{file}: extends must be the name of a run file, and is {parent!r}")
+    if not os.path.isfile(file.parent / parent):
+        raise SettingsError(f"{file} extends {parent!r}, and there is no such file in {file.parent}")
+    return _merge(_read(file.parent / parent, (*seen, file)), content)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +188,7 @@ def _absolute_questions(questions: QuestionSetSettings) -> QuestionSetSettings:
 
 def _model_path(path: str) -> str:
     """Make a local directory absolute; leave a hub id as it is."""
-    return _absolute(path) if Path(expand_home(path)).is_dir() else path
+    return _absolute(path) if os.path.isdir(expand_home(path)) else path
 
 
 def _absolute(uri: str) -> str:

@@ -77,7 +77,7 @@ def test_another_projector_does_not_inherit_the_settings_of_the_first(tmp_path):
         ("vision: {attention_layers: [3]}", "must contain"),
         ("data: {evaluate: {pretrain: x.json}}", "which is a stage's"),
         ("extends: run.yaml", "circle"),
-        ("extends: nothing.yaml", "cannot be read"),
+        ("extends: nothing.yaml", "there is no such file"),
         ("- a\n- b", "mapping"),
         ("a: [", "not valid YAML"),
         ("name: 'a b'", "name = 'a b'"),
