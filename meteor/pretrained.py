@@ -12,18 +12,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from meteor import storage
-from meteor.errors import DamagedError, SettingsError
-from meteor.formatting import format_bytes
+from meteor.errors import MeteorError, SettingsError
+from meteor.formatting import format_bytes, shorten
 from meteor.home import expand_home
+from meteor.model_files import require_config, require_plain_weights, require_whole
 
 _LOG = logging.getLogger(__name__)
+_LONGEST_SHOWN = 500
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,10 +75,33 @@ def download_folder(uri: str, folder: str) -> int:
     return len(files)
 
 
-def require_config(path: str) -> None:
-    """Raise DamagedError if a local model folder lacks config.json: transformers would build a model of default size."""
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise DamagedError(f"{path} holds no model: it has no config.json. Copy the whole folder again")
+def read_config(path: str, *, setting: str, example: str) -> PretrainedConfig:
+    """Read the configuration of a model, and check the files beside it; see `meteor.model_files`.
+
+    Args:
+        path: local directory, s3:// folder or hub id.
+        setting: dotted name of the setting that holds the path, for the error.
+        example: hub id of a suitable model, for the error.
+
+    Raises:
+        SettingsError: there is no readable configuration, the model is quantised, or the folder's files are not whole.
+    """
+    folder = local_model(path)
+    require_whole(folder, setting=setting)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # A configuration may hold anything, and each class of transformers stumbles in its own way.
+    except Exception as error:
+        raise SettingsError(
+            f"{setting}={path!r} has no readable configuration ({_said(error)}). Give a local directory with config.json and "
+            f"weights, or a hub id that this machine can reach, such as {example}"
+        ) from error
+    require_plain_weights(config, path, setting=setting)
+    return config
+
+
+def _said(error: Exception) -> str:
+    return shorten(" ".join(str(error).split()), _LONGEST_SHOWN) or type(error).__name__
 
 
 def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, **kwargs: Any) -> Any:
@@ -94,20 +118,24 @@ def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, 
         **kwargs: further arguments of ``from_pretrained``.
 
     Raises:
-        SettingsError: there is no loadable model, or tensors are missing or have another shape.
-        DamagedError: the folder lacks config.json, or the files of a model of this project are damaged.
+        SettingsError: there is no loadable model, its files are not whole, or tensors are missing or have another shape.
+        DamagedError: config.json is missing, or files of a model of this project are damaged.
     """
+    folder = local_model(path)
+    require_whole(folder, setting=setting)
+    require_config(folder)
     try:
-        folder = local_model(path)
-        require_config(folder)
         with _without_report():
             model, info = model_class.from_pretrained(
                 folder, output_loading_info=True, trust_remote_code=False, **kwargs
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except MeteorError:
+        raise
+    # Among them are KeyError, ImportError and the errors of safetensors and of unpickling.
+    except Exception as error:
         raise SettingsError(
-            f"{setting}={path!r} cannot be loaded ({error}). Give a local directory with config.json and weights, or a hub "
-            f"id that this machine can reach, such as {example}"
+            f"{setting}={path!r} cannot be loaded ({_said(error)}). Give a local directory with config.json and weights, or a "
+            f"hub id that this machine can reach, such as {example}"
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:

@@ -22,7 +22,7 @@ from meteor.model.answers import answer_head
 from meteor.model.attention import VARLEN, Layout, Unpadded
 from meteor.model.configuration import MeteorConfig
 from meteor.model.text_sampler import TextSampler, TokenGroups
-from meteor.pretrained import require_config
+from meteor.model_files import require_config
 from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
 from meteor.vision.encoder import FrozenClip

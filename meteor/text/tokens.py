@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.errors import SettingsError, TokenisationError
 from meteor.home import expand_home
+from meteor.model_files import require_whole
 from meteor.optional import import_optional
 from meteor.pretrained import local_model
 from meteor.text.conversation import Conversation
@@ -64,10 +65,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if not os.path.isdir(folder) and _looks_local(path):
         raise SettingsError(f"The tokenizer's folder {folder!r} does not exist: check the path of the language model.")
     if os.path.isdir(folder):
+        require_whole(folder, setting="llm.path")
         _check_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder if os.path.isdir(folder) else path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    # The tokenizers library raises plain Exception for a tokenizer.json that it cannot read.
+    except Exception as error:
         raise SettingsError(
             f"No tokenizer can be loaded from {path!r}: {error} Give a folder with tokenizer.json or tokenizer.model, "
             f"or a name on the hub."

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from meteor.errors import CheckpointError, SettingsError
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.model.trained_projector import projector_metadata
-from meteor.pretrained import load_pretrained, local_model
+from meteor.pretrained import load_pretrained, local_model, read_config
 from meteor.projector.file import load_weights, read_projector_file
 from meteor.stages import TrainingStage
 
@@ -72,15 +72,9 @@ def read_llm_config(path: str) -> PretrainedConfig:
     """Read a language model's configuration from a local directory, an s3:// folder or a hub id.
 
     Raises:
-        SettingsError: there is no readable configuration.
+        SettingsError: see `meteor.pretrained.read_config`.
     """
-    try:
-        return AutoConfig.from_pretrained(local_model(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"llm.path={path!r} has no readable configuration ({error}). Give a local directory with config.json, or a "
-            "hub id that this machine can reach, such as lmsys/vicuna-7b-v1.5"
-        ) from error
+    return read_config(path, setting="llm.path", example="lmsys/vicuna-7b-v1.5")
 
 
 def load_llm(path: str, dtype: torch.dtype) -> Any:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig
+from transformers import CLIPVisionConfig
 from transformers.utils import cached_file
 
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.errors import SettingsError
-from meteor.pretrained import local_model
+from meteor.pretrained import local_model, read_config
 
 # Files hold 1/255 with all digits of a double, or fewer.
 _ROUNDING = 1e-4
@@ -21,15 +21,9 @@ def read_vision_config(path: str) -> CLIPVisionConfig:
     """Read the vision tower's configuration from a checkpoint of CLIP or of its tower alone.
 
     Raises:
-        SettingsError: there is no configuration, or it belongs to another kind of model.
+        SettingsError: the configuration belongs to another kind of model; see also `meteor.pretrained.read_config`.
     """
-    try:
-        config = AutoConfig.from_pretrained(local_model(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"vision.path={path!r} has no readable configuration ({error}). Give a local directory with config.json "
-            "and weights, or a hub id that this machine can reach, such as openai/clip-vit-large-patch14-336"
-        ) from error
+    config = read_config(path, setting="vision.path", example="openai/clip-vit-large-patch14-336")
     vision_config = getattr(config, "vision_config", config)
     if not isinstance(vision_config, CLIPVisionConfig):
         raise SettingsError(

@@ -216,7 +216,7 @@ def test_a_folder_that_is_not_there_or_empty_is_named(tmp_path):
 
 
 def test_a_missing_sentencepiece_is_named(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.model").write_bytes(b"")
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(MissingPackageError, match="pip install sentencepiece"):
         load_tokenizer(str(tmp_path))
