@@ -325,6 +325,32 @@ def test_a_question_file_of_llava_and_its_answers_file(load, tmp_path):
     assert answers[0] == {"question_id": 7, "prompt": "what?" + SHORT, "text": "a cat"}
 
 
+def test_ids_as_text_find_answers_of_ids_as_numbers_and_a_question_without_answers_is_wrong(load, folders, tmp_path):
+    folder = Path(shutil.copytree(folders / "vqav2", tmp_path / "vqav2"))
+    (file,) = folder.rglob("v2_mscoco_val2014_annotations.json")
+    content = json.loads(file.read_text())
+    whole = load("vqav2", folder)
+    lost = content["annotations"].pop(2)
+    for annotation in content["annotations"]:
+        annotation["question_id"] = str(annotation["question_id"])
+    file.write_text(json.dumps(content))
+    found = load("vqav2", folder)
+    assert [(problem.sample_id, problem.reason) for problem in found.problems] == [
+        (str(lost["question_id"]), "no_answer")
+    ]
+    assert len(found.questions) == len(whole.questions) - 1
+    assert all(question.references for question in found.questions)
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", '{"v1": null}', '{"v1": {"other": 1}}', '{"v1": "x"}', '{"v1": {"score": [[]]}}']
+)
+def test_a_judges_file_of_another_form_is_refused(tmp_path, content):
+    (tmp_path / "verdicts.json").write_text(content)
+    with pytest.raises(DataError, match=r"verdicts\.json"):
+        read_verdicts(str(tmp_path / "verdicts.json"))
+
+
 def test_a_question_of_a_file_that_cannot_be_read_costs_no_other(load, tmp_path):
     file = tmp_path / "question.jsonl"
     good = {"question_id": 1, "text": "what?"}

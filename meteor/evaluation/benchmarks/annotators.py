@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meteor import storage
+from meteor.data.samples import SampleProblem
 from meteor.evaluation.benchmarks.folder import Folder
 from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, UNANSWERABLE, with_suffix
 from meteor.evaluation.questions import LoadedQuestions, Question, ask
@@ -39,27 +40,34 @@ def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     """
     year = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}[split]
     records = folder.json(f"v2_OpenEnded_mscoco_{year}_questions.json")["questions"]
-    known = {}
+    known: dict[str, Any] = {}
     if split == "val":
         annotations = folder.json("v2_mscoco_val2014_annotations.json")["annotations"]
-        known = {annotation["question_id"]: annotation for annotation in annotations}
+        # As text, because copies of the two files spell ids as numbers and as text.
+        known = {str(annotation["question_id"]): annotation for annotation in annotations}
     images = "val2014" if split == "val" else "test2015"
     # COCO's file names contain the image's id with twelve digits.
     names = [f"COCO_{images}_{record['image_id']:012d}.jpg" for record in records]
     place = folder.image_folder(images, "", embedded=names)
-    questions = []
+    questions, problems = [], []
     for record, name in zip(records, names, strict=True):
-        annotation = known.get(record["question_id"], {})
+        question_id = str(record["question_id"])
+        annotation = known.get(question_id, {})
+        if split == "val" and not annotation.get("answers"):
+            # Without answers the question would count for nothing, as those of the test splits do.
+            message = "v2_mscoco_val2014_annotations.json has no answers to it"
+            problems.append(SampleProblem(question_id, "no_answer", message))
+            continue
         questions.append(
             ask(
-                str(record["question_id"]),
+                question_id,
                 with_suffix(record["question"], SHORT_ANSWER),
                 [f"{place}{name}"],
                 [answer["answer"] for answer in annotation.get("answers", ())],
                 type=annotation.get("answer_type", ""),
             )
         )
-    return LoadedQuestions(questions)
+    return LoadedQuestions(questions, problems=tuple(problems))
 
 
 def submit_vqav2(folder: Folder, questions: Sequence[Question], answers: Mapping[str, str]) -> tuple[str, Any]:

@@ -69,12 +69,18 @@ def read_verdicts(uri: str) -> dict[str, float]:
     The file maps ids to numbers, or is MM-Vet's own grade file (id -> {"score": [number, ...]}), whose means count.
 
     Raises:
-        DataError: the file is not JSON, or a verdict is not in [0, 1].
+        DataError: the file is not JSON, or a verdict is no number or not in [0, 1].
     """
+    grades = read_json(uri)
+    if not isinstance(grades, dict):
+        raise DataError(f"{uri} holds a {type(grades).__name__}, not verdicts by question id: give the judge's file")
     verdicts = {}
-    for question_id, content in read_json(uri).items():
-        scores = content["score"] if isinstance(content, dict) else content
-        values = [float(score) for score in (scores if isinstance(scores, list) else [scores])]
+    for question_id, content in grades.items():
+        scores: Any = content.get("score") if isinstance(content, dict) else content
+        try:
+            values = [float(score) for score in (scores if isinstance(scores, list) else [scores])]
+        except (TypeError, ValueError, OverflowError):
+            values = []
         if not values or not all(0 <= value <= 1 for value in values):
             raise DataError(f"{uri}: the verdict on {question_id!r} is {scores!r}, but must be in 0 ... 1")
         verdicts[question_id] = sum(values) / len(values)
