@@ -55,10 +55,11 @@ def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
         if finished:
             return reuse(settings, folder, finished)
         check_projector(inputs, stage)
-        cache = hold_pin(settings, prepared.identity, prepared.cache.uri)
         plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
         check_token_ids(inputs, plan, held_out)
         check_memory(settings, stage, plan.table)
+        # A start that is refused, for example for images that cache_features has yet to encode, must not bind the next one.
+        cache = hold_pin(settings, prepared.identity, prepared.cache.uri)
         folder.start(
             settings,
             job=job_id(),

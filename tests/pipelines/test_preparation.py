@@ -8,12 +8,14 @@ import pytest
 from meteor.assembly import Inputs, make_recipe, training_stage
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
 from meteor.cache import FeatureCache
+from meteor.cache.pins import pins
 from meteor.data.order import Part
 from meteor.errors import CacheError, SettingsError
 from meteor.runs.folder import Summary
 from meteor.runs.pins import hold_pin
 from meteor.train.plan import StepPlan
 from pipelines import cache_features, pretrain
+from pipelines.ray_parts import training
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
@@ -153,3 +155,20 @@ def test_more_images_and_newly_quarantined_ones_change_no_batch_of_a_run_that_ha
     plan = plan_samples(Inputs(other), prepare(other, "pretrain"))
     assert len(plan.excluded) == 1
     assert {*plan.table.sample_ids, plan.excluded[0].sample_id} == set().union(*expected)
+
+
+def test_a_start_that_is_refused_binds_no_later_start(make_settings, encode, tmp_path, monkeypatch):
+    settings = make_settings(data={"finetune": None, "evaluate": {}})
+    encode(settings)
+    monkeypatch.setattr(training, "_run_workers", lambda *arguments: pytest.fail("workers were started"))
+    late = make_settings(
+        data={"finetune": None, "evaluate": {}, "held_out": {"pretrain": str(tmp_path / "held_out.json")}}
+    )
+    before = pins(Inputs(settings).cache_uri())
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    (tmp_path / "held_out.json").write_text(json.dumps([{"id": "a", "image": "late.png", "conversations": turns}]))
+    # The error says to run cache_features, which helps only a start that may read the new index.
+    with pytest.raises(CacheError, match="run cache_features"):
+        pretrain.run(Inputs(late))
+    assert not (tmp_path / "out/pins").exists()
+    assert pins(Inputs(settings).cache_uri()) == before
