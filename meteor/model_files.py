@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from meteor.errors import DamagedError, SettingsError
+from meteor.errors import NotFoundError, SettingsError
 from meteor.formatting import format_amount
 
 _SUFFIXES = {".json", ".safetensors", ".bin", ".model"}
@@ -37,9 +37,9 @@ def require_whole(folder: str | Path, *, setting: str) -> None:
 
 
 def require_config(folder: str | Path) -> None:
-    """Raise DamagedError if a local model folder lacks config.json: transformers would build a model of default size."""
+    """Raise NotFoundError if a local model folder lacks config.json: transformers would build a model of default size."""
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
-        raise DamagedError(f"{folder} holds no model: it has no config.json. Copy the whole folder again")
+        raise NotFoundError(f"{folder} holds no model: it has no config.json. Copy the whole folder again")
 
 
 def require_plain_weights(config: Any, path: str, *, setting: str) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from meteor import storage
-from meteor.errors import MeteorError, SettingsError
+from meteor.errors import DamagedError, SettingsError
 from meteor.formatting import format_bytes, shorten
 from meteor.home import expand_home
 from meteor.model_files import require_config, require_plain_weights, require_whole
@@ -119,17 +119,17 @@ def load_pretrained(model_class: Any, path: str, *, setting: str, example: str, 
 
     Raises:
         SettingsError: there is no loadable model, its files are not whole, or tensors are missing or have another shape.
-        DamagedError: config.json is missing, or files of a model of this project are damaged.
+        DamagedError: files of a model of this project are damaged.
     """
     folder = local_model(path)
     require_whole(folder, setting=setting)
-    require_config(folder)
     try:
+        require_config(folder)
         with _without_report():
             model, info = model_class.from_pretrained(
                 folder, output_loading_info=True, trust_remote_code=False, **kwargs
             )
-    except MeteorError:
+    except DamagedError:
         raise
     # Among them are KeyError, ImportError and the errors of safetensors and of unpickling.
     except Exception as error:

@@ -80,6 +80,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         """Load a model as transformers does, after the files of a local folder were compared with ``checksums.json``.
 
         Raises:
+            NotFoundError: the local folder has no config.json.
             DamagedError: a file is missing or is not what was written.
         """
         folder = str(pretrained_model_name_or_path)

@@ -149,9 +149,10 @@ def test_a_stage_whose_database_cannot_be_used_finishes_and_is_sent_when_the_fil
     damage(file)
     run = make_run(f"sqlite:///{file}")
     with run.tracked({"lr": 0.1}) as log:
-        MetricsSegment(run.uri, 0).add(make_rows(1, 2))
+        segment = MetricsSegment(run.uri, attempt=0)
+        segment.add(make_rows(1, 2))
         log.live(make_rows(1, 2))
-    run.finish(Summary("pretrain", {}, 1.0, {}))
+    run.finish(Summary("pretrain", {}, 1.0, {}, extra={"metrics": segment.listed()}))
     assert "move it away" in caplog.text
     file.rename(tmp_path / "moved")
     again = make_run(f"sqlite:///{file}")

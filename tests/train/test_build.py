@@ -3,12 +3,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from meteor.errors import CheckpointError, NotFoundError, SettingsError
 from meteor.model import MeteorConfig
 from meteor.model.trained_projector import projector_metadata
+from meteor.projector.file import write_projector_file
 from meteor.train.build import build_model, freeze_for, llm_fingerprint, load_projector
 from meteor.vision.encoder import read_vision_config
 
@@ -80,7 +81,7 @@ def test_each_stage_trains_its_rooms_whole_and_nothing_else(make_model, stage, r
 def write_projector(model, file, metadata=None, drop=()):
     weights = {name: value.clone() for name, value in model.projector.state_dict().items() if name not in drop}
     content = projector_metadata(model.config) if metadata is None else metadata
-    file.write_bytes(save(weights, {"meteor": json.dumps(content)}))
+    write_projector_file(str(file), weights, content)
     return str(file)
 
 
@@ -128,8 +129,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(build, tmp_path):
     model = build()
     weights = {name: value.clone() for name, value in model.projector.state_dict().items()}
     weights["instruction"] = torch.zeros(1, 9)
-    metadata = {"meteor": json.dumps(projector_metadata(model.config))}
-    (tmp_path / "file").write_bytes(save(weights, metadata))
+    write_projector_file(str(tmp_path / "file"), weights, projector_metadata(model.config))
     with pytest.raises(CheckpointError, match="settings make: instruction"):
         load_projector(model, str(tmp_path / "file"))
 
