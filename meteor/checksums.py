@@ -5,6 +5,7 @@ size and crc32, in the folder's ``checksums.json``, which is written when all of
 """
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 from meteor import storage
 from meteor.errors import DamagedError, NotFoundError
 
+_LOG = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 _FIELD = "crc32"
 _BLOCK_BYTES = 16 << 20
@@ -93,11 +95,45 @@ def write_checksums(
     """
     root = storage.absolute(folder_uri)
     names = [info.uri.removeprefix(root).lstrip("/") for info in storage.list_objects(root)]
+    names = [name for name in names if name != CHECKSUMS and not leave_out(name)]
+    write_list(storage.join(root, CHECKSUMS), names, known=known, **facts)
+
+
+def write_list(uri: str, names: Iterable[str], *, known: Mapping[str, Checksum] | None = None, **facts: Any) -> None:
+    """Write a list of checksums as a file of its own, which `intact` reads.
+
+    Args:
+        uri: URI of the list.
+        names: files in the list's folder.
+        known: name -> checksum of files that need not be read again.
+        **facts: more JSON values to keep in the list.
+    """
     sums = dict(known or {})
-    unknown = [name for name in names if name not in sums and name != CHECKSUMS and not leave_out(name)]
-    sums |= zip(unknown, _in_threads(checksum, [storage.join(root, name) for name in unknown]), strict=True)
-    files = {name: asdict(value) for name, value in sums.items()}
-    write_checked_json(storage.join(root, CHECKSUMS), {**facts, "files": files})
+    unknown = [name for name in names if name not in sums]
+    sums |= zip(unknown, _in_threads(checksum, [storage.join(_folder(uri), name) for name in unknown]), strict=True)
+    write_checked_json(uri, {**facts, "files": {name: asdict(value) for name, value in sums.items()}})
+
+
+def intact(uri: str) -> dict[str, Any] | None:
+    """Return a list of `write_list` if all its files are as they were written.
+
+    Returns:
+        The list with its facts; None if it does not exist. If the list or a file is damaged, the result is None too, and the
+        log says so: this is for files that can be made again.
+    """
+    try:
+        content = read_checked_json(uri)
+        damaged = damaged_files(_folder(uri), content)
+    except NotFoundError:
+        return None
+    except DamagedError as error:
+        damaged = {uri: str(error)}
+    if damaged:
+        _LOG.warning(
+            "%s and the files that it lists are made again, as some are damaged: %s", uri, "; ".join(damaged.values())
+        )
+        return None
+    return content
 
 
 def read_checksums(folder_uri: str) -> dict[str, Any] | None:
@@ -157,6 +193,10 @@ def check_folder(folder_uri: str, names: Iterable[str] | None = None, *, is_requ
             f"{folder_uri}: {len(damaged)} of its files are not as they were written: {some}. Restore the folder from a copy, "
             f"or repeat the stage that wrote it. If you changed a file on purpose, delete {CHECKSUMS} there"
         )
+
+
+def _folder(uri: str) -> str:
+    return uri.rpartition("/")[0]
 
 
 def _crc32(data: bytes) -> str:

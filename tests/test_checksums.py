@@ -11,10 +11,12 @@ from meteor.checksums import (
     check_folder,
     checksum,
     damaged_files,
+    intact,
     read_checked_json,
     read_checksums,
     write_checked_json,
     write_checksums,
+    write_list,
 )
 from meteor.errors import DamagedError, MeteorError, NotFoundError
 
@@ -119,3 +121,20 @@ def test_the_checksum_of_a_large_file_is_that_of_its_bytes(tmp_path, monkeypatch
     assert checksum(f"{tmp_path}/a") == Checksum(9, "cbf43926")  # the check value of CRC-32
     with pytest.raises(NotFoundError):
         checksum(f"{tmp_path}/nothing")
+
+
+def test_a_list_of_files_that_can_be_made_again_is_whole_or_nothing(tmp_path, caplog):
+    uri = f"{tmp_path}/records.json"
+    assert intact(uri) is None
+    assert not caplog.records
+    storage.write_bytes(f"{tmp_path}/a.bin", b"abc")
+    write_list(uri, ["a.bin"], problems=["one"])
+    assert intact(uri)["problems"] == ["one"]
+    for damage in (f"{tmp_path}/a.bin", uri):
+        whole = storage.read_bytes(damage)
+        storage.write_bytes(damage, whole[:-2] + b"xx")
+        assert intact(uri) is None
+        assert "made again, as some are damaged" in caplog.records.pop().message
+        storage.write_bytes(damage, whole)
+    storage.delete(f"{tmp_path}/a.bin")
+    assert intact(uri) is None

@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from meteor import storage
+from meteor.checksums import intact, read_checked_json, write_checked_json, write_list
 from meteor.data.bulk import by_halves, without_cycle_collector
 from meteor.data.samples import Sample, SampleProblem, failed, iter_samples
-from meteor.errors import DataError, NotFoundError
+from meteor.errors import DamagedError, DataError, NotFoundError
 from meteor.storage.files import new_file, open_file
 from meteor.text.conversation import Role, Turn
 
@@ -196,19 +197,17 @@ def load_set(uri: str, *, name: str, folder: str, on_progress: OnProgress | None
     found = storage.stat(uri)
     digest = _file_digest(uri, folder)
     kept = storage.join(folder, digest)
-    records, contents = (
-        storage.join(kept, f"records-{_VERSION}.parquet"),
-        storage.join(kept, f"problems-{_VERSION}.json"),
-    )
-    try:
-        problems = storage.read_json(contents)
-    except NotFoundError:
+    file, contents = f"records-{_VERSION}.parquet", storage.join(kept, f"records-{_VERSION}.json")
+    records = storage.join(kept, file)
+    known = intact(contents)
+    problems = known["problems"] if known else []
+    if known is None:
         with without_cycle_collector():
             problems = _keep_records(uri, records, on_progress)
         if storage.stat(uri) != found:
-            raise DataError(f"{uri} changed while it was read: start again when it is complete") from None
+            raise DataError(f"{uri} changed while it was read: start again when it is complete")
         # Written last: its existence means that the records are complete.
-        storage.write_json(contents, problems)
+        write_list(contents, [file], problems=problems)
     return SampleSet(name, uri, digest, [SampleProblem(**problem) for problem in problems], records)
 
 
@@ -252,13 +251,13 @@ def _file_digest(uri: str, folder: str) -> str:
     known = storage.join(folder, "files", f"{hashlib.sha256(storage.absolute(uri).encode()).hexdigest()}.json")
     state = {"uri": storage.absolute(uri), "size_bytes": info.size_bytes, "etag": info.etag}
     try:
-        held = storage.read_json(known)
-    except NotFoundError:
+        held = read_checked_json(known)
+    except (NotFoundError, DamagedError):
         held = {}
     if {key: held.get(key) for key in state} == state:
         return held["digest"]
     digest = _digest(uri)
-    storage.write_json(known, {**state, "digest": digest})
+    write_checked_json(known, {**state, "digest": digest})
     return digest
 
 

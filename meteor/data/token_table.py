@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from meteor import storage
+from meteor.checksums import intact, write_list
 from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.bulk import by_halves, map_in_processes, without_cycle_collector
 from meteor.data.sample_sets import OnProgress, SampleSet, samples_of
@@ -173,11 +174,15 @@ def tokenise_set(
     batches = partial(_tokenise, samples, tokenizer, template, on_progress)
     if folder is None:
         return TokenTable.of(batches())
-    name = _digest(_VERSION, tokenizer_fingerprint(tokenizer), template, samples.selection)[:32]
-    uri = storage.join(folder, samples.digest, f"tokens-{name}.arrow")
-    if storage.exists(_lengths_uri(uri)):
+    name = f"tokens-{_digest(_VERSION, tokenizer_fingerprint(tokenizer), template, samples.selection)[:32]}"
+    place = storage.join(folder, samples.digest)
+    uri, contents = storage.join(place, f"{name}.arrow"), storage.join(place, f"{name}.json")
+    if intact(contents):
         return TokenTable.open(uri)
-    return TokenTable.write(uri, batches(), vocabulary_size=len(tokenizer))
+    table = TokenTable.write(uri, batches(), vocabulary_size=len(tokenizer))
+    # Written last: its existence means that both files are complete.
+    write_list(contents, [f"{name}.arrow", f"{name}.lengths.parquet"])
+    return table
 
 
 def _tokenise(

@@ -1,5 +1,6 @@
 """Verification of everything that runs wrote below a folder: every file is read, and compared with its checksum."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,9 @@ from meteor.projector.file import read_projector_file
 from meteor.runs.reading import read_metrics
 
 _CHECKED_JSON = {"run.json", "summary.json", "tracking.json", "study.json", "runs.json", "pins.json"}
-_FOLDERS_OF_CHECKED_JSON = {"attempts", "pins", "damaged", "efficiency"}
+_FOLDERS_OF_CHECKED_JSON = {"attempts", "pins", "damaged", "efficiency", "files"}
+# Lists of checksums: of a stage or model, and of records and tokens of samples.
+_LIST = re.compile(rf"{re.escape(CHECKSUMS)}|records-\d+\.json|tokens-[0-9a-f]+\.json")
 # One check: the file that it is about, and the function that raises an error if the file is damaged.
 _Check = tuple[str, Callable[[], Any]]
 
@@ -68,7 +71,7 @@ def _checks_of(file: str) -> Iterator[_Check]:
     """Yield the checks that a file asks for: of itself, and of the files that it lists."""
     folder, _, name = file.rpartition("/")
     above = folder.rpartition("/")[2]
-    if name == CHECKSUMS:
+    if _LIST.fullmatch(name):
         yield from _checks_of_list(file)
     elif name == MANIFEST and above.startswith("step_"):
         yield file, lambda: Checkpoint(folder).verify()

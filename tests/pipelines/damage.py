@@ -12,7 +12,7 @@ import torch
 from meteor import storage
 from meteor.cache.pins import pins
 from meteor.checkpoint.format import KINDS, Checkpoint
-from meteor.checksums import read_checked_json
+from meteor.checksums import intact, read_checked_json
 from meteor.errors import MeteorError
 from meteor.model import MeteorForConditionalGeneration
 from meteor.model.trained_projector import load_trained_projector
@@ -32,6 +32,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     r"pins/.*": lambda file: read_checked_json(str(file)),
     r"cache/.*/pins/.*": lambda file: [{**pin, "pinned_s": 0} for pin in pins(str(file.parents[1]))],
     r"answers/.*": lambda file: AnswerStore(str(file.parent)).read(),
+    r"cache/index/samples/files/.*": lambda file: read_checked_json(str(file)),
+    r"cache/index/samples/.*": lambda file: {path.name: intact(str(path)) for path in file.parent.glob("*.json")},
 }
 # Files that only this run's own start reads; a next start writes or ignores them.
 UNREAD = r"runs/.*/checkpoints/.*/rank_\d+\.json|runs/.*/tracking\.json"
@@ -43,7 +45,7 @@ class Kind:
 
     Attributes:
         tried: number of damaged files.
-        refused: damage that the reader named in an error of this project.
+        refused: damage that the reader named, in an error of this project or in the log if the file can be made again.
         harmless: damage after which the reader returned equal values.
         silent: descriptions of damage after which it returned other values.
         raw: descriptions of damage that raised any other exception.
@@ -109,10 +111,10 @@ def _try(kind: Kind, what: str, read: Callable[[Path], Any], file: Path, expecte
     except Exception as error:  # noqa: BLE001  (what is counted)
         kind.raw.append(f"{what}: {type(error).__name__}: {error}")
         return False
-    # A damaged file of answers counts for nothing, said in the log.
+    # A damaged file that can be made again counts for nothing, said in the log.
     if found == expected:
         kind.harmless += 1
-    elif "answers/" in what and found == {}:
+    elif found == {} or (isinstance(found, dict) and None in found.values()):
         kind.refused += 1
     else:
         kind.silent.append(what)

@@ -87,6 +87,8 @@ def start(words):
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_sigterm_stops_a_stage_that_waits_for_ray(tmp_path):
     Tracker(f"sqlite:///{tmp_path}/mlflow.db", "e")
     running = start([sys.executable, "-c", WAITING, str(tmp_path)])

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from kills import actors, command
 from mlflow import MlflowClient
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.runs.reading import read_stage
@@ -108,13 +110,12 @@ def test_a_training_that_is_started_twice_reports_what_one_start_reports(write_r
 
 
 def test_a_caching_that_is_started_twice_has_every_image_once(write_run, tmp_path):
-    twice = write_run("twice", cache={"rows_per_file": 1}, slicing={"resolution": 56, "max_slices": 6})
-    start_twice(
-        "cache_features",
-        twice,
-        lambda older: len(list((tmp_path / "twice" / "cache").glob("*/*/ledger/features-*"))) >= 1,
-        tmp_path,
-    )
+    torch.manual_seed(0)
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    CLIPVisionModel(CLIPVisionConfig(**shape, image_size=56, patch_size=14)).save_pretrained(tmp_path / "clip")
+    changes = {"vision": {"path": str(tmp_path / "clip")}, "slicing": {"resolution": 56, "max_slices": 16}}
+    twice = write_run("twice", cache={"rows_per_file": 1}, **changes)
+    start_twice("cache_features", twice, lambda older: actors(older, "Encoder"), tmp_path)
     summary = json.loads((folder_of(tmp_path, "twice", "cache_features") / "summary.json").read_text())
     assert summary["counts"]["images_cached"] == summary["counts"]["distinct_images"]
 
