@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from meteor.checkpoint.folder import complete_checkpoints, prune, set_aside
 from meteor.checkpoint.format import Checkpoint, Fragment, checkpoint_uri, num_written, publish, write_fragments
 from meteor.errors import CheckpointError
-from meteor.train.protocol import Engine, all_reduce_sum, barrier, on_first_worker, rank, world_size
+from meteor.train.protocol import Engine, barrier, from_all_workers, on_first_worker, rank, world_size
 
 _POLL_S = 0.1
 _OWNER_POLL_S = 5.0
@@ -99,7 +100,7 @@ class CheckpointWriter:
         return True
 
 
-def newest_sound_checkpoint(root: str, device: torch.device) -> Checkpoint | None:
+def newest_sound_checkpoint(root: str) -> Checkpoint | None:
     """Find the newest complete checkpoint whose bytes are those that were written; None if there is none.
 
     All workers must call it: each reads a share of the fragments. A damaged checkpoint is set aside, and the one before it is
@@ -107,7 +108,6 @@ def newest_sound_checkpoint(root: str, device: torch.device) -> Checkpoint | Non
 
     Args:
         root: folder or s3:// URI of the checkpoints.
-        device: device of this worker, for the exchange with the others.
     """
     while True:
         uri = on_first_worker(lambda: next(reversed(complete_checkpoints(root)), ""))
@@ -119,8 +119,7 @@ def newest_sound_checkpoint(root: str, device: torch.device) -> Checkpoint | Non
             checkpoint.verify(rank(), world_size())
         except CheckpointError as error:
             problem = str(error)
-        if not all_reduce_sum(torch.tensor(float(bool(problem)), device=device)).item():
+        problem = next(filter(None, from_all_workers(problem)), "")
+        if not problem:
             return checkpoint
-        if rank() == 0:
-            set_aside(uri, problem or "another worker found its share of the fragments damaged")
-        barrier()
+        on_first_worker(partial(set_aside, uri, problem))

@@ -99,6 +99,15 @@ def on_first_worker(function: Callable[[], T]) -> T:
     return value
 
 
+def from_all_workers(value: str) -> list[str]:
+    """Return the values of all workers, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values = [""] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:

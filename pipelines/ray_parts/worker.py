@@ -114,7 +114,7 @@ def _train_worker(task: WorkerTask) -> None:
         model = _build(task, attention=choose_attention(settings.llm.attention, device, dtype))
     claim = on_first_worker(task.claim.for_workers)
     checkpoints = storage.join(task.run_uri, "checkpoints")
-    resumed = newest_sound_checkpoint(checkpoints, device)
+    resumed = newest_sound_checkpoint(checkpoints)
     recipe = make_recipe(stage, _native_weight_full(model))
     plan = StepPlan(table, recipe, task.index_digest)
     start_step = resumed.state["step"] if resumed else 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from kills import KILLS, actors, command, kill_driver, kill_session, train_through_kills
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from towers import write_clip
 
 from meteor.cache import FeatureCache
 from meteor.checkpoint.folder import complete_checkpoints
@@ -98,14 +98,41 @@ def test_a_training_that_is_killed_in_every_way_ends_with_the_weights_of_an_undi
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("zero_stage", "num_workers"), [(0, 1), (2, 2)])
+def test_a_training_whose_newest_checkpoint_is_damaged_ends_with_the_weights_of_an_undisturbed_one(
+    make_settings, tmp_path, zero_stage, num_workers
+):
+    settings = make_settings(
+        pretrain={"epochs": 8, "checkpoint_every_steps": 4, "keep_checkpoints": 2, "zero_stage": zero_stage},
+        cache={"uri": str(tmp_path / "cache"), "rows_per_file": 8},
+        runtime={"num_workers": num_workers},
+    )
+    straight, damaged = (write_run(tmp_path, name, settings) for name in ("straight", "damaged"))
+    for name, file in (("cache_features", straight), ("pretrain", straight), ("pretrain", damaged)):
+        subprocess.run(command(name, file), check=True)
+    (undisturbed,) = (tmp_path / "straight").glob("runs/pretrain-*")
+    folder = tmp_path / "damaged" / undisturbed.relative_to(tmp_path / "straight")
+    # As if it had been stopped just before its end, and a bit had been flipped while it lay there.
+    (folder / "summary.json").unlink()
+    newest = Path(complete_checkpoints(str(folder / "checkpoints"))[-1])
+    file = sorted(newest.glob("*/*.safetensors"))[-1]
+    data = file.read_bytes()
+    file.write_bytes(data[:-9] + bytes([data[-9] ^ 8]) + data[-8:])
+
+    again = subprocess.run(command("pretrain", damaged), check=True, capture_output=True, text=True)
+
+    assert "is damaged (its crc32 does not match); use an older checkpoint. Training goes on from the" in again.stderr
+    assert_same_state(str(folder / "checkpoints"), str(undisturbed / "checkpoints"))
+    rows = [read_stage(str(place)).metrics for place in (undisturbed, folder)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
 @pytest.fixture(scope="module")
-def slow_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+def slow_clip(tmp_path_factory: pytest.TempPathFactory, small: Path) -> str:
     """A tower that takes a tenth of a second for an image: time to be killed in."""
-    folder = str(tmp_path_factory.mktemp("clip"))
-    torch.manual_seed(0)
-    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    CLIPVisionModel(CLIPVisionConfig(**shape, image_size=56, patch_size=14)).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"), small, width=768, num_layers=12)
 
 
 @pytest.mark.slow

@@ -10,14 +10,17 @@ import torch
 import yaml
 from kills import actors, command
 from mlflow import MlflowClient
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from towers import write_clip
 
+from meteor import storage
 from meteor.checkpoint.folder import complete_checkpoints
+from meteor.errors import CheckpointError
+from meteor.model.trained_projector import load_trained_projector
 from meteor.runs.reading import read_stage
 from meteor.runs.verify import verify
 from meteor.tracking import Tracker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture
@@ -79,6 +82,7 @@ def folder_of(tmp_path, name, stage):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_training_that_is_started_twice_reports_what_one_start_reports(write_run, tmp_path, num_workers):
     changes = {
@@ -109,17 +113,17 @@ def test_a_training_that_is_started_twice_reports_what_one_start_reports(write_r
     assert found.data.metrics["loss"] == pytest.approx(one.metrics[-1]["loss"])
 
 
-def test_a_caching_that_is_started_twice_has_every_image_once(write_run, tmp_path):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    CLIPVisionModel(CLIPVisionConfig(**shape, image_size=56, patch_size=14)).save_pretrained(tmp_path / "clip")
-    changes = {"vision": {"path": str(tmp_path / "clip")}, "slicing": {"resolution": 56, "max_slices": 16}}
+@pytest.mark.slow
+def test_a_caching_that_is_started_twice_has_every_image_once(write_run, small, tmp_path):
+    clip = write_clip(tmp_path / "clip", small, width=1024, num_layers=24)
+    changes = {"vision": {"path": clip}, "slicing": {"resolution": 56, "max_slices": 16}}
     twice = write_run("twice", cache={"rows_per_file": 1}, **changes)
     start_twice("cache_features", twice, lambda older: actors(older, "Encoder"), tmp_path)
     summary = json.loads((folder_of(tmp_path, "twice", "cache_features") / "summary.json").read_text())
     assert summary["counts"]["images_cached"] == summary["counts"]["distinct_images"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_started_twice_answers_every_question(write_run, tmp_path):
     twice = write_run("twice", evaluate={"max_new_tokens": 256, "limit": None, "batch_size": 1})
     for stage in ("cache_features", "pretrain", "finetune"):
@@ -130,6 +134,7 @@ def test_an_evaluation_that_is_started_twice_answers_every_question(write_run, t
     assert scores["scenes"]["num_questions"] == record.summary["counts"]["questions"]
 
 
+@pytest.mark.slow
 def test_a_study_that_is_started_twice_is_finished_by_one_start(write_run, tmp_path):
     twice = write_run(
         "twice",
@@ -140,6 +145,7 @@ def test_a_study_that_is_started_twice_is_finished_by_one_start(write_run, tmp_p
     assert [problem for outcome in verify(str(tmp_path / "twice")) for problem in outcome.problems] == []
 
 
+@pytest.mark.slow
 def test_two_reports_at_once_leave_one_whole_report(write_run, tmp_path):
     twice = write_run("twice")
     for stage in ("cache_features", "pretrain"):
@@ -149,3 +155,24 @@ def test_two_reports_at_once_leave_one_whole_report(write_run, tmp_path):
     first = {file: file.read_bytes() for file in (tmp_path / "twice" / "report").rglob("*") if file.is_file()}
     run("report", twice)
     assert first == {file: file.read_bytes() for file in first}
+
+
+@pytest.mark.s3
+def test_a_training_on_an_object_store_that_is_started_twice_is_finished_by_one_start(write_run, tmp_path, ceph_root):
+    twice = write_run("twice", root=ceph_root, pretrain={"epochs": 60, "checkpoint_every_steps": 4})
+    run("cache_features", twice)
+    out = f"{ceph_root}/twice"
+    start_twice("pretrain", twice, lambda older: complete_checkpoints(f"{out}/runs"), tmp_path)
+    files = [info.uri for info in storage.list_objects(f"{out}/runs")]
+    [uri] = [file.removesuffix("/run.json") for file in files if "pretrain-" in file and file.endswith("/run.json")]
+    record = read_stage(uri)
+    assert [row["step"] for row in record.metrics] == list(range(1, record.summary["counts"]["steps"] + 1))
+    assert [problem for outcome in verify(out) for problem in outcome.problems] == []
+    # One flipped bit in the projector.
+    projector = record.summary["results"]["projector"]
+    data = bytearray(storage.read_bytes(projector))
+    data[-5] ^= 1
+    storage.write_bytes(projector, bytes(data))
+    assert "does not match its checksum" in " ".join(problem for outcome in verify(out) for problem in outcome.problems)
+    with pytest.raises(CheckpointError, match="do not match their digest"):
+        load_trained_projector(projector, device="cpu", dtype=torch.float32)

@@ -168,7 +168,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, file, spoil):
     else:
         damaged.write_bytes(spoil(damaged.read_bytes()))
 
-    found = newest_sound_checkpoint(str(tmp_path), torch.device("cpu"))
+    found = newest_sound_checkpoint(str(tmp_path))
 
     assert found.uri == first
     assert complete_checkpoints(str(tmp_path)) == [first]
@@ -180,18 +180,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, file, spoil):
 
 def test_a_sound_checkpoint_is_the_newest(tmp_path):
     *_, newest = write_checkpoints(str(tmp_path), 1, 2)
-    assert newest_sound_checkpoint(str(tmp_path), torch.device("cpu")).uri == newest
+    assert newest_sound_checkpoint(str(tmp_path)).uri == newest
 
 
 def test_without_a_sound_checkpoint_there_is_none(tmp_path):
-    assert newest_sound_checkpoint(str(tmp_path), torch.device("cpu")) is None
+    assert newest_sound_checkpoint(str(tmp_path)) is None
     [only] = write_checkpoints(str(tmp_path), 1)
     (Path(only) / "manifest.json").write_text("[]")
-    assert newest_sound_checkpoint(str(tmp_path), torch.device("cpu")) is None
+    assert newest_sound_checkpoint(str(tmp_path)) is None
 
 
 def agree_on_the_newest(root, found):
-    checkpoint = newest_sound_checkpoint(root, torch.device("cpu"))
+    checkpoint = newest_sound_checkpoint(root)
     Path(found, f"{dist.get_rank()}.txt").write_text(checkpoint.uri)
 
 
