@@ -204,6 +204,8 @@ def _crc32(data: bytes) -> str:
 
 
 def _in_threads(function: Callable[[str], Any], items: list[str]) -> list[Any]:
+    if len(items) <= 1:
+        return list(map(function, items))
     # Reading and crc32 leave the interpreter's lock, so that threads help.
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return list(pool.map(function, items))

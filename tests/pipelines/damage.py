@@ -122,7 +122,8 @@ def _try(kind: Kind, what: str, read: Callable[[Path], Any], file: Path, expecte
 
 
 def _is_reported(out: Path, name: str) -> bool:
-    return any(outcome.problems for outcome in verify(str(out / Path(name).parts[0])))
+    parts = Path(name).parts
+    return any(outcome.problems for outcome in verify(str(out.joinpath(*parts[: 2 if parts[0] == "runs" else 1]))))
 
 
 def _kind(name: str) -> str:
