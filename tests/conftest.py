@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import signal
 import string
 import sys
 from collections.abc import Callable, Iterator
@@ -83,6 +84,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = _shares_a_process
     return scheduler
+
+
+@pytest.fixture
+def signals_as_in_a_terminal() -> Iterator[None]:
+    """SIGINT and SIGHUP stop a command, even if the tests were started by `nohup` or in the background, which ignore them."""
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

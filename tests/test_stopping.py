@@ -12,6 +12,7 @@ import pytest
 from meteor.command_line import run_command
 from meteor.stopping import Stopped, keep_listening, raise_if_stopped, stop_signal, stoppable
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 

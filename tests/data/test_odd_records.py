@@ -67,7 +67,7 @@ def make_sample(name, text="what?"):
     return Sample(name, (), (Turn("human", text), Turn("gpt", "a cat.")))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     odd=st.lists(RECORDS, max_size=3),
     name=st.sampled_from(["s.json", "s.jsonl"]),

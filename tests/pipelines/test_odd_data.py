@@ -113,6 +113,7 @@ def left_out(report):
     return reasons | {f"with {name}": bad[name] for name in bad}
 
 
+@pytest.mark.slow
 def test_the_check_says_what_the_stages_leave_out(make_odd, encode):
     # Images that the cache has already: an encoder takes seconds to start.
     settings, reasons, num_good = make_odd([])

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from meteor.tracking import Tracker
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("signals_as_in_a_terminal")]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 # A stage that waits for an actor for ever, in the main thread, as a training does.
 WAITING = """

@@ -13,10 +13,13 @@ from meteor.projector.output import ProjectorOutput
 
 SETTINGS = [
     {"name": "meteor", "scan_backend": "chunked"},
-    {"name": "meteor_37m", "scan_backend": "chunked", "local": "conv", "native_scale": 0.25},
+    pytest.param(
+        {"name": "meteor_37m", "scan_backend": "chunked", "local": "conv", "native_scale": 0.25},
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         {"name": "meteor", "scan_backend": "triton", "selection_gradient": "straight_through"},
-        marks=pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed"),
+        marks=[pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed"), pytest.mark.slow],
     ),
 ]
 # The first batch's sizes are constants of the first graph, and variables of the second.
