@@ -110,7 +110,9 @@ def write_list(uri: str, names: Iterable[str], *, known: Mapping[str, Checksum] 
     """
     sums = dict(known or {})
     unknown = [name for name in names if name not in sums]
-    sums |= zip(unknown, _in_threads(checksum, [storage.join(_folder(uri), name) for name in unknown]), strict=True)
+    sums |= zip(
+        unknown, _in_threads(checksum, [storage.join(storage.parent(uri), name) for name in unknown]), strict=True
+    )
     write_checked_json(uri, {**facts, "files": {name: asdict(value) for name, value in sums.items()}})
 
 
@@ -123,7 +125,7 @@ def intact(uri: str) -> dict[str, Any] | None:
     """
     try:
         content = read_checked_json(uri)
-        damaged = damaged_files(_folder(uri), content)
+        damaged = damaged_files(storage.parent(uri), content)
     except NotFoundError:
         return None
     except DamagedError as error:
@@ -193,10 +195,6 @@ def check_folder(folder_uri: str, names: Iterable[str] | None = None, *, is_requ
             f"{folder_uri}: {len(damaged)} of its files are not as they were written: {some}. Restore the folder from a copy, "
             f"or repeat the stage that wrote it. If you changed a file on purpose, delete {CHECKSUMS} there"
         )
-
-
-def _folder(uri: str) -> str:
-    return uri.rpartition("/")[0]
 
 
 def _crc32(data: bytes) -> str:

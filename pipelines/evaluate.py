@@ -66,17 +66,11 @@ def run(inputs: Inputs) -> Summary:
             log.cache(cache, context="evaluation")
             questions = find_questions(settings, sets, index, cache)
             live = LiveMetrics(settings.name, "evaluate", folder.digest)
-            answers_of_all = answer(
-                settings, questions, (model_uri, model_digest), cache, index, live, folder.check_claim
-            )
-            questions, predictions, num_new = (
-                answers_of_all.questions,
-                answers_of_all.predictions,
-                answers_of_all.num_new,
-            )
+            answered = answer(settings, questions, (model_uri, model_digest), cache, index, live, folder.check_claim)
+            questions = answered.questions
             for question_set in sets:
                 of_set = [question for question in questions if question.set == question_set.name]
-                _check_share_of_bad(settings, question_set, len(of_set), answers_of_all.problems(question_set.name))
+                _check_share_of_bad(settings, question_set, len(of_set), answered.problems(question_set.name))
             provenance = {
                 "model": model_uri,
                 "model_digest": model_digest,
@@ -88,7 +82,7 @@ def run(inputs: Inputs) -> Summary:
                 name, metric = question_set.name, question_set.metric
                 of_set = [question for question in questions if question.set == name]
                 plain, problems = [each.question for each in of_set], counted_problems(settings, question_set)
-                answers = {question.id: predictions.get((name, question.id), "") for question in plain}
+                answers = {question.id: answered.predictions.get((name, question.id), "") for question in plain}
                 scored = score_rows(
                     name, [(each.question, answers[each.question.id], each.reason) for each in of_set], metric
                 )
@@ -101,9 +95,9 @@ def run(inputs: Inputs) -> Summary:
             log.metrics(_metrics(scores), pipeline=True)
             log.file("scores.json")
         elapsed = seconds()
-        counts: dict[str, Any] = {"questions": len(rows), "answered_now": num_new}
+        counts: dict[str, Any] = {"questions": len(rows), "answered_now": answered.num_new}
         counts |= {"quarantined": sum(row["quarantined"] for row in rows)}
-        counts |= {"questions_per_s": num_new / elapsed}
+        counts |= {"questions_per_s": answered.num_new / elapsed}
         counts |= {line: value for name, table in scores.items() for line, value in _lines(name, table)}
         results = {
             "predictions": storage.join(folder.uri, "predictions.parquet"),

@@ -51,11 +51,11 @@ def verify(uri: str, on_progress: Callable[[int, int], None] | None = None) -> l
     """
     root = storage.absolute(uri)
     files = [info.uri for info in storage.list_objects(root)] or [storage.stat(root).uri]
-    stages = sorted((_folder(file) for file in files if file.endswith("/run.json")), key=len)
+    stages = sorted((storage.parent(file) for file in files if file.endswith("/run.json")), key=len)
     checks = [check for file in files for check in _checks_of(file)]
     found: dict[str, Verified] = {}
     for number, (file, check) in enumerate(checks, start=1):
-        home = next((stage for stage in stages if file.startswith(f"{stage}/")), _folder(file))
+        home = next((stage for stage in stages if file.startswith(f"{stage}/")), storage.parent(file))
         outcome = found.setdefault(home, Verified(home))
         outcome.num_checks += 1
         try:
@@ -93,13 +93,9 @@ def _checks_of_list(file: str) -> Iterator[_Check]:
         # The check above tells.
         return
     for name in content["files"]:
-        yield file, partial(_check_listed, _folder(file), content, name)
+        yield file, partial(_check_listed, storage.parent(file), content, name)
 
 
 def _check_listed(folder: str, content: dict[str, Any], name: str) -> None:
     for problem in damaged_files(folder, content, [name]).values():
         raise DamagedError(f"{storage.join(folder, name)} {problem}")
-
-
-def _folder(file: str) -> str:
-    return file.rpartition("/")[0]

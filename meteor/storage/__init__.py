@@ -35,6 +35,7 @@ __all__ = [
     "json_bytes",
     "list_objects",
     "now_s",
+    "parent",
     "read_bytes",
     "read_json",
     "read_range",
@@ -63,6 +64,11 @@ def join(uri: str, *parts: str) -> str:
     """Append ``parts`` to ``uri`` as folders or names; a part may contain slashes."""
     below = [part.strip("/") for part in parts]
     return "/".join([uri.rstrip("/"), *below]) if _is_s3(uri) else os.path.join(uri, *below)
+
+
+def parent(uri: str) -> str:
+    """Return the URI of the folder that holds a file."""
+    return uri.rpartition("/")[0]
 
 
 def join_below(uri: str, name: str) -> str:

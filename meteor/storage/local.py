@@ -90,9 +90,8 @@ class LocalFile:
 
     def delete_empty_folders(self) -> None:
         for folder, _, _ in os.walk(self.path, topdown=False):
-            # A folder that holds something, or gets a file in the meantime, stays.
-            with suppress(OSError):
-                os.rmdir(folder)
+            with suppress(FileNotFoundError):
+                _remove_folder(folder)
 
     def leftovers(self, older_than_s: float, dry_run: bool) -> Iterator[str]:
         oldest_kept_s = self.now_s() - older_than_s

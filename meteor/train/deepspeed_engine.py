@@ -13,7 +13,7 @@ from torch import nn
 from meteor.checkpoint.format import KINDS, Checkpoint, Fragment
 from meteor.optional import import_optional
 from meteor.train.deepspeed_config import offloads_optimizer
-from meteor.train.protocol import BETAS, EPS, MicroStep, full_shape, trained_parameters, zero3_part
+from meteor.train.protocol import BETAS, EPS, MicroStep, full_shape, rank, trained_parameters, world_size, zero3_part
 
 _INSTALL = "pip install deepspeed accelerate"
 
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=not dist.is_initialized()
         )
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = rank(), world_size()
         if checkpoint is not None:
             self._load(checkpoint, empty_inputs)
 

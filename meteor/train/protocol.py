@@ -165,5 +165,5 @@ def zero3_part(parameter: Any) -> tuple[int, int]:
     All parts have equal size; the last parts may be padding, partly or wholly.
     """
     size = parameter.ds_tensor.ds_numel
-    start = min(dist.get_rank() * size, parameter.ds_numel)
+    start = min(rank() * size, parameter.ds_numel)
     return start, min(size, parameter.ds_numel - start)

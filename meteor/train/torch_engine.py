@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from meteor.checkpoint.format import KINDS, Checkpoint, Fragment
-from meteor.train.protocol import BETAS, EPS, MicroStep, all_reduce_sum, trained_parameters
+from meteor.train.protocol import BETAS, EPS, MicroStep, all_reduce_sum, rank, trained_parameters, world_size
 
 
 class TorchEngine:
@@ -24,8 +23,7 @@ class TorchEngine:
     ) -> None:
         self.model = model.to(device=device, dtype=dtype)
         self.device, self.max_grad_norm = device, max_grad_norm
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world_size = rank(), world_size()
         self._parameters = trained_parameters(self.model)
         self._masters = {
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()

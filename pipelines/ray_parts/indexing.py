@@ -75,7 +75,7 @@ def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
     by_folder: dict[str, list[str]] = defaultdict(list)
     for uri in uris:
         if _is_place(uri):
-            by_folder[uri.rpartition("/")[0]].append(uri)
+            by_folder[storage.parent(uri)].append(uri)
     listed: set[str] = set()
     for folder in sorted(by_folder):
         # A listing includes the folders below, which come later in this order.
@@ -103,7 +103,7 @@ def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
 def _is_below(folder: str, listed: set[str]) -> bool:
     """Return whether a folder, or a folder above it, is in ``listed``."""
     while folder and folder not in listed:
-        folder = folder.rpartition("/")[0]
+        folder = storage.parent(folder)
     return bool(folder)
 
 

@@ -1,7 +1,6 @@
 """Work inside a Ray Train worker: build the model, resume, train, write the result."""
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,6 @@ from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.attention import choose_attention
 from meteor.runs.claim import Claim
-from meteor.runs.metrics import MetricsSegment
 from meteor.stages import TrainingStage
 from meteor.text.tokens import Separators, load_tokenizer
 from meteor.train.build import DTYPES, build_model, checkpoint_activations, compile_layers, freeze_for, load_projector
@@ -41,7 +39,8 @@ from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine, on_first_worker
 from meteor.vision.encoder import FrozenClip, read_vision_config
 from pipelines.ray_parts.live_metrics import LiveMetrics
-from pipelines.ray_parts.logs import configure_worker_logging, lines_are_about
+from pipelines.ray_parts.logs import configure_worker_logging
+from pipelines.ray_parts.reporter import Reporter
 
 _LOG = logging.getLogger(__name__)
 
@@ -130,7 +129,8 @@ def _train_worker(task: WorkerTask) -> None:
             checkpoint=resumed,
             options=stage.deepspeed,
         )
-        reporter = _Reporter(task, claim, resumed, engine.rank)
+        live = LiveMetrics(settings.name, task.stage, task.run_uri[-12:])
+        reporter = Reporter(live, task.run_uri, claim, resumed, engine.rank)
         try:
             train(
                 engine,
@@ -275,51 +275,3 @@ def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:
         num_threads=settings.cache.prefetch_threads,
         max_bytes=settings.cache.prefetch_mb << 20,
     )
-
-
-class _Reporter:
-    """Reporter of metrics: each step's row goes to the stage's folder, then to the controller, which sends it to MLflow."""
-
-    def __init__(self, task: WorkerTask, claim: Claim, resumed: Checkpoint | None, rank: int) -> None:
-        self._claim, self._rank = claim, rank
-        state: dict[str, Any] = resumed.state if resumed else {"step": 0, "metrics": []}
-        self._segment = MetricsSegment(
-            task.run_uri, attempt=claim.number, start_step=state["step"], before=state["metrics"]
-        )
-        self._live = LiveMetrics(task.settings.name, task.stage, task.run_uri[-12:])
-        self._unstored: list[dict[str, Any]] = []
-        self._unreported: list[dict[str, Any]] = []
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        self._unstored.append({**row, "time_ms": int(time.time() * 1000)})
-        lines_are_about(step=row["step"])
-        if self._rank == 0:  # a row covers all workers, so that one worker exports it
-            self._live.step(row)
-
-    def store(self) -> dict[str, Any]:
-        """Write pending rows to the stage's folder; return the list of segments for a checkpoint's manifest.
-
-        Raises:
-            SupersededError: a newer start has taken over; on all workers.
-        """
-        on_first_worker(self._claim.check)
-        self.write()
-        return {"metrics": self._segment.listed()}
-
-    def write(self) -> None:
-        """Write pending rows to the stage's folder."""
-        if self._rank == 0 and self._unstored:
-            self._segment.add(self._unstored)
-        self._unreported += self._unstored
-        self._unstored = []
-
-    def meet(self) -> bool:
-        """Store and report pending rows, on all workers after the same step; return whether a machine is about to stop.
-
-        Raises:
-            SupersededError: a newer start has taken over; on all workers.
-        """
-        self.store()
-        ray.train.report({"rows": self._unreported})
-        self._unreported = []
-        return ray.train.get_preemption_info() is not None

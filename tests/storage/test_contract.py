@@ -1,7 +1,6 @@
 """Storage: local disk, a mock of S3 and a real S3 server behave the same."""
 
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,22 +71,8 @@ def test_create_writes_once_and_leaves_the_first_content(root: str) -> None:
     assert storage.read_bytes(uri) == b"first"
 
 
-def test_of_many_creators_exactly_one_wins(root: str) -> None:
-    uri = storage.join(root, "one-winner")
-    barrier = threading.Barrier(8)
-
-    def create(number: int) -> bool:
-        barrier.wait()
-        try:
-            storage.create_bytes(uri, str(number).encode() * 1000)
-        except AlreadyExistsError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(create, range(8)))
-    assert sum(won) == 1
-    assert storage.read_bytes(uri) == str(won.index(True)).encode() * 1000
+def test_of_many_creators_exactly_one_wins(root: str, race_to_create) -> None:
+    race_to_create(storage.join(root, "one-winner"))
 
 
 def test_a_listing_is_recursive_sorted_and_confined_to_the_folder(root: str) -> None:

@@ -5,9 +5,7 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,23 +122,9 @@ def test_files_are_created_without_hard_links_too_and_only_once(tmp_path: Path, 
     assert [path.name for path in (tmp_path / "manifests").iterdir()] == ["v00000001.json"]
 
 
-def test_of_many_creators_without_hard_links_exactly_one_wins(tmp_path: Path, monkeypatch) -> None:
+def test_of_many_creators_without_hard_links_exactly_one_wins(tmp_path: Path, monkeypatch, race_to_create) -> None:
     monkeypatch.setattr(os, "link", no_links)
-    uri = str(tmp_path / "one-winner")
-    barrier = threading.Barrier(8)
-
-    def create(number: int) -> bool:
-        barrier.wait()
-        try:
-            storage.create_bytes(uri, str(number).encode() * 1000)
-        except AlreadyExistsError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(create, range(8)))
-    assert sum(won) == 1
-    assert storage.read_bytes(uri) == str(won.index(True)).encode() * 1000
+    race_to_create(str(tmp_path / "one-winner"))
 
 
 @pytest.mark.parametrize("missing", ["flag", "function"])
