@@ -73,7 +73,7 @@ class LocalFile:
 
     def stat(self) -> ObjectInfo:
         status = os.stat(self.path)
-        if not os.path.isfile(self.path):
+        if not stat.S_ISREG(status.st_mode):
             raise IsADirectoryError(self.path)
         # The inode's number is left out: some network file systems number a file anew on each machine, and replacing a file
         # by another changes the time as well.

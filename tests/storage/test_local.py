@@ -5,7 +5,9 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -255,3 +257,22 @@ def test_a_folder_in_which_a_writer_just_started_stays(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "listdir", list_and_write)
     assert storage.delete_leftovers(str(tmp_path), 60, dry_run=False) == []
     assert (tmp_path / "pins/.partial-1").exists()
+
+
+def test_a_listing_while_another_thread_creates_and_deletes_files_never_fails(tmp_path: Path) -> None:
+    done = threading.Event()
+
+    def create_and_delete() -> None:
+        while not done.is_set():
+            for number in range(20):
+                (tmp_path / str(number)).touch()
+            for number in range(20):
+                (tmp_path / str(number)).unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(create_and_delete)
+        try:
+            for _ in range(1000):
+                assert all(info.uri.startswith(str(tmp_path)) for info in storage.list_objects(str(tmp_path)))
+        finally:
+            done.set()
