@@ -97,7 +97,8 @@ def train_through_kills(
 ) -> None:
     """Start a training stage, kill something of it, start it again where it ended, and so on; in the end let it finish.
 
-    Two kills of three come up to a second after a checkpoint, the others at any moment, starting included.
+    Two kills of three come up to a second after a checkpoint, the others at any moment, starting included. A worker is always
+    killed after a checkpoint.
 
     Args:
         start: the command.
@@ -113,7 +114,8 @@ def train_through_kills(
     for kind in kinds:
         if running is None:
             running = subprocess.Popen(start)
-        _wait_for_the_moment(running, checkpoints, rng)
+        # Ray Train retries what dies in training, but ends the command if a worker dies while its group starts.
+        _wait_for_the_moment(running, checkpoints, rng, is_training=kind == "a worker")
         known |= descendants(running.pid).keys()
         newest = _newest(checkpoints)
         KILLS[kind](running)
@@ -124,9 +126,9 @@ def train_through_kills(
     assert (running or subprocess.Popen(start)).wait(timeout=600) == 0, "the stage failed after the last kill"
 
 
-def _wait_for_the_moment(running: subprocess.Popen, checkpoints: str, rng: random.Random) -> None:
+def _wait_for_the_moment(running: subprocess.Popen, checkpoints: str, rng: random.Random, *, is_training: bool) -> None:
     deadline, before = time.monotonic() + _STARTING_S, _newest(checkpoints)
-    wants_checkpoint = rng.random() < 2 / 3
+    wants_checkpoint = rng.random() < 2 / 3 or is_training
     while not actors(running, "RayTrainWorker") or (wants_checkpoint and _newest(checkpoints) == before):
         assert running.poll() is None, f"the stage ended with {running.returncode} before it could be killed"
         assert time.monotonic() < deadline, "the stage does not get on"
