@@ -38,7 +38,7 @@ def main() -> None:
     ]
     totals = [sum(int(row[i]) for row in rows) for i in range(1, 7)]
     heads = ["file", "tried", "refused", "harmless", "silent", "raw", "not seen by `meteor verify`"]
-    print_table(heads, [*rows, ["all", *map(str, totals)]])
+    print_table(heads, [*rows, [f"all {len(rows)}", *map(str, totals)]])
     sys.exit(1 if any(totals[3:]) else 0)
 
 
