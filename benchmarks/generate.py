@@ -17,7 +17,7 @@ from fusion import place
 from side_by_side import print_table
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
-from meteor.constants import IMAGE_TOKEN_ID
+from meteor.constants import IMAGE_PLACE
 from meteor.evaluation.efficiency import TokenTimes
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 
@@ -121,7 +121,7 @@ def make_inputs(
 ) -> dict[str, torch.Tensor]:
     num_visual = sub_images * k
     words = torch.randint(3, 1000, (batch, NUM_WORDS))
-    start, visual = torch.ones(batch, 1, dtype=torch.long), torch.full((batch, num_visual), IMAGE_TOKEN_ID)
+    start, visual = torch.ones(batch, 1, dtype=torch.long), torch.full((batch, num_visual), IMAGE_PLACE)
     ids = torch.cat([start, visual, words], dim=1).to(device)
     count = batch * sub_images
     return {

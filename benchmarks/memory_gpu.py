@@ -13,7 +13,7 @@ import torch
 from side_by_side import print_table
 from train_work import SHAPES, make_model
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.collate import Batch
 from meteor.planning.activations import count_layer_bytes
 from meteor.planning.memory import Setup, estimate_memory
@@ -97,7 +97,7 @@ def make_batch(options: argparse.Namespace, vision_width: int, dtype: torch.dtyp
     per_row = max(options.length // 2 // options.k, 1)
     num_visual = per_row * options.k
     ids_BL = torch.randint(3, 1000, (options.rows, options.length))
-    ids_BL[:, 1 : 1 + num_visual] = IMAGE_TOKEN_ID
+    ids_BL[:, 1 : 1 + num_visual] = IMAGE_PLACE
     labels_BL = ids_BL.clone()
     labels_BL[:, : (options.length + num_visual) // 2] = IGNORE_INDEX
     num_sub_images = options.rows * per_row

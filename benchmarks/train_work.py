@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, write_feature_file
 from meteor.cache.calibration import open_codec
-from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.collate import Batch, collate
 from meteor.data.indexed_images import IndexedImage, IndexedImages
 from meteor.data.order import MicroBatch
@@ -32,13 +32,13 @@ from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise_batch
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.text.batches import TokenBatch
-from meteor.text.tokens import Separators, TokenisedSample
+from meteor.text.tokens import TokenisedSample, VisualTokens
 from meteor.vision.encode_images import encode_sliced
 from meteor.vision.encoder import FrozenClip
 
 # Widths and heights of typical images of COCO, GQA and TextVQA.
 SIZES = [(640, 480), (640, 427), (500, 375), (480, 640), (1024, 768), (427, 640), (640, 480), (336, 336)]
-SEPARATORS = Separators(slice_id=29892, row_id=13)
+SEPARATORS = VisualTokens(image_id=32000, slice_id=29892, row_id=13)
 PIXELS = PixelSettings()
 
 # Shapes of the language model (Llama's) and of the vision encoder (CLIP's), by name.
@@ -126,7 +126,7 @@ def make_work(folder: Path, shape: str, projector: dict[str, Any], num_samples: 
         collate=partial(
             collate,
             budget=budget,
-            separators=SEPARATORS,
+            visual_tokens=SEPARATORS,
             pad_id=0,
             vision_width=model.config.vision_config.hidden_size,
             select_layer=-2,
@@ -162,7 +162,7 @@ def _make_table(shown_images: dict[str, bytes], budget: Callable[..., list[int]]
     chance = random.Random(0)
 
     def make_tokens() -> TokenisedSample:
-        ids, labels = [1, IMAGE_TOKEN_ID, *(chance.randrange(3, 32000) for _ in range(40))], [IGNORE_INDEX] * 42
+        ids, labels = [1, IMAGE_PLACE, *(chance.randrange(3, 32000) for _ in range(40))], [IGNORE_INDEX] * 42
         for _ in range(chance.choice([1, 1, 2, 3, 5, 8])):
             for length, is_answer in (
                 (chance.randint(8, 40), False),

@@ -12,8 +12,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 IMAGE_PLACEHOLDER = "<image>"
-# Ids that no tokenizer uses: the places of visual tokens, and labels that the loss ignores (PyTorch's default).
-IMAGE_TOKEN_ID = -200
+# In lists of token ids, the place of an image; `meteor.data.collate` replaces it by tokens of the vocabulary.
+IMAGE_PLACE = -1
+# Label that the loss ignores (PyTorch's default).
 IGNORE_INDEX = -100
 
 # Tokens per sub-image in the lengths by which samples are grouped. The number is fixed, whatever the projector, so that all

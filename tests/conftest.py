@@ -25,9 +25,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from meteor.data.collate import Batch, collate
 from meteor.features import ImageFeatures
 from meteor.image.budget import visual_token_budget
-from meteor.image.pixels import PixelSettings
-from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
-from meteor.text.tokens import Separators, TokenisedSample, load_tokenizer
+from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
+from meteor.model.remote import FILE_NAME, SOURCE
+from meteor.text.tokens import TokenisedSample, VisualTokens, load_tokenizer
 
 # The real S3 server and the proxy before it, which benchmarks/faults.py starts as well.
 sys.path.insert(0, str(Path(__file__).parent / "s3"))
@@ -104,6 +104,7 @@ def make_model() -> Callable[..., MeteorForConditionalGeneration]:
         seed: int = 0,
         vision_tower: bool = False,
         text_sampler: dict | None = None,
+        image_token_id: int = 32000,
         **text: object,
     ) -> MeteorForConditionalGeneration:
         torch.manual_seed(seed)
@@ -113,6 +114,7 @@ def make_model() -> Callable[..., MeteorForConditionalGeneration]:
             projector=projector or {"name": "meteor", "k": 4},
             cache_identity=IDENTITY,
             text_sampler=text_sampler,
+            image_token_id=image_token_id,
         )
         return MeteorForConditionalGeneration(config, vision_tower=vision_tower)
 
@@ -154,7 +156,7 @@ def make_batch() -> Callable[..., Batch]:
         return collate(
             [[samples[i] for i in row] for row in rows or [[i] for i in range(len(samples))]],
             budget=visual_token_budget(settings.pop("name"), settings),
-            separators=Separators(slice_id=3, row_id=4),
+            visual_tokens=VisualTokens(image_id=32000, slice_id=3, row_id=4),
             pad_id=0,
             vision_width=16,
             select_layer=-2,
@@ -166,7 +168,7 @@ def make_batch() -> Callable[..., Batch]:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tokenizer of single characters, ids 0 to 56: <unk>, <s>, </s>, "," is 3, the newline is 4."""
+    """A tokenizer of single characters, ids 0 to 56: <unk>, <s>, </s>, "," is 3, the newline is 4; <image> becomes 57."""
     characters = [",", "\n", " ", *".:'?!-", *string.ascii_lowercase, *string.digits, *"USERAITNH"]
     tokens = ["<unk>", "<s>", "</s>", *dict.fromkeys(characters)]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
@@ -204,19 +206,17 @@ def finished_model(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> str:
     """A finished model with random weights, large enough to say different things."""
-    model = make_model(vision_tower=True)
+    model = make_model(vision_tower=True, image_token_id=57)
     with torch.no_grad():
         for parameter in model.language_model.parameters():
             parameter *= 4
     folder = str(tmp_path_factory.mktemp("finished") / "model")
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 2
     model.save_pretrained(folder)
-    settings = {
-        "projector": model.config.projector,
-        "pixels": PixelSettings(resolution=56),
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-    }
-    MeteorProcessor(load_tokenizer(tokenizer_folder), **settings).save_pretrained(folder)
+    images = MeteorImageProcessor(resolution=56, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    MeteorProcessor(images, load_tokenizer(tokenizer_folder), model.config.projector).save_pretrained(folder)
+    (Path(folder) / FILE_NAME).write_text(SOURCE)
     return folder
 
 

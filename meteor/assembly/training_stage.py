@@ -11,7 +11,7 @@ from meteor.model import MeteorConfig
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import StageIdentity, Versions, identify
 from meteor.stages import TrainingStage
-from meteor.text.tokens import visual_separators
+from meteor.text.tokens import find_visual_tokens
 from meteor.train.build import read_fitting_projector, read_llm_config
 from meteor.vision.checkpoint import read_vision_config
 
@@ -115,12 +115,12 @@ def check_token_ids(inputs: Inputs, *plans: TablePlan | None) -> None:
     """
     path, tokenizer = inputs.settings.llm.path, inputs.tokenizer()
     num_rows = read_llm_config(path).get_text_config().vocab_size
-    separators = visual_separators(tokenizer)
+    visual_tokens = find_visual_tokens(tokenizer)
     # The tokens that begin and end a sample belong to its text.
     fed = {
         "padding": tokenizer.pad_token_id,
-        "separating slices": separators.slice_id,
-        "separating rows": separators.row_id,
+        "separating slices": visual_tokens.slice_id,
+        "separating rows": visual_tokens.row_id,
         "a sample's text": max(plan.table.max_token_id() for plan in plans if plan),
     }
     for purpose, token in fed.items():

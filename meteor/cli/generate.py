@@ -163,6 +163,6 @@ def write_selection(dialogue: Dialogue, shown: ShownImage, file: str) -> None:
             f"the projector {model.config.projector['name']!r} computes its tokens from all patches: it selects none, and "
             "there is no selection to draw"
         )
-    plan = dialogue.answerer.processor.pixels.plan(shown.image.width, shown.image.height)
+    plan = dialogue.answerer.processor.image_processor.pixels.plan(shown.image.width, shown.image.height)
     panel = SelectionPanel(shown.uri, "", "", "", shown.image, plan, tuple(scores))
     storage.write_bytes(file, kept_figure(panel, "kept").png)

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.features import ImageFeatures
-from meteor.text.tokens import Separators, TokenisedSample
+from meteor.text.tokens import TokenisedSample, VisualTokens
 
 PatchGrids = Sequence[tuple[int, int]]
 VisualTokenBudget = Callable[[PatchGrids], list[int]]
@@ -39,7 +39,7 @@ class Batch:
     """Inputs of one forward pass.
 
     Attributes:
-        input_ids: (B, L) long; `IMAGE_TOKEN_ID` at every visual slot.
+        input_ids: (B, L) long; `VisualTokens.image_id` at every visual slot.
         attention_mask: (B, L) long, the number of the sample in its row, from 1; 0 at padding. A token attends to the
             earlier tokens of its own sample and to nothing else.
         labels: (B, L) long, `IGNORE_INDEX` outside answers.
@@ -67,7 +67,7 @@ class Batch:
 
     @property
     def num_visual_tokens(self) -> int:
-        return int((self.input_ids == IMAGE_TOKEN_ID).sum())
+        return int(self.num_slots.sum())
 
     @property
     def num_text_tokens(self) -> int:
@@ -83,7 +83,7 @@ class Batch:
 
 
 def expand_images(
-    sample: TokenisedSample, layouts: Sequence[ImageLayout], budget: VisualTokenBudget, separators: Separators
+    sample: TokenisedSample, layouts: Sequence[ImageLayout], budget: VisualTokenBudget, visual_tokens: VisualTokens
 ) -> tuple[TokenisedSample, list[int]]:
     """Replace each image's single placeholder by its visual slots and separators (spec: the prompt, section 6).
 
@@ -96,21 +96,22 @@ def expand_images(
     """
     longer = TokenisedSample([], [], [], [])
     num_slots: list[int] = []
-    assert sample.input_ids.count(IMAGE_TOKEN_ID) == len(layouts), "one placeholder per image"
+    assert sample.input_ids.count(IMAGE_PLACE) == len(layouts), "one placeholder per image"
     images = enumerate(layouts, start=1)
     for token, label, turn in zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True):
-        if token != IMAGE_TOKEN_ID:
-            _extend(longer, [token], label, turn, 0)
+        if token != IMAGE_PLACE:
+            _extend(longer, [token], label, turn, 0, visual_tokens.image_id)
             continue
         number, layout = next(images)
         slots = budget(layout.patch_grids)
-        visual = [IMAGE_TOKEN_ID] * slots[0]
+        visual = [visual_tokens.image_id] * slots[0]
         for i, n in enumerate(slots[1:]):
             if n:
                 assert layout.grid is not None
                 last_of_row = (i + 1) % layout.grid[0] == 0
-                visual += [IMAGE_TOKEN_ID] * n + [separators.row_id if last_of_row else separators.slice_id]
-        _extend(longer, visual, IGNORE_INDEX, turn, number)
+                visual += [visual_tokens.image_id] * n
+                visual.append(visual_tokens.row_id if last_of_row else visual_tokens.slice_id)
+        _extend(longer, visual, IGNORE_INDEX, turn, number, visual_tokens.image_id)
         num_slots += slots
     return longer, num_slots
 
@@ -119,11 +120,11 @@ def _turns_of(sample: TokenisedSample) -> list[int]:
     return sample.turns or [0] * len(sample.input_ids)
 
 
-def _extend(sample: TokenisedSample, tokens: Sequence[int], label: int, turn: int, number: int) -> None:
+def _extend(sample: TokenisedSample, tokens: Sequence[int], label: int, turn: int, number: int, image_id: int) -> None:
     """Append tokens; an image's separators get neither its number nor the turn's, its slots get both."""
     sample.input_ids.extend(tokens)
     sample.labels.extend([label] * len(tokens))
-    is_own = [not number or token == IMAGE_TOKEN_ID for token in tokens]
+    is_own = [not number or token == image_id for token in tokens]
     sample.turns.extend(turn if own else 0 for own in is_own)
     sample.image_numbers.extend(number if own else 0 for own in is_own)
 
@@ -138,7 +139,7 @@ def collate(
     rows: Sequence[Sequence[tuple[TokenisedSample, Sequence[ImageFeatures]]]],
     *,
     budget: VisualTokenBudget,
-    separators: Separators,
+    visual_tokens: VisualTokens,
     pad_id: int,
     vision_width: int,
     select_layer: int,
@@ -151,7 +152,7 @@ def collate(
         rows: samples of each row; a sample is its tokens, with one placeholder per image, and the features of its images
             in order.
         budget: patch grids -> number of the projector's tokens for each sub-image (`meteor.image.budget`).
-        separators: token ids after slices and rows.
+        visual_tokens: token ids of visual slots and of separators after slices and rows.
         pad_id: token id at padding.
         vision_width: width C of the features.
         select_layer: layer whose cached attention the projector gets.
@@ -167,7 +168,7 @@ def collate(
             layouts = [ImageLayout(image.grid, tuple(image.patch_grids)) for image in images]
             if sub_images == "global":
                 layouts = [layout.only_global() for layout in layouts]
-            longer, slots = expand_images(sample, layouts, budget, separators)
+            longer, slots = expand_images(sample, layouts, budget, visual_tokens)
             expanded[-1].append(longer)
             sub_images_of_sample = [
                 part

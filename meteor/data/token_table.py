@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meteor import storage
 from meteor.checksums import intact, write_list
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.bulk import by_halves, map_in_processes, without_cycle_collector
 from meteor.data.sample_sets import OnProgress, SampleSet, samples_of
 from meteor.data.samples import describe
@@ -24,7 +24,7 @@ from meteor.text.batches import BatchTokeniser, TokenBatch
 from meteor.text.tokens import TokenisedSample
 
 # Increased when a change of the code gives other tokens for unchanged samples.
-_VERSION = 1
+_VERSION = 2
 # Fewer samples are tokenised sooner than processes start.
 _MIN_FOR_PROCESSES = 50_000
 _LENGTHS = pa.schema(
@@ -98,9 +98,9 @@ class TokenTable:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def max_token_id(self) -> int:
-        """Return the largest token id, or the placeholder of images, which is below 0, if there is none."""
+        """Return the largest token id, or `IMAGE_PLACE`, which is below 0, if there is none."""
         columns = (batch.column("input_ids").values for batch in self._batches)
-        return max((pc.max(ids).as_py() for ids in columns if len(ids)), default=IMAGE_TOKEN_ID)
+        return max((pc.max(ids).as_py() for ids in columns if len(ids)), default=IMAGE_PLACE)
 
     @cached_property
     def lengths(self) -> TokenLengths:
@@ -146,7 +146,7 @@ def _ids_and_answers(batch: pa.RecordBatch, place: int) -> tuple[np.ndarray, np.
 
 def _kept(input_ids: np.ndarray, max_text_tokens: int) -> np.ndarray:
     """Return which tokens stay if text is cut: all images, and the first ``max_text_tokens`` others."""
-    is_image = input_ids == IMAGE_TOKEN_ID
+    is_image = input_ids == IMAGE_PLACE
     return is_image | (np.cumsum(~is_image) <= max_text_tokens)
 
 
@@ -243,7 +243,7 @@ def _read_lengths(table: pa.Table) -> TokenLengths:
 
 
 def _length_batch(batch: TokenBatch) -> pa.RecordBatch:
-    is_text = batch.input_ids != IMAGE_TOKEN_ID
+    is_text = batch.input_ids != IMAGE_PLACE
     texts, answers = (np.concatenate([[0], np.cumsum(flags)]) for flags in (is_text, batch.is_answer))
     starts, ends = batch.offsets[:-1], batch.offsets[1:]
     # The next label at or after each start. A sample without labels gets another sample's, which planning never reads.

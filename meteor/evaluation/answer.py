@@ -45,7 +45,8 @@ class Answerer:
 
     def answer(self, questions: Sequence[Question], source: FeatureSource, *, max_new_tokens: int) -> list[str]:
         """Answer the questions greedily and return the texts in their order."""
-        return self.processor.batch_decode(self.generate(self.batch(questions, source), max_new_tokens=max_new_tokens))
+        tokens = self.generate(self.batch(questions, source), max_new_tokens=max_new_tokens)
+        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def batch(self, questions: Sequence[Question], source: FeatureSource, *, with_answers: bool = False) -> Batch:
         """Make the model's inputs for the questions, on its device.
@@ -70,27 +71,26 @@ class Answerer:
         return collate(
             samples,
             budget=processor.budget,
-            separators=processor.separators,
+            visual_tokens=processor.visual_tokens,
             pad_id=processor.tokenizer.pad_token_id,
             vision_width=self.model.config.vision_config.hidden_size,
             select_layer=self.model.config.select_layer,
-            sub_images=processor.sub_images,
+            sub_images=processor.image_processor.sub_images,
             # Generation appends tokens on the right, so the padding must be on the left.
             padding_side="left",
         ).to(self.device)
 
     def generate(self, batch: Batch, *, max_new_tokens: int, min_new_tokens: int = 0, **kwargs: Any) -> torch.Tensor:
         """Generate the answers' tokens (B, new tokens) greedily; ``kwargs`` go to Hugging Face's ``generate``."""
-        return self.model.generate(
+        tokens = self.model.generate(
             **batch.as_inputs(),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             # Greedy decoding, so that an evaluation gives equal answers every time.
             do_sample=False,
-            eos_token_id=self.processor.tokenizer.eos_token_id,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
             **kwargs,
         )
+        return tokens[:, batch.input_ids.shape[1] :]
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class Dialogue:
             BadImageError: the file is not an image, or the model cannot use the image.
         """
         data = read_image_file(uri)
-        image = decode_image(data, max_pixels=self.answerer.processor.pixels.max_pixels)
+        image = decode_image(data, max_pixels=self.answerer.processor.image_processor.pixels.max_pixels)
         shown = ShownImage(uri, image, self._shown.add(hashlib.sha256(data).hexdigest(), image))
         self.images.append(shown)
         return shown

@@ -9,7 +9,6 @@ from statistics import median
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from meteor.constants import IMAGE_TOKEN_ID
 from meteor.data.collate import Batch
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
@@ -89,7 +88,7 @@ def measure_answers(
 def _count_used(answerer: Answerer, batch: Batch) -> int:
     names = ("input_ids", "attention_mask", "num_slots", "features", "cls_attention", "grids")
     _, attended_BL, _ = answerer.model.embed(**{name: getattr(batch, name) for name in names})
-    return int((attended_BL & (batch.input_ids == IMAGE_TOKEN_ID)).sum())
+    return int((attended_BL & (batch.input_ids == answerer.model.config.image_token_id)).sum())
 
 
 def describe_hardware(device: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
 
-from meteor.constants import IMAGE_TOKEN_ID
+from meteor.model.remote import AUTO_MAP
 
 
 class MeteorConfig(PretrainedConfig):
@@ -18,6 +18,7 @@ class MeteorConfig(PretrainedConfig):
         cache_identity: `meteor.cache.CacheIdentity` as a dict; features from any other cache are refused.
         text_sampler: ``{"layer": ..., "keep": ...}``, arguments of `meteor.model.text_sampler.TextSampler`; None for no
             sampler.
+        image_token_id: id of ``<image>`` in the prompt, at each visual slot.
     """
 
     model_type = "meteor"
@@ -32,6 +33,7 @@ class MeteorConfig(PretrainedConfig):
         select_layer: int = -2,
         cache_identity: dict[str, Any] | None = None,
         text_sampler: dict[str, Any] | None = None,
+        image_token_id: int = 32000,
         **kwargs: Any,
     ) -> None:
         self.text_config = _as_config(text_config, default="llama")
@@ -40,8 +42,8 @@ class MeteorConfig(PretrainedConfig):
         self.select_layer = select_layer
         self.cache_identity = cache_identity
         self.text_sampler = text_sampler
-        self.image_token_id = IMAGE_TOKEN_ID
-        super().__init__(**kwargs)
+        self.image_token_id = image_token_id
+        super().__init__(**{"auto_map": AUTO_MAP["config"], **kwargs})
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """Return the language model's configuration, from which generation takes vocabulary and cache sizes."""

@@ -4,18 +4,24 @@ Letters: B samples, L sequence, S sub-images of all samples, P patches, C vision
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionModel,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from meteor.checksums import check_folder
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX
 from meteor.data.collate import empty_sub_image, pad_sub_images
 from meteor.errors import DataError, SettingsError
 from meteor.model.answers import answer_head
@@ -34,7 +40,7 @@ class MeteorOutput(CausalLMOutputWithPast):
 
     Attributes:
         loss: training loss, 0-d float32.
-        logits: always None, because all logits are never in memory at the same time.
+        logits: (B, L, vocabulary), or None if the forward pass skipped them.
         selection_sums: sums of `meteor.projector.statistics` over the sub-images with visual slots,
             (`meteor.projector.statistics.NUM_SUMS`,) float32, without gradient; None for projectors without both experts'
             scores.
@@ -43,7 +49,7 @@ class MeteorOutput(CausalLMOutputWithPast):
     selection_sums: torch.Tensor | None = None
 
 
-class MeteorForConditionalGeneration(PreTrainedModel):
+class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """LLaVA-Meteor: a language model that reads projected vision features.
 
     Training uses cached features and omits the vision tower (``vision_tower=False``). A finished model contains the tower
@@ -54,7 +60,6 @@ class MeteorForConditionalGeneration(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012  (transformers reads a plain list)
     _keys_to_ignore_on_load_unexpected = [r"^vision_tower\."]  # noqa: RUF012
 
     def __init__(self, config: MeteorConfig, *, vision_tower: bool = True, language_model: nn.Module | None = None):
@@ -69,6 +74,9 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
         )
         self._has_answer_head = answer_head(self.language_model) is not None
+        parts = filter(None, (self.language_model, self.vision_tower))
+        # Layers that accelerate must not divide between devices are those of the parts, whatever their architecture.
+        self._no_split_modules = sorted({name for part in parts for name in part._no_split_modules or ()})
         self.text_sampler = TextSampler(self.language_model, **config.text_sampler) if config.text_sampler else None
         # transformers passes its choice of attention to a model's own layers only, and clears it in the configs of parts.
         for part in filter(None, (self.language_model, self.vision_tower)):
@@ -95,6 +103,35 @@ class MeteorForConditionalGeneration(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.language_model.base_model
+
+    @property
+    def model(self) -> nn.Module:
+        """Language model without its output layer."""
+        return self.language_model.base_model
+
+    def grow_vocabulary(self, tokenizer_size: int) -> None:
+        """Give every token of the tokenizer a row in the embedding, whose number of rows becomes a multiple of 64.
+
+        New rows are the mean of the others, in the output layer too: a mean of logits is never the largest, so greedy answers
+        do not change. If all tokens have rows, nothing changes.
+        """
+        embedding: Any = self.get_input_embeddings()
+        num_rows = embedding.weight.shape[0]
+        if tokenizer_size <= num_rows:
+            return
+        self.language_model.resize_token_embeddings(tokenizer_size, pad_to_multiple_of=64, mean_resizing=False)
+        with torch.no_grad():
+            for layer in (self.get_input_embeddings(), self.get_output_embeddings()):
+                for weight in filter(None, (layer.weight, getattr(layer, "bias", None))):
+                    weight[num_rows:] = weight[:num_rows].float().mean(dim=0).to(weight.dtype)
+        self._has_answer_head = answer_head(self.language_model) is not None
+        self.config.text_config = self.language_model.config
+
     def frozen_clip(self) -> FrozenClip:
         """Return the vision tower as an encoder.
 
@@ -109,35 +146,62 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         known |= {name: identity["preprocessing"][name] for name in ("mean", "std") if identity}
         return FrozenClip(self.vision_tower, select_layer=select_layer, attention_layers=(select_layer,), **known)
 
-    def encode(self, pixel_values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Encode normalised sub-images (3, h, w) to features (S, P, C), class-token attention (S, P) and grids (S, 2)."""
+    def encode(
+        self, pixel_values: torch.Tensor | None = None, grids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Encode normalised sub-images.
+
+        Args:
+            pixel_values: sub-images, (S, 3, H, W), zero beyond each; None for a stand-in without visual slots.
+            grids: rows and columns of patches of each sub-image, (S, 2); None if all fill ``pixel_values``.
+
+        Returns:
+            Features (S, P, C), class-token attention (S, P) and grids (S, 2).
+        """
         clip = self.frozen_clip()
-        encoded = [(image.features, image.cls_attention[0], image.grid) for image in clip.encode(pixel_values)]
+        side, images = clip.patch_size, []
+        if pixel_values is not None:
+            sizes = [pixel_values.shape[-2:]] * len(pixel_values) if grids is None else (grids * side).tolist()
+            images = [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes, strict=True)]
+        encoded = [(image.features, image.cls_attention[0], image.grid) for image in clip.encode(images)]
         if not encoded:
             encoded = [empty_sub_image(clip.width)]
         features_SPC, cls_attention_SP = pad_sub_images(encoded)
         grids_S2 = torch.tensor([grid for _, _, grid in encoded])
         return features_SPC.to(self.device), cls_attention_SP.to(self.device), grids_S2.to(self.device)
 
+    def get_image_features(
+        self, pixel_values: torch.Tensor, grids: torch.Tensor | None = None, num_slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the visual tokens of all sub-images in order, (number of visual tokens, D).
+
+        Args:
+            pixel_values, grids: see `encode`.
+            num_slots: number of visual tokens of each sub-image, (S,); all tokens of the projector if None.
+        """
+        projected = self.projector(*self.encode(pixel_values, grids), None)
+        slots_SK = projected.mask if num_slots is None else _first_slots(num_slots, projected.tokens.shape[1])
+        return projected.tokens[slots_SK.to(projected.tokens.device)]
+
     def embed(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        num_slots: torch.Tensor,
+        num_slots: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         cls_attention: torch.Tensor | None = None,
         grids: torch.Tensor | None = None,
-        pixel_values: Sequence[torch.Tensor] | None = None,
+        pixel_values: torch.Tensor | None = None,
         native_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, ProjectorOutput]:
         """Put the visual tokens into their slots.
 
         Args:
-            input_ids: token ids, (B, L), with `IMAGE_TOKEN_ID` at visual slots.
+            input_ids: token ids, (B, L), with ``config.image_token_id`` at visual slots.
             attention_mask: mask, (B, L), 0 at padding; elsewhere 1, or the sample's number if rows hold several samples.
-            num_slots: number of visual slots of each sub-image, (S,).
-            features, cls_attention, grids: encoded sub-images, see `meteor.data.collate.Batch`; None with pixel_values.
-            pixel_values: S normalised sub-images (3, h, w) for the vision tower, if there are no features.
+            num_slots: number of visual slots of each sub-image, (S,); None without images.
+            features, cls_attention, grids: encoded sub-images, see `meteor.data.collate.Batch`.
+            pixel_values: normalised sub-images for the vision tower, (S, 3, H, W), if there are no features.
             native_weight: weight of the native expert, 0-d; the projector's own weight if None.
 
         Returns:
@@ -148,16 +212,17 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             DataError: the prompt's visual slots do not match the projector's tokens.
         """
         if features is None:
-            features, cls_attention, grids = self.encode(pixel_values or [])
+            features, cls_attention, grids = self.encode(pixel_values, grids)
         projected = self.projector(features, cls_attention, grids, native_weight)
-        slot_SK = torch.arange(projected.tokens.shape[1], device=num_slots.device) < num_slots[:, None]
-        visual_BL = input_ids == IMAGE_TOKEN_ID
+        num_slots = input_ids.new_zeros(len(features)) if num_slots is None else num_slots
+        slot_SK = _first_slots(num_slots, projected.tokens.shape[1])
+        visual_BL = input_ids == self.config.image_token_id
         embeds_BLD = self.get_input_embeddings()(input_ids.masked_fill(visual_BL, 0))
         tokens_ND = projected.tokens[slot_SK].to(embeds_BLD.dtype)
         if tokens_ND.shape[0] != int(visual_BL.sum()):
             raise DataError(
                 f"the prompt has {int(visual_BL.sum())} visual slots, the projector gives {tokens_ND.shape[0]} tokens: "
-                "collate with this projector's token budget"
+                "prepare the prompt with this model's processor, and do not cut it"
             )
         # Even without visual slots the projector stays in the graph, with zero gradients, because under ZeRO every rank
         # must take part in every reduction.
@@ -169,35 +234,42 @@ class MeteorForConditionalGeneration(PreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        num_slots: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_slots: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         cls_attention: torch.Tensor | None = None,
         grids: torch.Tensor | None = None,
-        pixel_values: Sequence[torch.Tensor] | None = None,
+        pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         turns: torch.Tensor | None = None,
         image_numbers: torch.Tensor | None = None,
         native_weight: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         aux_loss_coefficient: float = 0.0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run a batch (`meteor.data.collate.Batch.as_inputs`) through the model; `embed` describes the other arguments.
+        """Run a batch (`meteor.data.collate.Batch.as_inputs`) or a processor's output through the model.
 
         Args:
-            labels: token ids, (B, L), `IGNORE_INDEX` outside answers. Logits are computed for answers only, chunk by chunk.
+            input_ids, num_slots, features, cls_attention, grids, pixel_values, native_weight: see `embed`.
+            attention_mask: see `embed`; all ones if None.
+            labels: token ids, (B, L), `IGNORE_INDEX` outside answers; visual slots are never labels.
             turns, image_numbers: numbers of turns and images, (B, L), see `meteor.text.tokens.TokenisedSample`; needed by
                 a text-guided sampler.
             num_items_in_batch: divisor of the summed cross-entropy, the answer tokens of the *global* batch; the answer
                 tokens of this batch if None.
             aux_loss_coefficient: weight of the projector's auxiliary loss.
+            skip_logits: with labels, compute logits of answers only, chunk by chunk, and return none; saves memory.
+            kwargs: arguments of the language model.
 
         Returns:
             `MeteorOutput` if labels are given; otherwise the language model's output, with ``logits`` (B, L, vocabulary).
         """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if features is None:
-            features, cls_attention, grids = self.encode(pixel_values or [])
+            features, cls_attention, grids = self.encode(pixel_values, grids)
+        num_slots = input_ids.new_zeros(len(features)) if num_slots is None else num_slots
         embeds_BLD, attended_BL, projected = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, native_weight=native_weight
         )
@@ -205,11 +277,17 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         groups = self._token_groups(layout.sample_BL, turns, image_numbers)
         if labels is None:
             return self._logits(embeds_BLD, layout, groups, **kwargs)
-        loss = self._answer_loss(embeds_BLD, layout, groups, labels, num_items_in_batch, **kwargs)
+        labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
+        logits = None
+        if skip_logits:
+            loss = self._answer_loss(embeds_BLD, layout, groups, labels, num_items_in_batch, **kwargs)
+        else:
+            logits = self._logits(embeds_BLD, layout, groups, **kwargs).logits
+            loss = _loss_of(logits, layout, labels, num_items_in_batch)
         if projected.aux_loss is not None:
             loss = loss + aux_loss_coefficient * projected.aux_loss
         assert grids is not None, "features come with their grids"
-        return MeteorOutput(loss=loss, selection_sums=_sum_selection(projected, grids, num_slots))
+        return MeteorOutput(loss=loss, logits=logits, selection_sums=_sum_selection(projected, grids, num_slots))
 
     def _token_groups(
         self, sample_BL: torch.Tensor, turns: torch.Tensor | None, image_numbers: torch.Tensor | None
@@ -242,7 +320,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None, **kwargs: Any
     ) -> CausalLMOutputWithPast:
         inputs, flat = self._inputs(embeds_BLD, layout, groups)
-        output = self.language_model(**inputs, use_cache=False, **kwargs)
+        output = self.language_model(**{**inputs, **kwargs, "use_cache": False})
         if flat is not None:
             output.logits = flat.restore(output.logits, embeds_BLD.shape[:2])
         return output
@@ -263,7 +341,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
         # Indices of these tokens in the language model's output, which has padded rows or all tokens in a single row.
         places_N = answers_N if flat is not None else tokens.kept_N[answers_N]
-        inputs |= {"use_cache": False, **kwargs}
+        inputs |= {**kwargs, "use_cache": False}
         if self._has_answer_head:
             hidden = self.language_model.base_model(**inputs).last_hidden_state
             loss = self.language_model.get_output_embeddings()(hidden.flatten(0, 1)[places_N], next_N[answers_N])
@@ -273,42 +351,73 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         # A batch without answers has loss 0, not 0 / 0.
         return loss / (max(len(answers_N), 1) if num_items is None else num_items)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        num_slots: torch.Tensor,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        num_slots: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         cls_attention: torch.Tensor | None = None,
         grids: torch.Tensor | None = None,
-        pixel_values: Sequence[torch.Tensor] | None = None,
+        pixel_values: torch.Tensor | None = None,
         turns: torch.Tensor | None = None,
         image_numbers: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """Answer prompts that are padded on the left; other arguments go to Hugging Face's ``generate``.
+    ) -> Any:
+        """Answer prompts that are padded on the left; `embed` describes the prompt's arguments.
+
+        Args:
+            inputs: token ids, (B, L), if ``input_ids`` is None.
+            generation_config: the model's own ``generation_config`` if None, which ends answers as they were taught to end.
+            kwargs: other arguments of Hugging Face's ``generate``.
 
         Returns:
-            Token ids of the answers without their prompts, (B, new tokens).
+            Token ids of the prompts and their answers, (B, L + new tokens), or what ``return_dict_in_generate`` asks for.
 
         Raises:
             SettingsError: a model with a text-guided sampler is asked for several beams or answers per prompt.
         """
         kwargs.pop("labels", None)
+        input_ids = inputs if input_ids is None else input_ids
+        if input_ids is None:
+            raise ValueError("generate needs input_ids: prepare a prompt with the model's processor")
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         embeds_BLD, attended_BL, _ = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
         )
-        inputs = {"inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
+        # With the ids beside the embeddings, the result begins with the prompt.
+        prompt = {"inputs": input_ids, "inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
+        prompt["generation_config"] = generation_config or self.generation_config
         if self.text_sampler is None:
-            return self.language_model.generate(**inputs, **kwargs)
+            return self.language_model.generate(**prompt, **kwargs)
         if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
             raise SettingsError("a model with a text-guided sampler gives one answer per prompt: leave num_beams at 1")
         self.text_sampler.begin(self._token_groups(attended_BL.long(), turns, image_numbers))
         try:
-            return self.language_model.generate(**inputs, **kwargs)
+            return self.language_model.generate(**prompt, **kwargs)
         finally:
             self.text_sampler.begin(None)
+
+
+def _first_slots(num_slots: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return a mask of the first ``num_slots`` (S,) of the projector's tokens, (S, K) bool."""
+    return torch.arange(num_tokens, device=num_slots.device) < num_slots[:, None]
+
+
+def _loss_of(
+    logits_BLV: torch.Tensor, layout: Layout, labels_BL: torch.Tensor, num_items: int | torch.Tensor | None
+) -> torch.Tensor:
+    """Return the summed cross-entropy of answer tokens divided by ``num_items`` or by their number, 0-d float32."""
+    tokens = layout.unpadded()
+    next_N = tokens.next_labels(labels_BL)
+    answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
+    logits_AV = logits_BLV.flatten(0, 1)[tokens.kept_N[answers_N]].float()
+    loss = F.cross_entropy(logits_AV, next_N[answers_N], reduction="sum")
+    return loss / (max(len(answers_N), 1) if num_items is None else num_items)
 
 
 def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:

@@ -1,153 +1,200 @@
-"""Processor of a model: questions and images become inputs, and generated tokens become text."""
+"""Processor of a model: prompts and images become inputs, and generated tokens become text."""
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+import os
+from typing import Any
 
 import torch
-from PIL import Image
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from meteor.constants import IMAGE_PLACEHOLDER
-from meteor.data.collate import ImageLayout, expand_images, pad_tokens
-from meteor.errors import ConversationError, SettingsError
+from meteor.data.collate import ImageLayout, VisualTokenBudget, expand_images, pad_tokens
+from meteor.errors import SettingsError
 from meteor.image.budget import visual_token_budget
-from meteor.image.pixels import PixelSettings
-from meteor.image.shown import as_shown
-from meteor.image.transform import normalise, slice_image
 from meteor.model.configuration import MeteorConfig
-from meteor.text.conversation import Conversation, parse_turns
-from meteor.text.tokens import Separators, TokenisedSample, load_tokenizer, tokenise, visual_separators
+from meteor.model.image_processing import MeteorImageProcessor
+from meteor.model.remote import AUTO_MAP
+from meteor.text.jinja import chat_jinja
+from meteor.text.tokens import VisualTokens, find_visual_tokens, tokenise_prompt
 
 _FILE = "processor_config.json"
 
 
-class MeteorProcessor:
-    """Tokenizer, slicing and prompt of one model.
+class MeteorProcessor(ProcessorMixin):
+    """Tokenizer, image processor and chat template of one model, with Hugging Face's conventions.
 
     Args:
-        tokenizer: tokenizer of the language model.
+        image_processor: slicing and normalisation.
+        tokenizer: tokenizer of the language model, with the special token ``<image>``.
         projector: ``{"name": ..., **settings}``, from which the number of tokens per sub-image follows.
-        pixels: slicing parameters and size limits.
-        mean, std: normalisation of the vision tower's input, per colour channel.
         template: prompt template of stage 2.
-        separators: token ids after slices and rows of slices; looked up in the vocabulary if None.
-        sub_images: ``global`` if stage 2 was trained on the global view alone.
+        text_sampler: whether the model has a text-guided sampler, which needs the numbers of turns and images.
+        chat_template: Jinja text of `meteor.text.jinja.chat_jinja`; made from ``template`` if None.
     """
 
+    # transformers reads the names of the parameters, of which those without default or with one are both positional.
     def __init__(
         self,
+        image_processor: MeteorImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        *,
-        projector: dict[str, Any],
-        pixels: PixelSettings,
-        mean: Sequence[float],
-        std: Sequence[float],
+        projector: dict[str, Any] | None = None,
         template: str = "vicuna_v1",
-        separators: Separators | None = None,
-        sub_images: Literal["all", "global"] = "all",
+        text_sampler: bool = False,
+        chat_template: str | None = None,
     ) -> None:
-        self.tokenizer, self.projector, self.pixels = tokenizer, dict(projector), pixels
-        self.mean, self.std, self.template = tuple(mean), tuple(std), template
-        self.separators = separators or visual_separators(tokenizer)
-        self.sub_images = sub_images
-        settings = dict(projector)
-        self.budget = visual_token_budget(settings.pop("name"), settings)
+        self.projector, self.template, self.text_sampler = dict(projector or {"name": "meteor"}), template, text_sampler
+        self.image_token = IMAGE_PLACEHOLDER
+        self.image_token_id = find_visual_tokens(tokenizer).image_id
+        self.auto_map = AUTO_MAP["processor"]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or chat_jinja(template, tokenizer))
+
+    @property
+    def budget(self) -> VisualTokenBudget:
+        """Patch grids -> number of the projector's tokens for each sub-image."""
+        settings = dict(self.projector)
+        return visual_token_budget(settings.pop("name"), settings)
+
+    @property
+    def visual_tokens(self) -> VisualTokens:
+        """Token ids of visual slots and separators."""
+        return find_visual_tokens(self.tokenizer)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the model's inputs."""
+        numbers = ["turns", "image_numbers"] if self.text_sampler else []
+        return ["input_ids", "attention_mask", *numbers, "pixel_values", "grids", "num_slots"]
 
     def __call__(
-        self, text: str | Sequence[str], images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]] = ()
-    ) -> dict[str, Any]:
-        """Prepare the inputs of `MeteorForConditionalGeneration.generate`.
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Prepare the inputs of `MeteorForConditionalGeneration`.
 
         Args:
-            text: a question or a list of questions. The ``<image>`` placeholders may be omitted, because images come first
-                anyway.
-            images: images of the question, or a list of images for each of several questions.
+            images: an image, a list, or a list of lists; paths and URLs are loaded. Images of all prompts in order.
+            text: a prompt or a list of prompts as ``apply_chat_template`` writes them, with ``<image>`` at each image.
+            videos, audio: not supported.
+            kwargs: Hugging Face's ``padding`` (True), ``padding_side`` (the tokenizer's), ``truncation``, ``max_length``,
+                ``add_special_tokens`` and ``return_tensors``.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``turns`` and ``image_numbers``, all (B, L), padded on the left;
-            ``num_slots`` (S,); ``pixel_values``, S tensors (3, h, w).
+            ``input_ids`` and ``attention_mask`` (B, L), with one ``<image>`` token per visual slot; with images
+            ``pixel_values`` (S, 3, H, W), ``grids`` (S, 2) and ``num_slots`` (S,); ``turns`` and ``image_numbers`` (B, L)
+            for a model with a text-guided sampler.
 
         Raises:
-            ConversationError: a question has placeholders, but not as many as images.
+            ValueError: the prompts have more or fewer ``<image>`` than there are images.
+            BadImageError: the aspect ratio of an image is above the limit.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        groups: Any = [images] if isinstance(text, str) else images or [[] for _ in texts]
-        samples: list[list[TokenisedSample]] = []
-        num_slots: list[int] = []
-        pixel_values: list[torch.Tensor] = []
-        for question, group in zip(texts, groups, strict=True):
-            shown = [as_shown(image) for image in group]
-            layouts, sub_images = [], []
-            for image in shown:
-                plan = self.pixels.plan(image.width, image.height)
-                layout = ImageLayout(plan.grid, plan.patch_grids)
-                layouts.append(layout.only_global() if self.sub_images == "global" else layout)
-                used = slice_image(image, plan)[: len(layouts[-1].patch_grids)]
-                sub_images += used
-            tokens = tokenise(
-                self._conversation(question, len(group)), self.tokenizer, self.template, for_generation=True
+        if videos is not None or audio is not None:
+            raise ValueError("this model reads images and text, neither videos nor audio")
+        has_images = images is not None and not (isinstance(images, list | tuple) and not images)
+        images, prompts, *_ = self.prepare_inputs_layout(images=images if has_images else None, text=text)
+        self.validate_inputs(images=images, text=prompts)
+        options = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        shown = self.image_processor(images) if has_images else None
+        if prompts is None:
+            return BatchFeature(dict(shown or {}), tensor_type=options.get("return_tensors"))
+        layouts = _layouts(shown)
+        rows, slots = [], []
+        for prompt in prompts:
+            sample = tokenise_prompt(
+                prompt, self.tokenizer, self.template, add_begin=options.get("add_special_tokens", True)
             )
-            longer, slots = expand_images(tokens, layouts, self.budget, self.separators)
-            samples.append([longer])
-            pixel_values += [
-                normalise(pixels, self.mean, self.std) for pixels, count in zip(sub_images, slots, strict=True) if count
-            ]
-            num_slots += filter(None, slots)
-        input_ids, attention_mask, _, turns, image_numbers = pad_tokens(samples, self.tokenizer.pad_token_id, "left")
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "turns": turns,
-            "image_numbers": image_numbers,
-            # Without images the model encodes a stand-in sub-image, which has no slots.
-            "num_slots": torch.tensor(num_slots or [0]),
-            "pixel_values": pixel_values,
-        }
+            own, layouts = layouts[: prompt.count(self.image_token)], layouts[prompt.count(self.image_token) :]
+            longer, counts = expand_images(sample, own, self.budget, self.visual_tokens)
+            rows.append(_cut(longer, options, self.image_token_id))
+            slots += counts
+        data = self._padded(rows, options)
+        if shown is not None:
+            used = [number for number, count in enumerate(slots) if count]
+            data |= {
+                "pixel_values": shown["pixel_values"][used],
+                "grids": shown["grids"][used],
+                "num_slots": torch.tensor([slots[number] for number in used]),
+            }
+        return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
-    def batch_decode(self, tokens: torch.Tensor) -> list[str]:
-        """Return answers as text, without special tokens and surrounding white space."""
-        return [answer.strip() for answer in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    def _padded(self, rows: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Return token ids, mask and numbers as padded tensors, or as lists if padding is off and tensors are not asked for."""
+        if options.get("padding") == "max_length":
+            raise ValueError("this processor pads to the longest prompt: give padding=True")
+        names = ["input_ids", "attention_mask", *(["turns", "image_numbers"] if self.text_sampler else [])]
+        side = options.get("padding_side") or self.tokenizer.padding_side
+        input_ids, mask, _, turns, numbers = pad_tokens([[row] for row in rows], self.tokenizer.pad_token_id, side)
+        tensors = {"input_ids": input_ids, "attention_mask": mask, "turns": turns, "image_numbers": numbers}
+        if options.get("return_tensors") is not None:
+            if options.get("padding") is False and len({len(row.input_ids) for row in rows}) > 1:
+                raise ValueError("the prompts differ in length, so that they make no tensor: give padding=True")
+            return {name: tensors[name] for name in names}
+        lists = {name: tensors[name].tolist() for name in names}
+        if options.get("padding") is False:
+            kept = tensors["attention_mask"].bool().tolist()
+            lists = {
+                name: [
+                    [x for x, keep in zip(row, own, strict=True) if keep] for row, own in zip(values, kept, strict=True)
+                ]
+                for name, values in lists.items()
+            }
+        return lists
 
-    def _conversation(self, question: str, num_images: int) -> Conversation:
-        given = question.count(IMAGE_PLACEHOLDER)
-        if given not in (0, num_images):
-            raise ConversationError(
-                f"the question has {given} {IMAGE_PLACEHOLDER} for {num_images} images: {question!r}"
-            )
-        placeholders = "" if given else f"{IMAGE_PLACEHOLDER}\n" * num_images
-        turns = [{"from": "human", "value": placeholders + question}]
-        return Conversation(
-            parse_turns(turns, num_images=num_images, sample_id="question", for_generation=True), system=None
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any) -> Any:
+        """Return the numbers of tokens and sub-images of images of (height, width) pixels, as vLLM asks for them."""
+        from transformers.processing_utils import MultiModalData
+
+        from meteor.data.collate import num_image_tokens
+
+        layouts = [self.image_processor.layout(width, height) for height, width in image_sizes or []]
+        return MultiModalData(
+            num_image_tokens=[num_image_tokens(layout, self.budget) for layout in layouts],
+            num_image_patches=[len(layout.patch_grids) for layout in layouts],
         )
 
-    def save_pretrained(self, folder: str) -> None:
-        """Write the tokenizer's files and ``processor_config.json``."""
-        self.tokenizer.save_pretrained(folder)
-        content = {
-            "processor_class": type(self).__name__,
-            "projector": self.projector,
-            "pixels": vars(self.pixels),
-            "mean": self.mean,
-            "std": self.std,
-            "template": self.template,
-            "sub_images": self.sub_images,
-            "separators": vars(self.separators),
-        }
-        (Path(folder) / _FILE).write_text(json.dumps(content, indent=2))
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write the tokenizer's files, ``processor_config.json``, ``preprocessor_config.json`` and ``chat_template.jinja``."""
+        self.tokenizer.chat_template = self.chat_template
+        self.image_processor.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, path: str, **kwargs: Any) -> "MeteorProcessor":
-        """Load from a local directory or a hub id."""
-        file = cached_file(path, _FILE, _raise_exceptions_for_missing_entries=False)
-        if file is None:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "MeteorProcessor":
+        """Load from a local directory or a hub id.
+
+        Raises:
+            SettingsError: the directory has no processor_config.json.
+        """
+        path = str(pretrained_model_name_or_path)
+        known = {
+            name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs
+        }
+        if cached_file(path, _FILE, _raise_exceptions_for_missing_entries=False, **known) is None:
             raise SettingsError(f"{path!r} has no {_FILE}: not the directory of a finished model")
-        content = json.loads(Path(file).read_text())
-        content.pop("processor_class")
-        pixels, separators = PixelSettings(**content.pop("pixels")), Separators(**content.pop("separators"))
-        return cls(load_tokenizer(path), pixels=pixels, separators=separators, **content)
+        return super().from_pretrained(path, *args, **kwargs)
+
+
+def _layouts(shown: BatchFeature | None) -> list[ImageLayout]:
+    """Return the layout of each image."""
+    if shown is None:
+        return []
+    grids, layouts, end = [tuple(grid) for grid in shown["grids"].tolist()], [], 0
+    for count, slices in zip(shown["num_sub_images"].tolist(), shown["slice_grids"].tolist(), strict=True):
+        layouts.append(ImageLayout(tuple(slices) if slices[0] else None, tuple(grids[end : end + count])))
+        end += count
+    return layouts
+
+
+def _cut(sample: Any, options: dict[str, Any], image_id: int) -> Any:
+    """Cut a prompt to ``max_length`` if truncation is on; images cannot be cut."""
+    limit = options.get("max_length")
+    if not options.get("truncation") or limit is None or len(sample.input_ids) <= limit:
+        return sample
+    if image_id in sample.input_ids[limit:]:
+        raise ValueError(
+            f"max_length={limit} would cut an image: the prompt has {len(sample.input_ids)} tokens. Give max_length=None, "
+            "or fewer or smaller images"
+        )
+    return type(sample)(*(values[:limit] for values in vars(sample).values()))
 
 
 AutoProcessor.register(MeteorConfig, MeteorProcessor)

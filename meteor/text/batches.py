@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import TokenisationError
 from meteor.text.conversation import Conversation
 from meteor.text.encoder import text_encoder
@@ -17,7 +17,7 @@ from meteor.text.tokens import TokenisedSample, begin_id, end_id, no_answer, tok
 from meteor.text.words import WordEncoder
 
 # In the place of an id: the item is a text.
-_TEXT = -1
+_TEXT = -2
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TokenBatch:
     """Tokens of several samples, one after the other.
 
     Attributes:
-        input_ids: (T,) int32, with one ``IMAGE_TOKEN_ID`` in the place of each image.
+        input_ids: (T,) int32, with one ``IMAGE_PLACE`` in the place of each image.
         is_answer: (T,) bool, whether the token is a label.
         turns: (T,) int32, see `TokenisedSample`.
         offsets: (samples + 1,) where each sample's tokens begin, and the end.
@@ -114,7 +114,7 @@ class BatchTokeniser:
                     items.reset(start)
                     return False
             elif isinstance(segment, Image):
-                items.add(IMAGE_TOKEN_ID, False, segment.turn)
+                items.add(IMAGE_PLACE, False, segment.turn)
             elif isinstance(segment, SpecialToken):
                 items.add(self._encoder.token_id(segment.token), segment.is_answer, 0)
             else:

@@ -85,14 +85,14 @@ def _without_first_prefix(description: dict) -> dict:
 
 
 def _without_gaps(offsets: list[Span]) -> list[Span]:
-    """Extend every token's span to begin where the previous token ended, or earlier.
+    """Extend every token's span to begin where the previous token ended, or earlier, and an empty span to the next token.
 
     Byte-level tokenizers trim spaces off the offsets, so that a lone "Ġ" has an empty span. Bytes of one character share
     its offsets.
     """
     spans = []
     previous_end = 0
-    for start, end in offsets:
-        spans.append((min(start, previous_end), end))
+    for (start, end), (next_start, _) in zip(offsets, [*offsets[1:], (0, 0)], strict=True):
+        spans.append((min(start, previous_end), max(end, next_start) if start == end else end))
         previous_end = end
     return spans

@@ -1,10 +1,11 @@
-"""Prompt templates: a conversation becomes segments of text, images and end tokens, with answers marked."""
+"""Prompt templates by name: a conversation becomes segments of text, images and end tokens, with answers marked."""
 
 from transformers import PreTrainedTokenizerBase
 
 from meteor.errors import SettingsError, TokenisationError
-from meteor.text.chat import render_chat
+from meteor.text.chat import chat_template
 from meteor.text.conversation import Conversation
+from meteor.text.prompt import PromptTemplate
 from meteor.text.segments import EndOfSequence, Image, Segment, SegmentWriter
 
 TEMPLATES = ("plain", "vicuna_v1", "chat")
@@ -13,6 +14,13 @@ TEMPLATES = ("plain", "vicuna_v1", "chat")
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_VICUNA = PromptTemplate(
+    opening=f"{VICUNA_SYSTEM} USER: ",
+    system=("", " USER: "),
+    before_answer=" ASSISTANT:",
+    answer_prefix=" ",
+    between="USER: ",
 )
 
 
@@ -45,13 +53,29 @@ def render(
         conversation = Conversation(conversation.turns[:-1], conversation.system)
     if template == "plain":
         return _render_plain(conversation, for_generation)
-    if template == "vicuna_v1":
-        return _render_vicuna(conversation)
-    if template == "chat":
-        if tokenizer is None:
-            raise SettingsError("The template 'chat' needs the tokenizer whose chat template it uses.")
-        return render_chat(conversation, tokenizer, for_generation=for_generation)
-    raise SettingsError(f"Unknown template {template!r}; known: {', '.join(TEMPLATES)}.")
+    return prompt_template(template, tokenizer).render(conversation, for_generation=for_generation)
+
+
+def prompt_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> PromptTemplate:
+    """Return the fixed text of ``vicuna_v1``, or of ``chat`` for this tokenizer.
+
+    Raises:
+        SettingsError: the template is unknown, or ``chat`` has no tokenizer with a chat template.
+        TokenisationError: the tokenizer's chat template loses or repeats messages.
+    """
+    if name == "vicuna_v1":
+        return _VICUNA
+    if name != "chat":
+        raise SettingsError(f"Unknown template {name!r}; known: {', '.join(TEMPLATES)}.")
+    if tokenizer is None:
+        raise SettingsError("The template 'chat' needs the tokenizer whose chat template it uses.")
+    return chat_template(tokenizer)
+
+
+def end_token(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the token that ends an answer in training, at which generation must end."""
+    own = None if name == "plain" else prompt_template(name, tokenizer).end_token
+    return own or tokenizer.eos_token
 
 
 def _render_plain(conversation: Conversation, for_generation: bool) -> list[Segment]:
@@ -67,18 +91,4 @@ def _render_plain(conversation: Conversation, for_generation: bool) -> list[Segm
     if not for_generation:
         writer.text(conversation.turns[1].text, is_answer=True)
         writer.add(EndOfSequence())
-    return writer.finish()
-
-
-def _render_vicuna(conversation: Conversation) -> list[Segment]:
-    writer = SegmentWriter()
-    writer.text((VICUNA_SYSTEM if conversation.system is None else conversation.system) + " ")
-    for turn in conversation.turns:
-        if turn.role == "human":
-            writer.text("USER: ")
-            writer.question(turn.num_images, turn.text)
-            writer.text(" ASSISTANT:")
-        else:
-            writer.text(" " + turn.text if turn.text else "", is_answer=True)
-            writer.add(EndOfSequence())
     return writer.finish()

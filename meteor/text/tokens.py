@@ -4,18 +4,20 @@ import os
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE, IMAGE_PLACEHOLDER
 from meteor.errors import SettingsError, TokenisationError
 from meteor.home import expand_home
 from meteor.model_files import require_whole
 from meteor.optional import import_optional
 from meteor.pretrained import local_model
+from meteor.text.chat import special_pattern
 from meteor.text.conversation import Conversation
 from meteor.text.encoder import text_encoder
+from meteor.text.prompt import split_special
 from meteor.text.segments import EndOfSequence, Image, Segment, Span, SpecialToken, Text
-from meteor.text.template import render
+from meteor.text.template import prompt_template, render
 
 # Newline tokens in the vocabularies of SentencePiece with byte fallback, byte-level BPE, and plain text.
 _NEWLINE_TOKENS = ("<0x0A>", "Ċ", "\n")
@@ -26,7 +28,8 @@ class TokenisedSample:
     """A tokenised sample; its lists have one entry per token.
 
     Attributes:
-        input_ids: token ids, with an ``IMAGE_TOKEN_ID`` at the place of each image.
+        input_ids: token ids, with ``IMAGE_PLACE`` at each image; after `meteor.data.collate.expand_images` with the ids of
+            `VisualTokens` there.
         labels: token ids at answers and their end tokens, ``IGNORE_INDEX`` elsewhere.
         turns: number of the turn among the turns with images, from 1, at images and at the words after them in their turn;
             0 elsewhere. The list is empty if nothing needs it.
@@ -41,15 +44,22 @@ class TokenisedSample:
 
 
 @dataclass(frozen=True)
-class Separators:
-    """Token ids after an image's slices: ``slice_id`` within a row, ``row_id`` after the last slice of a row."""
+class VisualTokens:
+    """Token ids of an image in a prompt.
 
+    Attributes:
+        image_id: id of ``<image>``, at every visual slot.
+        slice_id: id after a slice within a row.
+        row_id: id after the last slice of a row.
+    """
+
+    image_id: int
     slice_id: int
     row_id: int
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer without running code of the model's repository.
+    """Load a fast tokenizer without running code of the model's repository, and give it the special token ``<image>``.
 
     If the tokenizer has no padding token, its end token (or unknown token) becomes the padding token in memory. Batches
     need an id for padding, and the attention mask hides it.
@@ -85,7 +95,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
                 f"The tokenizer of {path!r} has no padding, end or unknown token: set one in its config."
             )
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    add_image_token(tokenizer)
     return tokenizer
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add ``<image>`` as a special token, which no text of a user can become; keep it if it is there."""
+    tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)], special_tokens=True)
 
 
 def tokenise(
@@ -129,6 +145,59 @@ def tokenise(
     return TokenisedSample(input_ids, labels, turns)
 
 
+def tokenise_prompt(
+    text: str, tokenizer: PreTrainedTokenizerBase, template: str, *, add_begin: bool = True
+) -> TokenisedSample:
+    """Turn text that a chat template has written into the token ids that `tokenise` gives for its conversation.
+
+    Special tokens in the text are special tokens, and ``<image>`` is the place of an image. The two functions differ only if
+    the words of a user look like special tokens.
+
+    Args:
+        text: text of the template, with or without its beginning token.
+        tokenizer: fast tokenizer with the special token ``<image>``.
+        template: ``plain``, ``vicuna_v1`` or ``chat``.
+        add_begin: whether a beginning token is added if the template begins with one and the text does not.
+    """
+    bos_id, has_begin = begin_id(tokenizer, template), False
+    if bos_id is not None and text.startswith(tokenizer.bos_token):
+        # Text behind the beginning token is encoded as text at the start, as in `tokenise`.
+        text, has_begin = text.removeprefix(tokenizer.bos_token), True
+    segments: list[Segment] = []
+    turn = 0
+    for part in split_special(text, special_pattern(tokenizer, len(tokenizer))):
+        if isinstance(part, SpecialToken) and part.token == IMAGE_PLACEHOLDER:
+            # A caption has no words by which tokens could be chosen, so its image belongs to no turn.
+            turn += template != "plain" and not _follows_image(segments)
+            segments.append(Image(turn))
+        elif isinstance(part, SpecialToken):
+            segments.append(part)
+        elif part:
+            segments.append(Text(part, questions=_question(part, segments, template, tokenizer)))
+    input_ids, _, turns = _encode(segments, tokenizer)
+    if bos_id is not None and (has_begin or add_begin):
+        input_ids, turns = [bos_id, *input_ids], [0, *turns]
+    return TokenisedSample(input_ids, [IGNORE_INDEX] * len(input_ids), turns)
+
+
+def _follows_image(segments: list[Segment]) -> bool:
+    """Return whether the last segments are an image and at most a newline."""
+    before = segments[-2:] if segments and segments[-1] == Text("\n") else segments[-1:]
+    return bool(before) and isinstance(before[0], Image)
+
+
+def _question(text: str, before: list[Segment], template: str, tokenizer: PreTrainedTokenizerBase) -> dict[int, Span]:
+    """Return the span of the words that follow images in their turn, as `SegmentWriter.question` records it."""
+    if not before or not isinstance(before[-1], Image) or text == "\n" or template == "plain":
+        return {}
+    start = int(text.startswith("\n"))
+    # Text that ends a question before its first special token; a template's end token ends the text itself.
+    fixed = prompt_template(template, tokenizer)
+    closing = next(iter(split_special(fixed.before_answer, fixed.special_tokens)))
+    end = text.find(closing, start) if closing and isinstance(closing, str) else -1
+    return {before[-1].turn: (start, len(text) if end < 0 else end)}
+
+
 def no_answer(template: str) -> str:
     """Describe the problem of a sample without labels; the text follows the sample's name in a message."""
     return (
@@ -142,24 +211,29 @@ def begin_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
     return None if template == "chat" else tokenizer.bos_token_id
 
 
-def visual_separators(tokenizer: PreTrainedTokenizerBase) -> Separators:
-    """Return the ids of "," and of the newline byte: 29892 and 13 in Vicuna's vocabulary.
+def find_visual_tokens(tokenizer: PreTrainedTokenizerBase) -> VisualTokens:
+    """Return the ids of ``<image>``, "," and the newline byte: 32000, 29892 and 13 in Vicuna's vocabulary.
 
     The ids are looked up in the vocabulary, because ``tokenizer(",")`` would give the id of ``▁,`` in Vicuna's.
 
     Raises:
-        SettingsError: the vocabulary lacks a comma or a newline token.
+        SettingsError: the vocabulary lacks a comma, a newline token or ``<image>``.
     """
     vocabulary: Tokenizer = tokenizer.backend_tokenizer
-    slice_id = vocabulary.token_to_id(",")
+    slice_id, image_id = vocabulary.token_to_id(","), vocabulary.token_to_id(IMAGE_PLACEHOLDER)
     newline_ids = [vocabulary.token_to_id(token) for token in _NEWLINE_TOKENS]
     row_id = next((found for found in newline_ids if found is not None), None)
     if slice_id is None or row_id is None:
         missing = "','" if slice_id is None else f"a newline (tried {', '.join(map(repr, _NEWLINE_TOKENS))})"
         raise SettingsError(
-            f"The tokenizer's vocabulary has no token for {missing}: give the separators' ids explicitly."
+            f"The tokenizer's vocabulary has no token for {missing}, which separates slices and rows of slices: use a "
+            "language model whose tokenizer has one."
         )
-    return Separators(slice_id, row_id)
+    if image_id is None:
+        raise SettingsError(
+            f"The tokenizer has no token {IMAGE_PLACEHOLDER!r}: load it with meteor.text.tokens.load_tokenizer."
+        )
+    return VisualTokens(image_id, slice_id, row_id)
 
 
 def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
@@ -175,7 +249,7 @@ def _encode(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> tupl
             is_answer = _overlaps(spans, segment.answers)
             turns_of_segment = _turns(spans, segment.questions)
         elif isinstance(segment, Image):
-            ids, is_answer = [IMAGE_TOKEN_ID], [False]
+            ids, is_answer = [IMAGE_PLACE], [False]
             turns_of_segment = [segment.turn]
         elif isinstance(segment, SpecialToken):
             ids, is_answer = [encoder.token_id(segment.token)], [segment.is_answer]

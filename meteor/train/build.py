@@ -31,6 +31,7 @@ def build_model(
     seed: int,
     attention: str = "sdpa",
     text_sampler: dict[str, Any] | None = None,
+    image_token_id: int,
 ) -> MeteorForConditionalGeneration:
     """Build a model with pretrained language model and new projector, without vision tower (training reads features).
 
@@ -45,6 +46,7 @@ def build_model(
         attention: attention of the language model, a member of `meteor.model.attention.IMPLEMENTATIONS`.
         text_sampler: ``{"layer": ..., "keep": ...}`` of `meteor.model.text_sampler.TextSampler`, with None for the middle
             layer; None for no sampler.
+        image_token_id: id of ``<image>``; the embedding needs no row for it in training.
     """
     language_model = load_llm(llm_path, dtype)
     config = MeteorConfig(
@@ -54,6 +56,7 @@ def build_model(
         select_layer=select_layer,
         cache_identity=cache_identity,
         text_sampler=text_sampler and _with_layer(text_sampler, language_model.config.num_hidden_layers),
+        image_token_id=image_token_id,
     )
     torch.manual_seed(seed)
     model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=language_model)

@@ -75,7 +75,7 @@ class DeepSpeedEngine:
 
     def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> MicroStep:
         self._engine.set_gradient_accumulation_boundary(last)
-        output = self._engine(**inputs)
+        output = self._engine(**inputs, skip_logits=True)
         # DeepSpeed divides by the number of workers, but the loss is already divided by the global batch's answer tokens.
         self._engine.backward(output.loss * self.world_size)
         if not last:
@@ -86,7 +86,7 @@ class DeepSpeedEngine:
     def evaluate(self, inputs: dict[str, Any]) -> MicroStep:
         training = self._engine.module.training
         self._engine.eval()
-        output = self._engine(**inputs)
+        output = self._engine(**inputs, skip_logits=True)
         self._engine.train(training)
         return MicroStep(output.loss, output.selection_sums)
 

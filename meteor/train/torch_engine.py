@@ -38,14 +38,14 @@ class TorchEngine:
             self._load(checkpoint)
 
     def forward_backward(self, inputs: dict[str, Any], *, last: bool) -> MicroStep:
-        output = self.model(**inputs)
+        output = self.model(**inputs, skip_logits=True)
         output.loss.backward()
         return MicroStep(output.loss.detach(), output.selection_sums)
 
     @torch.no_grad()
     def evaluate(self, inputs: dict[str, Any]) -> MicroStep:
         training = self.model.training
-        output = self.model.eval()(**inputs)
+        output = self.model.eval()(**inputs, skip_logits=True)
         self.model.train(training)
         return MicroStep(output.loss, output.selection_sums)
 

@@ -29,7 +29,7 @@ from meteor.runs.mlflow_log import StageLog
 from meteor.runs.pins import hold_pin
 from meteor.runs.reading import read_stage
 from meteor.stages import TrainingStage
-from meteor.text.tokens import visual_separators
+from meteor.text.tokens import find_visual_tokens
 from pipelines.command import timed
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 from pipelines.ray_parts.resources import wait_for_nodes
@@ -104,7 +104,7 @@ def _task(inputs: Inputs, prepared: PreparedStage, *, has_held_out: bool) -> Wor
         cache_uri=prepared.cache.uri,
         cache_version=prepared.versions.cache_version,
         cache_identity=prepared.cache.identity.to_dict(),
-        separators=visual_separators(tokenizer),
+        visual_tokens=find_visual_tokens(tokenizer),
         pad_id=tokenizer.pad_token_id,
         projector_uri=prepared.parent["uri"] if prepared.parent else None,
         image_uris=uris_by_key(prepared.index.rows()) if live else {},

@@ -21,11 +21,11 @@ from meteor.data.collate import collate
 from meteor.data.table import SampleTable
 from meteor.errors import FailedStepError, SupersededError, TrainingError
 from meteor.image.budget import visual_token_budget
-from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.model import MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
 from meteor.model.attention import choose_attention
 from meteor.runs.claim import Claim
 from meteor.stages import TrainingStage
-from meteor.text.tokens import Separators, load_tokenizer
+from meteor.text.tokens import VisualTokens, load_tokenizer
 from meteor.train.build import DTYPES, build_model, checkpoint_activations, compile_layers, freeze_for, load_projector
 from meteor.train.checkpoints import newest_sound_checkpoint
 from meteor.train.engine import loading_for, make_engine
@@ -57,7 +57,7 @@ class WorkerTask:
     cache_uri: str
     cache_version: int
     cache_identity: dict[str, Any]
-    separators: Separators
+    visual_tokens: VisualTokens
     pad_id: int
     projector_uri: str | None
     image_uris: dict[str, str]
@@ -193,16 +193,19 @@ def export(task: WorkerTask, checkpoint_uri: str) -> None:
         export_projector(model, checkpoint, task.result_uri)
         return
     encoder = FrozenClip.from_pretrained(task.settings.vision.path, select_layer=task.settings.vision.select_layer)
+    image_processor = MeteorImageProcessor(
+        **vars(pixel_settings(task.settings)),
+        image_mean=encoder.mean,
+        image_std=encoder.std,
+        sub_images=task.stage_settings.sub_images,
+    )
     processor = MeteorProcessor(
+        image_processor,
         load_tokenizer(task.settings.llm.path),
         projector=task.projector,
-        pixels=pixel_settings(task.settings),
-        mean=encoder.mean,
-        std=encoder.std,
         # The model asks as it was taught.
         template=task.stage_settings.template,
-        separators=task.separators,
-        sub_images=task.stage_settings.sub_images,
+        text_sampler=_text_sampler(task) is not None,
     )
     if task.lora is not None:
         export_adapter(model, checkpoint, task.lora, task.settings.llm.path, storage.join(task.result_uri, "adapter"))
@@ -224,6 +227,7 @@ def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForCondit
         seed=task.stage_settings.seed,
         attention=attention or "sdpa",
         text_sampler=_text_sampler(task),
+        image_token_id=task.visual_tokens.image_id,
     )
     if task.projector_uri is not None:
         load_projector(model, task.projector_uri)
@@ -266,7 +270,7 @@ def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:
         collate=partial(
             collate,
             budget=budget,
-            separators=task.separators,
+            visual_tokens=task.visual_tokens,
             pad_id=task.pad_id,
             vision_width=width,
             select_layer=settings.vision.select_layer,

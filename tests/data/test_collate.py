@@ -3,14 +3,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.collate import ImageLayout, collate, expand_images, num_image_tokens
 from meteor.image.budget import visual_token_budget
-from meteor.text.tokens import Separators, TokenisedSample
+from meteor.text.tokens import TokenisedSample, VisualTokens
 
-V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+# The place of an image in a sample, and a visual slot in a batch.
+V, S, X = IMAGE_PLACE, 99, IGNORE_INDEX
 COMMA, NEWLINE = 3, 4
-SEPARATORS = Separators(slice_id=COMMA, row_id=NEWLINE)
+SEPARATORS = VisualTokens(image_id=S, slice_id=COMMA, row_id=NEWLINE)
 
 
 def at_most(k):
@@ -31,13 +32,13 @@ def make_sample(*ids, answer=2):
 
 
 def collated(samples, k=5, **options):
-    settings = {"budget": at_most(k), "separators": SEPARATORS, "pad_id": 0, "vision_width": 16, "select_layer": -2}
+    settings = {"budget": at_most(k), "visual_tokens": SEPARATORS, "pad_id": 0, "vision_width": 16, "select_layer": -2}
     return collate([[sample] for sample in samples], **{**settings, **options})
 
 
 def test_global_view_first_then_slices_row_by_row_with_a_separator_after_each():
     longer, num_slots = expand_images(make_sample(1, V, 8, 9), [make_layout(2, 2)], at_most(3), SEPARATORS)
-    visual = [V, V, V, V, V, V, COMMA, V, V, V, NEWLINE, V, V, V, COMMA, V, V, V, NEWLINE]
+    visual = [S, S, S, S, S, S, COMMA, S, S, S, NEWLINE, S, S, S, COMMA, S, S, S, NEWLINE]
     assert longer.input_ids == [1, *visual, 8, 9]
     assert longer.labels == [X, *[X] * len(visual), 8, 9]
     assert num_slots == [3, 3, 3, 3, 3]
@@ -53,7 +54,7 @@ def test_global_view_first_then_slices_row_by_row_with_a_separator_after_each():
 )
 def test_there_are_as_many_separators_as_slices_and_a_newline_ends_each_row(columns, rows, separators):
     longer, _ = expand_images(make_sample(V, 9, answer=1), [make_layout(columns, rows)], at_most(4), SEPARATORS)
-    assert [token for token in longer.input_ids if token != V] == [*separators, 9]
+    assert [token for token in longer.input_ids if token != S] == [*separators, 9]
     # The separator follows its slice: nothing but the global view's 4 and the first slice's 4 slots before it.
     assert longer.input_ids.index(separators[0]) == 8
 
@@ -61,7 +62,7 @@ def test_there_are_as_many_separators_as_slices_and_a_newline_ends_each_row(colu
 def test_slots_carry_their_images_number_and_their_turns_and_separators_neither():
     sample = TokenisedSample([1, V, NEWLINE, V, 7, 8, 9], [X] * 5 + [8, 9], [0, 1, 0, 1, 1, 0, 0])
     longer, _ = expand_images(sample, [make_layout(2, 1), make_layout()], at_most(1), SEPARATORS)
-    assert longer.input_ids == [1, V, V, COMMA, V, NEWLINE, NEWLINE, V, 7, 8, 9]
+    assert longer.input_ids == [1, S, S, COMMA, S, NEWLINE, NEWLINE, S, 7, 8, 9]
     assert longer.turns == [0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0]
     assert longer.image_numbers == [0, 1, 1, 0, 1, 0, 0, 2, 0, 0, 0]
 
@@ -69,7 +70,7 @@ def test_slots_carry_their_images_number_and_their_turns_and_separators_neither(
 def test_sub_images_without_tokens_are_not_in_the_batch(make_features):
     """What `global_view` gives is the batch of the global views."""
     samples = [(make_sample(1, V, 9, answer=1), [make_features("a", sliced=True)])]
-    options = {"separators": SEPARATORS, "pad_id": 0, "vision_width": 16, "select_layer": -2}
+    options = {"visual_tokens": SEPARATORS, "pad_id": 0, "vision_width": 16, "select_layer": -2}
     alone = collate([samples], budget=visual_token_budget("mlp", {}), sub_images="global", **options)
     zeros = collate([samples], budget=visual_token_budget("global_view", {}), **options)
     for name, tensor in alone.as_inputs().items():
@@ -79,7 +80,7 @@ def test_sub_images_without_tokens_are_not_in_the_batch(make_features):
 
 def test_an_unsliced_image_has_no_separator():
     longer, num_slots = expand_images(make_sample(1, V, 9, answer=1), [make_layout()], at_most(144), SEPARATORS)
-    assert longer.input_ids == [1, *[V] * 6, 9]
+    assert longer.input_ids == [1, *[S] * 6, 9]
     assert num_slots == [6]
 
 
@@ -87,8 +88,8 @@ def test_images_of_one_sample_take_their_places_in_order():
     sample = make_sample(1, V, NEWLINE, V, 7, V, 9, answer=1)
     layouts = [make_layout(), make_layout(2, 1), make_layout()]
     longer, num_slots = expand_images(sample, layouts, at_most(2), SEPARATORS)
-    second = [V, V, V, V, COMMA, V, V, NEWLINE]
-    assert longer.input_ids == [1, V, V, NEWLINE, *second, 7, V, V, 9]
+    second = [S, S, S, S, COMMA, S, S, NEWLINE]
+    assert longer.input_ids == [1, S, S, NEWLINE, *second, 7, S, S, 9]
     assert num_slots == [2, 2, 2, 2, 2]
 
 
@@ -96,7 +97,7 @@ def test_a_slice_without_tokens_has_no_separator_either():
     longer, num_slots = expand_images(
         make_sample(V, 9, answer=1), [make_layout(3, 1)], lambda grids: [2, 1, 0, 1], SEPARATORS
     )
-    assert longer.input_ids == [V, V, V, COMMA, V, NEWLINE, 9]
+    assert longer.input_ids == [S, S, S, COMMA, S, NEWLINE, 9]
     assert num_slots == [2, 1, 0, 1]
 
 
@@ -128,8 +129,8 @@ def test_a_batch_holds_each_sub_image_and_each_sample_as_given(make_features):
         assert not batch.features[i, num_patches:].any()
         assert torch.equal(batch.cls_attention[i, :num_patches], attention[i][0])
         assert not batch.cls_attention[i, num_patches:].any()
-    first = [1, *[V] * 10, COMMA, *[V] * 5, NEWLINE, 8, 9]
-    second = [1, *[V] * 5, 7, 8, 9]
+    first = [1, *[S] * 10, COMMA, *[S] * 5, NEWLINE, 8, 9]
+    second = [1, *[S] * 5, 7, 8, 9]
     padding = len(first) - len(second)
     assert batch.input_ids.tolist() == [first, second + [0] * padding]
     assert batch.attention_mask.tolist() == [[1] * 20, [1] * 9 + [0] * padding]
@@ -140,7 +141,7 @@ def test_a_batch_holds_each_sub_image_and_each_sample_as_given(make_features):
 def test_padding_on_the_left_moves_whole_rows(make_features):
     samples = [(make_sample(1, 5, 6, 7, 8, 9), []), (make_sample(1, V, 9, answer=1), [make_features("a")])]
     batch = collated(samples, k=1, padding_side="left")
-    assert batch.input_ids.tolist() == [[1, 5, 6, 7, 8, 9], [0, 0, 0, 1, V, 9]]
+    assert batch.input_ids.tolist() == [[1, 5, 6, 7, 8, 9], [0, 0, 0, 1, S, 9]]
     assert batch.attention_mask[1].tolist() == [0, 0, 0, 1, 1, 1]
     assert batch.labels[1].tolist() == [X, X, X, X, X, 9]
 
@@ -156,7 +157,7 @@ def test_the_attention_row_is_the_selected_layers(make_features):
 def test_the_global_view_alone_drops_slices_and_separators(make_features):
     image = make_features("a", sliced=True)
     batch = collated([(make_sample(1, V, 9, answer=1), [image])], sub_images="global")
-    assert batch.input_ids.tolist() == [[1, *[V] * 5, 9]]
+    assert batch.input_ids.tolist() == [[1, *[S] * 5, 9]]
     assert batch.grids.tolist() == [[2, 3]]
     assert torch.equal(batch.features[0], image.features[0])
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.collate import collate
 from meteor.data.indexed_images import IndexedImage, IndexedImages
 from meteor.data.sample_sets import SampleSet
@@ -15,9 +15,9 @@ from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
 from meteor.text.batches import TokenBatch
 from meteor.text.conversation import Turn
-from meteor.text.tokens import Separators, TokenisedSample
+from meteor.text.tokens import TokenisedSample, VisualTokens
 
-V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+V, X = IMAGE_PLACE, IGNORE_INDEX
 PIXELS = PixelSettings(resolution=56, max_aspect_ratio=8)
 # At 56 pixels a square is one sub-image of 4 x 4 patches; twice as wide is two slices and a global view of 2 x 5.
 IMAGES = {
@@ -96,7 +96,7 @@ def test_totals_are_those_of_the_batches_trained_on(make_features, sub_images):
         collate(
             [[(table.tokens(i), [features[key] for key in table.image_keys(i)])]],
             budget=visual_token_budget("meteor", {"k": 4}),
-            separators=Separators(3, 4),
+            visual_tokens=VisualTokens(32000, 3, 4),
             pad_id=0,
             vision_width=16,
             select_layer=-2,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE, IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE, IGNORE_INDEX, IMAGE_PLACE
 from meteor.data import sample_sets, token_table
 from meteor.data.collate import ImageLayout, num_image_tokens
 from meteor.data.indexed_images import IndexedImage, IndexedImages
@@ -34,7 +34,7 @@ IMAGES = {
     "broken": IndexedImage("", 0, 0, "truncated"),
     "strip": IndexedImage("k-strip", 900, 100, ""),
 }
-V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+V, X = IMAGE_PLACE, IGNORE_INDEX
 WORDS = st.sampled_from(["a", "the cats", "red  table\n", "what is it?", "😀", "ASSISTANT: no", ""])
 
 
@@ -62,8 +62,8 @@ def cut_text(sample, max_text_tokens):
     """One token after the other; images are never cut, not even those behind the limit."""
     kept, num_text = TokenisedSample([], [], []), 0
     for token, label, turn in zip(sample.input_ids, sample.labels, sample.turns, strict=True):
-        num_text += token != IMAGE_TOKEN_ID
-        if token == IMAGE_TOKEN_ID or num_text <= max_text_tokens:
+        num_text += token != IMAGE_PLACE
+        if token == IMAGE_PLACE or num_text <= max_text_tokens:
             kept.input_ids.append(token)
             kept.labels.append(label)
             kept.turns.append(turn)
@@ -264,7 +264,7 @@ def test_the_fingerprint_is_over_what_makes_tokens(tokenizer, tokenizer_folder):
 
 @pytest.mark.parametrize("vocabulary_size", [1 << 15, (1 << 15) + 1])
 def test_tokens_of_large_vocabularies_keep_their_ids(tmp_path, vocabulary_size):
-    ids = [IMAGE_TOKEN_ID, 0, vocabulary_size - 1]
+    ids = [IMAGE_PLACE, 0, vocabulary_size - 1]
     table = TokenTable.write(
         str(tmp_path / "t.arrow"), [TokenBatch.of([TokenisedSample(ids, ids)])], vocabulary_size=vocabulary_size
     )

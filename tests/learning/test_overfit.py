@@ -28,7 +28,7 @@ from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.model import MeteorProcessor
 from meteor.synthetic.models import make_tiny_models
-from meteor.text.tokens import load_tokenizer, visual_separators
+from meteor.text.tokens import find_visual_tokens, load_tokenizer
 from meteor.train.build import build_model, freeze_for
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model
@@ -94,7 +94,7 @@ def fill_cache(folder: Path, shown_images: Path, samples, encoder) -> tuple[dict
 def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: FrozenClip, llm: str) -> str:
     tokenizer = load_tokenizer(llm)
     settings = {key: value for key, value in PROJECTOR.items() if key != "name"}
-    budget, separators = visual_token_budget("meteor", settings), visual_separators(tokenizer)
+    budget, separators = visual_token_budget("meteor", settings), find_visual_tokens(tokenizer)
     sample_set = SampleSet.of("contrast", samples)
     plan = plan_table(
         sample_set,
@@ -110,7 +110,7 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
         return collate(
             [[(table.tokens(i), [cache.get(key) for key in table.image_keys(i)]) for i in row] for row in rows],
             budget=budget,
-            separators=separators,
+            visual_tokens=separators,
             pad_id=tokenizer.pad_token_id,
             vision_width=encoder.width,
             select_layer=-2,

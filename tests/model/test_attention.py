@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from transformers import GraniteConfig, GraniteForCausalLM, MistralConfig
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import SettingsError
 from meteor.model import MeteorForConditionalGeneration
 from meteor.model.attention import IMPLEMENTATIONS, Layout, choose_attention
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations
 
-V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+V, X = IMAGE_PLACE, IGNORE_INDEX
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 ROWS = [[0, 2, 1], [3], [4, 1]]
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.features import ImageFeatures
 from meteor.model.attention import IMPLEMENTATIONS
 from meteor.text.tokens import TokenisedSample
 from meteor.vision.encoder import FrozenClip
 
-V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+V, X = IMAGE_PLACE, IGNORE_INDEX
 IMAGE_TOKEN = 63  # LLaVA's, in its vocabulary
 SAMPLES = [([1, V, 10, 11, 12, 2], 3), ([1, 5, V, 20, 2], 3), ([1, V, 30, 31, 32, 33, 34, 2], 6)]
 

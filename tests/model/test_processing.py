@@ -1,33 +1,45 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor, BatchFeature
 
-from meteor.constants import IMAGE_TOKEN_ID
-from meteor.data.collate import collate
-from meteor.errors import BadImageError, ConversationError, SettingsError
+from meteor.data.collate import collate, expand_images
+from meteor.errors import BadImageError, SettingsError
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise
-from meteor.model import MeteorConfig, MeteorProcessor
+from meteor.model import MeteorConfig, MeteorImageProcessor, MeteorProcessor
+from meteor.model.image_processing import pad_pixels
 from meteor.text.conversation import Conversation, Turn
-from meteor.text.tokens import Separators, load_tokenizer, tokenise
+from meteor.text.tokens import load_tokenizer, tokenise
 from meteor.vision.encode_images import encode_sliced
 
 PIXELS = PixelSettings(resolution=56, max_aspect_ratio=8)
 PROJECTOR = {"name": "meteor", "k": 4}
-V = IMAGE_TOKEN_ID
 
 
 @pytest.fixture
 def make_processor(tokenizer_folder):
-    def make(**changes):
-        settings = {"projector": PROJECTOR, "pixels": PIXELS, "mean": [0.5] * 3, "std": [0.5] * 3}
-        return MeteorProcessor(load_tokenizer(tokenizer_folder), **{**settings, **changes})
+    def make(sub_images="all", **changes):
+        images = MeteorImageProcessor(**vars(PIXELS), image_mean=[0.5] * 3, image_std=[0.5] * 3, sub_images=sub_images)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer.padding_side = "left"
+        return MeteorProcessor(images, tokenizer, **{"projector": PROJECTOR, **changes})
 
     return make
+
+
+def message(words, num_images=0):
+    return {"role": "user", "content": [*[{"type": "image"}] * num_images, {"type": "text", "text": words}]}
+
+
+def ask(processor, words, images=()):
+    """The inputs of one question, as a user prepares them."""
+    prompt = processor.apply_chat_template([message(words, len(images))], add_generation_prompt=True)
+    return processor(images=list(images), text=prompt, return_tensors="pt")
 
 
 def as_opened(image, **options):
@@ -45,11 +57,15 @@ def training_inputs(processor, model, questions):
         conversation = Conversation((Turn("human", words, len(files)), Turn("gpt", "what it says")))
         tokens = tokenise(conversation, processor.tokenizer, "vicuna_v1", for_generation=True)
         samples.append([(tokens, encode_sliced(sliced, model.frozen_clip()))])
-        pixels += [normalise(sub, processor.mean, processor.std) for one in sliced for sub in one.sub_images]
+        pixels += [
+            normalise(sub, processor.image_processor.image_mean, processor.image_processor.image_std)
+            for one in sliced
+            for sub in one.sub_images
+        ]
     batch = collate(
         samples,
         budget=processor.budget,
-        separators=processor.separators,
+        visual_tokens=processor.visual_tokens,
         pad_id=processor.tokenizer.pad_token_id,
         vision_width=16,
         select_layer=-2,
@@ -59,77 +75,139 @@ def training_inputs(processor, model, questions):
 
 
 def test_questions_become_what_training_makes_of_their_files(make_processor, make_model, make_image):
-    model, processor = make_model(vision_tower=True).eval(), make_processor()
+    processor = make_processor()
+    model = make_model(vision_tower=True, image_token_id=processor.image_token_id).eval()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # lies on its side: 56 x 112 as stored, 112 x 56 as shown
     wide, wide_opened = as_opened(make_image(56, 112), exif=exif)
     glass, glass_opened = as_opened(make_image(56, 56, mode="RGBA", seed=1))
     grey, grey_opened = as_opened(make_image(56, 150, seed=2).convert("L"))
     batch, pixels = training_inputs(processor, model, [("what is it?", [wide]), ("hm", []), ("which?", [glass, grey])])
-    inputs = processor(["what is it?", "hm", "which?"], [[wide_opened], [], [glass_opened, grey_opened]])
-    assert torch.equal(inputs["input_ids"], batch.input_ids)
-    assert torch.equal(inputs["attention_mask"], batch.attention_mask)
-    assert torch.equal(inputs["num_slots"], batch.num_slots)
-    assert len(inputs["pixel_values"]) == len(pixels) == 3 + 1 + 4
-    for one, other in zip(inputs["pixel_values"], pixels, strict=True):
-        assert torch.equal(one, other)
+    prompts = [
+        processor.apply_chat_template([message(*question)], add_generation_prompt=True)
+        for question in (("what is it?", 1), ("hm", 0), ("which?", 2))
+    ]
+    inputs = processor([[wide_opened], [], [glass_opened, grey_opened]], prompts, return_tensors="pt")
+    for name in ("input_ids", "attention_mask", "num_slots", "grids"):
+        assert torch.equal(inputs[name], getattr(batch, name)), name
+    assert torch.equal(inputs["pixel_values"], pad_pixels(pixels))
+    assert len(pixels) == 3 + 1 + 4
     # And so the answers are the same, whether the images come as pixels or as features.
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(**inputs, **options), model.generate(**batch.as_inputs(), **options))
 
 
+@pytest.mark.parametrize("template", ["vicuna_v1", "plain"])
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_tokens_turns_and_images_of_a_prompt_are_those_of_its_conversation(
+    make_processor, make_image, template, num_images
+):
+    processor = make_processor(template=template, text_sampler=True)
+    texts = ["what?", "a cat.", "", "no", "sure: ASSISTANT?"] if template == "vicuna_v1" else ["what?"]
+    turns = tuple(Turn("gpt" if n % 2 else "human", text, 0 if n % 2 else num_images) for n, text in enumerate(texts))
+    messages = [
+        {"role": "assistant", "content": turn.text} if turn.role == "gpt" else message(turn.text, turn.num_images)
+        for turn in turns
+    ]
+    expected = tokenise(Conversation(turns), processor.tokenizer, template, for_generation=True)
+    images = [make_image(56, 56)] * sum(turn.num_images for turn in turns)
+    layouts = [processor.image_processor.layout(56, 56)] * len(images)
+    longer, _ = expand_images(expected, layouts, processor.budget, processor.visual_tokens)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images, prompt, return_tensors="pt")
+    for name in ("input_ids", "turns", "image_numbers"):
+        assert inputs[name][0].tolist() == getattr(longer, name), name
+
+
 def test_the_prompt_of_a_sliced_image_is_as_written_by_hand(make_processor, make_image):
     processor = make_processor()
-    ids = processor("ok?", [make_image(112, 56)])["input_ids"][0].tolist()
-    start = ids.index(V)
-    end = len(ids) - ids[::-1].index(V)
-    assert ids[start:end] == [*[V] * 4, *[V] * 4, 3, *[V] * 4]
+    ids = ask(processor, "ok?", [make_image(112, 56)])["input_ids"][0].tolist()
+    slot = processor.image_token_id
+    start = ids.index(slot)
+    end = len(ids) - ids[::-1].index(slot)
+    assert ids[start:end] == [*[slot] * 4, *[slot] * 4, 3, *[slot] * 4]
     assert processor.tokenizer.decode(ids[end:]) == "\n\nok? ASSISTANT:"  # the row's end, and the template's newline
     assert processor.tokenizer.decode(ids[:start]).endswith("questions. USER: ")
 
 
 @pytest.mark.parametrize("text", ["<image>\nwhat?", "what?<image>", "what?\n<image>"])
-def test_a_placeholder_may_stand_anywhere_or_be_left_out(make_processor, make_image, text):
-    processor, shown = make_processor(), make_image(56, 56)
-    assert torch.equal(processor(text, [shown])["input_ids"], processor("what?", [shown])["input_ids"])
+def test_a_placeholder_in_a_message_moves_to_its_front(make_processor, text):
+    processor = make_processor()
+    expected = processor.apply_chat_template([message("what?", 1)], add_generation_prompt=True)
+    found = processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    assert found == expected
 
 
 @pytest.mark.parametrize(("text", "num_images"), [("<image>\nwhat?", 2), ("<image><image>what?", 1), ("<image>?", 0)])
 def test_placeholders_must_be_as_many_as_images(make_processor, make_image, text, num_images):
-    with pytest.raises(ConversationError, match=f"for {num_images} images"):
-        make_processor()(text, [make_image(56, 56)] * num_images)
+    with pytest.raises(ValueError, match="<image>"):
+        make_processor()([make_image(56, 56)] * num_images or None, text)
+
+
+def test_one_image_is_as_good_as_a_list_and_an_array_as_an_image(make_processor, make_image):
+    processor, shown = make_processor(), make_image(112, 56)
+    ways = (shown, [shown], [[shown]], np.asarray(shown), torch.from_numpy(np.asarray(shown).copy()).permute(2, 0, 1))
+    first, *others = [processor(way, "<image>?", return_tensors="pt") for way in ways]
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    assert isinstance(first.to("cpu", torch.bfloat16), BatchFeature)
+    assert first["pixel_values"].dtype == torch.bfloat16
 
 
 def test_a_question_without_images_runs_through_the_model(make_processor, make_model):
-    inputs = make_processor()("what?")
-    assert (inputs["num_slots"].tolist(), inputs["pixel_values"]) == ([0], [])
-    assert V not in inputs["input_ids"]
-    assert make_model(vision_tower=True).generate(**inputs, max_new_tokens=2, do_sample=False).shape == (1, 2)
+    inputs = ask(make_processor(), "what?")
+    assert sorted(inputs) == ["attention_mask", "input_ids"]
+    model = make_model(vision_tower=True)
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_prompts_of_different_lengths_are_lists_without_padding_and_cannot_be_tensors(make_processor, make_image):
+    processor, images = make_processor(), [make_image(56, 56)]
+    texts = ["<image>\nlong question?", "short?"]
+    lists = processor(images, texts, padding=False)["input_ids"]
+    padded = processor(images, texts)
+    assert [len(row) for row in lists] == [sum(mask) for mask in padded["attention_mask"]]
+    assert [row[-len(short) :] for row, short in zip(padded["input_ids"], lists, strict=True)] == lists
+    with pytest.raises(ValueError, match="padding=True"):
+        processor(images, texts, padding=False, return_tensors="pt")
+
+
+def test_text_can_be_cut_and_images_cannot(make_processor, make_image):
+    processor, images = make_processor(), [make_image(56, 56)]
+    whole = processor(images, "<image>\na question", return_tensors="pt")["input_ids"]
+    cut = processor(images, "<image>\na question", return_tensors="pt", truncation=True, max_length=8)["input_ids"]
+    assert torch.equal(cut, whole[:, :8])
+    with pytest.raises(ValueError, match="would cut an image"):
+        processor(images, "<image>\na question", return_tensors="pt", truncation=True, max_length=3)
 
 
 def test_an_image_of_a_refused_shape_is_refused(make_processor, make_image):
     with pytest.raises(BadImageError, match="aspect ratio"):
-        make_processor()("what?", [make_image(90, 10)])
+        ask(make_processor(), "what?", [make_image(90, 10)])
 
 
-def test_answers_are_decoded_without_special_tokens_and_outer_spaces(make_processor):
+def test_answers_are_decoded_without_special_tokens(make_processor):
     processor = make_processor()
-    ids = processor.tokenizer.convert_tokens_to_ids(list(" a cat"))
-    assert processor.batch_decode(torch.tensor([[*ids, 2, 2]])) == ["a cat"]
+    ids = [*processor.tokenizer.convert_tokens_to_ids(list("a cat")), 2, 2]
+    assert processor.batch_decode(torch.tensor([ids]), skip_special_tokens=True) == ["a cat"]
+    assert processor.decode(ids, skip_special_tokens=True) == "a cat"
+    assert processor.post_process_image_text_to_text(torch.tensor([ids])) == ["a cat"]
 
 
 def test_a_saved_processor_does_the_same_when_loaded(make_processor, make_image, tmp_path):
-    saved = make_processor(projector={"name": "meteor", "k": 3}, template="plain", separators=Separators(40, 41))
+    saved = make_processor(projector={"name": "meteor", "k": 3}, template="plain", text_sampler=True)
     saved.save_pretrained(tmp_path)
     MeteorConfig(cache_identity=None).save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"preprocessor_config.json", "processor_config.json", "chat_template.jinja", "tokenizer.json"} <= names
     for loaded in (MeteorProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
         assert isinstance(loaded, MeteorProcessor)
-        assert (loaded.pixels, loaded.template, loaded.separators) == (PIXELS, "plain", Separators(40, 41))
-        one, other = (processor("what?", [make_image(112, 56)]) for processor in (saved, loaded))
-        assert torch.equal(one["input_ids"], other["input_ids"])
-        assert 40 in one["input_ids"]
-        for pixels, others in zip(one["pixel_values"], other["pixel_values"], strict=True):
-            assert torch.equal(pixels, others)
+        assert (loaded.image_processor.pixels, loaded.template) == (PIXELS, "plain")
+        assert loaded.chat_template == saved.chat_template
+        one, other = (ask(processor, "what?", [make_image(112, 56)]) for processor in (saved, loaded))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    pixels = AutoImageProcessor.from_pretrained(tmp_path)(make_image(112, 56), return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, one["pixel_values"])
 
 
 def test_a_directory_without_a_processor_is_refused(tmp_path):
@@ -140,8 +218,8 @@ def test_a_directory_without_a_processor_is_refused(tmp_path):
 
 def test_a_model_of_global_views_gets_global_views_alone(make_processor, make_image):
     shown = make_image(200, 100)
-    whole = make_processor(sub_images="global")("What?", [shown])
-    sliced = make_processor()("What?", [shown])
+    whole, sliced = (ask(make_processor(sub_images=name), "What?", [shown]) for name in ("global", "all"))
     assert len(whole["pixel_values"]) == 1 < len(sliced["pixel_values"])
-    assert torch.equal(whole["pixel_values"][0], sliced["pixel_values"][0])
-    assert int((whole["input_ids"] == IMAGE_TOKEN_ID).sum()) == int(whole["num_slots"].sum())
+    height, width = whole["pixel_values"].shape[-2:]
+    assert torch.equal(whole["pixel_values"][0], sliced["pixel_values"][0, :, :height, :width])
+    assert int((whole["input_ids"] == make_processor().image_token_id).sum()) == int(whole["num_slots"].sum())

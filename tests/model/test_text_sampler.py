@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import DataError, SettingsError
 from meteor.model import MeteorForConditionalGeneration
 from meteor.model.attention import IMPLEMENTATIONS
@@ -14,7 +14,7 @@ from meteor.model.text_sampler import TextSampler, TokenGroups, choose_kept
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, compile_layers
 
-V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+V, X = IMAGE_PLACE, IGNORE_INDEX
 LAYERS, LAYER, KEEP = 4, 1, 0.5
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 ROWS = [[0, 2, 1], [3], [4, 1]]
@@ -178,6 +178,7 @@ def test_answers_with_a_cache_are_those_of_recomputing_everything(make_pair, mak
     chosen = [prompts(samples)[i] for i in which]
     batch = make_batch(chosen, padding_side="left")
     answer = sampled.generate(**batch.as_inputs(), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    answer = answer[:, batch.input_ids.shape[1] :]
     for row, (sample, images) in enumerate(chosen):
         ids, turns = list(sample.input_ids), list(sample.turns)
         for step in range(6):

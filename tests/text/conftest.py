@@ -3,13 +3,17 @@
 import json
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokens import add_image_token, load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 # Lower-case letters come from the words; capitals, digits and punctuation so that only what is exotic needs bytes.
 WORDS = (
@@ -75,6 +79,7 @@ def make_byte_level_tokenizer(chat_template=CHATML, **kwargs):
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | kwargs
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
     tokenizer.chat_template = chat_template
+    add_image_token(tokenizer)
     return tokenizer
 
 

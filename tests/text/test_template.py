@@ -116,13 +116,13 @@ def test_spaces_around_an_answer_belong_to_it(make_byte_level):
     )
     prompt, answers = flatten(render(make_conversation("a", "b", "c", "d"), "chat", tokenizer=tokenizer))
     assert prompt == "[INST] <image>\na [/INST] b <|im_end|>[INST] c [/INST] d <|im_end|>"
-    assert answers == [" b", " ", "<|im_end|>", " d", " ", "<|im_end|>"]
+    assert answers == [" b ", "<|im_end|>", " d ", "<|im_end|>"]
 
 
-def test_a_token_that_opens_the_next_turn_is_no_end_token(make_byte_level):
+def test_a_template_that_ends_no_answer_gets_the_tokenizers_end_token(make_byte_level):
     tokenizer = make_byte_level("{% for m in messages %}<|im_start|>{{ m.role + ': ' + m.content }}{% endfor %}")
     _, answers = flatten(render(make_conversation("a", "b", "c", "d"), "chat", tokenizer=tokenizer))
-    assert answers == [" b", " d"]
+    assert answers == [" b", "</s>", " d", "</s>"]
 
 
 @pytest.mark.parametrize(

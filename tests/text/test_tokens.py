@@ -4,11 +4,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import MissingPackageError, SettingsError, TokenisationError
 from meteor.text.conversation import Conversation, Turn
 from meteor.text.template import render
-from meteor.text.tokens import Separators, load_tokenizer, tokenise, visual_separators
+from meteor.text.tokens import VisualTokens, find_visual_tokens, load_tokenizer, tokenise
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -48,7 +48,7 @@ def llavas_way(prompt, tokenizer):
     ids = [tokenizer.bos_token_id]
     for number, chunk in enumerate(chunks):
         assert chunk[0] == tokenizer.bos_token_id
-        ids += ([IMAGE_TOKEN_ID] if number else []) + chunk[1:]
+        ids += ([IMAGE_PLACE] if number else []) + chunk[1:]
     return ids
 
 
@@ -62,7 +62,7 @@ def test_labels_decode_to_the_answers(name, tokenizer_name, num_images, request)
         sample = tokenise(conversation, tokenizer, template)
         answers = DIALOGUES[name][1::2]
         assert len(sample.input_ids) == len(sample.labels)
-        assert sample.input_ids.count(IMAGE_TOKEN_ID) == num_images
+        assert sample.input_ids.count(IMAGE_PLACE) == num_images
         assert [run[-1] for run in labelled_runs(sample)] == [tokenizer.eos_token_id] * len(answers)
         decoded = [tokenizer.decode(run[:-1]) for run in labelled_runs(sample)]
         space = " " if tokenizer_name == "byte_level" and template == "vicuna_v1" else ""
@@ -126,7 +126,7 @@ def test_the_space_before_an_answer_is_learnt_even_where_it_is_a_token_of_its_ow
 def test_plain_learns_the_caption_and_the_end(vicuna):
     sample = tokenise(make_conversation("describe it", "a red table", num_images=1), vicuna, "plain")
     caption = vicuna("a red table", add_special_tokens=False).input_ids
-    assert sample.input_ids == [vicuna.bos_token_id, IMAGE_TOKEN_ID, *caption, vicuna.eos_token_id]
+    assert sample.input_ids == [vicuna.bos_token_id, IMAGE_PLACE, *caption, vicuna.eos_token_id]
     assert sample.labels == [IGNORE_INDEX, IGNORE_INDEX, *caption, vicuna.eos_token_id]
 
 
@@ -173,12 +173,11 @@ def test_the_callers_tokenizer_is_left_as_it_is(vicuna):
     assert vicuna("a </s> b").input_ids == before
 
 
-def test_nothing_to_learn_is_an_error_that_names_the_sample(make_byte_level):
-    tokenizer = make_byte_level("{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}")
+def test_nothing_to_learn_is_an_error_that_names_the_sample(byte_level):
     with pytest.raises(TokenisationError, match="'s7' has no answer token"):
-        tokenise(make_conversation("say nothing", ""), tokenizer, "chat", sample_id="s7")
+        tokenise(make_conversation("a question alone"), byte_level, "chat", sample_id="s7")
     with pytest.raises(TokenisationError, match=r"'s8'.*plain"):
-        tokenise(make_conversation("a", "b"), tokenizer, "plain", sample_id="s8")
+        tokenise(make_conversation("a", "b"), byte_level, "plain", sample_id="s8")
 
 
 def test_an_end_token_is_needed(make_byte_level):
@@ -187,17 +186,17 @@ def test_an_end_token_is_needed(make_byte_level):
 
 
 def test_separators_are_the_comma_and_the_newline_byte(vicuna, byte_level):
-    assert visual_separators(vicuna) == Separators(vicuna.convert_tokens_to_ids(","), 3 + 10)
-    assert vicuna.convert_ids_to_tokens([visual_separators(vicuna).slice_id, 13]) == [",", "<0x0A>"]
-    assert vicuna(",", add_special_tokens=False).input_ids != [visual_separators(vicuna).slice_id]
-    ids = visual_separators(byte_level)
-    assert byte_level.decode([ids.slice_id, ids.row_id]) == ",\n"
+    assert find_visual_tokens(vicuna) == VisualTokens(400, vicuna.convert_tokens_to_ids(","), 3 + 10)
+    assert vicuna.convert_ids_to_tokens([find_visual_tokens(vicuna).slice_id, 13]) == [",", "<0x0A>"]
+    assert vicuna(",", add_special_tokens=False).input_ids != [find_visual_tokens(vicuna).slice_id]
+    ids = find_visual_tokens(byte_level)
+    assert byte_level.decode([ids.image_id, ids.slice_id, ids.row_id]) == "<image>,\n"
 
 
 def test_a_vocabulary_without_separators_asks_for_ids():
     backend = Tokenizer(models.WordLevel({"<unk>": 0, ",": 1}, unk_token="<unk>"))
     with pytest.raises(SettingsError, match="newline"):
-        visual_separators(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+        find_visual_tokens(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
 
 
 def test_a_folder_as_vicuna_ships_it_loads_with_offsets_and_padding(vicuna, tmp_path):
@@ -229,7 +228,7 @@ def test_text_before_an_image_is_a_chunk_of_its_own(vicuna):
     assert chunks == ["a USER: ", "\n", "\nis? ASSISTANT: the"]
     expected = [vicuna.bos_token_id]
     for chunk in chunks:
-        expected += [*vicuna(chunk, add_special_tokens=False).input_ids, IMAGE_TOKEN_ID]
+        expected += [*vicuna(chunk, add_special_tokens=False).input_ids, IMAGE_PLACE]
     assert ids == [*expected[:-1], vicuna.eos_token_id]
 
 
@@ -249,17 +248,17 @@ def test_words_after_an_image_belong_to_its_turn_and_nothing_else_does(tokenizer
     for number, last in ((8, False), (7, True)):
         sample = tokenise(Conversation(turns[:number], None), tokenizer, "vicuna_v1", for_generation=last)
         assert len(sample.turns) == len(sample.input_ids)
-        images = [turn for token, turn in zip(sample.input_ids, sample.turns, strict=True) if token == IMAGE_TOKEN_ID]
+        images = [turn for token, turn in zip(sample.input_ids, sample.turns, strict=True) if token == IMAGE_PLACE]
         assert images == [1, 1, 2, 3]
         for turn, words in ((1, "what is it?"), (2, ""), (3, "and here?")):
             ids = [
                 token
                 for token, of_turn in zip(sample.input_ids, sample.turns, strict=True)
-                if of_turn == turn and token != IMAGE_TOKEN_ID
+                if of_turn == turn and token != IMAGE_PLACE
             ]
             assert tokenizer.decode(ids).strip() == words
 
 
 def test_captions_have_no_words_to_choose_by(vicuna):
     sample = tokenise(make_conversation("look", "a red table", num_images=1), vicuna, "plain")
-    assert not any(turn for token, turn in zip(sample.input_ids, sample.turns, strict=True) if token != IMAGE_TOKEN_ID)
+    assert not any(turn for token, turn in zip(sample.input_ids, sample.turns, strict=True) if token != IMAGE_PLACE)

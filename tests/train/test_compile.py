@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import SettingsError
 from meteor.model.attention import IMPLEMENTATIONS
 from meteor.text.tokens import TokenisedSample
@@ -18,7 +18,7 @@ def make_samples(make_features):
     def make(num=4):
         samples = []
         for i in range(num):
-            ids = [1, IMAGE_TOKEN_ID, *range(10, 12 + i), 2]
+            ids = [1, IMAGE_PLACE, *range(10, 12 + i), 2]
             labels = [IGNORE_INDEX] * 3 + ids[3:]
             samples.append((TokenisedSample(ids, labels), [make_features(f"k{i}", sliced=i % 2 == 0, seed=i)]))
         return samples

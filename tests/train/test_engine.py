@@ -8,7 +8,7 @@ from saving import save_checkpoint
 
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import Checkpoint
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import CheckpointError, SettingsError
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import freeze_for
@@ -18,7 +18,7 @@ from meteor.train.engine import make_engine
 def make_samples(make_features, num=4):
     samples = []
     for i in range(num):
-        ids = [1, IMAGE_TOKEN_ID, 10 + i, 20 + i, 30 + i, 2]
+        ids = [1, IMAGE_PLACE, 10 + i, 20 + i, 30 + i, 2]
         labels = [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 20 + i, 30 + i, 2]
         samples.append((TokenisedSample(ids, labels), [make_features(f"k{i}", sliced=i % 2 == 0, seed=i)]))
     return samples

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import KINDS, Checkpoint
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.model import MeteorForConditionalGeneration
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, freeze_for
@@ -49,7 +49,7 @@ def make_samples(make_features: Callable, num: int = 4) -> list:
     rows = []
     for i in range(num):
         images = [make_features(f"k{i}", sliced=i == 1, seed=i)] if i != 2 else []
-        ids = [1, *[IMAGE_TOKEN_ID] * len(images), 10 + i, 20 + i, 2]
+        ids = [1, *[IMAGE_PLACE] * len(images), 10 + i, 20 + i, 2]
         turns = [0, *[1] * 2 * len(images), *[0] * (len(ids) - 1 - 2 * len(images))]
         rows.append((TokenisedSample(ids, [IGNORE_INDEX] * (len(ids) - 2) + ids[-2:], turns), images))
     return rows

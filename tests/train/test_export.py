@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from meteor import storage
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import Checkpoint
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import CacheMismatchError
 from meteor.image.pixels import PixelSettings
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
@@ -22,7 +22,7 @@ from meteor.train.engine import make_engine
 from meteor.train.export import export_model, export_projector
 from meteor.vision.encoder import FrozenClip, read_vision_config
 
-V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+V, X = IMAGE_PLACE, IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")

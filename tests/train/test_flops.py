@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, freeze_for
 from meteor.train.flops import ModelFlops, peak_flops
@@ -27,7 +27,7 @@ def measured(make_model, make_features, make_batch):
         if checkpointing:
             checkpoint_activations(model)
         answer = [7] * NUM_ANSWERS
-        text = [1, IMAGE_TOKEN_ID, *[9] * 20, *answer]
+        text = [1, IMAGE_PLACE, *[9] * 20, *answer]
         labels = [IGNORE_INDEX] * 22 + answer
         samples = [(TokenisedSample(text, labels), [make_features(f"k{i}")]) for i in range(NUM_SAMPLES)]
         batch = make_batch(samples, {"name": "mlp"})

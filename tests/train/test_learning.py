@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import Checkpoint
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
 from meteor.data.token_table import TokenTable
 from meteor.text.batches import TokenBatch
@@ -38,7 +38,7 @@ def make_table(num_samples: int) -> SampleTable:
     for i in range(num_samples):
         image = None if i % 5 == 4 else chance.randrange(NUM_IMAGES)
         answer = [29 if image is None else 20 + image, 30 + chance.randrange(2), 2]
-        ids = [1, *([] if image is None else [IMAGE_TOKEN_ID]), 10, *answer]
+        ids = [1, *([] if image is None else [IMAGE_PLACE]), 10, *answer]
         rows.append(
             {
                 "sample_id": f"s{i}",

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from meteor.cache.prefetch import read_ahead
-from meteor.constants import IMAGE_TOKEN_ID
+from meteor.constants import IMAGE_PLACE
 from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
 from meteor.data.token_table import TokenTable
 from meteor.errors import DataError
@@ -23,7 +23,7 @@ def make_table():
     rows, tokens = [], []
     for i in range(6):
         keys = [f"k{(i + j) % 5}" for j in range(i % 3)]
-        ids = [1, *[IMAGE_TOKEN_ID] * len(keys), 10 + i, 2]
+        ids = [1, *[IMAGE_PLACE] * len(keys), 10 + i, 2]
         rows.append(
             {
                 "sample_id": f"s{i}",

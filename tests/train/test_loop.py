@@ -14,7 +14,7 @@ import torch.distributed as dist
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import Checkpoint
 from meteor.config import RunSettings
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
 from meteor.data.token_table import TokenTable
 from meteor.errors import DataError, FailedStepError
@@ -30,7 +30,7 @@ from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import MicroStep
 from meteor.train.schedule import learning_rate, native_weight
 
-V, X = IMAGE_TOKEN_ID, IGNORE_INDEX
+V, X = IMAGE_PLACE, IGNORE_INDEX
 NUM_SAMPLES = 7
 
 

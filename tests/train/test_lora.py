@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import Checkpoint
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import SettingsError
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, freeze_for
@@ -42,7 +42,7 @@ def batch(make_features, make_batch):
     samples = []
     for i in range(2):
         images = [make_features(f"k{i}", sliced=True, seed=i)] if i == 0 else []
-        ids = [1, *[IMAGE_TOKEN_ID] * len(images), 10 + i, 20 + i, 30 + i, 2]
+        ids = [1, *[IMAGE_PLACE] * len(images), 10 + i, 20 + i, 30 + i, 2]
         samples.append((TokenisedSample(ids, [IGNORE_INDEX] * (len(ids) - 3) + ids[-3:]), images))
     return make_batch(samples, rows=[[0, 1]])
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
-from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
+from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.order import Part, epoch_length, steps_per_epoch
 from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
 from meteor.data.token_table import TokenTable
@@ -38,7 +38,7 @@ def make_table(num_samples=50, *, k=144, tokens_uri=None):
                 "grouping_length": num_text + 144 * num_sub_images,
             }
         )
-        ids = [1, *[IMAGE_TOKEN_ID] * len(images), *answer]
+        ids = [1, *[IMAGE_PLACE] * len(images), *answer]
         tokens.append(TokenisedSample(ids, [IGNORE_INDEX] * (1 + len(images)) + answer))
     batches = [TokenBatch.of(tokens)]
     table = TokenTable.of(batches) if tokens_uri is None else TokenTable.write(tokens_uri, batches)

@@ -1,0 +1,120 @@
+"""Image processor of a model: images become normalised sub-images in one padded tensor.
+
+Letters: S sub-images of all images, H and W the largest height and width.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import make_flat_list_of_images
+
+from meteor.constants import CLIP_MEAN, CLIP_STD
+from meteor.data.collate import ImageLayout
+from meteor.image.pixels import PixelSettings
+from meteor.image.shown import as_shown
+from meteor.image.transform import normalise, slice_image
+from meteor.model.configuration import MeteorConfig
+from meteor.model.remote import AUTO_MAP
+
+
+class MeteorImageProcessor(BaseImageProcessor):
+    """LLaVA-UHD slicing and normalisation; saved as ``preprocessor_config.json``.
+
+    Args:
+        max_slices, resolution, patch_size, max_aspect_ratio, max_pixels: see `meteor.image.pixels.PixelSettings`.
+        image_mean, image_std: normalisation of the vision tower's input, per colour channel.
+        sub_images: ``global`` if stage 2 was trained on the global view alone.
+    """
+
+    model_input_names = ["pixel_values", "grids"]  # noqa: RUF012  (transformers reads a plain list)
+
+    def __init__(
+        self,
+        max_slices: int = PixelSettings.max_slices,
+        resolution: int = PixelSettings.resolution,
+        patch_size: int = PixelSettings.patch_size,
+        max_aspect_ratio: float = PixelSettings.max_aspect_ratio,
+        max_pixels: int = PixelSettings.max_pixels,
+        image_mean: tuple[float, ...] = CLIP_MEAN,
+        image_std: tuple[float, ...] = CLIP_STD,
+        sub_images: Literal["all", "global"] = "all",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.max_slices, self.resolution, self.patch_size = max_slices, resolution, patch_size
+        self.max_aspect_ratio, self.max_pixels = max_aspect_ratio, max_pixels
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.sub_images = sub_images
+        self.auto_map = AUTO_MAP["image_processor"]
+
+    @property
+    def pixels(self) -> PixelSettings:
+        """Slicing parameters and size limits."""
+        return PixelSettings(self.max_slices, self.resolution, self.patch_size, self.max_aspect_ratio, self.max_pixels)
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """Return the sub-images of an image of ``width`` x ``height`` pixels.
+
+        Raises:
+            BadImageError: the aspect ratio is above the limit.
+        """
+        plan = self.pixels.plan(width, height)
+        layout = ImageLayout(plan.grid, plan.patch_grids)
+        return layout.only_global() if self.sub_images == "global" else layout
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+        """Slice and normalise images.
+
+        Args:
+            images: an image or a (nested) list of images: PIL images, or arrays and tensors of 8-bit pixels.
+            return_tensors: "pt" or "np"; torch tensors if None.
+            kwargs: ignored, as the settings belong to the trained model.
+
+        Returns:
+            ``pixel_values`` (S, 3, H, W) float32, zero beyond each sub-image, global views first in each image; ``grids``
+            (S, 2), rows and columns of patches of each sub-image; for each image ``slice_grids``, its columns and rows of
+            slices or (0, 0), and ``num_sub_images``.
+
+        Raises:
+            BadImageError: the aspect ratio of an image is above the limit.
+        """
+        parts: list[torch.Tensor] = []
+        grids: list[tuple[int, int]] = []
+        slice_grids: list[tuple[int, int]] = []
+        counts: list[int] = []
+        for image in make_flat_list_of_images(self.fetch_images(images)):
+            shown = as_shown(image if isinstance(image, Image.Image) else to_pil_image(_as_array(image)))
+            layout = self.layout(shown.width, shown.height)
+            pixels = slice_image(shown, self.pixels.plan(shown.width, shown.height))[: len(layout.patch_grids)]
+            parts += [normalise(part, self.image_mean, self.image_std) for part in pixels]
+            grids += layout.patch_grids
+            slice_grids.append(layout.grid or (0, 0))
+            counts.append(len(layout.patch_grids))
+        data = {
+            "pixel_values": pad_pixels(parts),
+            "grids": torch.tensor(grids),
+            "slice_grids": torch.tensor(slice_grids),
+            "num_sub_images": torch.tensor(counts),
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def pad_pixels(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Pad sub-images (3, h, w) with zeros to one tensor (S, 3, H, W)."""
+    height, width = (max(part.shape[axis] for part in parts) for axis in (1, 2))
+    padded = torch.zeros(len(parts), 3, height, width)
+    for place, part in zip(padded, parts, strict=True):
+        place[:, : part.shape[1], : part.shape[2]] = part
+    return padded
+
+
+def _as_array(image: Any) -> np.ndarray:
+    return image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+
+
+AutoImageProcessor.register(MeteorConfig, MeteorImageProcessor)
