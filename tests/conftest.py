@@ -7,7 +7,7 @@ import os
 import signal
 import string
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BatchFeature,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from meteor.data.collate import Batch, collate
 from meteor.features import ImageFeatures
@@ -149,6 +156,7 @@ def make_batch() -> Callable[..., Batch]:
         projector: dict | None = None,
         *,
         rows: list[list[int]] | None = None,
+        image_id: int = 32000,
         **options,
     ) -> Batch:
         """A sample a row; or ``rows`` of positions in ``samples``."""
@@ -156,7 +164,7 @@ def make_batch() -> Callable[..., Batch]:
         return collate(
             [[samples[i] for i in row] for row in rows or [[i] for i in range(len(samples))]],
             budget=visual_token_budget(settings.pop("name"), settings),
-            visual_tokens=VisualTokens(image_id=32000, slice_id=3, row_id=4),
+            visual_tokens=VisualTokens(image_id, slice_id=3, row_id=4),
             pad_id=0,
             vision_width=16,
             select_layer=-2,
@@ -218,6 +226,19 @@ def finished_model(
     MeteorProcessor(images, load_tokenizer(tokenizer_folder), model.config.projector).save_pretrained(folder)
     (Path(folder) / FILE_NAME).write_text(SOURCE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., BatchFeature]:
+    """Inputs of one question, as a user of transformers prepares them."""
+
+    def prepare(processor: MeteorProcessor, words: str, images: Sequence[Image.Image] = ()) -> BatchFeature:
+        parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": words}]
+        messages = [{"role": "user", "content": parts}]
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+
+    return prepare
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,10 @@ class Answerer:
 
     def answer(self, questions: Sequence[Question], source: FeatureSource, *, max_new_tokens: int) -> list[str]:
         """Answer the questions greedily and return the texts in their order."""
-        tokens = self.generate(self.batch(questions, source), max_new_tokens=max_new_tokens)
+        return self.decode(self.generate(self.batch(questions, source), max_new_tokens=max_new_tokens))
+
+    def decode(self, tokens: torch.Tensor) -> list[str]:
+        """Return answers (B, new tokens) as texts, without special tokens and surrounding white space."""
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def batch(self, questions: Sequence[Question], source: FeatureSource, *, with_answers: bool = False) -> Batch:

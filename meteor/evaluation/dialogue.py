@@ -104,7 +104,7 @@ class Dialogue:
         batch = self.answerer.batch([Question("dialogue", sample, image_keys=keys)], self._shown)
         streamer = _Streamer(self.answerer.processor.tokenizer, on_text)
         tokens = self.answerer.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
-        [answer] = self.answerer.processor.batch_decode(tokens)
+        [answer] = self.answerer.decode(tokens)
         self.turns = [*turns, Turn("gpt", answer)]
         self._num_discussed = len(self.images)
         first_s, last_s, count = streamer.times.seconds[0], streamer.times.seconds[-1], len(streamer.times.seconds)

@@ -126,8 +126,9 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return
         self.language_model.resize_token_embeddings(tokenizer_size, pad_to_multiple_of=64, mean_resizing=False)
         with torch.no_grad():
-            for layer in (self.get_input_embeddings(), self.get_output_embeddings()):
-                for weight in filter(None, (layer.weight, getattr(layer, "bias", None))):
+            layers = (self.get_input_embeddings(), self.get_output_embeddings())
+            for weight in (getattr(layer, name, None) for layer in layers for name in ("weight", "bias")):
+                if weight is not None:
                     weight[num_rows:] = weight[:num_rows].float().mean(dim=0).to(weight.dtype)
         self._has_answer_head = answer_head(self.language_model) is not None
         self.config.text_config = self.language_model.config

@@ -39,7 +39,7 @@ def make_question(name, words, keys=(), answer="a cat"):
     return Question(name, Sample(name, tuple(keys), turns), (answer,), image_keys=tuple(keys))
 
 
-def test_answers_of_a_batch_are_those_of_each_question_with_its_image_alone(answerer, all_images):
+def test_answers_of_a_batch_are_those_of_each_question_with_its_image_alone(answerer, all_images, ask):
     wide, square, tall = all_images
     asked = [
         ("what is it?", [wide]),
@@ -52,8 +52,9 @@ def test_answers_of_a_batch_are_those_of_each_question_with_its_image_alone(answ
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 2, "pad_token_id": 2}
     expected = []
     for words, keys in asked:
-        inputs = answerer.processor(words, [all_images[key][1] for key in keys])
-        expected += answerer.processor.batch_decode(answerer.model.generate(**inputs, **options))
+        inputs = ask(answerer.processor, words, [all_images[key][1] for key in keys])
+        tokens = answerer.model.generate(**inputs, **options)
+        expected += answerer.decode(tokens[:, inputs["input_ids"].shape[1] :])
     assert answers == expected
     assert len(set(answers)) == 3
     # What the sample gives as the answer must not reach the prompt.

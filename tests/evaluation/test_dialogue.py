@@ -22,7 +22,7 @@ def files(make_image, png, tmp_path):
     return paths
 
 
-def test_what_is_streamed_is_the_answer(answerer, files):
+def test_what_is_streamed_is_the_answer(answerer, files, ask):
     dialogue, pieces = Dialogue(answerer), []
     shown = dialogue.show(files[0])
     assert shown.image.size == (112, 56)
@@ -31,9 +31,9 @@ def test_what_is_streamed_is_the_answer(answerer, files):
     assert len(pieces) > 1
     assert 1 < reply.num_tokens <= 12
     assert reply.tokens_per_s > 0
-    expected = answerer.processor("what is it?", [shown.image])
+    expected = ask(answerer.processor, "what is it?", [shown.image])
     tokens = answerer.model.generate(**expected, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=2)
-    assert answerer.processor.batch_decode(tokens) == [reply.text]
+    assert answerer.decode(tokens[:, expected["input_ids"].shape[1] :]) == [reply.text]
 
 
 def test_later_questions_know_what_was_said_and_shown(answerer, files):

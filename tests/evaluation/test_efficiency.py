@@ -7,8 +7,7 @@ from meteor.data.samples import Sample
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.efficiency import measure_answers
 from meteor.evaluation.questions import Question
-from meteor.image.pixels import PixelSettings
-from meteor.model import MeteorProcessor
+from meteor.model import MeteorImageProcessor, MeteorProcessor
 from meteor.text.conversation import Turn
 from meteor.text.tokens import load_tokenizer
 
@@ -16,11 +15,11 @@ from meteor.text.tokens import load_tokenizer
 @pytest.fixture
 def make_answerer(make_model, tokenizer_folder, tmp_path):
     def make(projector=None):
-        model = make_model(projector or {"name": "meteor", "k": 4}, vision_tower=True)
+        model = make_model(projector or {"name": "meteor", "k": 4}, vision_tower=True, image_token_id=57)
         folder = str(tmp_path / "model")
         model.save_pretrained(folder)
-        settings = {"pixels": PixelSettings(resolution=56), "mean": [0.5] * 3, "std": [0.5] * 3}
-        processor = MeteorProcessor(load_tokenizer(tokenizer_folder), projector=model.config.projector, **settings)
+        images = MeteorImageProcessor(resolution=56, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        processor = MeteorProcessor(images, load_tokenizer(tokenizer_folder), model.config.projector)
         processor.save_pretrained(folder)
         return Answerer(folder, device="cpu", dtype=torch.float32)
 

@@ -37,30 +37,30 @@ def test_lmms_eval_finds_the_model_by_its_entry_point():
     assert manifest().model_id == "llava_meteor"
 
 
-def test_answers_come_in_order_cut_at_stop_texts_and_are_the_models_own(model):
+def test_answers_come_in_order_cut_at_stop_texts_and_are_the_models_own(model, ask):
     asked = [("what?", 0, 6), ("<image>\nwhy is it red?", 2, 6), ("hello?", 1, 3)]
     requests = [request(text, doc, max_new_tokens=longest) for text, doc, longest in asked]
     answers = model.generate_until(requests)
     processor = model._answerer.processor
     for (text, doc, longest), answer in zip(asked, answers, strict=True):
         images = model.task_dict["task"]["test"][doc]["images"]
-        inputs = processor(text.replace("<image>", "").strip(), images)
+        inputs = ask(processor, text.replace("<image>", "").strip(), images)
         tokens = model._answerer.model.generate(
             **inputs, max_new_tokens=longest, do_sample=False, eos_token_id=2, pad_token_id=2
         )
-        assert processor.batch_decode(tokens) == [answer]
+        assert model._answerer.decode(tokens[:, inputs["input_ids"].shape[1] :]) == [answer]
     stop = answers[0][1]
     assert model.generate_until([request("what?", 0, max_new_tokens=6, until=[stop])]) == [
         answers[0].split(stop)[0].strip()
     ]
 
 
-def test_a_continuations_likelihood_is_that_of_one_token_after_the_other(model):
-    def ask(target):
+def test_a_continuations_likelihood_is_that_of_one_token_after_the_other(model, ask):
+    def likelihood(target):
         visuals = lambda document: document["images"]  # noqa: E731
         return model.loglikelihood([SimpleNamespace(args=("what?", target, visuals, 0, "task", "test"))])[0]
 
-    inputs = model._answerer.processor("what?", model.task_dict["task"]["test"][0]["images"])
+    inputs = ask(model._answerer.processor, "what?", model.task_dict["task"]["test"][0]["images"])
     tokenizer = model._answerer.processor.tokenizer
     expected, all_greedy = 0.0, True
     for token in [*tokenizer(" abc", add_special_tokens=False).input_ids, tokenizer.eos_token_id]:
@@ -68,9 +68,9 @@ def test_a_continuations_likelihood_is_that_of_one_token_after_the_other(model):
             log_probability = model._answerer.model(**inputs).logits[0, -1].float().log_softmax(-1)
         expected += float(log_probability[token])
         all_greedy &= int(log_probability.argmax()) == token
-        for name, value in (("input_ids", token), ("attention_mask", 1), ("turns", 0), ("images", 0)):
+        for name, value in (("input_ids", token), ("attention_mask", 1)):
             inputs[name] = torch.cat([inputs[name], torch.tensor([[value]])], dim=1)
-    found, greedy = ask("abc")
+    found, greedy = likelihood("abc")
     assert found == pytest.approx(expected, rel=1e-4)
     assert greedy is all_greedy
     assert ask(lambda document: "abc") == (found, greedy)

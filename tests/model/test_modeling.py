@@ -290,6 +290,44 @@ def test_a_saved_model_loads_with_every_weight_through_the_auto_classes(
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.parametrize("text", [{}, {"tie_word_embeddings": True}, {"model_type": "phi"}])
+def test_new_rows_of_the_embedding_change_no_greedy_answer(make_model, make_batch, make_samples, tmp_path, text):
+    model = make_model(**text).eval()
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            parameter *= 4
+    samples = [(TokenisedSample(one.input_ids[:-1], one.labels[:-1]), images) for one, images in make_samples()]
+    inputs = make_batch(samples, padding_side="left").as_inputs()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    before, logits = model.generate(**inputs, **options), model(**{**inputs, "labels": None}).logits
+    model.grow_vocabulary(64)
+    assert model.config.get_text_config().vocab_size == 64
+    model.grow_vocabulary(66)
+    assert model.config.get_text_config().vocab_size == 128
+    assert torch.equal(model.generate(**inputs, **options), before)
+    grown = model(**{**inputs, "labels": None}).logits
+    torch.testing.assert_close(grown[..., :64], logits, **TOLERANCE)
+    torch.testing.assert_close(grown[..., 64:], logits.mean(-1, keepdim=True).expand_as(logits), **TOLERANCE)
+    model.save_pretrained(tmp_path)
+    loaded = MeteorForConditionalGeneration.from_pretrained(tmp_path, vision_tower=False).eval()
+    assert torch.equal(loaded(**{**inputs, "labels": None}).logits, grown)
+
+
+def test_the_loss_beside_logits_is_the_loss_without(make_model, make_batch, make_samples):
+    model = make_model()
+    inputs = make_batch(make_samples(), rows=[[0, 1], [2]]).as_inputs()
+    with_logits, without = model(**inputs), model(**inputs, skip_logits=True)
+    torch.testing.assert_close(with_logits.loss, without.loss, **TOLERANCE)
+    assert with_logits.logits.shape == (*inputs["input_ids"].shape, 64)
+    assert without.logits is None
+    # Hugging Face's trainers copy all token ids into the labels and mask the padding alone.
+    copied = {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, X)}
+    slots = copied["labels"] == 32000
+    masked = {**copied, "labels": copied["labels"].masked_fill(slots, X)}
+    assert slots.any()
+    assert torch.equal(model(**copied).loss, model(**masked).loss)
+
+
 def test_the_type_asked_for_wins_over_the_language_models_own(make_model, tmp_path):
     make_model(dtype="float16").save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):

@@ -27,6 +27,7 @@ def build(llm_folder, clip_folder):
             "cache_identity": IDENTITY,
             "dtype": torch.float32,
             "seed": 0,
+            "image_token_id": 32000,
         }
         return build_model(**{**settings, **changes})
 

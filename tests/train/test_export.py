@@ -13,8 +13,7 @@ from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import Checkpoint
 from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import CacheMismatchError
-from meteor.image.pixels import PixelSettings
-from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.model import MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
 from meteor.model.trained_projector import load_trained_projector, projector_metadata
 from meteor.text.tokens import TokenisedSample, load_tokenizer
 from meteor.train.build import build_model, freeze_for, load_projector
@@ -49,6 +48,7 @@ def build(llm_folder, clip_folder, encoder):
             cache_identity=identity,
             dtype=dtype,
             seed=seed,
+            image_token_id=57,
         )
 
     return make
@@ -60,7 +60,9 @@ def train_a_little(make_features, make_batch, tmp_path):
 
     def train(model, stage):
         freeze_for(model, stage)
-        batch = make_batch([(TokenisedSample([1, V, 20, 2], [X, X, 20, 2]), [make_features("a", sliced=True)])])
+        batch = make_batch(
+            [(TokenisedSample([1, V, 20, 2], [X, X, 20, 2]), [make_features("a", sliced=True)])], image_id=57
+        )
         engine = make_engine(
             model,
             zero_stage=0,
@@ -80,11 +82,8 @@ def train_a_little(make_features, make_batch, tmp_path):
 
 @pytest.fixture
 def processor(tokenizer_folder):
-    pixels = PixelSettings(resolution=56)
-    projector = {"name": "meteor", "k": 4}
-    return MeteorProcessor(
-        load_tokenizer(tokenizer_folder), projector=projector, pixels=pixels, mean=[0.5] * 3, std=[0.5] * 3
-    )
+    images = MeteorImageProcessor(resolution=56, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return MeteorProcessor(images, load_tokenizer(tokenizer_folder), {"name": "meteor", "k": 4})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,7 +108,7 @@ def test_stage_one_leaves_the_projectors_masters_with_what_they_are_for(build, t
 
 
 def test_stage_two_leaves_a_directory_that_loads_as_the_trained_model(
-    build, train_a_little, encoder, processor, make_image, tmp_path
+    build, train_a_little, encoder, processor, make_image, ask, tmp_path
 ):
     trained = build()
     checkpoint = train_a_little(trained, "finetune")
@@ -128,8 +127,24 @@ def test_stage_two_leaves_a_directory_that_loads_as_the_trained_model(
     torch.testing.assert_close(loaded.vision_tower.state_dict(), encoder.model.state_dict(), rtol=0, atol=0)
     assert loaded.config.cache_identity == trained.config.cache_identity
     # It sees images by itself.
-    inputs = AutoProcessor.from_pretrained(folder)("what?", [make_image(112, 56)])
-    assert loaded.generate(**inputs, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 3)
+    inputs = ask(AutoProcessor.from_pretrained(folder), "what?", [make_image(112, 56)])
+    answer = loaded.generate(**inputs, min_new_tokens=3, max_new_tokens=3, do_sample=False)
+    assert answer.shape == (1, inputs["input_ids"].shape[1] + 3)
+    assert torch.equal(answer[:, :-3], inputs["input_ids"])
+
+
+def test_answers_end_with_the_token_that_was_taught_and_the_language_models_own(
+    build, train_a_little, encoder, processor, tmp_path
+):
+    chat = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    processor.tokenizer.chat_template = chat
+    chatty = MeteorProcessor(processor.image_processor, processor.tokenizer, processor.projector, "chat")
+    model = build()
+    export_model(model, train_a_little(model, "finetune"), encoder, chatty, str(tmp_path / "model"), torch.float32)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert loaded.generation_config.eos_token_id == [chatty.tokenizer.convert_tokens_to_ids("<|end|>"), 2]
+    assert loaded.generation_config.pad_token_id == chatty.tokenizer.pad_token_id
 
 
 def test_only_the_encoder_keeps_its_type_and_is_still_the_one_of_the_cache(
