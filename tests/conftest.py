@@ -235,7 +235,7 @@ def ask() -> Callable[..., BatchFeature]:
     def prepare(processor: MeteorProcessor, words: str, images: Sequence[Image.Image] = ()) -> BatchFeature:
         parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": words}]
         messages = [{"role": "user", "content": parts}]
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        options = {"tokenize": True, "return_dict": True, "processor_kwargs": {"return_tensors": "pt"}}
         return processor.apply_chat_template(messages, add_generation_prompt=True, **options)
 
     return prepare

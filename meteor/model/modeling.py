@@ -18,7 +18,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from meteor.checksums import check_folder
 from meteor.constants import IGNORE_INDEX
@@ -110,9 +110,14 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.base_model
 
     @property
-    def model(self) -> nn.Module:
-        """Language model without its output layer."""
-        return self.language_model.base_model
+    def model(self) -> "MeteorModel":
+        """The model without its output layer."""
+        return MeteorModel(self)
+
+    @property
+    def base_model(self) -> "MeteorModel":
+        """`model`, by the name that trainers use."""
+        return self.model
 
     def grow_vocabulary(self, tokenizer_size: int) -> None:
         """Give every token of the tokenizer a row in the embedding, whose number of rows becomes a multiple of 64.
@@ -162,6 +167,11 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         clip = self.frozen_clip()
         side, images = clip.patch_size, []
         if pixel_values is not None:
+            if grids is not None and len(grids) != len(pixel_values):
+                raise DataError(
+                    f"there are {len(pixel_values)} sub-images in pixel_values and {len(grids)} rows in grids: give both as "
+                    "the processor makes them; a pipeline must use batch_size=1"
+                )
             sizes = [pixel_values.shape[-2:]] * len(pixel_values) if grids is None else (grids * side).tolist()
             images = [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes, strict=True)]
         encoded = [(image.features, image.cls_attention[0], image.grid) for image in clip.encode(images)]
@@ -248,6 +258,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         aux_loss_coefficient: float = 0.0,
         skip_logits: bool = False,
+        inputs_embeds: None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run a batch (`meteor.data.collate.Batch.as_inputs`) or a processor's output through the model.
@@ -262,11 +273,14 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 tokens of this batch if None.
             aux_loss_coefficient: weight of the projector's auxiliary loss.
             skip_logits: with labels, compute logits of answers only, chunk by chunk, and return none; saves memory.
+            inputs_embeds: not supported, as visual tokens are found by their ids.
             kwargs: arguments of the language model.
 
         Returns:
             `MeteorOutput` if labels are given; otherwise the language model's output, with ``logits`` (B, L, vocabulary).
         """
+        if inputs_embeds is not None:
+            raise ValueError("visual tokens are found by their ids: give input_ids instead of inputs_embeds")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if features is None:
             features, cls_attention, grids = self.encode(pixel_values, grids)
@@ -321,10 +335,35 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None, **kwargs: Any
     ) -> CausalLMOutputWithPast:
         inputs, flat = self._inputs(embeds_BLD, layout, groups)
-        output = self.language_model(**{**inputs, **kwargs, "use_cache": False})
+        output = self.language_model(**{**kwargs, **inputs, "use_cache": False})
         if flat is not None:
             output.logits = flat.restore(output.logits, embeds_BLD.shape[:2])
         return output
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        turns: torch.Tensor | None = None,
+        image_numbers: torch.Tensor | None = None,
+        num_slots: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        cls_attention: torch.Tensor | None = None,
+        grids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the input of the output layer, (B, L, D); the arguments are those of `forward`."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        embeds_BLD, attended_BL, _ = self.embed(
+            input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
+        )
+        layout = Layout.of(attention_mask.long(), attended_BL)
+        groups = self._token_groups(layout.sample_BL, turns, image_numbers)
+        inputs, flat = self._inputs(embeds_BLD, layout, groups)
+        hidden = self.language_model.base_model(**{**kwargs, **inputs, "use_cache": False}).last_hidden_state
+        return hidden if flat is None else flat.restore(hidden, embeds_BLD.shape[:2])
 
     def _answer_loss(
         self,
@@ -342,7 +381,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
         # Indices of these tokens in the language model's output, which has padded rows or all tokens in a single row.
         places_N = answers_N if flat is not None else tokens.kept_N[answers_N]
-        inputs |= {**kwargs, "use_cache": False}
+        inputs = {**kwargs, **inputs, "use_cache": False}
         if self._has_answer_head:
             hidden = self.language_model.base_model(**inputs).last_hidden_state
             loss = self.language_model.get_output_embeddings()(hidden.flatten(0, 1)[places_N], next_N[answers_N])
@@ -402,6 +441,22 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return self.language_model.generate(**prompt, **kwargs)
         finally:
             self.text_sampler.begin(None)
+
+
+class MeteorModel(nn.Module):
+    """A view of the model without its output layer, which shares all parameters."""
+
+    def __init__(self, whole: MeteorForConditionalGeneration) -> None:
+        super().__init__()
+        self.vision_tower, self.projector = whole.vision_tower, whole.projector
+        self.language_model = whole.language_model.base_model
+        # A list hides the model from torch, which would else count its modules twice.
+        self._whole = [whole]
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Return the hidden states before the output layer as ``last_hidden_state``, (B, L, D)."""
+        [whole] = self._whole
+        return BaseModelOutputWithPast(last_hidden_state=whole.hidden_states(input_ids, attention_mask, **kwargs))
 
 
 def _first_slots(num_slots: torch.Tensor, num_tokens: int) -> torch.Tensor:
