@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto import modeling_auto
 
 from meteor.checksums import check_folder
 from meteor.constants import IGNORE_INDEX
@@ -486,4 +487,13 @@ def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots
     return sum_selection(visual_SP, native_SP, mask_SP, k=projected.tokens.shape[1])
 
 
-AutoModelForImageTextToText.register(MeteorConfig, MeteorForConditionalGeneration)
+def _register() -> None:
+    AutoModelForImageTextToText.register(MeteorConfig, MeteorForConditionalGeneration)
+    # `transformers serve` reads this list of names before it asks for the class; earlier versions have neither.
+    names = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", None)
+    if names is not None:
+        names[MeteorConfig.model_type] = MeteorForConditionalGeneration.__name__
+        modeling_auto.AutoModelForMultimodalLM.register(MeteorConfig, MeteorForConditionalGeneration)
+
+
+_register()

@@ -1,9 +1,15 @@
 """A finished model in other people's hands: transformers' pipeline, loading without this library's import, PEFT, TRL."""
 
+import base64
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,3 +272,48 @@ def test_ten_steps_of_trls_trainer_on_images_lower_the_loss(finished_model, make
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 10
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_transformers_serve_answers_about_an_image_over_openais_api(
+    finished_model, processor, make_image, png, answer_of
+):
+    shown = make_image(112, 56)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", finished_model, "--trust-remote-code"]
+    server = subprocess.Popen([*command, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)])
+    url = "data:image/png;base64," + base64.b64encode(png(shown)).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+    request = {
+        "model": finished_model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 6,
+        "temperature": 0,
+        "stream": False,
+    }
+    try:
+        reply = _post(f"http://127.0.0.1:{port}/v1/chat/completions", request, server)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    expected = processor.decode(answer_of("what?", [shown]), skip_special_tokens=True)
+    assert reply["choices"][0]["message"]["content"].strip() == expected.strip()
+
+
+def _post(url, content, server):
+    """Post JSON as soon as the server listens."""
+    deadline = time.monotonic() + 120
+    while True:
+        assert server.poll() is None, "the server ended"
+        try:
+            request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
