@@ -17,7 +17,6 @@ from fusion import place
 from side_by_side import print_table
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
-from meteor.constants import IMAGE_PLACE
 from meteor.evaluation.efficiency import TokenTimes
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 
@@ -33,6 +32,9 @@ PROJECTORS: dict[str, dict[str, Any]] = {
     "meteor, K = 32": {"name": "meteor", "k": 32},
 }
 NUM_WORDS = 40
+
+# Default of MeteorConfig: the id of <image> behind Vicuna's vocabulary.
+IMAGE_ID = 32000
 
 
 def main() -> None:
@@ -121,7 +123,7 @@ def make_inputs(
 ) -> dict[str, torch.Tensor]:
     num_visual = sub_images * k
     words = torch.randint(3, 1000, (batch, NUM_WORDS))
-    start, visual = torch.ones(batch, 1, dtype=torch.long), torch.full((batch, num_visual), IMAGE_PLACE)
+    start, visual = torch.ones(batch, 1, dtype=torch.long), torch.full((batch, num_visual), IMAGE_ID)
     ids = torch.cat([start, visual, words], dim=1).to(device)
     count = batch * sub_images
     return {

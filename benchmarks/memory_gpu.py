@@ -13,13 +13,16 @@ import torch
 from side_by_side import print_table
 from train_work import SHAPES, make_model
 
-from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
+from meteor.constants import IGNORE_INDEX
 from meteor.data.collate import Batch
 from meteor.planning.activations import count_layer_bytes
 from meteor.planning.memory import Setup, estimate_memory
 from meteor.planning.sizes import BatchSizes, find_model_sizes
 from meteor.train.build import checkpoint_activations, freeze_for
 from meteor.train.engine import make_engine
+
+# Default of MeteorConfig: the id of <image> behind Vicuna's vocabulary.
+IMAGE_ID = 32000
 
 
 def main() -> None:
@@ -97,7 +100,7 @@ def make_batch(options: argparse.Namespace, vision_width: int, dtype: torch.dtyp
     per_row = max(options.length // 2 // options.k, 1)
     num_visual = per_row * options.k
     ids_BL = torch.randint(3, 1000, (options.rows, options.length))
-    ids_BL[:, 1 : 1 + num_visual] = IMAGE_PLACE
+    ids_BL[:, 1 : 1 + num_visual] = IMAGE_ID
     labels_BL = ids_BL.clone()
     labels_BL[:, : (options.length + num_visual) // 2] = IGNORE_INDEX
     num_sub_images = options.rows * per_row

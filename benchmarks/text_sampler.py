@@ -15,7 +15,7 @@ from fusion import place
 from side_by_side import compare, format_seconds, print_table
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
+from meteor.constants import IGNORE_INDEX
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 
 SHAPES = {
@@ -30,6 +30,9 @@ SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
 SUB_IMAGES, K, NUM_WORDS, NUM_ANSWER, NEW_TOKENS = 7, 144, 40, 40, 32
+
+# Default of MeteorConfig: the id of <image> behind Vicuna's vocabulary.
+IMAGE_ID = 32000
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
 def make_inputs(k: int) -> dict[str, torch.Tensor]:
     num_visual = SUB_IMAGES * k
     words = torch.randint(3, 1000, (1, NUM_WORDS + NUM_ANSWER))
-    ids = torch.cat([torch.ones(1, 1, dtype=torch.long), torch.full((1, num_visual), IMAGE_PLACE), words], dim=1)
+    ids = torch.cat([torch.ones(1, 1, dtype=torch.long), torch.full((1, num_visual), IMAGE_ID), words], dim=1)
     place_L = torch.arange(ids.shape[1])
     visual = (place_L > 0) & (place_L <= num_visual)
     labels = torch.where(place_L > num_visual + NUM_WORDS, ids, IGNORE_INDEX)

@@ -11,7 +11,7 @@ from meteor.model import MeteorConfig
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import StageIdentity, Versions, identify
 from meteor.stages import TrainingStage
-from meteor.text.tokens import find_visual_tokens
+from meteor.text.tokens import check_template, find_visual_tokens
 from meteor.train.build import read_fitting_projector, read_llm_config
 from meteor.vision.checkpoint import read_vision_config
 
@@ -84,13 +84,15 @@ def _parent(inputs: Inputs) -> dict[str, str]:
     return {"uri": summary.results["projector"], "digest": own.digest}
 
 
-def check_projector(inputs: Inputs, stage: TrainingStage) -> None:
-    """Check a projector that ``finetune.pretrained`` names: workers would find out as well, but only after they have started.
+def check_stage(inputs: Inputs, stage: TrainingStage) -> None:
+    """Check the template, and a projector that ``finetune.pretrained`` names, before workers start.
 
     Raises:
+        SettingsError: prompts would differ from the text that is trained on.
         CheckpointError: the projector was trained with other settings.
     """
     settings = inputs.settings
+    check_template(inputs.tokenizer(), settings.training(stage).template)
     if stage != "finetune" or settings.finetune.pretrained is None:
         return
     config = MeteorConfig(

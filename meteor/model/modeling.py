@@ -432,7 +432,10 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         # With the ids beside the embeddings, the result begins with the prompt.
         prompt = {"inputs": input_ids, "inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
-        prompt["generation_config"] = generation_config or self.generation_config
+        if generation_config is None:
+            self.language_model.generation_config = self.generation_config
+        else:
+            prompt["generation_config"] = generation_config
         if self.text_sampler is None:
             return self.language_model.generate(**prompt, **kwargs)
         if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:

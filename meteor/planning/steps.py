@@ -3,7 +3,7 @@
 from meteor.assembly import Inputs
 from meteor.assembly.recipe import make_recipe
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
-from meteor.assembly.training_stage import PreparedStage, check_projector, check_token_ids, prepare
+from meteor.assembly.training_stage import PreparedStage, check_stage, check_token_ids, prepare
 from meteor.config import StageSettings
 from meteor.data.order import epoch_length
 from meteor.data.table import SampleTable
@@ -22,7 +22,7 @@ def plan_text(inputs: Inputs, *, stage: TrainingStage) -> str:
         CheckpointError: ``finetune.pretrained`` was trained with other settings.
     """
     settings, prepared = inputs.settings, prepare(inputs, stage)
-    check_projector(inputs, stage)
+    check_stage(inputs, stage)
     plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
     options, table = settings.training(stage), plan.table
     check_token_ids(inputs, plan, held_out)

@@ -13,7 +13,7 @@ from meteor.model_files import require_whole
 from meteor.optional import import_optional
 from meteor.pretrained import local_model
 from meteor.text.chat import special_pattern
-from meteor.text.conversation import Conversation
+from meteor.text.conversation import Conversation, Turn
 from meteor.text.encoder import text_encoder
 from meteor.text.prompt import split_special
 from meteor.text.segments import EndOfSequence, Image, Segment, Span, SpecialToken, Text
@@ -196,6 +196,31 @@ def _question(text: str, before: list[Segment], template: str, tokenizer: PreTra
     closing = next(iter(split_special(fixed.before_answer, fixed.special_tokens)))
     end = text.find(closing, start) if closing and isinstance(closing, str) else -1
     return {before[-1].turn: (start, len(text) if end < 0 else end)}
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Check on an example that prompts are prefixes of the tokens that training learns from.
+
+    Raises:
+        SettingsError: a prompt is no such prefix, or the chat template cannot write a question with its answer.
+    """
+    turns = (Turn("human", "What is it?", 1), Turn("gpt", "A cat."), Turn("human", "Is it red?"), Turn("gpt", "No."))
+    try:
+        num_turns = 4 if template != "plain" and prompt_template(template, tokenizer).between is not None else 2
+        whole = tokenise(Conversation(turns[:num_turns]), tokenizer, template)
+        for end in range(1, num_turns, 2):
+            prompt = tokenise(Conversation(turns[:end]), tokenizer, template, for_generation=True).input_ids
+            if whole.input_ids[: len(prompt)] != prompt or whole.labels[len(prompt)] == IGNORE_INDEX:
+                raise SettingsError(
+                    f"the template {template!r} with this tokenizer makes prompts that differ from the text before the trained "
+                    f"answers: {_decode(tokenizer, prompt)!r} and {_decode(tokenizer, whole.input_ids)!r}. Use another template"
+                )
+    except TokenisationError as error:
+        raise SettingsError(f"the template {template!r} does not fit this tokenizer: {error}") from error
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode([token for token in ids if token != IMAGE_PLACE])
 
 
 def no_answer(template: str) -> str:

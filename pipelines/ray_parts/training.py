@@ -14,7 +14,7 @@ from meteor import storage
 from meteor.assembly import Inputs
 from meteor.assembly.features import uris_by_key
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
-from meteor.assembly.training_stage import PreparedStage, check_projector, check_token_ids, prepare
+from meteor.assembly.training_stage import PreparedStage, check_stage, check_token_ids, prepare
 from meteor.checkpoint.folder import best_checkpoint, complete_checkpoints, problems_of_damaged
 from meteor.checkpoint.format import Checkpoint
 from meteor.config import RunSettings, mathematical_settings
@@ -54,7 +54,7 @@ def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
         finished = folder.finished()
         if finished:
             return reuse(settings, folder, finished)
-        check_projector(inputs, stage)
+        check_stage(inputs, stage)
         plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
         check_token_ids(inputs, plan, held_out)
         check_memory(settings, stage, plan.table)

@@ -26,7 +26,7 @@ from meteor.evaluation.questions import Question, last_answer
 from meteor.evaluation.scoring import exact_match
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
-from meteor.model import MeteorProcessor
+from meteor.model import MeteorImageProcessor, MeteorProcessor
 from meteor.synthetic.models import make_tiny_models
 from meteor.text.tokens import find_visual_tokens, load_tokenizer
 from meteor.train.build import build_model, freeze_for
@@ -94,7 +94,7 @@ def fill_cache(folder: Path, shown_images: Path, samples, encoder) -> tuple[dict
 def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: FrozenClip, llm: str) -> str:
     tokenizer = load_tokenizer(llm)
     settings = {key: value for key, value in PROJECTOR.items() if key != "name"}
-    budget, separators = visual_token_budget("meteor", settings), find_visual_tokens(tokenizer)
+    budget, visual_tokens = visual_token_budget("meteor", settings), find_visual_tokens(tokenizer)
     sample_set = SampleSet.of("contrast", samples)
     plan = plan_table(
         sample_set,
@@ -110,7 +110,7 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
         return collate(
             [[(table.tokens(i), [cache.get(key) for key in table.image_keys(i)]) for i in row] for row in rows],
             budget=budget,
-            visual_tokens=separators,
+            visual_tokens=visual_tokens,
             pad_id=tokenizer.pad_token_id,
             vision_width=encoder.width,
             select_layer=-2,
@@ -124,6 +124,7 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
         "cache_identity": cache.identity.to_dict(),
         "dtype": torch.float32,
         "seed": 0,
+        "image_token_id": visual_tokens.image_id,
     }
     model = build_model(**options)
     freeze_for(model, "finetune")
@@ -165,7 +166,8 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.4f} in {len(losses)} steps")
     fresh = build_model(**options)
     freeze_for(fresh, "finetune")
-    processor = MeteorProcessor(tokenizer, projector=PROJECTOR, pixels=PIXELS, mean=encoder.mean, std=encoder.std)
+    images = MeteorImageProcessor(**vars(PIXELS), image_mean=encoder.mean, image_std=encoder.std)
+    processor = MeteorProcessor(images, tokenizer, PROJECTOR)
     export_model(
         fresh,
         Checkpoint(complete_checkpoints(checkpoints)[-1]),

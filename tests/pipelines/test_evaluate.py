@@ -15,7 +15,7 @@ from meteor.assembly import Inputs, load_encoder, pixel_settings
 from meteor.errors import DataError, QuarantineLimitError
 from meteor.evaluation.benchmarks import BENCHMARKS
 from meteor.evaluation.questions import ask
-from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
+from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
 from meteor.runs.mlflow_log import tracking_uri
 from meteor.synthetic.benchmarks import write_benchmarks
 from meteor.text.tokens import load_tokenizer
@@ -42,15 +42,15 @@ def save_model(settings, folder):
         select_layer=settings.vision.select_layer,
         cache_identity=Inputs(settings).cache_identity().to_dict(),
     )
+    images = MeteorImageProcessor(
+        **vars(pixel_settings(settings)),
+        image_mean=encoder.preprocessing["mean"],
+        image_std=encoder.preprocessing["std"],
+    )
+    processor = MeteorProcessor(images, load_tokenizer(settings.llm.path), config.projector)
+    config.image_token_id = processor.image_token_id
     torch.manual_seed(0)
     MeteorForConditionalGeneration(config).save_pretrained(folder)
-    processor = MeteorProcessor(
-        load_tokenizer(settings.llm.path),
-        projector=config.projector,
-        pixels=pixel_settings(settings),
-        mean=encoder.preprocessing["mean"],
-        std=encoder.preprocessing["std"],
-    )
     processor.save_pretrained(folder)
     return str(folder)
 

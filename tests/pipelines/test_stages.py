@@ -44,7 +44,10 @@ def test_all_stages_run_once_and_then_find_their_work(chain):
     last = Checkpoint(complete_checkpoints(f"{stage_2.results['run']}/checkpoints")[-1])
     for name, parameter in model.named_parameters():
         if not name.startswith("vision_tower."):
-            assert torch.equal(parameter, last.read("weights", name)), name
+            trained = last.read("weights", name)
+            # The finished model has more rows in its embedding, for <image>.
+            assert torch.equal(parameter[: len(trained)], trained), name
+            assert parameter.shape == trained.shape or name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
     table = pq.read_table(answers.results["predictions"]).to_pylist()
     assert len(table) == 8

@@ -5,13 +5,13 @@ import datetime
 import pytest
 from published import PUBLISHED
 
-from meteor.errors import TokenisationError
+from meteor.errors import SettingsError, TokenisationError
 from meteor.text.chat import chat_template
 from meteor.text.conversation import Conversation, Turn
 from meteor.text.jinja import chat_jinja
 from meteor.text.segments import EndOfSequence, Image, SpecialToken, Text
 from meteor.text.template import render
-from meteor.text.tokens import tokenise
+from meteor.text.tokens import check_template, tokenise
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
@@ -74,6 +74,22 @@ def test_every_answer_is_taught_to_end_with_the_models_end_token(published, toke
     end = tokenizer.convert_tokens_to_ids(published.end_token)
     assert sample.labels.count(end) == 2
     assert (chat_template(tokenizer).end_token or tokenizer.eos_token) == published.end_token
+
+
+def test_the_check_at_the_start_passes(tokenizer):
+    for template in ("chat", "vicuna_v1", "plain"):
+        check_template(tokenizer, template)
+
+
+def test_the_check_at_the_start_names_a_template_that_does_not_fit(make_byte_level):
+    tokenizer = make_byte_level("{{ messages[0].content }}")
+    with pytest.raises(SettingsError, match="'chat' does not fit this tokenizer"):
+        check_template(tokenizer, "chat")
+    # A word of the template that fuses with the first word of an answer would be no prefix.
+    fusing = make_byte_level("{% for m in messages %}{{ m.role[:1] + m.content }}{% endfor %}")
+    fusing.add_tokens(["aA"])
+    with pytest.raises(SettingsError, match="differ from the text before"):
+        check_template(fusing, "chat")
 
 
 def test_prompts_do_not_depend_on_the_date(make_byte_level):
