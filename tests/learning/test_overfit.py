@@ -7,10 +7,13 @@ export, load, generate. Only Ray is left out (tests/pipelines has it).
 import hashlib
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from contrast import make_contrast_set
+from published import PUBLISHED
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen3Config
 
 from meteor.cache import CacheIdentity, FeatureCache, commit, create_cache, encode_row, get_codec, write_feature_file
 from meteor.checkpoint.folder import complete_checkpoints
@@ -18,7 +21,7 @@ from meteor.checkpoint.format import Checkpoint
 from meteor.data.collate import collate
 from meteor.data.indexed_images import IndexedImage, IndexedImages
 from meteor.data.sample_sets import SampleSet
-from meteor.data.samples import load_samples
+from meteor.data.samples import Sample, load_samples
 from meteor.data.table_plan import plan_table
 from meteor.data.token_table import tokenise_set
 from meteor.evaluation.answer import Answerer
@@ -27,7 +30,7 @@ from meteor.evaluation.scoring import exact_match
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.model import MeteorImageProcessor, MeteorProcessor
-from meteor.synthetic.models import make_tiny_models
+from meteor.synthetic.models import TinyModels, make_tiny_models
 from meteor.text.tokens import find_visual_tokens, load_tokenizer
 from meteor.train.build import build_model, freeze_for
 from meteor.train.engine import make_engine
@@ -42,31 +45,77 @@ PROJECTOR = {"name": "meteor", "k": 8, "state_size": 4}
 NUM_ANSWERS = 4
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_it_learns_what_only_the_image_tells_and_fails_when_images_are_swapped(tmp_path):
+# Language models of other architectures, with random weights and the chat templates of their kind.
+CHAT_MODELS = {
+    "qwen 3": Qwen3Config(head_dim=16),
+    "gemma 2": Gemma2Config(head_dim=16, query_pre_attn_scalar=16, sliding_window=512, attn_implementation="eager"),
+}
+
+
+class Work(NamedTuple):
+    """Images with questions, their features, and the models that made them."""
+
+    models: TinyModels
+    samples: list[Sample]
+    images: dict[str, IndexedImage]
+    cache: FeatureCache
+    encoder: FrozenClip
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
     torch.set_num_threads(2)
-    models = make_tiny_models(tmp_path / "models", train_steps=120)
-    contrast = make_contrast_set(tmp_path / "contrast", num_samples=64, num_answers=NUM_ANSWERS)
+    folder = tmp_path_factory.mktemp("work")
+    models = make_tiny_models(folder / "models", train_steps=120)
+    contrast = make_contrast_set(folder / "contrast", num_samples=64, num_answers=NUM_ANSWERS)
     encoder = FrozenClip.from_pretrained(str(models.clip))
     samples, problems = load_samples(str(contrast.samples))
     assert not problems
     assert len(samples) == 64
-    images, cache = fill_cache(tmp_path, contrast.images, samples, encoder)
+    images, cache = fill_cache(folder, contrast.images, samples, encoder)
     assert {bool(cache.get(image.image_key).grid) for image in images.values()} == {True, False}
+    return Work(models, samples, images, cache, encoder)
 
-    model_uri = train_on(tmp_path, samples, images, cache, encoder, str(models.llm))
+
+def write_chat_model(name, tiny, folder):
+    """A language model of the tiny Llama's size, with its vocabulary, and the special tokens of another model."""
+    published, config = PUBLISHED[name], CHAT_MODELS[name]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_special_tokens(
+        {"eos_token": published.tokens[0], "additional_special_tokens": list(published.tokens[1:])}
+    )
+    tokenizer.chat_template = published.template
+    like = LlamaConfig.from_pretrained(tiny)
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, key, getattr(like, key))
+    config.vocab_size, config.layer_types = len(tokenizer), ["full_attention"] * like.num_hidden_layers
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("language_model", ["llama", *CHAT_MODELS])
+def test_it_learns_what_only_the_image_tells_and_fails_when_images_are_swapped(work, tmp_path, language_model):
+    llm, template = str(work.models.llm), "vicuna_v1"
+    if language_model in CHAT_MODELS:
+        llm, template = write_chat_model(language_model, work.models.llm, tmp_path / "llm"), "chat"
+
+    model_uri = train_on(tmp_path, work, llm, template)
 
     answerer = Answerer(model_uri, device="cpu", dtype=torch.float32)
     questions = [
         Question(
-            one.id, one, (last_answer(one.turns),), image_keys=tuple(images[name].image_key for name in one.images)
+            one.id, one, (last_answer(one.turns),), image_keys=tuple(work.images[name].image_key for name in one.images)
         )
-        for one in samples
+        for one in work.samples
     ]
     assert len({question.text for question in questions}) == 1
-    seen = score(answerer, questions, cache)
-    swapped = score(answerer, questions, SwappedFeatures(cache))
+    seen = score(answerer, questions, work.cache)
+    swapped = score(answerer, questions, SwappedFeatures(work.cache))
     assert seen >= 0.95
     assert swapped <= 1 / NUM_ANSWERS + 0.2, "with the images exchanged only chance is left (three standard errors)"
 
@@ -91,14 +140,15 @@ def fill_cache(folder: Path, shown_images: Path, samples, encoder) -> tuple[dict
     return images, FeatureCache.open(uri)
 
 
-def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: FrozenClip, llm: str) -> str:
+def train_on(folder: Path, work: Work, llm: str, template: str) -> str:
+    _, samples, images, cache, encoder = work
     tokenizer = load_tokenizer(llm)
     settings = {key: value for key, value in PROJECTOR.items() if key != "name"}
     budget, visual_tokens = visual_token_budget("meteor", settings), find_visual_tokens(tokenizer)
     sample_set = SampleSet.of("contrast", samples)
     plan = plan_table(
         sample_set,
-        tokenise_set(sample_set, tokenizer, "vicuna_v1"),
+        tokenise_set(sample_set, tokenizer, template),
         IndexedImages.of(images),
         budget=budget,
         pixels=PIXELS,
@@ -166,8 +216,8 @@ def train_on(folder: Path, samples, images, cache: FeatureCache, encoder: Frozen
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.4f} in {len(losses)} steps")
     fresh = build_model(**options)
     freeze_for(fresh, "finetune")
-    images = MeteorImageProcessor(**vars(PIXELS), image_mean=encoder.mean, image_std=encoder.std)
-    processor = MeteorProcessor(images, tokenizer, PROJECTOR)
+    image_processor = MeteorImageProcessor(**vars(PIXELS), image_mean=encoder.mean, image_std=encoder.std)
+    processor = MeteorProcessor(image_processor, tokenizer, PROJECTOR, template)
     export_model(
         fresh,
         Checkpoint(complete_checkpoints(checkpoints)[-1]),
