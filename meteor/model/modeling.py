@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from meteor.checksums import check_folder
@@ -26,6 +26,7 @@ from meteor.model_files import require_config
 from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
 from meteor.vision.encoder import FrozenClip
+from meteor.vision.towers import build_tower
 
 
 @dataclass
@@ -59,7 +60,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
 
     def __init__(self, config: MeteorConfig, *, vision_tower: bool = True, language_model: nn.Module | None = None):
         super().__init__(config)
-        self.vision_tower = CLIPVisionModel(config.vision_config) if vision_tower else None
+        self.vision_tower = build_tower(config.vision_config) if vision_tower else None
         self.projector: Projector = build_projector(
             **config.projector,
             vision_width=config.vision_config.hidden_size,
@@ -105,7 +106,7 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             raise DataError("this model was built without its vision tower; load it with vision_tower=True")
         select_layer, identity = self.config.select_layer, self.config.cache_identity or {}
         # The cache's digest is taken over: hashing the weights takes about 1 s, and these weights may have been cast.
-        known: dict[str, Any] = {"digest": identity.get("encoder_digest")}
+        known: dict[str, Any] = {"digest": identity.get("encoder_digest"), "importance": identity.get("importance")}
         known |= {name: identity["preprocessing"][name] for name in ("mean", "std") if identity}
         return FrozenClip(self.vision_tower, select_layer=select_layer, attention_layers=(select_layer,), **known)
 

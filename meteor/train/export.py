@@ -18,7 +18,7 @@ from meteor.projector.file import write_projector_file
 from meteor.train.lora import Lora, merge_lora, write_adapter
 from meteor.train.protocol import load_weights
 from meteor.vision.digest import weights_digest
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 LLM_PREFIX = "language_model."
 
@@ -52,7 +52,7 @@ def export_adapter(
 def export_model(
     model: MeteorForConditionalGeneration,
     checkpoint: Checkpoint,
-    encoder: FrozenClip,
+    encoder: FrozenEncoder,
     processor: MeteorProcessor,
     uri: str,
     dtype: torch.dtype,
