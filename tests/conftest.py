@@ -29,8 +29,9 @@ from meteor.image.pixels import PixelSettings
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
 from meteor.text.tokens import Separators, TokenisedSample, load_tokenizer
 
-# The real S3 server and the proxy before it, which benchmarks/faults.py starts as well.
+# The real S3 server and the proxy before it, which benchmarks/faults.py starts as well; and eager_towers.py.
 sys.path.insert(0, str(Path(__file__).parent / "s3"))
+sys.path.insert(0, str(Path(__file__).parent / "vision"))
 from ceph import ACCESS_KEY, INSTALL, SECRET_KEY, ceph_gateway, missing_programs
 
 # On tensors this small threads wait for each other more than they compute: 6x slower on a busy machine.

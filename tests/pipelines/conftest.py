@@ -20,8 +20,8 @@ from meteor.synthetic.models import make_tiny_models
 from pipelines import cache_features, evaluate, finetune, pretrain
 from pipelines.ray_parts.runtime import ray_session
 
-# What benchmarks/kills.py uses as well, and the vision towers of tests/vision.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "vision")]
+# What benchmarks/kills.py uses as well.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from transformers import (
 from meteor.errors import SettingsError
 from meteor.vision.encoder import FrozenEncoder
 from meteor.vision.memory import bytes_per_token
-from meteor.vision.towers import TowerShape
+from meteor.vision.towers import TowerShape, tower_of
 
 # Patch grids: the one the positions were trained for, wider, taller, a single patch, and twice the same in a batch.
 GRIDS = [(4, 4), (2, 6), (6, 2), (4, 4), (1, 1), (3, 5), (2, 6), (5, 5)]
@@ -150,6 +150,12 @@ def test_the_shape_of_a_tower_follows_from_its_configuration(name, mlp_width, re
     assert (shape.width, shape.num_blocks, shape.mlp_width) == (32, 4, mlp_width)
     assert (shape.resolution, shape.grid_side) == (resolution, grid_side)
     assert shape.gated_mlp == name.endswith("gated")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_tokens_before_the_patches_follow_from_the_configuration(name):
+    model = make_tiny(name)
+    assert TowerShape.of(model.config).num_prefix == tower_of(model).num_prefix
 
 
 def test_the_memory_of_a_token_counts_the_gate():

@@ -1,6 +1,6 @@
 """CLIP: a class token, learned positions, and a norm before the first block."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,7 +10,7 @@ from meteor.vision.towers.protocol import Block, Importance, PoolingHead, Positi
 class ClipTower:
     """`transformers.CLIPVisionModel` as a `meteor.vision.towers.Tower`."""
 
-    default_importance: Importance = "class_token"
+    default_importance: ClassVar[Importance] = "class_token"
     num_prefix = 1
     has_class_token = True
 

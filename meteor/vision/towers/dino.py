@@ -1,6 +1,6 @@
 """DINOv2 and DINOv3: a class token, registers, and factors behind attention and MLP (LayerScale)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,7 +10,7 @@ from meteor.vision.towers.protocol import Block, Importance, PoolingHead, Positi
 class Dinov2Tower:
     """`transformers.Dinov2Model`, or the model with registers, as a `meteor.vision.towers.Tower`."""
 
-    default_importance: Importance = "class_token"
+    default_importance: ClassVar[Importance] = "class_token"
     has_class_token = True
 
     def __init__(self, model: Any) -> None:

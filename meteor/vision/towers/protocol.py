@@ -6,7 +6,7 @@ patch's pixels, C vision width, Q head width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -84,7 +84,7 @@ class Tower(Protocol):
     blocks: list[Block]
     num_prefix: int
     has_class_token: bool
-    default_importance: Importance
+    default_importance: ClassVar[Importance]
 
     def patch_projection(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight (C, F) and bias (C,) of the patch embedding; a patch's values are in the order colour, row, column."""

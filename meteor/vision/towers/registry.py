@@ -1,6 +1,5 @@
 """Supported vision towers by the ``model_type`` of their configurations."""
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import (
@@ -16,10 +15,10 @@ from transformers import (
 from meteor.errors import SettingsError
 from meteor.vision.towers.clip import ClipTower
 from meteor.vision.towers.dino import Dinov2Tower, Dinov3Tower
-from meteor.vision.towers.protocol import Tower
+from meteor.vision.towers.protocol import Importance, Tower
 from meteor.vision.towers.siglip import NaflexTower, SiglipTower
 
-_SUPPORTED: dict[str, tuple[Any, Callable[[Any], Tower]]] = {
+_SUPPORTED: dict[str, tuple[Any, type[ClipTower | SiglipTower | Dinov2Tower]]] = {
     "clip_vision_model": (CLIPVisionModel, ClipTower),
     "siglip_vision_model": (SiglipVisionModel, SiglipTower),
     "siglip2_vision_model": (Siglip2VisionModel, NaflexTower),
@@ -52,6 +51,11 @@ def require_supported(config: PretrainedConfig, path: str) -> None:
 def model_class_of(config: PretrainedConfig) -> Any:
     """Return the class of transformers for a supported configuration."""
     return _SUPPORTED[config.model_type][0]
+
+
+def default_importance(config: PretrainedConfig) -> Importance:
+    """Return the importance row that a supported tower has by its training."""
+    return _SUPPORTED[config.model_type][1].default_importance
 
 
 def build_tower(config: PretrainedConfig) -> Any:

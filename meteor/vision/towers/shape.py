@@ -17,6 +17,7 @@ class TowerShape:
         num_blocks: transformer blocks.
         patch_size: side of a patch in pixels.
         resolution: side in pixels of the square images for which the positions were trained.
+        num_prefix: class and register tokens before the patches.
     """
 
     width: int
@@ -25,18 +26,20 @@ class TowerShape:
     num_blocks: int
     patch_size: int
     resolution: int
+    num_prefix: int
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "TowerShape":
         """Read the shape from a supported configuration (`meteor.vision.towers.require_supported`)."""
-        gated = bool(getattr(config, "use_swiglu_ffn", False) or getattr(config, "use_gated_mlp", False))
+        has_class_token = config.model_type not in ("siglip_vision_model", "siglip2_vision_model")
         return cls(
-            config.hidden_size,
-            _mlp_width(config),
-            gated,
-            config.num_hidden_layers,
-            config.patch_size,
-            _resolution(config),
+            width=config.hidden_size,
+            mlp_width=_mlp_width(config),
+            gated_mlp=bool(getattr(config, "use_swiglu_ffn", False) or getattr(config, "use_gated_mlp", False)),
+            num_blocks=config.num_hidden_layers,
+            patch_size=config.patch_size,
+            resolution=_resolution(config),
+            num_prefix=has_class_token + getattr(config, "num_register_tokens", 0),
         )
 
     @property

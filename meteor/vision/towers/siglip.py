@@ -1,6 +1,6 @@
 """SigLIP and SigLIP 2: no class token; a trained query pools the patches after the last block."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,7 +11,7 @@ from meteor.vision.towers.protocol import Block, Importance, PoolingHead, Positi
 class SiglipTower:
     """`transformers.SiglipVisionModel` as a `meteor.vision.towers.Tower`: SigLIP, and SigLIP 2 of a fixed resolution."""
 
-    default_importance: Importance = "pooling_query"
+    default_importance: ClassVar[Importance] = "pooling_query"
     num_prefix = 0
     has_class_token = False
 
