@@ -4,6 +4,7 @@ import pytest
 import torch
 from eager_towers import TINY, eager, flattened, make_model, make_tiny
 from transformers import (
+    CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
@@ -167,6 +168,14 @@ def test_the_memory_of_a_token_counts_the_gate():
 
 
 REAL = {
+    "clip-vit-large-patch14-336": CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    ),
     "siglip-so400m-patch14-384": SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
