@@ -15,6 +15,7 @@ from meteor.errors import BadImageError, SettingsError
 from meteor.pretrained import load_pretrained
 from meteor.vision.checkpoint import EXAMPLE, read_preprocessing, read_vision_config
 from meteor.vision.digest import weights_digest
+from meteor.vision.importance import choose_importance
 from meteor.vision.memory import max_tokens_for, split_evenly
 from meteor.vision.packed import Packed, run_tower
 from meteor.vision.runs import plan_runs
@@ -76,7 +77,7 @@ class FrozenEncoder:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self._tower: Tower = tower_of(model)
-        self.importance = _choose_importance(self._tower, importance)
+        self.importance = choose_importance(self._tower, importance)
         self.num_blocks: int = model.config.num_hidden_layers
         self.select_layer, self.attention_layers = select_layer, tuple(attention_layers)
         self._select_block = self._block_of(select_layer)
@@ -280,18 +281,3 @@ class FrozenEncoder:
 
 # The name of this class when CLIP was the only tower.
 FrozenClip = FrozenEncoder
-
-
-def _choose_importance(tower: Tower, wanted: Importance | None) -> Importance:
-    chosen = wanted or tower.default_importance
-    if chosen == "class_token" and not tower.has_class_token:
-        raise SettingsError(
-            f"vision.importance={chosen}: a {tower.model.config.model_type} encoder has no class token; set vision.importance "
-            "to pooling_query or attention_received"
-        )
-    if chosen == "pooling_query" and tower.pooling_head() is None:
-        raise SettingsError(
-            f"vision.importance={chosen}: this {tower.model.config.model_type} encoder has no pooling head; set "
-            f"vision.importance to {'class_token' if tower.has_class_token else 'attention_received'}"
-        )
-    return chosen

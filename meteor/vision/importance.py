@@ -5,8 +5,30 @@ Letters: N sub-images, T tokens of all sub-images, L tokens per sub-image, P pat
 
 import torch
 
+from meteor.errors import SettingsError
 from meteor.vision.runs import Run
+from meteor.vision.towers import Importance, Tower
 from meteor.vision.towers.protocol import PoolingHead
+
+
+def choose_importance(tower: Tower, wanted: Importance | None) -> Importance:
+    """Return the kind of importance row to read: the tower's own unless another is wanted.
+
+    Raises:
+        SettingsError: the tower lacks the row.
+    """
+    chosen = wanted or tower.default_importance
+    if chosen == "class_token" and not tower.has_class_token:
+        raise SettingsError(
+            f"vision.importance={chosen}: a {tower.model.config.model_type} encoder has no class token; set vision.importance "
+            "to pooling_query or attention_received"
+        )
+    if chosen == "pooling_query" and tower.pooling_head() is None:
+        raise SettingsError(
+            f"vision.importance={chosen}: this {tower.model.config.model_type} encoder has no pooling head; set "
+            f"vision.importance to {'class_token' if tower.has_class_token else 'attention_received'}"
+        )
+    return chosen
 
 
 def class_token_row(run: Run, q_TC: torch.Tensor, k_TC: torch.Tensor, num_heads: int, num_prefix: int) -> torch.Tensor:

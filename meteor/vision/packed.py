@@ -63,32 +63,48 @@ def run_tower(
         importance: kind of the importance row.
     """
     pools = importance == "pooling_query"
-    num_heads, read_from = tower.model.config.num_attention_heads, () if pools else attention_blocks
-    last = len(tower.blocks) - 1 if pools else max([select_block, *attention_blocks])
+    num_heads = tower.model.config.num_attention_heads
 
     def read_row(run: Run, q_TC: torch.Tensor, k_TC: torch.Tensor) -> torch.Tensor:
         return _ROW_READERS[importance](run, q_TC, k_TC, num_heads, tower.num_prefix)
 
-    hidden_TC = _embed(tower, pixels, runs, positions)
     attend = _Attention(num_heads, tower.num_prefix, runs, merge_lengths(runs), positions, read_row)
-    selected_TC = hidden_TC
-    rows: dict[int, list[torch.Tensor]] = {}
-    for i, block in enumerate(tower.blocks[: last + 1]):
-        if i == select_block + 1:
-            hidden_TC = hidden_TC.clone()  # later blocks add in place and would change the selected tokens
-        # If the last block comes after the selected block, only its attention is read, not its output.
-        rows_only = i == last > select_block and not pools
-        rows[i] = attend(block, hidden_TC, reads=i in read_from, rows_only=rows_only)
-        if rows_only:
-            break
-        hidden_TC.add_(_scaled(_mlp(block.mlp, block.norm2(hidden_TC)), block.scale2))
-        if i == select_block:
-            selected_TC = hidden_TC
+    hidden_TC = _embed(tower, pixels, runs, positions)
+    last = len(tower.blocks) - 1 if pools else max([select_block, *attention_blocks])
+    read_from = () if pools else attention_blocks
+    # If the last block comes after the selected block, only its attention is read, not its output.
+    rows_only = last > select_block and not pools
+    selected_TC, hidden_TC, rows = _run_blocks(
+        tower.blocks[: last + 1], hidden_TC, attend, select_block, read_from, rows_only
+    )
     if pools:
         attention = _pooling_rows(tower, hidden_TC, runs, len(attention_blocks))
     else:
         attention = [torch.stack([rows[i][r] for i in attention_blocks], dim=1) for r in range(len(runs))]
     return Packed(list(runs), selected_TC, attention, _finite(runs, selected_TC, attention))
+
+
+def _run_blocks(
+    blocks: Sequence[Block],
+    hidden_TC: torch.Tensor,
+    attend: "_Attention",
+    select_block: int,
+    read_from: Sequence[int],
+    rows_only: bool,
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, list[torch.Tensor]]]:
+    """Return selected tokens, the last block's output, and block -> importance rows; ``rows_only`` holds for the last block."""
+    selected_TC, last = hidden_TC, len(blocks) - 1
+    rows: dict[int, list[torch.Tensor]] = {}
+    for i, block in enumerate(blocks):
+        if i == select_block + 1:
+            hidden_TC = hidden_TC.clone()  # later blocks add in place and would change the selected tokens
+        rows[i] = attend(block, hidden_TC, reads=i in read_from, rows_only=rows_only and i == last)
+        if rows_only and i == last:
+            break
+        hidden_TC.add_(_scaled(_mlp(block.mlp, block.norm2(hidden_TC)), block.scale2))
+        if i == select_block:
+            selected_TC = hidden_TC
+    return selected_TC, hidden_TC, rows
 
 
 def _embed(

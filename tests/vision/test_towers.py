@@ -199,7 +199,8 @@ REAL = {
 def test_real_shapes_equal_the_eager_tower(name):
     model = make_model(REAL[name], spread=0.01)
     side, shape = model.config.patch_size, TowerShape.of(model.config)
-    pixels = make_pixels(side, [(shape.grid_side,) * 2, (7, 20)])
+    # DINOv2's own 37 x 37 patches would need gigabytes for eager maps.
+    pixels = make_pixels(side, [(min(shape.grid_side, 27),) * 2, (7, 20)])
     truths = eager(model, pixels)
     default = "pooling_query" if "siglip" in name else "class_token"
     for importance in (default, "attention_received") if shape.num_blocks == 12 else (default,):
