@@ -23,8 +23,9 @@ class ImageFeatures:
         patch_grids: patch rows and columns (Hu, Wu) of each sub-image.
         attention_layers: indices of the hidden states whose block's attention is in ``cls_attention``.
         features: patch features of each sub-image, (P, C).
-        cls_attention: attention of the class token over the patches of each sub-image, (A, P) float32.
-        cls: class tokens of all sub-images, (S, C).
+        cls_attention: importance rows of each sub-image, (A, P) float32: attention of the class token over the patches, or the
+            row that the encoder has in its place.
+        cls: class tokens of all sub-images, (S, C); the patches' mean if the encoder has no class token.
 
     Raises:
         CacheError: the shapes contradict each other.

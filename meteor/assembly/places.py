@@ -1,7 +1,9 @@
 """Places that settings name (annotation files, dataset index, feature cache), and the settings of pixels."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from meteor import storage
 from meteor.cache import CacheIdentity
@@ -9,6 +11,13 @@ from meteor.config import RunSettings
 from meteor.errors import SettingsError
 from meteor.image.pixels import PixelSettings
 from meteor.stages import TRAINING_STAGES, TrainingStage
+from meteor.vision.checkpoint import read_preprocessing, read_vision_config
+from meteor.vision.towers import TowerShape
+
+# Data can be checked where the default encoder is out of reach.
+_PUBLISHED = {
+    "openai/clip-vit-large-patch14-336": {"resolution": 336, "patch_size": 14, "resample": "bicubic"},
+}
 
 
 @dataclass(frozen=True)
@@ -62,15 +71,43 @@ def training_files(settings: RunSettings, stage: TrainingStage) -> list[SampleFi
 
 
 def pixel_settings(settings: RunSettings) -> PixelSettings:
-    """Return the settings that decide about the encoder's pixels, and about which images are refused."""
-    slicing, data = settings.slicing, settings.data
+    """Return the settings that decide about the encoder's pixels, and about which images are refused.
+
+    Raises:
+        SettingsError: the settings leave a value to the encoder, and there is no readable encoder at ``vision.path``.
+    """
+    data = settings.data
     return PixelSettings(
-        max_slices=slicing.max_slices,
-        resolution=slicing.resolution,
-        patch_size=slicing.patch_size,
-        max_aspect_ratio=data.max_aspect_ratio,
-        max_pixels=data.max_pixels,
+        **encoder_slicing(settings), max_aspect_ratio=data.max_aspect_ratio, max_pixels=data.max_pixels
     )
+
+
+def encoder_slicing(settings: RunSettings) -> dict[str, Any]:
+    """Return ``max_slices``, ``resolution``, ``patch_size`` and ``resample``, with the encoder's values for omitted ones.
+
+    Raises:
+        SettingsError: a value is omitted, and there is no readable encoder at ``vision.path``.
+    """
+    given = settings.slicing.model_dump()
+    if None not in given.values():
+        return given
+    own = _pixels_of(settings.vision.path)
+    return {name: own[name] if value is None else value for name, value in given.items()}
+
+
+@functools.lru_cache(maxsize=32)
+def _pixels_of(path: str) -> dict[str, Any]:
+    """Return the pixels that an encoder was trained on."""
+    if path in _PUBLISHED:
+        return _PUBLISHED[path]
+    try:
+        config = read_vision_config(path)
+        shape, resample = TowerShape.of(config), read_preprocessing(path, config).resample
+    except SettingsError as error:
+        raise SettingsError(
+            f"{error}. Without the encoder's files, set slicing.resolution, slicing.patch_size and slicing.resample"
+        ) from error
+    return {"resolution": shape.resolution, "patch_size": shape.patch_size, "resample": resample}
 
 
 def index_uri(settings: RunSettings) -> str:

@@ -13,6 +13,8 @@ from meteor.formatting import flatten
 _PREPROCESSING = ("mean", "std", "rescale")
 _SLICING = ("max_slices", "resolution", "patch_size")
 _VERSIONS = ("slicing", "resizing", "encoding")
+# Fields that caches of CLIP's features lacked when CLIP was the only encoder: these values leave a cache's key as it was.
+_UNWRITTEN = {"importance": "class_token", "resample": "bicubic"}
 
 
 def algorithm_versions() -> dict[str, int]:
@@ -38,6 +40,8 @@ class CacheIdentity:
         preprocessing: ``mean``, ``std`` (three numbers each) and ``rescale``.
         slicing: ``max_slices``, ``resolution`` and ``patch_size`` of the slicing rule.
         versions: versions of the algorithms ``slicing``, ``resizing`` and ``encoding``.
+        importance: kind of the importance row that is cached as ``cls_attention``, see `meteor.vision.towers.Importance`.
+        resample: filter that resized the images.
 
     Raises:
         CacheError: a field is missing or unknown.
@@ -49,6 +53,8 @@ class CacheIdentity:
     preprocessing: Mapping[str, Any]
     slicing: Mapping[str, int]
     versions: Mapping[str, int] = field(default_factory=algorithm_versions)
+    importance: str = "class_token"
+    resample: str = "bicubic"
 
     def __post_init__(self) -> None:
         for name, expected in [("preprocessing", _PREPROCESSING), ("slicing", _SLICING), ("versions", _VERSIONS)]:
@@ -67,8 +73,8 @@ class CacheIdentity:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON values."""
-        return asdict(self)
+        """Return the fields as JSON values, without those of `_UNWRITTEN` that have the value given there."""
+        return {name: value for name, value in asdict(self).items() if _UNWRITTEN.get(name) != value}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CacheIdentity":
@@ -80,7 +86,7 @@ class CacheIdentity:
 
     def differences(self, other: "CacheIdentity") -> list[str]:
         """Return a line for each field that differs, such as ``"select_layer: -2 != -1"``, with this identity's value first."""
-        mine, others = flatten(self.to_dict()), flatten(other.to_dict())
+        mine, others = flatten(asdict(self)), flatten(asdict(other))
         return [f"{name}: {mine[name]} != {others[name]}" for name in mine if mine[name] != others[name]]
 
     def require_match(self, other: "CacheIdentity") -> None:

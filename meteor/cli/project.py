@@ -21,7 +21,7 @@ _EPILOG = f"""A file's tensors (sub-images one after the other, the global view 
   num_tokens     (sub-images,)          number of visual tokens per sub-image
   patch_grids    (sub-images, 2)        rows and columns of patches
   indices        (all kept,)            row * columns + column of the patch within its sub-image
-  visual_scores  (all patches,)         attention of the class token, as shares
+  visual_scores  (all patches,)         the encoder's importance row, as shares
   native_scores  (all patches,)         attention of the instruction token, as shares
 A projector that selects no patches lacks the last three. The metadata name image, cache and projector. To split the tokens:
   tensors = safetensors.torch.load_file(path)

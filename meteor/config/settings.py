@@ -137,21 +137,38 @@ class SlicingSettings(_Settings):
     """Parameters of LLaVA-UHD's slicing rule."""
 
     max_slices: int = setting(6, "most slices of an image; the global view is not counted", ge=1)
-    resolution: int = setting(336, "pixels: a sub-image has about the area of a square with this side", ge=14)
-    patch_size: int = setting(14, "side of a patch in pixels; must be the encoder's patch size", ge=1)
+    resolution: int | None = setting(
+        None,
+        "pixels: a sub-image has about the area of a square with this side; omit for the images on which the encoder was "
+        "trained",
+        ge=14,
+    )
+    patch_size: int | None = setting(
+        None, "side of a patch in pixels; omit for the encoder's patch size, which it must be", ge=1
+    )
+    resample: Literal["bicubic", "bilinear", "lanczos"] | None = setting(
+        None, "filter that resizes images; omit for the filter of the encoder's own image processor"
+    )
 
 
 class VisionSettings(_Settings):
     """The frozen vision encoder."""
 
     path: str = operational(
-        "openai/clip-vit-large-patch14-336", "CLIP checkpoint: local directory, s3:// folder or hub id"
+        "openai/clip-vit-large-patch14-336",
+        "checkpoint of a CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3 encoder: local directory, s3:// folder or hub id",
     )
     select_layer: int = setting(
         -2, "index of the hidden state that is cached as features; -2, the last but one, is LLaVA's choice"
     )
     attention_layers: tuple[int, ...] = setting(
-        (-2,), "indices of hidden states whose transformer block's class-token attention is cached"
+        (-2,), "indices of hidden states whose transformer block's importance row is cached"
+    )
+    importance: Literal["class_token", "pooling_query", "attention_received"] | None = setting(
+        None,
+        "importance row that the visual expert reads: attention of the class token or of the pooling head's query over the "
+        "patches, or mean attention that a patch receives; omit for class_token, or pooling_query if the encoder has no class "
+        "token",
     )
     dtype: Dtype = setting("bfloat16", "number type in which the encoder computes")
 

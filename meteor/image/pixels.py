@@ -1,12 +1,12 @@
 """Sub-images of an image file as pixels: decoding, slicing plan and resizing in one step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from meteor.image.decode import decoded
-from meteor.image.slicing import SlicePlan, check_aspect_ratio, plan_slices
+from meteor.image.slicing import Resample, SlicePlan, check_aspect_ratio, plan_slices
 from meteor.image.transform import slice_image
 
 
@@ -20,6 +20,7 @@ class PixelSettings:
         patch_size: side of a patch in pixels.
         max_aspect_ratio: largest ratio of the longer to the shorter side.
         max_pixels: most pixels of an image.
+        resample: filter that resizes images.
     """
 
     max_slices: int = 6
@@ -27,6 +28,7 @@ class PixelSettings:
     patch_size: int = 14
     max_aspect_ratio: float = 24.0
     max_pixels: int = 178_956_970
+    resample: Resample = "bicubic"
 
     def plan(self, width: int, height: int) -> SlicePlan:
         """Plan the slices of an image of ``width`` x ``height`` pixels.
@@ -35,9 +37,10 @@ class PixelSettings:
             BadImageError: the aspect ratio is above the limit.
         """
         check_aspect_ratio(width, height, self.max_aspect_ratio)
-        return plan_slices(
+        plan = plan_slices(
             width, height, max_slices=self.max_slices, resolution=self.resolution, patch_size=self.patch_size
         )
+        return plan if self.resample == plan.resample else replace(plan, resample=self.resample)
 
 
 @dataclass(frozen=True)

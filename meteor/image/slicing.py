@@ -4,8 +4,12 @@ import math
 import operator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from meteor.errors import BadImageError, SettingsError
+
+# Filters that resize an image, named as Pillow names them.
+Resample = Literal["bicubic", "bilinear", "lanczos"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,14 @@ class SlicePlan:
         global_size: width and height of the resized global view in pixels.
         slice_size: width and height of each resized slice in pixels; None without slices.
         patch_grids: patch rows and columns (Hu, Wu) of each sub-image, the global view first, then the slices row by row.
+        resample: filter that resizes the image.
     """
 
     grid: tuple[int, int] | None
     global_size: tuple[int, int]
     slice_size: tuple[int, int] | None
     patch_grids: tuple[tuple[int, int], ...]
+    resample: Resample = "bicubic"
 
     @property
     def num_sub_images(self) -> int:

@@ -13,8 +13,8 @@ from meteor.image.slicing import SlicePlan
 def slice_image(image: Image.Image, plan: SlicePlan) -> list[npt.NDArray[np.uint8]]:
     """Cut an image into the sub-images of its plan (LLaVA-UHD v1's rule).
 
-    The whole image is resized twice (bicubic, no padding): to the global view, and to the grid of slices, which is then
-    cut row by row. The aspect ratio changes by less than a patch.
+    The whole image is resized twice (by the plan's filter, no padding): to the global view, and to the grid of slices, which
+    is then cut row by row. The aspect ratio changes by less than a patch.
 
     Args:
         image: image of mode RGB, of the size for which the plan was made.
@@ -28,11 +28,12 @@ def slice_image(image: Image.Image, plan: SlicePlan) -> list[npt.NDArray[np.uint
     """
     if image.mode != "RGB":
         raise ValueError(f"the image has mode {image.mode!r}; decode it with decode_image, which gives RGB")
-    sub_images = [np.array(image.resize(plan.global_size, Image.Resampling.BICUBIC))]
+    resample = Image.Resampling[plan.resample.upper()]
+    sub_images = [np.array(image.resize(plan.global_size, resample))]
     if plan.grid is None or plan.slice_size is None:
         return sub_images
     (columns, rows), (width, height) = plan.grid, plan.slice_size
-    resized = np.asarray(image.resize((width * columns, height * rows), Image.Resampling.BICUBIC))
+    resized = np.asarray(image.resize((width * columns, height * rows), resample))
     for row in range(rows):
         for column in range(columns):
             piece = resized[row * height : (row + 1) * height, column * width : (column + 1) * width]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from meteor.model.remote import AUTO_MAP
 
@@ -12,7 +12,7 @@ class MeteorConfig(PretrainedConfig):
 
     Args:
         text_config: configuration of the language model.
-        vision_config: configuration of the CLIP vision tower.
+        vision_config: configuration of the vision tower, of a type that `meteor.vision.towers` supports.
         projector: ``{"name": ..., **settings}``, arguments of `meteor.projector.build_projector`.
         select_layer: index of the tower's hidden state that the projector reads.
         cache_identity: `meteor.cache.CacheIdentity` as a dict; features from any other cache are refused.
@@ -23,7 +23,7 @@ class MeteorConfig(PretrainedConfig):
 
     model_type = "meteor"
     # Lets from_pretrained pass dtype and attn_implementation on to the parts.
-    sub_configs = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
 
     def __init__(
         self,
@@ -55,8 +55,6 @@ def _as_config(value: dict[str, Any] | PretrainedConfig | None, *, default: str)
         return value
     content = dict(value or {})
     model_type = content.pop("model_type", default)
-    if model_type == "clip_vision_model":
-        return CLIPVisionConfig(**content)
     return AutoConfig.for_model(model_type, **content)
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    CLIPVisionModel,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -33,6 +32,7 @@ from meteor.model_files import require_config
 from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
 from meteor.vision.encoder import FrozenClip
+from meteor.vision.towers import build_tower
 
 
 @dataclass
@@ -65,7 +65,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MeteorConfig, *, vision_tower: bool = True, language_model: nn.Module | None = None):
         super().__init__(config)
-        self.vision_tower = CLIPVisionModel(config.vision_config) if vision_tower else None
+        self.vision_tower = build_tower(config.vision_config) if vision_tower else None
         self.projector: Projector = build_projector(
             **config.projector,
             vision_width=config.vision_config.hidden_size,
@@ -149,7 +149,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise DataError("this model was built without its vision tower; load it with vision_tower=True")
         select_layer, identity = self.config.select_layer, self.config.cache_identity or {}
         # The cache's digest is taken over: hashing the weights takes about 1 s, and these weights may have been cast.
-        known: dict[str, Any] = {"digest": identity.get("encoder_digest")}
+        known: dict[str, Any] = {"digest": identity.get("encoder_digest"), "importance": identity.get("importance")}
         known |= {name: identity["preprocessing"][name] for name in ("mean", "std") if identity}
         return FrozenClip(self.vision_tower, select_layer=select_layer, attention_layers=(select_layer,), **known)
 

@@ -1,6 +1,6 @@
 """Size, cost and benefit of a feature cache, computed from image sizes and the shapes of encoder and LLM.
 
-Letters: T tokens of a sub-image (patches and the class token), C vision width.
+Letters: T tokens of a sub-image (patches, class token and registers), C vision width.
 """
 
 from collections.abc import Mapping
@@ -27,16 +27,18 @@ class EncoderShape:
         mlp_width: width of the hidden layer in each block's MLP.
         num_blocks: transformer blocks that are run.
         patch_size: pixels of a patch's side.
+        num_prefix: class and register tokens.
     """
 
     width: int
     mlp_width: int
     num_blocks: int
     patch_size: int
+    num_prefix: int = 1
 
     def flops(self, num_patches: int) -> int:
         """Count the multiplications and additions for one sub-image."""
-        tokens = num_patches + 1
+        tokens = num_patches + self.num_prefix
         projections = 2 * tokens * (4 * self.width**2 + 2 * self.width * self.mlp_width)
         attention = 4 * tokens**2 * self.width
         embedding = 2 * num_patches * 3 * self.patch_size**2 * self.width

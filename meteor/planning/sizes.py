@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionModel, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.planning.activations import LayerBytes, count_saved_bytes
 from meteor.projector import build_projector
 from meteor.stages import TrainingStage
 from meteor.train.build import freeze_for
+from meteor.vision.towers import TowerShape, build_tower
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def find_model_sizes(
         language_model = AutoModelForCausalLM.from_config(llm)
         config = MeteorConfig(text_config=llm, vision_config=vision, projector=projector)
         model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=language_model)
-        num_encoder = sum(weight.numel() for weight in CLIPVisionModel(vision).parameters()) if live else 0
+        num_encoder = sum(weight.numel() for weight in build_tower(vision).parameters()) if live else 0
         freeze_for(model, stage)
         adapt(language_model)
     counts = {True: 0, False: 0}
@@ -97,7 +98,7 @@ def find_model_sizes(
 
 
 def _sub_image_bytes(projector: dict[str, Any], vision: PretrainedConfig, llm_width: int, dtype: torch.dtype) -> int:
-    side, width = vision.image_size // vision.patch_size, vision.hidden_size
+    side, width = TowerShape.of(vision).grid_side, vision.hidden_size
     module = build_projector(**projector, vision_width=width, llm_width=llm_width).to(dtype)
     features_1PC, attention_1P = torch.randn(1, side * side, width, dtype=dtype), torch.rand(1, side * side)
     grids_12 = torch.tensor([[side, side]])

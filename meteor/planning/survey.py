@@ -33,6 +33,7 @@ from meteor.image.slicing import SlicePlan
 from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
 from meteor.train.build import read_llm_config
 from meteor.vision.checkpoint import read_vision_config
+from meteor.vision.towers import TowerShape, default_importance
 
 _NUM_HEADER_READERS = 32
 # The mean text length is estimated from this many samples, evenly spread.
@@ -105,7 +106,7 @@ def estimate_cache(inputs: Inputs) -> CacheCost:
     """
     settings, survey = inputs.settings, survey_run(inputs)
     grids = _count_grids(survey.distinct)
-    shape = _encoder_shape(settings.vision)
+    shape = encoder_shape(settings.vision)
     stages, note = _stages(inputs, survey, shape)
     num_layers, uri = len(settings.vision.attention_layers), inputs.cache_uri()
     return CacheCost(
@@ -138,7 +139,9 @@ def survey_run(inputs: Inputs) -> Survey:
     except CacheError:  # cache_features has not run
         index = None
     settings, version = inputs.settings, index.version if index else 0
-    key = ("survey", settings.data.model_dump_json(), settings.slicing.model_dump_json(), settings.evaluate.long_side)
+    # The slicing may be the encoder's.
+    slicing = (settings.slicing.model_dump_json(), settings.vision.path)
+    key = ("survey", settings.data.model_dump_json(), *slicing, settings.evaluate.long_side)
     return inputs.once((*key, index_uri(settings), version), lambda: _survey(inputs, index))
 
 
@@ -230,12 +233,18 @@ def _count_grids(plans: Mapping[SlicePlan, int], *, only_global: bool = False) -
     return grids
 
 
-def _encoder_shape(vision: VisionSettings) -> EncoderShape:
+def encoder_shape(vision: VisionSettings) -> EncoderShape:
+    """Return the shape of the run's encoder, with the blocks that are run."""
     config = read_vision_config(vision.path)
-    # Blocks after the last layer that is read are not run; hidden state 0 is the input of the first block.
-    layers = [vision.select_layer, *vision.attention_layers]
-    num_blocks = max(layer if layer >= 0 else config.num_hidden_layers + 1 + layer for layer in layers)
-    return EncoderShape(config.hidden_size, config.intermediate_size, num_blocks, config.patch_size)
+    shape = TowerShape.of(config)
+    # Blocks after the last layer that is read are not run; hidden state 0 is the input of the first block. The pooling query
+    # comes after all blocks.
+    pools = (vision.importance or default_importance(config)) == "pooling_query"
+    layers = [vision.select_layer, *vision.attention_layers, *([-1] if pools else [])]
+    num_blocks = max(layer if layer >= 0 else shape.num_blocks + 1 + layer for layer in layers)
+    # A gated MLP has three matrices instead of two.
+    mlp_width = shape.mlp_width * 3 // 2 if shape.gated_mlp else shape.mlp_width
+    return EncoderShape(shape.width, mlp_width, num_blocks, shape.patch_size, shape.num_prefix)
 
 
 def _payload_bytes(codec: str, num_patches: int, width: int, num_layers: int) -> int:

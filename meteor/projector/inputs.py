@@ -16,7 +16,7 @@ def prepare_features(
 
     Args:
         features: patch features, (B, P, C), any floating dtype; padding may hold anything, even NaN.
-        cls_attention: attention of the class token over patches, (B, P).
+        cls_attention: the encoder's importance row, for CLIP the attention of the class token over patches, (B, P).
         grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device. A check reads the values on the host,
             except in a compiled graph.
         vision_width: width of the features, C.

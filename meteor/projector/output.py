@@ -37,7 +37,7 @@ class Projector(nn.Module):
     The arguments of ``forward`` are
 
     - features: patch features, (B, P, C), any floating dtype; padding may hold anything. B may be 0, and then P too.
-    - cls_attention: attention of the class token over patches, (B, P); padding may hold anything.
+    - cls_attention: importance row, for CLIP the attention of the class token over patches, (B, P); padding may hold anything.
     - grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device.
     - native_weight: weight of the native expert during warm-up, 0-d; ignored by projectors without this expert.
 

@@ -16,7 +16,7 @@ from meteor.image.transform import normalise, slice_image
 from meteor.synthetic.drawing import draw
 from meteor.synthetic.layout import Box
 from meteor.synthetic.scenes import Scene
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class BoxAttention:
         return self.share / self.chance
 
 
-def attention_in_scenes(encoder: FrozenClip, scenes: Sequence[Scene], *, resolution: int) -> BoxAttention:
+def attention_in_scenes(encoder: FrozenEncoder, scenes: Sequence[Scene], *, resolution: int) -> BoxAttention:
     """Draw, slice and encode scenes as cache_features does, and measure the attention inside the objects' boxes."""
     images: list[npt.NDArray[np.uint8]] = []
     boxes: list[list[Box]] = []
@@ -51,7 +51,7 @@ def attention_in_scenes(encoder: FrozenClip, scenes: Sequence[Scene], *, resolut
 
 
 def attention_in_boxes(
-    encoder: FrozenClip, sub_images: Sequence[npt.NDArray[np.uint8]], boxes: Sequence[Sequence[Box]]
+    encoder: FrozenEncoder, sub_images: Sequence[npt.NDArray[np.uint8]], boxes: Sequence[Sequence[Box]]
 ) -> BoxAttention:
     """Measure the attention inside boxes, for the encoder's first attention layer.
 

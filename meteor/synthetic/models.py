@@ -21,7 +21,7 @@ from meteor.synthetic.publish import publish_folder
 from meteor.synthetic.scenes import SceneDealer
 from meteor.synthetic.streams import random_stream
 from meteor.synthetic.tokenizer import MAX_LENGTH, make_tokenizer
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 MODELS_VERSION = 3
 TRAIN_STEPS = 360
@@ -138,7 +138,7 @@ def _fill(models: TinyModels, seed: int, train_steps: int, report: Callable[[str
 def held_out_attention(clip: Path, seed: int) -> BoxAttention:
     """Measure the saved tower's attention in sliced scenes of all sizes that training with ``seed`` has not seen."""
     scenes = list(islice(SceneDealer(random_stream(seed, "attention scenes")), _NUM_ATTENTION_SCENES))
-    return attention_in_scenes(FrozenClip.from_pretrained(str(clip)), scenes, resolution=IMAGE_SIZE)
+    return attention_in_scenes(FrozenEncoder.from_pretrained(str(clip)), scenes, resolution=IMAGE_SIZE)
 
 
 def _preprocessor() -> dict[str, Any]:

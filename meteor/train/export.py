@@ -22,7 +22,7 @@ from meteor.text.template import end_token
 from meteor.train.lora import Lora, merge_lora, write_adapter
 from meteor.train.protocol import load_weights
 from meteor.vision.digest import weights_digest
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 LLM_PREFIX = "language_model."
 
@@ -56,7 +56,7 @@ def export_adapter(
 def export_model(
     model: MeteorForConditionalGeneration,
     checkpoint: Checkpoint,
-    encoder: FrozenClip,
+    encoder: FrozenEncoder,
     processor: MeteorProcessor,
     uri: str,
     dtype: torch.dtype,

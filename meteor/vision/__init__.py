@@ -1,1 +1,1 @@
-"""Frozen vision encoder: patch features of one layer, and the class token's attention."""
+"""Frozen vision encoder: patch features of one layer, and how important each patch is to the tower."""

@@ -9,10 +9,10 @@ from meteor.errors import BadImageError
 from meteor.features import ImageFeatures
 from meteor.image.pixels import SlicedImage
 from meteor.image.transform import normalise_batch
-from meteor.vision.encoder import FrozenClip, SubImageFeatures
+from meteor.vision.encoder import FrozenEncoder, SubImageFeatures
 
 
-def encode_sliced(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[ImageFeatures]:
+def encode_sliced(images: Sequence[SlicedImage], encoder: FrozenEncoder) -> list[ImageFeatures]:
     """Encode several images of any patch grids together; the result is on the CPU.
 
     Raises:
@@ -27,14 +27,14 @@ def encode_sliced(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[Im
     return results
 
 
-def load_pixels(images: Sequence[SlicedImage], encoder: FrozenClip) -> list[torch.Tensor]:
+def load_pixels(images: Sequence[SlicedImage], encoder: FrozenEncoder) -> list[torch.Tensor]:
     """Normalise all sub-images of the images, in order, on the encoder's device (`normalise_batch`)."""
     sub_images = [sub_image for image in images for sub_image in image.sub_images]
     return normalise_batch(sub_images, encoder.mean, encoder.std, device=encoder.device, dtype=encoder.dtype)
 
 
 def encode_each(
-    images: Sequence[SlicedImage], encoder: FrozenClip, pixels: Sequence[torch.Tensor] | None = None
+    images: Sequence[SlicedImage], encoder: FrozenEncoder, pixels: Sequence[torch.Tensor] | None = None
 ) -> list[ImageFeatures | BadImageError]:
     """Encode several images together; an image with non-finite features gives an error instead of failing the batch.
 

@@ -1,4 +1,4 @@
-"""Frozen CLIP tower: patch features of a sub-image, and the class token's attention over its patches.
+"""Frozen vision encoder: patch features of a sub-image, and a row that tells how important each patch is.
 
 Letters: P patches of a sub-image, C vision width, A requested attention layers, H heads, Q head width.
 """
@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPVisionModel
 
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.errors import BadImageError, SettingsError
 from meteor.pretrained import load_pretrained
-from meteor.vision.checkpoint import read_normalisation, read_vision_config
+from meteor.vision.checkpoint import EXAMPLE, read_preprocessing, read_vision_config
 from meteor.vision.digest import weights_digest
+from meteor.vision.importance import choose_importance
 from meteor.vision.memory import max_tokens_for, split_evenly
-from meteor.vision.packed import Packed, plan_runs, run_tower
+from meteor.vision.packed import Packed, run_tower
+from meteor.vision.runs import plan_runs
+from meteor.vision.towers import Importance, Tower, model_class_of, tower_of
+from meteor.vision.towers.protocol import Position
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,10 +30,11 @@ class SubImageFeatures:
     """Encoder output for one sub-image.
 
     Attributes:
-        features: patch tokens of the selected layer, (P, C), row-major in the patch grid.
-        cls_attention: softmax attention of the class token over the patches, mean over heads, (A, P) float32. The class
-            token's attention to itself is left out, so a row sums to less than 1.
-        cls: class token of the selected layer, (C,).
+        features: patch tokens of the selected layer without class token and registers, (P, C), row-major in the patch grid.
+        cls_attention: importance rows, mean over heads, (A, P) float32: softmax attention of the class token over the patches,
+            or what `meteor.vision.towers.Importance` names. The class token's attention to itself is left out, so that its row
+            sums to less than 1.
+        cls: class token of the selected layer, (C,); the patches' mean if the tower has no class token.
         grid: patch rows and columns (Hu, Wu).
         finite: whether features and attention are finite; False is possible only with ``raise_bad=False``.
     """
@@ -42,33 +46,38 @@ class SubImageFeatures:
     finite: bool = True
 
 
-class FrozenClip:
-    """CLIP vision tower that never trains; blocks after the last required block do not run.
+class FrozenEncoder:
+    """Vision tower that never trains; blocks after the last required block do not run.
 
     Args:
-        model: the vision tower.
+        model: the vision tower, a model of transformers that `meteor.vision.towers` supports.
         select_layer: index into ``hidden_states`` as in LLaVA; -2 is the output of the last block but one.
-        attention_layers: indices into ``hidden_states``; the attention of the blocks that made these states is returned.
+        attention_layers: indices into ``hidden_states``; the importance rows of the blocks that made these states are
+            returned. The pooling query's row is read after the last block, whatever the layer.
+        importance: kind of the importance row; the tower's own if None: the class token's, or the pooling query's.
         digest: fingerprint of the weights as stored, before any cast; computed from the model if None.
         mean, std: normalisation with which the tower was trained, per colour channel.
         max_tokens: most tokens in one pass; chosen by free memory if None (`meteor.vision.memory`).
 
     Raises:
-        SettingsError: the tower does not have a requested layer.
+        SettingsError: the tower does not have a requested layer or importance row, or is not supported.
     """
 
     def __init__(
         self,
-        model: CLIPVisionModel,
+        model: Any,
         *,
         select_layer: int = -2,
         attention_layers: Sequence[int] = (-2,),
+        importance: Importance | None = None,
         digest: str | None = None,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         max_tokens: int | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self._tower: Tower = tower_of(model)
+        self.importance = choose_importance(self._tower, importance)
         self.num_blocks: int = model.config.num_hidden_layers
         self.select_layer, self.attention_layers = select_layer, tuple(attention_layers)
         self._select_block = self._block_of(select_layer)
@@ -76,7 +85,7 @@ class FrozenClip:
         self.weights_digest = digest or weights_digest(model.state_dict())
         self.mean, self.std = tuple(mean), tuple(std)
         self.max_tokens = max_tokens
-        self._positions: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._positions: dict[tuple[Any, ...], Position] = {}
 
     @classmethod
     def from_pretrained(
@@ -85,45 +94,48 @@ class FrozenClip:
         *,
         select_layer: int = -2,
         attention_layers: Sequence[int] = (-2,),
+        importance: Importance | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         max_tokens: int | None = None,
-    ) -> "FrozenClip":
-        """Load the vision tower of a CLIP checkpoint in `.safetensors` or `.bin` format.
+    ) -> "FrozenEncoder":
+        """Load the vision tower of a checkpoint in `.safetensors` or `.bin` format: the tower alone, or with a text tower.
 
         The digest is computed over the stored weights, before the cast to ``dtype``.
 
         Args:
             path: local directory, s3:// folder or hub id.
             select_layer: index into ``hidden_states``; -2 is the output of the last block but one.
-            attention_layers: indices into ``hidden_states`` whose block's class-token attention is returned.
+            attention_layers: indices into ``hidden_states`` whose block's importance row is returned.
+            importance: kind of the importance row; the tower's own if None.
             dtype: dtype of the weights; the stored dtype if None.
             device: device of the weights; the CPU if None.
             max_tokens: most tokens in one pass; chosen by free memory if None.
 
         Raises:
-            SettingsError: there is no CLIP checkpoint at ``path``, or a layer does not exist.
+            SettingsError: there is no supported checkpoint at ``path``, or a layer or the importance row does not exist.
         """
         vision_config = read_vision_config(path)
         model = load_pretrained(
-            CLIPVisionModel,
+            model_class_of(vision_config),
             path,
             setting="vision.path",
-            example="openai/clip-vit-large-patch14-336",
+            example=EXAMPLE,
             config=vision_config,
             dtype="auto",
             attn_implementation="sdpa",
         )
         digest = weights_digest(model.state_dict())
-        mean, std = read_normalisation(path)
+        preprocessing = read_preprocessing(path, vision_config)
         model = model.to(device=device, dtype=dtype)
         return cls(
             model,
             select_layer=select_layer,
             attention_layers=attention_layers,
+            importance=importance,
             digest=digest,
-            mean=mean,
-            std=std,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
             max_tokens=max_tokens,
         )
 
@@ -155,12 +167,12 @@ class FrozenClip:
     @property
     def device(self) -> torch.device:
         """Device of the tower's weights."""
-        return self.model.embeddings.patch_embedding.weight.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype in which the tower computes."""
-        return self.model.embeddings.patch_embedding.weight.dtype
+        return self.model.dtype
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[torch.Tensor], *, raise_bad: bool = True) -> list[SubImageFeatures]:
@@ -182,9 +194,8 @@ class FrozenClip:
         order = sorted(range(len(pixels)), key=lambda i: (grids[i][0] * grids[i][1], grids[i]))
         if self.max_tokens is None:
             self.max_tokens = max_tokens_for(self.model, self.device)
-        encoded = self._encode_chunks(
-            pixels, split_evenly(order, [1 + rows * columns for rows, columns in grids], self.max_tokens), grids
-        )
+        num_tokens = [self._num_tokens(grid) for grid in grids]
+        encoded = self._encode_chunks(pixels, split_evenly(order, num_tokens, self.max_tokens), grids)
         # A single synchronisation with the device for the whole batch.
         finite = torch.cat([chunk.finite for _, chunk in encoded]).tolist() if encoded else []
         if raise_bad and not all(finite):
@@ -195,7 +206,7 @@ class FrozenClip:
         results: dict[int, SubImageFeatures] = {}
         flags = iter(finite)
         for indices, chunk in encoded:
-            results.update(zip(indices, _unpack(chunk, flags), strict=True))
+            results.update(zip(indices, self._unpack(chunk, flags), strict=True))
         return [results[i] for i in range(len(pixels))]
 
     def _encode_chunks(
@@ -208,7 +219,7 @@ class FrozenClip:
             if packed is not None:
                 done.append((chunk, packed))
                 continue
-            num_tokens = sum(1 + grids[i][0] * grids[i][1] for i in chunk)
+            num_tokens = sum(self._num_tokens(grids[i]) for i in chunk)
             self.max_tokens = num_tokens // 2
             _LOG.warning(
                 "%d tokens at once do not fit into the memory of %s; continuing with %d",
@@ -222,15 +233,16 @@ class FrozenClip:
 
     def _run(self, pixels: Sequence[torch.Tensor], chunk: list[int], grids: Sequence[tuple[int, int]]) -> Packed | None:
         """Run one chunk through the tower; return None if several sub-images exceed the device's memory."""
-        runs = plan_runs([grids[i] for i in chunk])
+        runs = plan_runs([grids[i] for i in chunk], self._tower.num_prefix)
         try:
             return run_tower(
-                self.model,
+                self._tower,
                 [pixels[i].to(self.device, non_blocking=True) for i in chunk],
                 runs,
                 positions=[self._position(run.grid) for run in runs],
                 select_block=self._select_block,
                 attention_blocks=self._attention_blocks,
+                importance=self.importance,
             )
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
@@ -246,19 +258,26 @@ class FrozenClip:
             )
         return height // self.patch_size, width // self.patch_size
 
-    def _position(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Return the position embeddings of a grid, (1 + P, C), interpolated once per grid."""
-        embeddings = self.model.embeddings
-        weight = embeddings.position_embedding.weight
-        key = (*grid, weight.device, weight.dtype)
+    def _num_tokens(self, grid: tuple[int, int]) -> int:
+        return self._tower.num_prefix + grid[0] * grid[1]
+
+    def _position(self, grid: tuple[int, int]) -> Position:
+        """Return the positions of a grid, interpolated once per grid."""
+        key = (*grid, self.device, self.dtype)
         if key not in self._positions:
-            shape_only = weight.new_empty(1).expand(1, 1 + grid[0] * grid[1], weight.shape[1])
-            height, width = (side * self.patch_size for side in grid)
-            self._positions[key] = embeddings.interpolate_pos_encoding(shape_only, height, width)[0].clone()
+            self._positions[key] = self._tower.position(grid)
         return self._positions[key]
 
+    def _unpack(self, chunk: Packed, finite: Iterator[bool]) -> Iterator[SubImageFeatures]:
+        num_prefix = self._tower.num_prefix
+        for run, attention_NAP in zip(chunk.runs, chunk.attention, strict=True):
+            for tokens_LC, attention_AP in zip(run.of(chunk.selected), attention_NAP, strict=True):
+                if self._tower.has_class_token:
+                    cls_C = tokens_LC[0]
+                else:
+                    cls_C = tokens_LC.mean(dim=0, dtype=torch.float32).to(tokens_LC.dtype)
+                yield SubImageFeatures(tokens_LC[num_prefix:], attention_AP, cls_C, run.grid, next(finite))
 
-def _unpack(chunk: Packed, finite: Iterator[bool]) -> Iterator[SubImageFeatures]:
-    for run, attention_NAP in zip(chunk.runs, chunk.attention, strict=True):
-        for tokens_LC, attention_AP in zip(run.of(chunk.selected), attention_NAP, strict=True):
-            yield SubImageFeatures(tokens_LC[1:], attention_AP, tokens_LC[0], run.grid, next(finite))
+
+# The name of this class when CLIP was the only tower.
+FrozenClip = FrozenEncoder

@@ -8,7 +8,7 @@ from meteor.features import ImageFeatures
 from meteor.image.files import read_image_file
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.vision.encode_images import encode_sliced
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 
 class LiveFeatures:
@@ -20,7 +20,7 @@ class LiveFeatures:
         settings: slicing parameters and limits.
     """
 
-    def __init__(self, encoder: FrozenClip, uris: Mapping[str, str], settings: PixelSettings) -> None:
+    def __init__(self, encoder: FrozenEncoder, uris: Mapping[str, str], settings: PixelSettings) -> None:
         self.encoder, self.uris, self.settings = encoder, uris, settings
 
     def get(self, image_key: str) -> ImageFeatures:

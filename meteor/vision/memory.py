@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from meteor.vision.towers import TowerShape
+
 # 113 full sub-images of 577 tokens. This is an estimate of where a GPU's matrix products stop getting faster;
 # `benchmarks/encoding_gpu.py` measures it.
 MAX_TOKENS_CUDA = 65_536
@@ -29,15 +31,15 @@ def bytes_per_token(model: Any) -> int:
     """Return an upper bound of the memory that a token needs in the tower, in bytes.
 
     Let C be the width and I the inner width of the MLP. The MLP's step holds the hidden state twice (the selected layer is
-    kept), its norm, its output and two tensors of width I. Attention's step holds seven tensors of width C and the keys in
-    float32, which is less for the usual I = 4 C. While embedding, a patch exists twice in float32 and once in the tower's
-    dtype.
+    kept), its norm, its output and two tensors of width I; three if the MLP is gated, and its output twice if LayerScale
+    multiplies it. Attention's step holds seven tensors of width C and the keys in float32, which is less for the usual I = 4 C.
+    While embedding, a patch exists twice in float32 and once in the tower's dtype.
     """
-    config, itemsize = model.config, model.embeddings.patch_embedding.weight.dtype.itemsize
-    width, inner = config.hidden_size, config.intermediate_size
-    mlp = itemsize * (4 * width + 2 * inner)
-    attention = itemsize * 7 * width + 4 * width
-    embedding = (8 + itemsize) * 3 * config.patch_size**2 + itemsize * 2 * width
+    shape, itemsize = TowerShape.of(model.config), model.dtype.itemsize
+    width, scaled = shape.width, hasattr(model.config, "layerscale_value")
+    mlp = itemsize * ((4 + scaled) * width + (2 + shape.gated_mlp) * shape.mlp_width)
+    attention = itemsize * (7 + scaled) * width + 4 * width
+    embedding = (8 + itemsize) * 3 * shape.patch_size**2 + itemsize * 2 * width
     return max(mlp, attention, embedding)
 
 

@@ -1,47 +1,26 @@
-"""Pass of a CLIP vision tower over sub-images of mixed patch grids, whose tokens are packed without padding.
+"""Pass of a vision tower over sub-images of mixed patch grids, whose tokens are packed without padding.
 
 Operations on single tokens (norms, projections, MLP) see all tokens at once; attention runs over groups of equal length.
 
-Letters: N sub-images, T tokens of all sub-images, L tokens per sub-image (1 + P, the class token first), P patches, F values
-of a patch's pixels, C vision width, H heads, Q head width, A attention layers, X any width.
+Letters: N sub-images, T tokens of all sub-images, L tokens per sub-image (R + P, the prefix tokens first), R prefix tokens, P
+patches, F values of a patch's pixels, C vision width, H heads, Q head width, A attention layers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 
+from meteor.vision.importance import class_token_row, pooling_row, received_row
+from meteor.vision.runs import Run, merge_lengths
+from meteor.vision.towers import Importance, Tower
+from meteor.vision.towers.protocol import Block, Map, Position
 
-@dataclass(frozen=True)
-class Run:
-    """Neighbours of equal shape in a packed row.
-
-    Attributes:
-        start: index of the run's first token.
-        num: number of sub-images, N.
-        length: tokens per sub-image, L.
-        grid: patch rows and columns (Hu, Wu).
-    """
-
-    start: int
-    num: int
-    length: int
-    grid: tuple[int, int]
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num * self.length
-
-    def of(self, packed_TX: torch.Tensor) -> torch.Tensor:
-        """Return this run's part of a packed (T, X) tensor as (N, L, X), without a copy."""
-        return packed_TX[self.start : self.end].view(self.num, self.length, -1)
-
-    def heads(self, packed_TC: torch.Tensor, num_heads: int) -> torch.Tensor:
-        """Return this run's part of a packed (T, C) tensor as (N, H, L, Q), without a copy."""
-        return self.of(packed_TC).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+_ROW_READERS = {"class_token": class_token_row, "attention_received": received_row}
+# Reads the importance row of a run from packed queries and keys.
+_RowReader = Callable[[Run, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,7 +30,7 @@ class Packed:
     Attributes:
         runs: runs of sub-images in packed order.
         selected: tokens of the selected layer, (T, C).
-        attention: class-token attention of each run, (N, A, P) float32.
+        attention: importance rows of each run, (N, A, P) float32.
         finite: whether tokens and attention of each sub-image are finite, (N,) bool over all runs.
     """
 
@@ -61,83 +40,91 @@ class Packed:
     finite: torch.Tensor
 
 
-def plan_runs(grids: Sequence[tuple[int, int]]) -> list[Run]:
-    """Group sub-images into runs; equal grids must be neighbours."""
-    runs, start = [], 0
-    for grid, same in groupby(grids):
-        runs.append(Run(start, len(list(same)), 1 + grid[0] * grid[1], grid))
-        start = runs[-1].end
-    return runs
-
-
 def run_tower(
-    model: Any,
+    tower: Tower,
     pixels: Sequence[torch.Tensor],
     runs: Sequence[Run],
     *,
-    positions: Sequence[torch.Tensor],
+    positions: Sequence[Position],
     select_block: int,
     attention_blocks: Sequence[int],
+    importance: Importance = "class_token",
 ) -> Packed:
     """Embed the patches and run the blocks up to the last required block.
 
     Args:
-        model: CLIP vision tower.
+        tower: vision tower.
         pixels: normalised sub-images (3, h, w) in the order of ``runs``, on the tower's device.
         runs: runs from `plan_runs`.
-        positions: position embeddings of each run, (L, C).
+        positions: positions of each run.
         select_block: index, from 0, of the block whose output is selected.
-        attention_blocks: indices, from 0, of blocks whose class-token attention is returned, in that order.
+        attention_blocks: indices, from 0, of blocks whose importance row is returned, in that order. The pooling query has a
+            single row, after the last block, which stands for each of them.
+        importance: kind of the importance row.
     """
-    hidden_TC = _embed(model, pixels, runs, positions)
-    selected_TC, last = hidden_TC, max([select_block, *attention_blocks])
-    rows: dict[int, list[torch.Tensor]] = {}
-    lengths = merge_lengths(runs)
-    for i, block in enumerate(model.encoder.layers[: last + 1]):
-        if i == select_block + 1:
-            hidden_TC = hidden_TC.clone()  # later blocks add in place and would change the selected tokens
-        wanted = runs if i in attention_blocks else ()
-        # If the last block comes after the selected block, only its attention is read, not its output.
-        rows[i] = _attention_half(block, hidden_TC, lengths, wanted, rows_only=i == last > select_block)
-        if i == last > select_block:
-            break
-        hidden_TC.add_(_mlp(block.mlp, block.layer_norm2(hidden_TC)))
-        if i == select_block:
-            selected_TC = hidden_TC
-    attention = [torch.stack([rows[i][r] for i in attention_blocks], dim=1) for r in range(len(runs))]
+    pools = importance == "pooling_query"
+    num_heads = tower.model.config.num_attention_heads
+
+    def read_row(run: Run, q_TC: torch.Tensor, k_TC: torch.Tensor) -> torch.Tensor:
+        return _ROW_READERS[importance](run, q_TC, k_TC, num_heads, tower.num_prefix)
+
+    attend = _Attention(num_heads, tower.num_prefix, runs, merge_lengths(runs), positions, read_row)
+    hidden_TC = _embed(tower, pixels, runs, positions)
+    last = len(tower.blocks) - 1 if pools else max([select_block, *attention_blocks])
+    read_from = () if pools else attention_blocks
+    # If the last block comes after the selected block, only its attention is read, not its output.
+    rows_only = last > select_block and not pools
+    selected_TC, hidden_TC, rows = _run_blocks(
+        tower.blocks[: last + 1], hidden_TC, attend, select_block, read_from, rows_only
+    )
+    if pools:
+        attention = _pooling_rows(tower, hidden_TC, runs, len(attention_blocks))
+    else:
+        attention = [torch.stack([rows[i][r] for i in attention_blocks], dim=1) for r in range(len(runs))]
     return Packed(list(runs), selected_TC, attention, _finite(runs, selected_TC, attention))
 
 
-def merge_lengths(runs: Sequence[Run]) -> list[Run]:
-    """Merge neighbouring runs of equal length, because attention does not depend on the grid."""
-    merged: list[Run] = []
-    for run in runs:
-        if merged and merged[-1].length == run.length:
-            merged[-1] = replace(merged[-1], num=merged[-1].num + run.num)
-        else:
-            merged.append(run)
-    return merged
+def _run_blocks(
+    blocks: Sequence[Block],
+    hidden_TC: torch.Tensor,
+    attend: "_Attention",
+    select_block: int,
+    read_from: Sequence[int],
+    rows_only: bool,
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, list[torch.Tensor]]]:
+    """Return selected tokens, the last block's output, and block -> importance rows; ``rows_only`` holds for the last block."""
+    selected_TC, last = hidden_TC, len(blocks) - 1
+    rows: dict[int, list[torch.Tensor]] = {}
+    for i, block in enumerate(blocks):
+        if i == select_block + 1:
+            hidden_TC = hidden_TC.clone()  # later blocks add in place and would change the selected tokens
+        rows[i] = attend(block, hidden_TC, reads=i in read_from, rows_only=rows_only and i == last)
+        if rows_only and i == last:
+            break
+        hidden_TC.add_(_scaled(_mlp(block.mlp, block.norm2(hidden_TC)), block.scale2))
+        if i == select_block:
+            selected_TC = hidden_TC
+    return selected_TC, hidden_TC, rows
 
 
 def _embed(
-    model: Any, pixels: Sequence[torch.Tensor], runs: Sequence[Run], positions: Sequence[torch.Tensor]
+    tower: Tower, pixels: Sequence[torch.Tensor], runs: Sequence[Run], positions: Sequence[Position]
 ) -> torch.Tensor:
-    embeddings = model.embeddings
-    weight_CF = embeddings.patch_embedding.weight.flatten(1)
+    weight_CF, bias_C = tower.patch_projection()
     patches, first = [], 0
     for run in runs:
         patches.append(_patches(torch.stack(list(pixels[first : first + run.num])), run.grid))
         first += run.num
-    embedded_PC = functional.linear(torch.cat(patches).to(weight_CF.dtype), weight_CF)
+    embedded_PC = functional.linear(torch.cat(patches).to(weight_CF.dtype), weight_CF, bias_C)
     hidden_TC = embedded_PC.new_empty(runs[-1].end, embedded_PC.shape[-1])
-    start = 0
-    for run, position_LC in zip(runs, positions, strict=True):
-        end = start + run.num * (run.length - 1)
-        tokens_NLC = run.of(hidden_TC)
-        tokens_NLC[:, 0] = embeddings.class_embedding + position_LC[0]
-        tokens_NLC[:, 1:] = embedded_PC[start:end].view(run.num, run.length - 1, -1) + position_LC[1:]
+    start, num_prefix = 0, tower.num_prefix
+    for run, position in zip(runs, positions, strict=True):
+        end = start + run.num * (run.length - num_prefix)
+        tokens_NLC, patches_NPC = run.of(hidden_TC), embedded_PC[start:end].view(run.num, run.length - num_prefix, -1)
+        tokens_NLC[:, :num_prefix] = position.prefix
+        tokens_NLC[:, num_prefix:] = patches_NPC if position.patches is None else patches_NPC + position.patches
         start = end
-    return model.pre_layrnorm(hidden_TC)
+    return tower.begin(hidden_TC)
 
 
 def _patches(pixels_N3HW: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -147,39 +134,70 @@ def _patches(pixels_N3HW: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return split.permute(0, 2, 4, 1, 3, 5).reshape(len(pixels_N3HW) * rows * columns, -1)
 
 
-def _attention_half(
-    block: Any, hidden_TC: torch.Tensor, lengths: Sequence[Run], wanted: Sequence[Run], *, rows_only: bool
-) -> list[torch.Tensor]:
-    """Add the block's attention to the hidden state and return the class token's attention for the runs ``wanted``."""
-    attention, normed_TC = block.self_attn, block.layer_norm1(hidden_TC)
-    q_TC, k_TC = attention.q_proj(normed_TC), attention.k_proj(normed_TC)
-    rows = [_class_token_row(run, q_TC, k_TC, attention.num_heads) for run in wanted]
-    if rows_only:
+@dataclass(frozen=True)
+class _Attention:
+    """Attention of a packed row.
+
+    Attributes:
+        num_heads: attention heads, H.
+        num_prefix: prefix tokens, R.
+        runs: runs of equal grids.
+        lengths: runs of equal lengths, made of neighbours in ``runs``.
+        positions: positions of each of ``runs``.
+        read_row: reader of importance rows.
+    """
+
+    num_heads: int
+    num_prefix: int
+    runs: Sequence[Run]
+    lengths: Sequence[Run]
+    positions: Sequence[Position]
+    read_row: _RowReader
+
+    def __call__(self, block: Block, hidden_TC: torch.Tensor, *, reads: bool, rows_only: bool) -> list[torch.Tensor]:
+        """Add the block's attention to the hidden state, and return each run's importance row if ``reads``."""
+        normed_TC = block.norm1(hidden_TC)
+        q_TC, k_TC = self._rotated(block.q(normed_TC)), self._rotated(block.k(normed_TC))
+        rows = [self.read_row(run, q_TC, k_TC) for run in self.runs] if reads else []
+        if rows_only:
+            return rows
+        v_TC, mixed_TC = block.v(normed_TC), torch.empty_like(q_TC)
+        for run in self.lengths:
+            q_NHLQ, k_NHLQ, v_NHLQ, out_NHLQ = (
+                run.heads(packed, self.num_heads) for packed in (q_TC, k_TC, v_TC, mixed_TC)
+            )
+            out_NHLQ.copy_(functional.scaled_dot_product_attention(q_NHLQ, k_NHLQ, v_NHLQ))
+        hidden_TC.add_(_scaled(block.out(mixed_TC), block.scale1))
         return rows
-    v_TC, mixed_TC = attention.v_proj(normed_TC), torch.empty_like(q_TC)
-    for run in lengths:
-        q_NHLQ, k_NHLQ, v_NHLQ, out_NHLQ = (
-            run.heads(packed, attention.num_heads) for packed in (q_TC, k_TC, v_TC, mixed_TC)
-        )
-        out_NHLQ.copy_(functional.scaled_dot_product_attention(q_NHLQ, k_NHLQ, v_NHLQ))
-    hidden_TC.add_(attention.out_proj(mixed_TC))
-    return rows
+
+    def _rotated(self, packed_TC: torch.Tensor) -> torch.Tensor:
+        """Rotate the patches' part in place (RoPE); prefix tokens have no position."""
+        for run, position in zip(self.runs, self.positions, strict=True):
+            if position.rotary is not None:
+                cos_PQ, sin_PQ = position.rotary
+                patches_NHPQ = run.heads(packed_TC, self.num_heads)[:, :, self.num_prefix :]
+                first, second = patches_NHPQ.chunk(2, dim=-1)
+                patches_NHPQ.copy_(patches_NHPQ * cos_PQ + torch.cat((-second, first), dim=-1) * sin_PQ)
+        return packed_TC
 
 
-def _class_token_row(run: Run, q_TC: torch.Tensor, k_TC: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Return the class token's attention to patches, softmax(q k^T / sqrt(Q)), mean over heads, (N, P) float32."""
-    q_NHQ = run.heads(q_TC, num_heads)[:, :, 0].float()
-    k_NHLQ = run.heads(k_TC, num_heads).float()
-    scores_NHL = (k_NHLQ @ q_NHQ[..., None]).squeeze(-1) * q_NHQ.shape[-1] ** -0.5
-    return scores_NHL.softmax(dim=-1)[:, :, 1:].mean(dim=1)
+def _pooling_rows(tower: Tower, hidden_TC: torch.Tensor, runs: Sequence[Run], num_layers: int) -> list[torch.Tensor]:
+    head = tower.pooling_head()
+    assert head is not None, "the encoder has checked that the tower has a pooling head"
+    final_TC = head.norm(hidden_TC)
+    return [pooling_row(run, final_TC, head)[:, None].expand(-1, num_layers, -1) for run in runs]
+
+
+def _scaled(output_TC: torch.Tensor, scale: Map | None) -> torch.Tensor:
+    return output_TC if scale is None else scale(output_TC)
 
 
 def _mlp(mlp: Any, normed_TC: torch.Tensor) -> torch.Tensor:
-    inner = mlp.fc1(normed_TC)
-    if mlp.config.hidden_act == "quick_gelu":
+    if hasattr(mlp, "fc1") and mlp.config.hidden_act == "quick_gelu":
         # The formula of transformers with two temporary tensors less; they would be the largest tensors of a block.
+        inner = mlp.fc1(normed_TC)
         return mlp.fc2(inner.mul_((1.702 * inner).sigmoid_()))
-    return mlp.fc2(mlp.activation_fn(inner))
+    return mlp(normed_TC)
 
 
 def _finite(runs: Sequence[Run], selected_TC: torch.Tensor, attention_NAP: Sequence[torch.Tensor]) -> torch.Tensor:

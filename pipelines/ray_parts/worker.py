@@ -37,7 +37,7 @@ from meteor.train.loop import train
 from meteor.train.lora import Lora, add_lora
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine, on_first_worker
-from meteor.vision.encoder import FrozenClip, read_vision_config
+from meteor.vision.encoder import FrozenEncoder, read_vision_config
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging
 from pipelines.ray_parts.reporter import Reporter
@@ -192,7 +192,8 @@ def export(task: WorkerTask, checkpoint_uri: str) -> None:
     if task.stage == "pretrain":
         export_projector(model, checkpoint, task.result_uri)
         return
-    encoder = FrozenClip.from_pretrained(task.settings.vision.path, select_layer=task.settings.vision.select_layer)
+    vision = task.settings.vision
+    encoder = FrozenEncoder.from_pretrained(vision.path, select_layer=vision.select_layer, importance=vision.importance)
     image_processor = MeteorImageProcessor(
         **vars(pixel_settings(task.settings)),
         image_mean=encoder.mean,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -21,6 +22,8 @@ CHANGES = {
     "versions.slicing": 2,
     "versions.resizing": 2,
     "versions.encoding": 2,
+    "importance": "pooling_query",
+    "resample": "bilinear",
 }
 
 
@@ -44,7 +47,7 @@ def test_each_field_changes_the_key_and_is_named_in_the_refusal(make_identity, p
 
 
 def test_every_field_of_an_identity_is_tried_above(make_identity) -> None:
-    parts = make_identity().to_dict()
+    parts = asdict(make_identity())
     paths = {f"{name}.{part}" for name in parts if isinstance(parts[name], dict) for part in parts[name]}
     assert paths | {name for name in parts if not isinstance(parts[name], dict)} == set(CHANGES)
 
@@ -75,6 +78,13 @@ def test_spelling_does_not_change_the_key(make_identity) -> None:
 def test_an_identity_survives_json(make_identity) -> None:
     identity = make_identity(versions=algorithm_versions())
     assert CacheIdentity.from_dict(json.loads(json.dumps(identity.to_dict()))) == identity
+    siglip = make_identity(importance="pooling_query", resample="bilinear")
+    assert CacheIdentity.from_dict(json.loads(json.dumps(siglip.to_dict()))) == siglip
+
+
+def test_caches_of_clip_keep_the_fields_they_had_before_there_were_other_encoders(make_identity) -> None:
+    assert not {"importance", "resample"} & set(make_identity().to_dict())
+    assert {"importance", "resample"} < set(make_identity(importance="a", resample="b").to_dict())
 
 
 def test_missing_and_unknown_fields_are_refused(make_identity) -> None:

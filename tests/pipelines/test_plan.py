@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen3Config, Siglip2VisionConfig, SiglipVisionConfig
 
 from meteor.assembly import Inputs
 from meteor.config import RunSettings, load_run
@@ -17,6 +17,8 @@ SHAPES = {
     "lmsys/vicuna-7b-v1.5": (4096, 11008, 32, 32, 32),
     "lmsys/vicuna-13b-v1.5": (5120, 13824, 40, 40, 40),
     "TinyLlama/TinyLlama_v1.1": (2048, 5632, 22, 32, 4),
+    "Qwen/Qwen3-4B": (2560, 9728, 36, 32, 8),
+    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8),
     # The demo's, small enough for any machine.
     "outputs/demo/models/llm": (64, 128, 2, 4, 4),
     "s3://meteor/models/demo/llm": (64, 128, 2, 4, 4),
@@ -29,15 +31,23 @@ def from_the_hub(monkeypatch):
 
     def llm(path):
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        return LlamaConfig(vocab_size=32000, **dict(zip(names, SHAPES[path], strict=True)))
+        shape = dict(zip(names, SHAPES[path], strict=True))
+        if path.startswith("Qwen/"):
+            return Qwen3Config(vocab_size=151936, head_dim=128, tie_word_embeddings=True, **shape)
+        return LlamaConfig(vocab_size=32000, **shape)
 
-    def clip(path):
+    def encoder(path):
+        if path == "google/siglip2-so400m-patch14-384":
+            shape = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}
+            return SiglipVisionConfig(**shape, num_hidden_layers=27, image_size=384, patch_size=14)
+        if path == "google/siglip2-base-patch16-naflex":
+            return Siglip2VisionConfig()
         width, layers = (1024, 24) if path.startswith("openai/") else (64, 3)
         shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 8}
         return CLIPVisionConfig(**shape, num_hidden_layers=layers, image_size=336, patch_size=14)
 
     monkeypatch.setattr(memory_plan, "read_llm_config", llm)
-    monkeypatch.setattr(memory_plan, "read_vision_config", clip)
+    monkeypatch.setattr(memory_plan, "read_vision_config", encoder)
 
 
 def densest(settings):

@@ -1,11 +1,16 @@
 """The plan's arithmetic against torch's own count of operations, and costs worked by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from eager_towers import TINY, eager, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from meteor.config.settings import VisionSettings
 from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
+from meteor.planning.survey import encoder_shape
 
 
 @pytest.mark.parametrize("patches", [(4, 4), (2, 7)])
@@ -20,6 +25,25 @@ def test_encoder_operations_are_those_that_torch_counts(patches: tuple[int, int]
         model(pixels, interpolate_pos_encoding=True)
     shape = EncoderShape(width=32, mlp_width=48, num_blocks=3, patch_size=14)
     assert shape.flops(patches[0] * patches[1]) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2_naflex", "dinov2_registers", "dinov3", "dinov3_gated"])
+def test_operations_of_other_encoders_are_those_that_torch_counts(name: str, tmp_path: Path) -> None:
+    config_class, shape = TINY[name]
+    # Without the pooling head, which the estimate leaves out.
+    model = make_model(config_class(**shape, **({"vision_use_head": False} if "siglip" in name else {})))
+    model.config.save_pretrained(tmp_path)
+    with FlopCounterMode(display=False) as counter:
+        eager(model, [torch.zeros(3, 2 * model.config.patch_size, 7 * model.config.patch_size)])
+    layers = {"select_layer": -1, "attention_layers": (-1,), "importance": "attention_received"}
+    assert encoder_shape(VisionSettings(path=str(tmp_path), **layers)).flops(14) == counter.get_total_flops()
+
+
+def test_the_pooling_query_needs_the_blocks_after_the_selected_layer(tmp_path: Path) -> None:
+    config_class, shape = TINY["siglip"]
+    config_class(**shape).save_pretrained(tmp_path)
+    assert encoder_shape(VisionSettings(path=str(tmp_path))).num_blocks == 4
+    assert encoder_shape(VisionSettings(path=str(tmp_path), importance="attention_received")).num_blocks == 3
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from meteor.errors import SettingsError
-from meteor.vision.checkpoint import read_normalisation
+from meteor.vision.checkpoint import Preprocessing, read_preprocessing
 from meteor.vision.digest import weights_digest
 from meteor.vision.encoder import FrozenClip
 
@@ -119,7 +119,9 @@ HALF = {"image_mean": [0.5, 0.25, 0.5], "image_std": [0.25, 0.5, 0.25]}
 def test_the_normalisation_is_the_checkpoints_own(tmp_path, files):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    assert read_normalisation(str(tmp_path)) == (HALF["image_mean"], HALF["image_std"])
+    # The processor of CLIP resizes with its bicubic filter if its file names none.
+    expected = Preprocessing(HALF["image_mean"], HALF["image_std"], "bicubic")
+    assert read_preprocessing(str(tmp_path), CLIPVisionConfig()) == expected
 
 
 @pytest.mark.parametrize(
@@ -133,12 +135,14 @@ def test_the_normalisation_is_the_checkpoints_own(tmp_path, files):
         ({"image_std": [0.5]}, "image_std is"),
         ({"image_std": [0.5, "0.5", 0.5]}, "image_std is"),
         ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean is"),
+        ({"resample": 0}, r"resample is 0, not 1 \(lanczos\)"),
+        ({"resample": "bicubic"}, "resample is 'bicubic'"),
     ],
 )
 def test_pixels_that_the_checkpoint_wants_otherwise_are_refused(tmp_path, change, problem):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**HALF, **change}))
     with pytest.raises(SettingsError, match=problem):
-        read_normalisation(str(tmp_path))
+        read_preprocessing(str(tmp_path), CLIPVisionConfig())
 
 
 @pytest.mark.parametrize("text", [None, "", "[1]", "{"])
@@ -146,7 +150,7 @@ def test_a_checkpoint_without_its_normalisation_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "processor_config.json").write_text(text)
     with pytest.raises(SettingsError, match=r"processor_config\.json"):
-        read_normalisation(str(tmp_path))
+        read_preprocessing(str(tmp_path), CLIPVisionConfig())
 
 
 def test_the_digest_depends_on_values_names_and_types():

@@ -10,7 +10,7 @@ from meteor.errors import BadImageError
 from meteor.vision import encoder as encoder_module
 from meteor.vision.encoder import FrozenClip
 from meteor.vision.memory import bytes_per_token, split_evenly
-from meteor.vision.packed import merge_lengths, plan_runs
+from meteor.vision.runs import merge_lengths, plan_runs
 
 SIZES = [(56, 56), (28, 84), (84, 28), (56, 56), (14, 14), (42, 70), (28, 84), (70, 42), (126, 14)]
 NUM_LAYERS = 4
