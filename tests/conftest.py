@@ -29,7 +29,8 @@ from meteor.image.pixels import PixelSettings
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorProcessor
 from meteor.text.tokens import Separators, TokenisedSample, load_tokenizer
 
-# The real S3 server and the proxy before it, which benchmarks/faults.py starts as well.
+# The real S3 server and the proxy before it, which benchmarks/faults.py starts as well; a data set in every form.
+sys.path.insert(0, str(Path(__file__).parent / "data"))
 sys.path.insert(0, str(Path(__file__).parent / "s3"))
 from ceph import ACCESS_KEY, INSTALL, SECRET_KEY, ceph_gateway, missing_programs
 

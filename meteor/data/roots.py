@@ -17,7 +17,7 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
         roots: prefix of a name -> folder or s3:// URI to which the rest of the name is joined; "" is the default. The
             longest prefix that fits wins, and a prefix ends at a slash (``coco`` means ``coco/``). With
             ``{"coco/": "s3://bucket/coco", "": "/data"}`` the name ``coco/train2017/1.jpg`` becomes
-            ``s3://bucket/coco/train2017/1.jpg``.
+            ``s3://bucket/coco/train2017/1.jpg``. The root of images inside a single file is that file.
 
     Raises:
         ImagePathError: no root fits; the image is outside its root (by "..", another bucket or an absolute path) or, on local
@@ -35,12 +35,23 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
         )
     # The longest prefix is the most specific.
     prefix = max(prefixes, key=len)
+    if prefix.startswith("@") and "#" in name:
+        return _resolve_inside(name, prefix, roots[prefix])
     below = posixpath.normpath(name[len(_as_folder(prefix)) :])
     if below.split("/")[0] in ("..", "") or below == ".":
         raise ImagePathError(f"The image name {name!r} leaves its root {roots[prefix]!r}: name a file inside it.")
     root = storage.absolute(roots[prefix])
     try:
         return _checked(name, storage.join_below(root, below), roots)
+    except UnsafeNameError as error:
+        raise ImagePathError(f"The image name {error}.") from error
+
+
+def _resolve_inside(name: str, prefix: str, root: str) -> str:
+    """Return the URI of an image inside a data file; the file itself was named in the settings."""
+    below, _, fragment = name[len(_as_folder(prefix)) :].rpartition("#")
+    try:
+        return f"{storage.join_below(root, below) if below else root}#{fragment}"
     except UnsafeNameError as error:
         raise ImagePathError(f"The image name {error}.") from error
 
