@@ -96,14 +96,26 @@ class _Cells:
             if start <= row < start + len(batch):
                 return start, batch
         group = self._group_of(row)
+        if group == self._group + 1:
+            # Another thread may be about to read the last rows of the row group.
+            self._advance(self._starts[group])
         if group != self._group or row < self._next_row:
             self._begin(group)
-        for batch in self._batches:
+        try:
+            self._advance(row)
+        except BaseException:
+            # The reader cannot go on after an error, and the rows before it can be read again.
+            self._group = -1
+            raise
+        if row >= self._next_row:
+            raise self._gone(row)
+        return self._windows[-1]
+
+    def _advance(self, row: int) -> None:
+        """Read windows until one holds the row, or to the end of the row group."""
+        while row >= self._next_row and (batch := next(self._batches, None)) is not None:
             self._windows.append((self._next_row, batch))
             self._next_row += len(batch)
-            if row < self._next_row:
-                return self._windows[-1]
-        raise self._gone(row)
 
     def _group_of(self, row: int) -> int:
         if self._file is None:
