@@ -71,7 +71,13 @@ def read_dialogue(
     given = [key for key in DIALOGUE_KEYS if record.get(key) not in (None, [])]
     if len(given) > 1:
         return ConversationProblem("two_dialogues", f"the record has {' and '.join(map(repr, given))}: keep one")
-    turns = record.get(given[0]) if given else record.get("conversations")
+    if not given and "conversations" not in record:
+        named = next((key for key in DIALOGUE_KEYS if key in record), "")
+        found = (
+            f"{named!r} must be a list, and is {_shown(record[named])}" if named else f"it has none of {DIALOGUE_KEYS}"
+        )
+        return ConversationProblem("empty_conversation", f"the record has no dialogue: {found}")
+    turns = record[given[0] if given else "conversations"]
     if given == ["texts"]:
         return _from_pairs(turns, images or spare)
     if given and isinstance(turns, list) and isinstance(turns[0], dict) and turns[0].get("role") is not None:

@@ -11,6 +11,7 @@ from meteor.data.parquet_records import read_parquet_records
 from meteor.data.records import NameImage, UnreadableRecord, read_records
 from meteor.data.tar_records import match_members, read_tar_samples
 from meteor.formatting import shorten
+from meteor.storage import ObjectInfo
 from meteor.text.conversation import Conversation, ConversationProblem, Turn, read_conversation
 
 _LONGEST_SHOWN = 200
@@ -63,7 +64,7 @@ def iter_samples(uri: str, *, for_generation: bool = False) -> Iterator[Sample |
         yield _sample(_Row(str(position), record), ids, for_generation)
 
 
-def samples_in(files: DataFiles, prefix: str) -> Iterator[Sample | SampleProblem]:
+def samples_in(files: DataFiles, prefix: str, *, only: int | None = None) -> Iterator[Sample | SampleProblem]:
     """Read files of any form record by record.
 
     A record has a dialogue (see `meteor.data.forms`) and optionally ``id``, ``image`` (a name or a list of names; absent, null
@@ -75,6 +76,7 @@ def samples_in(files: DataFiles, prefix: str) -> Iterator[Sample | SampleProblem
     Args:
         files: files to read.
         prefix: text in front of the names of images inside the files, ending in a slash.
+        only: number of the one file to read; None for all. Ids are then unique in this file alone.
 
     Yields:
         The sample of each record, in the order of the files, or the problem because of which it cannot be used.
@@ -84,8 +86,9 @@ def samples_in(files: DataFiles, prefix: str) -> Iterator[Sample | SampleProblem
         DataError: a file is damaged as a whole, or holds no samples.
     """
     ids = UniqueIds()
-    for row in _rows(files, prefix):
-        yield _sample(row, ids, for_generation=False)
+    for number in range(len(files.infos)) if only is None else [only]:
+        for row in _rows(files, files.infos[number], prefix):
+            yield _sample(row, ids, for_generation=False)
 
 
 @dataclass(frozen=True)
@@ -103,20 +106,19 @@ class _Row:
     members: tuple[tuple[str, str], ...] = ()
 
 
-def _rows(files: DataFiles, prefix: str) -> Iterator[_Row]:
-    for info in files.infos:
-        below = files.below(info)
-        stem = f"{below.rpartition('.')[0]}/" if below else ""
+def _rows(files: DataFiles, info: ObjectInfo, prefix: str) -> Iterator[_Row]:
+    below = files.below(info)
+    stem = f"{below.rpartition('.')[0]}/" if below else ""
 
-        def name_image(fragment: str, below: str = below) -> str:
-            return f"{prefix}{below}{fragment}"
+    def name_image(fragment: str) -> str:
+        return f"{prefix}{below}{fragment}"
 
-        if files.form == ".tar":
-            for found in read_tar_samples(info.uri, name_image):
-                yield _Row(stem + found.key, found.record, found.images)
-        else:
-            for position, record in enumerate(_records(info.uri, files.form, name_image)):
-                yield _Row(f"{stem}{position}", record)
+    if files.form == ".tar":
+        for found in read_tar_samples(info.uri, name_image):
+            yield _Row(stem + found.key, found.record, found.images)
+    else:
+        for position, record in enumerate(_records(info.uri, files.form, name_image)):
+            yield _Row(f"{stem}{position}", record)
 
 
 def _records(uri: str, form: str, name_image: NameImage) -> Iterator[Any]:
