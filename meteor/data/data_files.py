@@ -15,7 +15,7 @@ _FORMS_OF_SHARDS = (".parquet", ".tar", ".jsonl")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILD = re.compile(r"[*?\[]")
-_PARTS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+_PARTS = {"**/": r"(?:(?!\.)[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 _MAX_NAMES = 1_000_000
 FORMS_ADVICE = (
     "give LLaVA's or chat messages as .json or .jsonl, .parquet files with conversations, messages or texts, or WebDataset "
@@ -55,7 +55,8 @@ def find_data_files(uri: str) -> DataFiles:
     """Find the files that a path, folder or pattern names.
 
     ``*``, ``?`` and ``[..]`` stand for characters within a name, ``**`` for folders, ``{a,b}`` and ``{000..012}`` for each of
-    their values. A file whose name is equal to the pattern comes first. In a folder, the files of all folders below count.
+    their values. A file whose name is equal to the pattern comes first. In a folder, the files of all folders below count,
+    but hidden ones.
 
     Raises:
         NotFoundError: there is no such file, or one that a pattern without wildcards names is missing.
@@ -70,7 +71,8 @@ def find_data_files(uri: str) -> DataFiles:
     if not found:
         storage.stat(uri)
         raise DataError(f"{uri} has no known form: {FORMS_ADVICE}")
-    return _checked(uri, [info for info in found if _has_form(info.uri, _FORMS_OF_SHARDS)], folder=uri)
+    shards = [info for info in found if _has_form(info.uri, _FORMS_OF_SHARDS) and "/." not in info.uri[len(uri) :]]
+    return _checked(uri, shards, folder=uri)
 
 
 def _may_be_folder(uri: str) -> bool:

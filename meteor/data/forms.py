@@ -5,8 +5,7 @@ All forms become LLaVA's turns with image placeholders, and the names of the ima
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from meteor.constants import IMAGE_PLACEHOLDER
@@ -22,8 +21,7 @@ _IMAGE_PARTS = ("image", "image_url")
 _LONGEST_SHOWN = 80
 
 
-@dataclass(frozen=True)
-class Dialogue:
+class Dialogue(NamedTuple):
     """A record's dialogue in LLaVA's form.
 
     Attributes:
@@ -44,13 +42,16 @@ def image_name(value: Any) -> str | None:
     """Return the name that a value gives to an image: a text, or the path of the hub's ``{"bytes", "path"}``; else None."""
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"} and not value.get("bytes"):
         value = value.get("path")
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         return None
-    return unquote(value[len("file://") :]) if value.startswith("file://") else value
+    return (unquote(value[len("file://") :]) if value.startswith("file://") else value) or None
 
 
 def name_problem(name: str) -> str:
     """Return why a name cannot be that of a file; "" if it can."""
+    # Nearly all names are those of files.
+    if ":" not in name:
+        return ""
     if name.startswith(("http://", "https://")):
         return f"{shorten(name, _LONGEST_SHOWN)!r} is a web address: download the image and name the file"
     if name[:5].lower() == "data:":
@@ -68,7 +69,7 @@ def read_dialogue(
         images: names of the images that stand beside the dialogue.
         spare: names of images that come with the record, for a record that names none.
     """
-    given = [key for key in DIALOGUE_KEYS if record.get(key) not in (None, [])]
+    given = [key for key in DIALOGUE_KEYS if record.get(key)]
     if len(given) > 1:
         return ConversationProblem("two_dialogues", f"the record has {' and '.join(map(repr, given))}: keep one")
     if not given and "conversations" not in record:

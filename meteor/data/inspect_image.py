@@ -12,6 +12,7 @@ from meteor.errors import BadImageError, ImagePathError, StorageError
 from meteor.image.byte_budget import ByteBudget
 from meteor.image.decode import decoded, read_size
 from meteor.image.files import image_size_bytes, read_image_file, read_image_start
+from meteor.image.inside import find_place
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 
@@ -54,7 +55,9 @@ def inspect_image(name: str, roots: Mapping[str, str], pixels: PixelSettings, *,
         return InspectedImage(name, "outside_roots", str(error), None)
     except BadImageError as error:
         found_as = _found_as(name, roots) if error.reason == "missing" else ""
-        return InspectedImage(name, error.reason, str(error), None, found_as=found_as)
+        # The name of an image inside a file does not say which file it is.
+        message = f"{uri}: {error}" if find_place(uri) and uri not in str(error) else str(error)
+        return InspectedImage(name, error.reason, message, None, found_as=found_as)
     except StorageError as error:
         return InspectedImage(name, "storage", str(error), None)
 

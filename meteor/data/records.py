@@ -22,7 +22,7 @@ _LONGEST_WORD = 16
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^ \t\n\r,\]}]*")
 # Only a record with this text can hold an image.
-_DATA_URI = re.compile(r'"data:', re.IGNORECASE)
+_DATA_URI = '"data:'
 
 # Makes the name of an image inside the file from the fragment of its URI.
 NameImage = Callable[[str], str]
@@ -157,7 +157,7 @@ class _Text:
     def with_named_images(self, value: Any, start: int, end: int) -> Any:
         """Return the value that was parsed between two positions with names instead of data: URIs."""
         name_image = self._name_image
-        if name_image is None or not _DATA_URI.search(self.text, start, end):
+        if name_image is None or self.text.find(_DATA_URI, start, end) < 0:
             return value
         offset, size_bytes = self._offset_of(start), len(self.text[start:end].encode())
         positions = count()

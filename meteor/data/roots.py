@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from meteor import storage
 from meteor.errors import ImagePathError, UnsafeNameError
+from meteor.image.inside import file_of
 
 
 def resolve_image(name: str, roots: Mapping[str, str]) -> str:
@@ -70,8 +71,9 @@ def _checked(name: str, uri: str, roots: Mapping[str, str]) -> str:
     """Return the URI, or refuse it if a symbolic link in it leads out of all roots; a root itself may be a link."""
     if "://" in uri:
         return uri
-    folder, base = os.path.split(uri)
-    place = os.path.realpath(uri) if os.path.islink(uri) else os.path.join(_real_folder(folder), base)
+    file = file_of(uri)
+    folder, base = os.path.split(file)
+    place = os.path.realpath(file) if os.path.islink(file) else os.path.join(_real_folder(folder), base)
     # The hub's cache, git-annex and DVC keep images as links to a folder beside, which may be declared as a root too.
     if not any(_is_inside(place, _real_folder(root)) for root in map(storage.absolute, roots.values())):
         raise ImagePathError(

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from meteor.data.data_files import DataFiles
 from meteor.data.forms import IMAGE_KEYS, image_name, looks_like_media, name_problem, read_dialogue
@@ -91,8 +91,7 @@ def samples_in(files: DataFiles, prefix: str, *, only: int | None = None) -> Ite
             yield _sample(row, ids, for_generation=False)
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A record with the id for the case that it states none.
 
     Attributes:

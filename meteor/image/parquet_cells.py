@@ -17,8 +17,9 @@ from meteor.storage.files import open_file
 # Bytes of images in one window. Threads that read in order are at most a few rows apart, which two windows cover.
 _WINDOW_BYTES = 16 << 20
 _NUM_WINDOWS = 2
-# Columns that a process keeps open: threads that read in order are in one file or at the seam of two.
-_NUM_OPEN = 4
+# Columns that a process keeps open: threads that read in order are in one file or at the seam of two. Arrow holds the current
+# page of each twice, and writers put up to 1,024 rows into a page: 300 MB for images of 150 kB.
+_NUM_OPEN = 2
 # Bytes per request while a column is read; the default is the whole row group.
 _BUFFER_BYTES = 4 << 20
 

@@ -127,7 +127,7 @@ def read_images(places: list[dict[str, str]], max_pixels: int) -> Iterator[Index
     if not places:
         return
     # A block of images inside Parquet files spans several row groups, as each block decodes its first one from the start.
-    is_inside = any(find_place(place["uri"]) for place in (places[0], places[-1]))
+    is_inside = any(find_place(place["uri"]) for place in places)
     blocks = num_blocks(len(places), _INSIDE_PER_BLOCK if is_inside else 16)
     dataset = ray.data.from_items(places, override_num_blocks=blocks).map(
         read_image, fn_kwargs={"max_pixels": max_pixels}

@@ -11,6 +11,7 @@ NAMES = [
     "a/train-1.parquet",
     "a/test-0.parquet",
     "a/README.md",
+    "a/.cache/train-9.parquet",
     "b/deep/train-0.parquet",
     "b/[odd]{1,2}*.json",
     "t/00000.tar",

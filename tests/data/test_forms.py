@@ -10,6 +10,7 @@ from data_forms import (
     FORMS_OF_ONE_IMAGE,
     IMAGE,
     PAIRS,
+    hub_image,
     make_scenes,
     parquet_bytes,
     png,
@@ -44,8 +45,10 @@ def expected_keys(scenes):
     return [[hashlib.sha256(image).hexdigest() for image in images] for _, images, _ in scenes]
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
-@pytest.mark.parametrize("form", [*FORMS[1:], *FORMS_OF_ONE_IMAGE])
+@pytest.mark.parametrize(
+    ("form", "num_shards"),
+    [*((form, 1) for form in (*FORMS[1:], *FORMS_OF_ONE_IMAGE)), ("parts.parquet", 3), ("shards.tar", 3)],
+)
 def test_every_form_gives_the_samples_of_llavas_json(tmp_path, tokenizer_folder, form, num_shards):
     scenes = make_scenes(10, is_single=form in FORMS_OF_ONE_IMAGE)
     folder, plain = str(tmp_path / "form"), str(tmp_path / "llava")
@@ -265,3 +268,32 @@ def test_a_record_that_cannot_be_used_has_a_reason(tmp_path, record, reason):
     found = load(str(tmp_path / "s.jsonl"), str(tmp_path))
     assert [problem.reason for problem in found.problems] == [reason]
     assert len(found) == 0
+
+
+def test_files_that_the_hubs_library_writes_are_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    image, text = datasets.Image(), datasets.Value("string")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/out.png").write_bytes(png(3))
+    part = {"type": text, "text": text, "image": image}
+    features = datasets.Features(
+        {
+            "images": datasets.List(image),
+            "messages": datasets.List({"role": text, "content": datasets.List(part)}),
+        }
+    )
+    user = [{"type": "image", "image": hub_image(png(0))}, {"type": "image"}, TEXT_PART]
+    filled = [dict.fromkeys(part) | one for one in user]
+    answer = [dict.fromkeys(part) | {"type": "text", "text": "that."}]
+    messages = [{"role": "user", "content": filled}, {"role": "assistant", "content": answer}]
+    rows = {"images": [[hub_image(png(1))], [str(tmp_path / "images/out.png")]], "messages": [messages] * 2}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    # With the images of other files inside, as the library uploads them, and without.
+    table.to_parquet(str(tmp_path / "in.parquet"))
+    (tmp_path / "out.parquet").write_bytes(parquet_bytes(table.data.table))
+    for name in ("in", "out"):
+        found = load(str(tmp_path / f"{name}.parquet"), str(tmp_path))
+        assert found.problems == []
+        keys = [keys for *_, keys in contents(found, str(tmp_path))]
+        assert keys == [[hashlib.sha256(png(seed)).hexdigest() for seed in seeds] for seeds in ((0, 1), (0, 3))]
