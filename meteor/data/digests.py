@@ -69,7 +69,8 @@ def _parquet(uri: str) -> Iterator[bytes]:
     end = storage.read_range(uri, size_bytes - _FOOTER_END_BYTES, _FOOTER_END_BYTES)
     footer_bytes = int.from_bytes(end[:4], "little") + _FOOTER_END_BYTES
     yield from _blocks(uri, size_bytes - footer_bytes, footer_bytes)
-    text = set(text_columns(file).text)
+    columns = text_columns(file)
+    text = {*columns.text, *columns.bytes_of}
     for group in range(file.num_row_groups):
         metadata = file.metadata.row_group(group)
         for chunk in map(metadata.column, range(metadata.num_columns)):

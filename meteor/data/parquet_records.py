@@ -1,6 +1,6 @@
 """Rows of Parquet files as records: columns of text are read, and images become names without being loaded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -30,13 +30,28 @@ class TextColumns:
         text: paths of the leaf columns that are read for every row.
         bytes_of: leaf column with the path of an image -> leaf column with its bytes, which is read only if it must be.
         holding: columns whose values may hold images.
-        unread: columns of bytes that look like images or other media and have a name that is not read.
+        unread: column of a name that is not read, which looks like one of images or other media -> its leaf column of bytes.
     """
 
     text: tuple[str, ...]
     bytes_of: Mapping[str, str]
     holding: tuple[str, ...]
-    unread: tuple[str, ...]
+    unread: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _GroupPlan:
+    """What is read of a row group.
+
+    Attributes:
+        read: leaf columns to read.
+        outside: columns whose images all lie outside the file.
+        unread: columns that hold media and are not read.
+    """
+
+    read: list[str]
+    outside: set[str]
+    unread: list[str]
 
 
 def open_records(uri: str) -> pq.ParquetFile:
@@ -63,7 +78,7 @@ def text_columns(file: pq.ParquetFile) -> TextColumns:
     """Find the leaf columns to read; those of an image are its path, which tells whether there is an image."""
     schema = file.metadata.schema
     leaves = {column.path: column for column in (schema.column(i) for i in range(len(schema)))}
-    text, bytes_of, holding, unread = [], {}, [], []
+    text, bytes_of, holding, unread = [], {}, [], {}
     for path, leaf in leaves.items():
         top, (parent, _, name) = _top(path), path.rpartition(".")
         is_bytes = leaf.physical_type.endswith("BYTE_ARRAY") and leaf.logical_type.type == "NONE"
@@ -71,7 +86,7 @@ def text_columns(file: pq.ParquetFile) -> TextColumns:
         if not is_known and not looks_like_media(top):
             continue
         if not is_known and is_bytes:
-            unread.append(top)
+            unread[top] = path
         elif is_bytes and name == "bytes" and f"{parent}.path" in leaves:
             bytes_of[f"{parent}.path"] = path
             holding.append(top)
@@ -79,7 +94,7 @@ def text_columns(file: pq.ParquetFile) -> TextColumns:
             text.append(path)
             if is_bytes or top in (*IMAGE_KEYS, "messages"):
                 holding.append(top)
-    return TextColumns(tuple(text), bytes_of, tuple(dict.fromkeys(holding)), tuple(dict.fromkeys(unread)))
+    return TextColumns(tuple(text), bytes_of, tuple(dict.fromkeys(holding)), unread)
 
 
 def read_parquet_records(uri: str, name_image: NameImage) -> Iterator[Any]:
@@ -103,11 +118,11 @@ def read_parquet_records(uri: str, name_image: NameImage) -> Iterator[Any]:
         end = start + file.metadata.row_group(group).num_rows
         row = start
         try:
-            read, outside = _plan_group(file, group, columns)
-            rows = min(rows_within(file, group, read, _BATCH_BYTES), _MAX_BATCH_ROWS)
-            for batch in file.iter_batches(rows, row_groups=[group], columns=sorted(read), use_threads=False):
+            plan = _plan_group(file, group, columns)
+            rows = min(rows_within(file, group, set(plan.read), _BATCH_BYTES), _MAX_BATCH_ROWS)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=plan.read, use_threads=False):
                 for record in _as_records(batch):
-                    yield _with_names(record, row, columns, outside, name_image)
+                    yield _with_names(record, row, columns.holding, plan, name_image)
                     row += 1
         except StorageError:
             raise
@@ -117,8 +132,7 @@ def read_parquet_records(uri: str, name_image: NameImage) -> Iterator[Any]:
         start = end
 
 
-def _plan_group(file: pq.ParquetFile, group: int, columns: TextColumns) -> tuple[set[str], set[str]]:
-    """Return the leaf columns to read in a row group, and the columns whose images all lie outside the file."""
+def _plan_group(file: pq.ParquetFile, group: int, columns: TextColumns) -> _GroupPlan:
     metadata = file.metadata.row_group(group)
     chunks = {chunk.path_in_schema: chunk for chunk in map(metadata.column, range(metadata.num_columns))}
     inside, outside, mixed = set(), set(), set()
@@ -133,7 +147,8 @@ def _plan_group(file: pq.ParquetFile, group: int, columns: TextColumns) -> tuple
     # If some images of a column lie outside, only the bytes show which.
     mixed |= inside & outside
     needed = {data for path, data in columns.bytes_of.items() if _top(path) in mixed}
-    return {*columns.text, *columns.bytes_of, *needed}, outside - mixed
+    unread = [column for column, data in columns.unread.items() if _num_present(chunks[data]) != 0]
+    return _GroupPlan(sorted({*columns.text, *columns.bytes_of, *needed}), outside - mixed, unread)
 
 
 def _top(path: str) -> str:
@@ -173,22 +188,27 @@ def _as_records(batch: pa.RecordBatch) -> Iterator[Any]:
                 yield UnreadableRecord(f"a value cannot be read ({_shown(error)})")
 
 
-def _with_names(record: Any, row: int, columns: TextColumns, outside: set[str], name_image: NameImage) -> Any:
+def _with_names(record: Any, row: int, holding: Sequence[str], plan: _GroupPlan, name_image: NameImage) -> Any:
     """Return a row with names in the place of images, and a sign for media of a name that is not read."""
     if not isinstance(record, dict):
         return record
-    for column in columns.holding:
+    for column in holding:
         positions = count()
 
         def name(image: Any, column: str = column, positions: Iterator[int] = positions) -> Any:
             position = next(positions)
-            if isinstance(image, dict) and image.get("path") and (column in outside or image.get("bytes", b"") is None):
+            if (
+                isinstance(image, dict)
+                and image.get("path")
+                and (column in plan.outside or image.get("bytes", b"") is None)
+            ):
                 return image["path"]
             return name_image(cell_fragment(row, column, position))
 
         if column in record:
             record[column] = map_images(record[column], name, column)
-    return record | dict.fromkeys(columns.unread, "bytes")
+    unread = [column for column in plan.unread if record.get(column, "") is not None]
+    return record | dict.fromkeys(unread, "bytes")
 
 
 def _shown(error: Exception) -> str:

@@ -202,6 +202,18 @@ def test_a_bad_image_inside_a_file_has_the_reason_of_an_image_file(tmp_path):
     assert reasons == ["empty", "not_an_image", "truncated", "", "empty"]
 
 
+@pytest.mark.parametrize("kind", [IMAGE, pa.binary()], ids=["struct", "binary"])
+def test_images_in_a_column_that_is_not_read_are_a_problem_and_no_text(tmp_path, kind):
+    texts = pa.array([[{"user": "what?", "assistant": "that."}]] * 3, PAIRS)
+    image = hub_image(png(0)) if kind == IMAGE else png(0)
+    table = pa.table({"image_0": pa.array([image, None, image], kind), "texts": texts})
+    (tmp_path / "s.parquet").write_bytes(parquet_bytes(table, rows_per_group=1))
+    found, _ = check(tmp_path / "s.parquet", tmp_path)
+    assert found.ids.to_pylist() == ["1"]
+    assert [problem.reason for problem in found.problems] == ["bad_image_field"] * 2
+    assert "'image_0' is not read: name images under 'image'" in found.problems[0].message
+
+
 def test_text_that_is_no_utf8_costs_one_row(tmp_path):
     texts = pa.array([[{"user": "what?", "assistant": "that."}]] * 3, PAIRS)
     spoilt = pa.array([b"a", b"\xff\xfe", b"c"]).view(pa.string())
