@@ -36,7 +36,8 @@ from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorIma
 from meteor.model.remote import FILE_NAME, SOURCE
 from meteor.text.tokens import TokenisedSample, VisualTokens, load_tokenizer
 
-# The real S3 server and the proxy before it, which benchmarks/faults.py starts as well; and eager_towers.py.
+# The real S3 server and the proxy before it, which benchmarks/faults.py starts as well; a data set in every form; eager_towers.py.
+sys.path.insert(0, str(Path(__file__).parent / "data"))
 sys.path.insert(0, str(Path(__file__).parent / "s3"))
 sys.path.insert(0, str(Path(__file__).parent / "vision"))
 from ceph import ACCESS_KEY, INSTALL, SECRET_KEY, ceph_gateway, missing_programs

@@ -70,7 +70,7 @@ class Inputs:
         """
         files = training_files(self.settings, stage)
         if not files:
-            raise SettingsError(f"data.{stage} is not set: name the LLaVA JSON of this stage")
+            raise SettingsError(f"data.{stage} is not set: name the samples of this stage")
         key = ("mixture", stage, tuple((file.uri, file.weight) for file in files), samples_uri(self.settings))
         return self.once(key, lambda: mix(stage, [self._weighted(file) for file in files]))
 
@@ -104,9 +104,20 @@ class Inputs:
         return self.once(key, lambda: load_question_set(name, **arguments))
 
     def image_roots(self) -> dict[str, str]:
-        """Return the run's image roots, and the folders that ``@<question set>/`` stands for."""
+        """Return the run's image roots, the folders that ``@<question set>/`` stands for, and files with images inside.
+
+        Raises:
+            SettingsError: two sets are copies of one another in different places, so that it is open which images count.
+        """
         sets = self.question_sets()
         own = {questions.prefix: questions.image_root for questions in sets if questions.image_root is not None}
+        for file in sample_files(self.settings):
+            inside = self.sample_set(file.name, file.uri).inside_root if file.stage is not None else {}
+            for prefix, root in inside.items():
+                if own.setdefault(prefix, root) != root:
+                    raise SettingsError(
+                        f"{root} and {own[prefix]} are copies of one data set: name one of them everywhere"
+                    )
         return {**self.settings.data.roots, **own}
 
     # Index and cache

@@ -1,6 +1,8 @@
 """Places that settings name (annotation files, dataset index, feature cache), and the settings of pixels."""
 
 import functools
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,6 +20,8 @@ from meteor.vision.towers import TowerShape
 _PUBLISHED = {
     "openai/clip-vit-large-patch14-336": {"resolution": 336, "patch_size": 14, "resample": "bicubic"},
 }
+
+_WILD = re.compile(r"[*?\[{]")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def training_files(settings: RunSettings, stage: TrainingStage) -> list[SampleFi
         SettingsError: two files have the same name.
     """
     sources = settings.data.sources(stage)
-    names = [PurePosixPath(uri).name for uri in sources]
+    names = short_names(sources)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SettingsError(
             f"data.{stage} has two files with the name {twice[0]!r}, which would be part of their sample ids: rename a file"
@@ -68,6 +72,16 @@ def training_files(settings: RunSettings, stage: TrainingStage) -> list[SampleFi
         SampleFile(stage if len(sources) == 1 else f"{stage}, {name}", uri, stage, weight)
         for name, (uri, weight) in zip(names, sources.items(), strict=True)
     ]
+
+
+def short_names(uris: Iterable[str]) -> list[str]:
+    """Return the name of each file; a pattern keeps the folders that tell it apart, as many end in ``train-*.parquet``."""
+    parts = [PurePosixPath(uri).parts for uri in uris]
+    names = [given[-1] for given in parts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        twice = {name for name in names if names.count(name) > 1 and _WILD.search(name)}
+        names = ["/".join(given[-depth:]) if name in twice else name for name, given in zip(names, parts, strict=True)]
+    return names
 
 
 def pixel_settings(settings: RunSettings) -> PixelSettings:

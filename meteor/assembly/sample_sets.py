@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from pathlib import PurePosixPath
 
 import pyarrow as pa
 
+from meteor.assembly.places import short_names
 from meteor.config import settings_digest
 from meteor.data.sample_sets import SampleSet
 from meteor.errors import SettingsError
@@ -26,7 +26,8 @@ def mix(stage: str, sets: Sequence[SampleSet]) -> list[SampleSet]:
         SettingsError: two files have the same content.
     """
     if len(sets) > 1:
-        named = [file.with_prefix(f"{PurePosixPath(file.uri).name}/") for file in sets]
+        names = short_names(file.uri for file in sets)
+        named = [file.with_prefix(f"{name}/") for name, file in zip(names, sets, strict=True)]
         sets = sorted(named, key=lambda file: file.digest)
     for file, other in pairwise(sets):
         if file.digest == other.digest:

@@ -158,7 +158,7 @@ def resolve_paths(settings: RunSettings) -> RunSettings:
                 "roots": {prefix: _absolute(root) for prefix, root in data.roots.items()},
                 "pretrain": _absolute_sources(data.pretrain),
                 "finetune": _absolute_sources(data.finetune),
-                "held_out": {stage: _absolute(uri) for stage, uri in data.held_out.items()},
+                "held_out": {stage: _absolute_file(uri) for stage, uri in data.held_out.items()},
                 "evaluate": {name: _absolute_questions(questions) for name, questions in data.evaluate.items()},
             }
         ),
@@ -177,8 +177,13 @@ def resolve_paths(settings: RunSettings) -> RunSettings:
 
 def _absolute_sources(named: str | dict[str, float] | None) -> str | dict[str, float] | None:
     if isinstance(named, dict):
-        return {_absolute(uri): weight for uri, weight in named.items()}
-    return named and _absolute(named)
+        return {_absolute_file(uri): weight for uri, weight in named.items()}
+    return named and _absolute_file(named)
+
+
+def _absolute_file(uri: str) -> str:
+    # The hub's cache keeps files as links to others without an ending, which tells the form.
+    return uri if "://" in uri else os.path.abspath(expand_home(uri))
 
 
 def _absolute_questions(questions: QuestionSetSettings) -> QuestionSetSettings:

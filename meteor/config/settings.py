@@ -78,17 +78,17 @@ class DataSettings(_Settings):
     )
     pretrain: str | dict[str, Weight] | None = operational(
         None,
-        "samples of stage 1: a LLaVA JSON / JSONL file, or several files with their number of passes per epoch: "
-        "{a.json: 1, b.json: 0.5}",
+        "samples of stage 1: a file, folder or pattern of files in LLaVA's JSON or another form (`docs/your-data.md`), or "
+        "several with their number of passes per epoch: {a.json: 1, data/train-*.parquet: 0.5}",
     )
     finetune: str | dict[str, Weight] | None = operational(
         None,
-        "samples of stage 2: a LLaVA JSON / JSONL file, or several files with their number of passes per epoch: "
-        "{a.json: 1, b.json: 0.5}",
+        "samples of stage 2: a file, folder or pattern of files in LLaVA's JSON or another form (`docs/your-data.md`), or "
+        "several with their number of passes per epoch: {a.json: 1, data/train-*.parquet: 0.5}",
     )
     held_out: dict[TrainingStage, str] = operational(
         {},
-        "held-out samples: stage -> LLaVA JSON / JSONL file; their loss is measured at each checkpoint, and the checkpoint "
+        "held-out samples: stage -> file, folder or pattern; their loss is measured at each checkpoint, and the checkpoint "
         "with the lowest loss is kept",
     )
     evaluate: dict[Name, QuestionSetSettings] = operational(

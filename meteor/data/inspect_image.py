@@ -11,7 +11,8 @@ from meteor.data.sources import other_spelling
 from meteor.errors import BadImageError, ImagePathError, StorageError
 from meteor.image.byte_budget import ByteBudget
 from meteor.image.decode import decoded, read_size
-from meteor.image.files import read_image_file
+from meteor.image.files import image_size_bytes, read_image_file, read_image_start
+from meteor.image.inside import find_place
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 
@@ -54,7 +55,9 @@ def inspect_image(name: str, roots: Mapping[str, str], pixels: PixelSettings, *,
         return InspectedImage(name, "outside_roots", str(error), None)
     except BadImageError as error:
         found_as = _found_as(name, roots) if error.reason == "missing" else ""
-        return InspectedImage(name, error.reason, str(error), None, found_as=found_as)
+        # The name of an image inside a file does not say which file it is.
+        message = f"{uri}: {error}" if find_place(uri) and uri not in str(error) else str(error)
+        return InspectedImage(name, error.reason, message, None, found_as=found_as)
     except StorageError as error:
         return InspectedImage(name, "storage", str(error), None)
 
@@ -66,7 +69,7 @@ def _found_as(name: str, roots: Mapping[str, str]) -> str:
 
 def _read_whole(uri: str, pixels: PixelSettings) -> tuple[tuple[int, int], str]:
     # Threads share this budget for the files themselves, and then `decoded`'s for the pixels.
-    with _FILES.hold(storage.stat(uri).size_bytes):
+    with _FILES.hold(image_size_bytes(uri)):
         return _decode_whole(read_image_file(uri), pixels)
 
 
@@ -77,5 +80,5 @@ def _decode_whole(data: bytes, pixels: PixelSettings) -> tuple[tuple[int, int], 
 
 def _read_size(uri: str, pixels: PixelSettings) -> tuple[int, int]:
     """Return (width, height) as displayed, from the header if possible, else by decoding, which names any fault."""
-    header = storage.read_range(uri, 0, min(_HEADER_BYTES, storage.stat(uri).size_bytes))
+    header = read_image_start(uri, _HEADER_BYTES)
     return read_size(header, max_pixels=pixels.max_pixels) or _read_whole(uri, pixels)[0]

@@ -1,14 +1,16 @@
-"""Records of an annotation file, read block by block, so that a large file is never in memory as a whole."""
+"""Records of a JSON file, read block by block, so that a large file is never in memory as a whole."""
 
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from meteor import storage
 from meteor.errors import DataError
+from meteor.image.inside import map_images, record_fragment
 
 _BLOCK_BYTES = 8 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -19,6 +21,11 @@ _LONGEST_WORD = 16
 # Texts, and the brackets outside of them.
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^ \t\n\r,\]}]*")
+# Only a record with this text can hold an image.
+_DATA_URI = '"data:'
+
+# Makes the name of an image inside the file from the fragment of its URI.
+NameImage = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,14 @@ class UnreadableRecord:
     message: str
 
 
-def read_records(uri: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[Any]:
+def read_records(uri: str, *, block_bytes: int = _BLOCK_BYTES, name_image: NameImage | None = None) -> Iterator[Any]:
     """Parse a ``.json`` file (one list) or a ``.jsonl`` file (one record per line), one record after the other.
 
     Args:
         uri: local path or s3://.
         block_bytes: bytes per read.
+        name_image: function from the fragment of an image's URI (see `meteor.image.inside`) to the name that takes the place
+            of a data: URI; None leaves data: URIs as they are.
 
     Yields:
         The records as Python values, in the order of the file. `UnreadableRecord` stands for a line of ``.jsonl`` that is
@@ -48,7 +57,7 @@ def read_records(uri: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[Any]:
         DataError: the file is not UTF-8, not JSON (with the line and column), not a list of records, or ends in the middle
             of a record.
     """
-    text = _Text(uri, block_bytes)
+    text = _Text(uri, block_bytes, name_image)
     if uri.endswith(".jsonl"):
         yield from _lines(text)
     elif uri.endswith(".json"):
@@ -75,8 +84,11 @@ class _Text:
         is_complete: whether the window reaches the end of the file.
     """
 
-    def __init__(self, uri: str, block_bytes: int) -> None:
+    def __init__(self, uri: str, block_bytes: int, name_image: NameImage | None) -> None:
         self.uri = uri
+        self._name_image = name_image
+        # Position in ``text`` whose offset in the file is known, and that offset in bytes.
+        self._counted, self._offset = 0, 0
         self.text = ""
         self.at = 0
         self._size_bytes = storage.stat(uri).size_bytes
@@ -95,11 +107,14 @@ class _Text:
         the text, so the total time stays linear in its length.
         """
         self._line, self._column = self._place(self.at)
-        self.text, self.at = self.text[self.at :], 0
+        self._offset_of(self.at)
+        self.text, self.at, self._counted = self.text[self.at :], 0, 0
         start = self._num_read
         size = min(max(self._block_bytes, len(self.text)), self._size_bytes - start)
         num_undecoded = len(self._utf8.getstate()[0])
         data = storage.read_range(self.uri, start, size)
+        if not start and data.startswith(codecs.BOM_UTF8):
+            self._offset = len(codecs.BOM_UTF8)
         self._num_read += size
         self.is_complete = self._num_read == self._size_bytes
         try:
@@ -135,9 +150,32 @@ class _Text:
             else:
                 # A number that ends with the window may continue in the next block.
                 if end + _LONGEST_WORD < len(self.text) or self.is_complete:
-                    self.at = end
-                    return value
+                    start, self.at = self.at, end
+                    return self.with_named_images(value, start, end)
             self.more()
+
+    def with_named_images(self, value: Any, start: int, end: int) -> Any:
+        """Return the value that was parsed between two positions with names instead of data: URIs."""
+        name_image = self._name_image
+        if name_image is None or self.text.find(_DATA_URI, start, end) < 0:
+            return value
+        offset, size_bytes = self._offset_of(start), len(self.text[start:end].encode())
+        positions = count()
+
+        def name(image: Any) -> Any:
+            position = next(positions)
+            return name_image(record_fragment(offset, size_bytes, position)) if isinstance(image, str) else image
+
+        try:
+            return map_images(value, name)
+        except _BEYOND_LIMITS as error:
+            return UnreadableRecord(str(self.error(_limit(error), start)))
+
+    def _offset_of(self, position: int) -> int:
+        """Return the offset in the file of a position that is not before the last one."""
+        self._offset += len(self.text[self._counted : position].encode())
+        self._counted = position
+        return self._offset
 
     def _skip(self) -> None:
         """Move behind the value at the cursor without parsing it."""
@@ -224,7 +262,7 @@ def _lines(text: _Text) -> Iterator[Any]:
 
 def _line(text: _Text, line: str) -> Any:
     try:
-        return json.loads(line)
+        return text.with_named_images(json.loads(line), text.at, text.at + len(line))
     except json.JSONDecodeError as error:
         problem = text.error(error.msg, text.at + error.pos)
         # Without its end, the last line is what an interrupted download leaves.

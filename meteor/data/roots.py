@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from meteor import storage
 from meteor.errors import ImagePathError, UnsafeNameError
+from meteor.image.inside import file_of
 
 
 def resolve_image(name: str, roots: Mapping[str, str]) -> str:
@@ -17,7 +18,7 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
         roots: prefix of a name -> folder or s3:// URI to which the rest of the name is joined; "" is the default. The
             longest prefix that fits wins, and a prefix ends at a slash (``coco`` means ``coco/``). With
             ``{"coco/": "s3://bucket/coco", "": "/data"}`` the name ``coco/train2017/1.jpg`` becomes
-            ``s3://bucket/coco/train2017/1.jpg``.
+            ``s3://bucket/coco/train2017/1.jpg``. The root of images inside a single file is that file.
 
     Raises:
         ImagePathError: no root fits; the image is outside its root (by "..", another bucket or an absolute path) or, on local
@@ -35,12 +36,23 @@ def resolve_image(name: str, roots: Mapping[str, str]) -> str:
         )
     # The longest prefix is the most specific.
     prefix = max(prefixes, key=len)
+    if prefix.startswith("@") and "#" in name:
+        return _resolve_inside(name, prefix, roots[prefix])
     below = posixpath.normpath(name[len(_as_folder(prefix)) :])
     if below.split("/")[0] in ("..", "") or below == ".":
         raise ImagePathError(f"The image name {name!r} leaves its root {roots[prefix]!r}: name a file inside it.")
     root = storage.absolute(roots[prefix])
     try:
         return _checked(name, storage.join_below(root, below), roots)
+    except UnsafeNameError as error:
+        raise ImagePathError(f"The image name {error}.") from error
+
+
+def _resolve_inside(name: str, prefix: str, root: str) -> str:
+    """Return the URI of an image inside a data file; the file itself was named in the settings."""
+    below, _, fragment = name[len(_as_folder(prefix)) :].rpartition("#")
+    try:
+        return f"{storage.join_below(root, below) if below else root}#{fragment}"
     except UnsafeNameError as error:
         raise ImagePathError(f"The image name {error}.") from error
 
@@ -59,8 +71,9 @@ def _checked(name: str, uri: str, roots: Mapping[str, str]) -> str:
     """Return the URI, or refuse it if a symbolic link in it leads out of all roots; a root itself may be a link."""
     if "://" in uri:
         return uri
-    folder, base = os.path.split(uri)
-    place = os.path.realpath(uri) if os.path.islink(uri) else os.path.join(_real_folder(folder), base)
+    file = file_of(uri)
+    folder, base = os.path.split(file)
+    place = os.path.realpath(file) if os.path.islink(file) else os.path.join(_real_folder(folder), base)
     # The hub's cache, git-annex and DVC keep images as links to a folder beside, which may be declared as a root too.
     if not any(_is_inside(place, _real_folder(root)) for root in map(storage.absolute, roots.values())):
         raise ImagePathError(

@@ -1,4 +1,4 @@
-"""Sample sets: the samples of an annotation file as columns, stored by the file's digest, so that JSON is parsed once."""
+"""Sample sets: the samples of one or more files as columns, stored by the files' digest, so that they are parsed once."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,18 +13,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from meteor import storage
-from meteor.checksums import intact, read_checked_json, write_checked_json, write_list
+from meteor.checksums import intact, write_list
 from meteor.data.bulk import by_halves, without_cycle_collector
-from meteor.data.samples import Sample, SampleProblem, failed, iter_samples
-from meteor.errors import DamagedError, DataError, NotFoundError
+from meteor.data.data_files import DataFiles, find_data_files
+from meteor.data.digests import digest_of
+from meteor.data.samples import Sample, SampleProblem, failed, samples_in
+from meteor.errors import DataError
 from meteor.storage.files import new_file, open_file
 from meteor.text.conversation import Role, Turn
 
 # Increased when a change of the code gives other records for an unchanged file.
 _VERSION = 2
 _BATCH_SIZE = 4096
-# Bytes per read while a file is hashed: few requests to S3, and little memory.
-_HASH_BLOCK_BYTES = 16 << 20
+_NUM_DIGITS = 16
 _ROLES: tuple[Role, Role] = ("human", "gpt")
 
 RECORDS = pa.schema(
@@ -45,17 +46,18 @@ OnProgress = Callable[[int, int | None], None]
 
 @dataclass(frozen=True, eq=False)
 class SampleSet:
-    """The samples of an annotation file; iterating makes `Sample` objects one after the other.
+    """The samples of a file, or of the files of a folder or pattern; iterating makes `Sample` objects one after the other.
 
     Attributes:
         name: name of the set in messages.
-        uri: URI of the annotation file.
-        digest: sha256 of the annotation file.
+        uri: path, folder or pattern of the files.
+        digest: digest of the files (`meteor.data.digests`).
         problems: records that cannot be used.
         records: table with the schema `RECORDS`, or the URI of a Parquet file with it.
         weight: passes over the set per epoch of training.
         id_prefix: text in front of every sample's id.
         positions: rows of ``records`` that belong to the set, ascending; None for all rows.
+        root: URI of the file, or of the folder above the files, that hold the images with the prefix `inside_prefix`.
     """
 
     name: str
@@ -66,6 +68,7 @@ class SampleSet:
     weight: float = 1.0
     id_prefix: str = ""
     positions: np.ndarray | None = None
+    root: str = ""
 
     @classmethod
     def of(
@@ -120,6 +123,12 @@ class SampleSet:
     def image_names(self) -> set[str]:
         """`distinct_images` as a set."""
         return set(self.distinct_images.to_pylist())
+
+    @cached_property
+    def inside_root(self) -> dict[str, str]:
+        """The prefix of images inside the set's files -> the place of the files; empty if there are none."""
+        prefix = inside_prefix(self.digest)
+        return {prefix: self.root} if pc.any(pc.starts_with(self.distinct_images, prefix)).as_py() else {}
 
     @property
     def selection(self) -> str:
@@ -182,20 +191,20 @@ def samples_of(batch: pa.RecordBatch, id_prefix: str = "") -> Iterator[Sample]:
 
 
 def load_set(uri: str, *, name: str, folder: str, on_progress: OnProgress | None = None) -> SampleSet:
-    """Read an annotation file, or find the records that were stored for a file with equal content.
+    """Read files of samples, or find the records that were stored for files with equal content.
 
     Args:
-        uri: local path or s3://, ``.json`` or ``.jsonl`` (see `meteor.data.samples.iter_samples`).
+        uri: local path or s3://, folder or pattern (see `meteor.data.data_files` and `meteor.data.samples.samples_in`).
         name: name of the set.
         folder: local or s3:// folder that stores records by the digest of their file; files in it never change.
         on_progress: called while samples are read; their total is not known.
 
     Raises:
-        NotFoundError: the file does not exist.
-        DataError: the file is not JSON or not a list of records, or it changed while it was read.
+        NotFoundError: a file does not exist.
+        DataError: the form of the files is unknown, one is damaged as a whole, or they changed while they were read.
     """
-    found = storage.stat(uri)
-    digest = _file_digest(uri, folder)
+    files = find_data_files(uri)
+    digest = digest_of(files, folder)
     kept = storage.join(folder, digest)
     file, contents = f"records-{_VERSION}.parquet", storage.join(kept, f"records-{_VERSION}.json")
     records = storage.join(kept, file)
@@ -203,22 +212,28 @@ def load_set(uri: str, *, name: str, folder: str, on_progress: OnProgress | None
     problems = known["problems"] if known else []
     if known is None:
         with without_cycle_collector():
-            problems = _keep_records(uri, records, on_progress)
-        if storage.stat(uri) != found:
+            problems = _keep_records(files, inside_prefix(digest), records, on_progress)
+        if find_data_files(uri) != files:
             raise DataError(f"{uri} changed while it was read: start again when it is complete")
         # Written last: its existence means that the records are complete.
         write_list(contents, [file], problems=problems)
-    return SampleSet(name, uri, digest, [SampleProblem(**problem) for problem in problems], records)
+    found = [SampleProblem(**problem) for problem in problems]
+    return SampleSet(name, uri, digest, found, records, root=files.root)
 
 
-def _keep_records(uri: str, target: str, on_progress: OnProgress | None) -> list[dict[str, str]]:
+def inside_prefix(digest: str) -> str:
+    """Return the prefix of the names of images inside the files with a digest; it moves with the files."""
+    return f"@{digest[:_NUM_DIGITS]}/"
+
+
+def _keep_records(files: DataFiles, prefix: str, target: str, on_progress: OnProgress | None) -> list[dict[str, str]]:
     problems: list[dict[str, str]] = []
     num_read = 0
     with (
         new_file(target) as path,
         pq.ParquetWriter(path, RECORDS, compression="zstd", compression_level=1, use_dictionary=["type"]) as writer,
     ):
-        read = iter_samples(uri)
+        read = samples_in(files, prefix)
         while batch := list(islice(read, _BATCH_SIZE)):
             problems += [vars(record) for record in batch if isinstance(record, SampleProblem)]
             samples = [record for record in batch if isinstance(record, Sample)]
@@ -243,30 +258,6 @@ def _batch(samples: Sequence[Sample]) -> pa.RecordBatch:
         "system": [sample.system for sample in samples],
     }
     return pa.record_batch(columns, schema=RECORDS)
-
-
-def _file_digest(uri: str, folder: str) -> str:
-    """Return the file's sha256; a file with unchanged size and etag is not hashed again."""
-    info = storage.stat(uri)
-    known = storage.join(folder, "files", f"{hashlib.sha256(storage.absolute(uri).encode()).hexdigest()}.json")
-    state = {"uri": storage.absolute(uri), "size_bytes": info.size_bytes, "etag": info.etag}
-    try:
-        held = read_checked_json(known)
-    except (NotFoundError, DamagedError):
-        held = {}
-    if {key: held.get(key) for key in state} == state:
-        return held["digest"]
-    digest = _digest(uri)
-    write_checked_json(known, {**state, "digest": digest})
-    return digest
-
-
-def _digest(uri: str) -> str:
-    size_bytes = storage.stat(uri).size_bytes
-    digest = hashlib.sha256()
-    for start in range(0, size_bytes, _HASH_BLOCK_BYTES):
-        digest.update(storage.read_range(uri, start, min(_HASH_BLOCK_BYTES, size_bytes - start)))
-    return digest.hexdigest()
 
 
 def _first_words(images: Sequence[str], turns: Sequence[Turn]) -> str:

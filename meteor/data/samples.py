@@ -1,22 +1,22 @@
-"""Samples from LLaVA's JSON or JSONL; records that cannot be used are listed with a reason, never dropped in silence."""
+"""Samples from files of any form; records that cannot be used are listed with a reason, never dropped in silence."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from meteor.data.records import UnreadableRecord, read_records
+from meteor.data.data_files import DataFiles
+from meteor.data.forms import IMAGE_KEYS, image_name, looks_like_media, name_problem, read_dialogue
+from meteor.data.parquet_records import read_parquet_records
+from meteor.data.records import NameImage, UnreadableRecord, read_records
+from meteor.data.tar_records import match_members, read_tar_samples
 from meteor.formatting import shorten
+from meteor.storage import ObjectInfo
 from meteor.text.conversation import Conversation, ConversationProblem, Turn, read_conversation
 
 _LONGEST_SHOWN = 200
 # The largest number in the column that counts the images of a turn.
 _MAX_IMAGES = (1 << 15) - 1
-# The key of LLaVA's files, and those of LLaMA-Factory, ms-swift and others.
-_IMAGE_KEYS = ("image", "images", "image_path", "image_paths")
-# Keys that look like images or other media; only those above are read.
-_MEDIA = re.compile(r"image|img|picture|photo|video|audio|visual", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -58,33 +58,81 @@ class SampleProblem:
 
 
 def iter_samples(uri: str, *, for_generation: bool = False) -> Iterator[Sample | SampleProblem]:
-    """Read an annotation file record by record.
-
-    A record has ``conversations`` and optionally ``id`` (default: its position), ``image`` (a name or a list of names;
-    absent, null or "" for text alone; ``images``, ``image_path`` and ``image_paths`` mean the same) and ``type`` or
-    ``category``. If several records share an id, the second becomes ``id#2``, and so on. Records that cannot be used are
-    counted too, so that ids do not change when they are repaired.
-
-    Args:
-        uri: local path or s3://, ending in ``.json`` (one list) or ``.jsonl`` (one record per line).
-        for_generation: allow a last turn that is a question without its answer.
-
-    Yields:
-        The sample of each record, in the order of the file, or the problem because of which it cannot be used.
-
-    Raises:
-        NotFoundError: the file does not exist.
-        DataError: the file is not JSON (with the line and column), or not a list of records.
-    """
+    """Read a JSON file record by record; see `samples_in`. Images inside the file cannot be used."""
     ids = UniqueIds()
     for position, record in enumerate(read_records(uri)):
-        sample_id = str(position)
-        try:
-            sample_id = ids.take(_stated_id(record, position))
-            found = _read_record(record, sample_id, for_generation)
-        except Exception as error:  # noqa: BLE001  (a record may hold anything, and must not cost the others)
-            found = failed(sample_id, error)
-        yield found
+        yield _sample(_Row(str(position), record), ids, for_generation)
+
+
+def samples_in(files: DataFiles, prefix: str, *, only: int | None = None) -> Iterator[Sample | SampleProblem]:
+    """Read files of any form record by record.
+
+    A record has a dialogue (see `meteor.data.forms`) and optionally ``id``, ``image`` (a name or a list of names; absent, null
+    or "" for text alone; ``images``, ``image_path`` and ``image_paths`` mean the same) and ``type`` or ``category``. Without
+    ``id`` it is named after its row, or after its key in an archive; behind the file's name if there are several files. If
+    several records share an id, the second becomes ``id#2``, and so on. Records that cannot be used are counted too, so that
+    ids do not change when they are repaired.
+
+    Args:
+        files: files to read.
+        prefix: text in front of the names of images inside the files, ending in a slash.
+        only: number of the one file to read; None for all. Ids are then unique in this file alone.
+
+    Yields:
+        The sample of each record, in the order of the files, or the problem because of which it cannot be used.
+
+    Raises:
+        NotFoundError: a file does not exist.
+        DataError: a file is damaged as a whole, or holds no samples.
+    """
+    ids = UniqueIds()
+    for number in range(len(files.infos)) if only is None else [only]:
+        for row in _rows(files, files.infos[number], prefix):
+            yield _sample(row, ids, for_generation=False)
+
+
+class _Row(NamedTuple):
+    """A record with the id for the case that it states none.
+
+    Attributes:
+        id: id of the record.
+        record: the record as JSON values.
+        members: (name in the archive, name of the image) of images that come with the record.
+    """
+
+    id: str
+    record: Any
+    members: tuple[tuple[str, str], ...] = ()
+
+
+def _rows(files: DataFiles, info: ObjectInfo, prefix: str) -> Iterator[_Row]:
+    below = files.below(info)
+    stem = f"{below.rpartition('.')[0]}/" if below else ""
+
+    def name_image(fragment: str) -> str:
+        return f"{prefix}{below}{fragment}"
+
+    if files.form == ".tar":
+        for found in read_tar_samples(info.uri, name_image):
+            yield _Row(stem + found.key, found.record, found.images)
+    else:
+        for position, record in enumerate(_records(info.uri, files.form, name_image)):
+            yield _Row(f"{stem}{position}", record)
+
+
+def _records(uri: str, form: str, name_image: NameImage) -> Iterator[Any]:
+    if form == ".parquet":
+        return read_parquet_records(uri, name_image)
+    return read_records(uri, name_image=name_image)
+
+
+def _sample(row: _Row, ids: "UniqueIds", for_generation: bool) -> Sample | SampleProblem:
+    sample_id = row.id
+    try:
+        sample_id = ids.take(_stated_id(row.record, row.id))
+        return _read_record(row.record, sample_id, for_generation, row.members)
+    except Exception as error:  # noqa: BLE001  (a record may hold anything, and must not cost the others)
+        return failed(sample_id, error)
 
 
 def failed(sample_id: str, error: BaseException) -> SampleProblem:
@@ -109,22 +157,42 @@ def load_samples(uri: str, *, for_generation: bool = False) -> tuple[list[Sample
     return samples, problems
 
 
-def _read_record(record: Any, sample_id: str, for_generation: bool) -> Sample | SampleProblem:
+def _read_record(
+    record: Any, sample_id: str, for_generation: bool, members: tuple[tuple[str, str], ...] = ()
+) -> Sample | SampleProblem:
     if isinstance(record, UnreadableRecord):
         return SampleProblem(sample_id, "bad_record", record.message)
     if not isinstance(record, dict):
         return SampleProblem(sample_id, "bad_record", f"the record is a {type(record).__name__}, not an object")
-    images = _image_names(record)
+    named = _image_names(record)
+    if isinstance(named, str):
+        return SampleProblem(sample_id, "bad_image_field", named)
+    dialogue = read_dialogue(record, named, [image for _, image in members])
+    if isinstance(dialogue, ConversationProblem):
+        return SampleProblem(sample_id, dialogue.reason, dialogue.message)
+    images = _usable_names(dialogue.images, members)
     if isinstance(images, str):
         return SampleProblem(sample_id, "bad_image_field", images)
-    found = read_conversation(record.get("conversations"), num_images=len(images), for_generation=for_generation)
+    found = read_conversation(dialogue.turns, num_images=len(images), for_generation=for_generation)
     if isinstance(found, ConversationProblem):
-        named = [key for key in _IMAGE_KEYS[1:] if record.get(key)]
-        return SampleProblem(sample_id, found.reason, found.message + (f" (in {named[0]!r})" if named else ""))
+        keys = [key for key in IMAGE_KEYS[1:] if record.get(key)]
+        return SampleProblem(sample_id, found.reason, found.message + (f" (in {keys[0]!r})" if keys else ""))
     sample = Sample(sample_id, images, found.turns, _sample_type(record), found.system)
     if not _is_text(sample):
         return SampleProblem(sample_id, "bad_text", "a text contains half of a surrogate pair, which is no character")
     return sample
+
+
+def _usable_names(names: tuple[str, ...], members: tuple[tuple[str, str], ...]) -> tuple[str, ...] | str:
+    """Return the names of images as the roots resolve them, or what is wrong with them."""
+    if len(names) > _MAX_IMAGES:
+        return f"the dialogue shows {len(names):,} images, and a record may show {_MAX_IMAGES:,}"
+    if members:
+        matched = match_members(names, members)
+        if isinstance(matched, str):
+            return matched
+        names = matched
+    return next(filter(None, map(name_problem, names)), names)
 
 
 def _is_text(sample: Sample) -> bool:
@@ -139,32 +207,38 @@ def _is_text(sample: Sample) -> bool:
 
 def _image_names(record: dict[str, Any]) -> tuple[str, ...] | str:
     """Return the names of a record's images, or what is wrong with them."""
-    given = [key for key in _IMAGE_KEYS if record.get(key) not in (None, "", [])]
+    given = [key for key in IMAGE_KEYS if record.get(key) not in (None, "", [])]
     if not given:
         # A record whose image is not read would be trained on as text alone.
-        unread = [
-            key for key, value in record.items() if _MEDIA.search(key) and isinstance(value, str | list) and value
-        ]
+        unread = [key for key, value in record.items() if looks_like_media(key) and _may_be_media(value)]
         return f"{unread[0]!r} is not read: name images under 'image'" if unread else ()
     if len(given) > 1 and any(record[key] != record[given[0]] for key in given):
         return f"images are named under {' and '.join(map(repr, given))}, which differ: keep one"
     image = record[given[0]]
-    names = image if isinstance(image, list) else [image]
-    if len(names) > _MAX_IMAGES:
-        return f"{given[0]!r} names {len(names):,} images, and a record may name {_MAX_IMAGES:,}"
-    if all(isinstance(name, str) and name for name in names):
-        return tuple(names)
+    values = image if isinstance(image, list) else [image]
+    if len(values) > _MAX_IMAGES:
+        return f"{given[0]!r} names {len(values):,} images, and a record may name {_MAX_IMAGES:,}"
+    names = tuple(name for name in map(image_name, values) if name is not None)
+    if len(names) == len(values):
+        return names
     return f"{given[0]!r} must be a name or a list of names, and is {shorten(repr(image), _LONGEST_SHOWN)}"
+
+
+def _may_be_media(value: Any) -> bool:
+    """Return whether a value can name media; a list of numbers, such as a rating, cannot."""
+    if isinstance(value, list):
+        return any(not isinstance(item, int | float | None) for item in value)
+    return isinstance(value, str) and bool(value)
 
 
 def _sample_type(record: dict[str, Any]) -> str:
     return str(record.get("type") or record.get("category") or "")
 
 
-def _stated_id(record: Any, position: int) -> str:
+def _stated_id(record: Any, default: str) -> str:
     stated = record.get("id") if isinstance(record, dict) else None
     # Half of a surrogate pair, which JSON allows, becomes a question mark.
-    return str(position) if stated is None or stated == "" else str(stated).encode(errors="replace").decode()
+    return default if stated is None or stated == "" else str(stated).encode(errors="replace").decode()
 
 
 class UniqueIds:

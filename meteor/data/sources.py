@@ -31,6 +31,8 @@ OCR_VQA = Source(
     ".gif ending of some images that the annotations name .jpg",
 )
 
+INSIDE = Source("(inside its files)", "", "")
+
 SOURCES = (
     Source(
         "coco/train2017",
@@ -68,11 +70,15 @@ SOURCES = (
     ),
 )
 
+# `meteor.data.sample_sets.inside_prefix`, and a fragment.
+_NAMES_INSIDE = re.compile(r"@[0-9a-f]{16}/[^#]*#")
 _COMPILED = tuple((re.compile(source.pattern), source) for source in SOURCES)
 
 
 def find_source(image_name: str) -> Source:
     """Return the published source of an image by its name, or else a source named after the image's folder."""
+    if _NAMES_INSIDE.match(image_name):
+        return INSIDE
     for pattern, source in _COMPILED:
         if pattern.search(image_name):
             return source

@@ -26,6 +26,18 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 # EXIF orientations that exchange width and height.
 _QUARTER_TURNS = (5, 6, 7, 8)
 _SIGNATURES = (b"\xff\xd8\xff", PNG, b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+# By the first two bytes of a file, or by its format.
+_SUFFIXES: dict[bytes | str, str] = {
+    b"\xff\xd8": ".jpg",
+    PNG[:2]: ".png",
+    b"GI": ".gif",
+    b"BM": ".bmp",
+    b"II": ".tif",
+    b"MM": ".tif",
+    b"\0\0": ".jp2",
+    "WEBP": ".webp",
+    "AVIF": ".avif",
+}
 _END_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", PNG: b"IEND\xaeB`\x82", b"GIF8": b";"}
 
 # Exceptions that Pillow's decoders of these formats raise on damaged files.
@@ -110,6 +122,12 @@ def read_size(header: bytes, *, max_pixels: int) -> tuple[int, int] | None:
         raise _too_many_pixels(max_pixels, error) from error
     except (OSError, ValueError, SyntaxError, struct.error):
         return None
+
+
+def image_suffix(data: bytes) -> str:
+    """Return the usual ending of a file with these bytes, such as ".jpg"; ".img" if they are of no known format."""
+    kind = "WEBP" if data[8:12] == b"WEBP" else "AVIF" if data[4:12] == b"ftypavif" else ""
+    return _SUFFIXES.get(kind or data[:2], ".img")
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

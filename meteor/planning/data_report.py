@@ -130,13 +130,7 @@ class SetReport:
         return "\n".join(lines)
 
     def _problem_lines(self) -> list[str]:
-        by_reason: dict[str, list[SampleProblem]] = {}
-        for problem in self.problems:
-            by_reason.setdefault(problem.reason, []).append(problem)
-        lines = []
-        for reason, found in by_reason.items():
-            ids = _examples(problem.sample_id for problem in found)
-            lines.append(f"  {reason}: {len(found):,} samples: {ids} ({found[0].message})")
+        lines = problem_lines(self.problems)
         if self.num_without_images:
             lines.append(f"  {self.num_without_images:,} samples lack an image that can be used")
         return lines
@@ -178,6 +172,18 @@ class DataReport:
             )
         blocks.append("The data can be used as they are." if self.ok else "Some of the data cannot be used.")
         return "\n\n".join(blocks)
+
+
+def problem_lines(problems: Iterable[SampleProblem]) -> list[str]:
+    """Return a line per reason: how many records cannot be used for it, a few of their ids, and one message."""
+    by_reason: dict[str, list[SampleProblem]] = {}
+    for problem in problems:
+        by_reason.setdefault(problem.reason, []).append(problem)
+    lines = []
+    for reason, found in by_reason.items():
+        ids = _examples(problem.sample_id for problem in found)
+        lines.append(f"  {reason}: {len(found):,} samples: {ids} ({found[0].message})")
+    return lines
 
 
 def _image_table(sources: Sequence[SourceReport]) -> list[str]:

@@ -64,7 +64,9 @@ def encode_missing(
 
 def _stream(settings: RunSettings, cache_uri: str, missing: Mapping[str, IndexRow]) -> Iterator[list[dict[str, Any]]]:
     """Yield the outcomes of images, batch by batch (`OUTCOME_SCHEMA`)."""
-    items = [{"image_key": key, "uri": missing[key].uri} for key in sorted(missing)]
+    # In the order of URIs, because images inside a Parquet file are read fast in the order of the file alone.
+    keys = sorted(missing, key=lambda key: (missing[key].uri, key))
+    items = [{"image_key": key, "uri": missing[key].uri} for key in keys]
     # A block becomes a batch of the encoder and then a feature file; Ray splits blocks with more than 128 MB of pixels.
     num_blocks = -(-len(items) // settings.cache.rows_per_file)
     sliced = ray.data.from_items(items, override_num_blocks=num_blocks).map_batches(

@@ -6,11 +6,10 @@ The module imports no torch, as `read_image` runs in a process on every CPU of t
 import hashlib
 from typing import Any
 
-from meteor import storage
 from meteor.data.image_problems import image_problems
 from meteor.errors import BadImageError
 from meteor.image.decode import decode_image
-from meteor.image.files import read_image_file
+from meteor.image.files import read_image_file, stat_image
 
 
 def read_image(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def read_image(row: dict[str, str], *, max_pixels: int) -> dict[str, Any]:
     }
     try:
         with image_problems(row["uri"]):
-            info = storage.stat(row["uri"])
+            info = stat_image(row["uri"])
             data = read_image_file(row["uri"])
             fields |= {"size_bytes": info.size_bytes, "etag": info.etag, "image_key": hashlib.sha256(data).hexdigest()}
             image = decode_image(data, max_pixels=max_pixels)

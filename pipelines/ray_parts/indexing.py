@@ -17,6 +17,8 @@ from meteor.config import RunSettings
 from meteor.data.roots import resolve_image
 from meteor.data.sample_sets import SampleSet
 from meteor.errors import ImagePathError, InaccessibleError, NotFoundError
+from meteor.image.files import at_image
+from meteor.image.inside import file_of, find_place
 from pipelines.ray_parts.image_facts import read_image
 from pipelines.ray_parts.runtime import num_blocks, progress
 
@@ -25,6 +27,8 @@ _OUTSIDE = "outside:"
 # If a folder of an object store has fewer names than this, each is looked up: the folder may hold millions of other files.
 _LIST_FROM = 32
 _NUM_STAT_THREADS = 32
+# The hub's image data sets have a hundred to a thousand rows per row group.
+_INSIDE_PER_BLOCK = 512
 
 
 def update_index(settings: RunSettings, sets: list[SampleSet], roots: Mapping[str, str]) -> tuple[DatasetIndex, int]:
@@ -71,11 +75,22 @@ def update_index(settings: RunSettings, sets: list[SampleSet], roots: Mapping[st
 
 
 def stat_all(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
-    """Return size and etag of the files that exist; in object stores, a listing returns a thousand of them per request."""
-    by_folder: dict[str, list[str]] = defaultdict(list)
+    """Return size and etag of the files that exist; in object stores, a listing returns a thousand of them per request.
+
+    An image inside a data file has the size and etag of that file.
+    """
+    images: dict[str, list[str]] = defaultdict(list)
     for uri in uris:
         if _is_place(uri):
-            by_folder[storage.parent(uri)].append(uri)
+            images[file_of(uri)].append(uri)
+    found = _stat_files(images)
+    return {uri: at_image(info, uri) for file, info in found.items() for uri in images[file]}
+
+
+def _stat_files(uris: Iterable[str]) -> dict[str, storage.ObjectInfo]:
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for uri in uris:
+        by_folder[storage.parent(uri)].append(uri)
     listed: set[str] = set()
     for folder in sorted(by_folder):
         # A listing includes the folders below, which come later in this order.
@@ -111,7 +126,10 @@ def read_images(places: list[dict[str, str]], max_pixels: int) -> Iterator[Index
     """Read, hash and decode images on all CPUs of the cluster."""
     if not places:
         return
-    dataset = ray.data.from_items(places, override_num_blocks=num_blocks(len(places), 16)).map(
+    # A block of images inside Parquet files spans several row groups, as each block decodes its first one from the start.
+    is_inside = any(find_place(place["uri"]) for place in places)
+    blocks = num_blocks(len(places), _INSIDE_PER_BLOCK if is_inside else 16)
+    dataset = ray.data.from_items(places, override_num_blocks=blocks).map(
         read_image, fn_kwargs={"max_pixels": max_pixels}
     )
     num_done = 0

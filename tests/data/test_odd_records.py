@@ -130,10 +130,10 @@ def test_a_damaged_file_is_read_or_refused_in_one_sentence_that_names_it(tmp_pat
 def test_an_error_that_nobody_foresaw_costs_one_record(tmp_path, monkeypatch):
     original = samples._read_record
 
-    def read(record, sample_id, for_generation):
+    def read(record, sample_id, *options):
         if sample_id == "good1":
             raise MemoryError("no room\nfor it")
-        return original(record, sample_id, for_generation)
+        return original(record, sample_id, *options)
 
     monkeypatch.setattr(samples, "_read_record", read)
     found = load_set(

@@ -85,3 +85,19 @@ def test_a_link_out_of_the_root_is_refused_and_a_root_that_is_a_link_is_not(tmp_
         found = resolve_image("file.jpg", {**roots, "linked": str(linked)})
         assert found == str(tmp_path / "root" / "file.jpg")
     assert resolve_image("folder/1.jpg", roots | {"folder": str(tmp_path / "elsewhere")})
+
+
+def test_images_inside_files_are_below_the_place_of_their_set(tmp_path):
+    cell, member = "#000000001/images/0", "#000000000512+9"
+    roots = {"": str(tmp_path / "root"), "@0123/": "s3://b/shards", "@4567/": "/d/x.tar"}
+    assert resolve_image(f"@0123/a/x.parquet{cell}", roots) == f"s3://b/shards/a/x.parquet{cell}"
+    assert resolve_image(f"@4567/{member}", roots) == f"/d/x.tar{member}"
+    for name in (f"@0123/../x.parquet{cell}", f"@0123//d/../../x.parquet{cell}", f"@4567/../x.tar{member}"):
+        with pytest.raises(ImagePathError):
+            resolve_image(name, roots)
+    # A name that only looks like it is a file below the roots, and no way around their check of links.
+    (tmp_path / "root").mkdir()
+    (tmp_path / "x.parquet").write_bytes(b"")
+    (tmp_path / "root/x.parquet").symlink_to(tmp_path / "x.parquet")
+    with pytest.raises(ImagePathError, match="outside every root"):
+        resolve_image(f"x.parquet{cell}", roots)

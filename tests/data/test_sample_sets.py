@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meteor import storage
 from meteor.config import settings_digest
-from meteor.data import sample_sets
+from meteor.data import digests, sample_sets
 from meteor.data.sample_sets import SampleSet, load_set
 from meteor.data.samples import load_samples
 from meteor.data.token_table import tokenise_set
@@ -58,19 +58,19 @@ def test_a_set_holds_what_the_file_does(file, folder):
 
 def test_a_file_is_parsed_once_and_hashed_once(file, folder, tmp_path, monkeypatch):
     calls = Counter()
-    for name in ("iter_samples", "_digest"):
-        original = getattr(sample_sets, name)
+    for module, name in ((sample_sets, "samples_in"), (digests, "file_digest")):
+        original = getattr(module, name)
         monkeypatch.setattr(
-            sample_sets, name, lambda uri, name=name, original=original: calls.update([name]) or original(uri)
+            module, name, lambda *given, name=name, original=original: calls.update([name]) or original(*given)
         )
     first = load_set(file, name="a", folder=folder)
     assert load_set(file, name="b", folder=folder).digest == first.digest
-    assert calls == {"iter_samples": 1, "_digest": 1}
+    assert calls == {"samples_in": 1, "file_digest": 1}
     # A copy is read to be hashed, and not parsed.
     copy = tmp_path / "copy.json"
     copy.write_bytes((tmp_path / "samples.json").read_bytes())
     assert load_set(str(copy), name="c", folder=folder).digest == first.digest
-    assert calls == {"iter_samples": 1, "_digest": 2}
+    assert calls == {"samples_in": 1, "file_digest": 2}
     copy.write_text(json.dumps(make_records(11)))
     assert len(load_set(str(copy), name="d", folder=folder)) == 10
 
@@ -86,13 +86,13 @@ def test_a_file_that_is_refused_leaves_nothing_that_a_later_reading_takes(tmp_pa
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(file, folder, monkeypatch):
-    def change(uri):
-        yield from load_samples(uri)[0]
-        with open(uri, "a") as content:
+    def change(files, prefix):
+        yield from load_samples(files.uri)[0]
+        with open(files.uri, "a") as content:
             content.write("\n")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sample_sets, "iter_samples", change)
+        patched.setattr(sample_sets, "samples_in", change)
         with pytest.raises(DataError, match="changed while it was read"):
             load_set(file, name="a", folder=folder)
     assert len(load_set(file, name="a", folder=folder)) == 9
