@@ -199,8 +199,8 @@ class LLMSettings(_Settings):
     dtype: Dtype = setting("bfloat16", "number type of the language model's weights in training and answering")
     attention: Literal["auto", "eager", "sdpa", "varlen"] = operational(
         "auto",
-        "attention kernel in training; varlen computes no padding (on CUDA with torch's FlashAttention), and auto chooses "
-        "varlen unless the dtype is float32 on CUDA",
+        "attention kernel in training; varlen computes no padding (on CUDA with torch's FlashAttention); auto chooses the "
+        "first of varlen, sdpa and eager that gives the language model's own logits, which is tried at the start",
     )
     gradient_checkpointing: bool = operational(
         True, "recompute activations in the backward pass: less memory, more computation"
@@ -243,10 +243,11 @@ class StageSettings(_Settings):
     aux_loss_coefficient: float = setting(
         0.01, "weight of the projector's auxiliary loss; without effect on projectors that have none", ge=0
     )
-    batching: Literal["padded", "grouped", "packed"] = setting(
-        "packed",
+    batching: Literal["auto", "padded", "grouped", "packed"] = setting(
+        "auto",
         "layout of a batch: padded (one sample per row), grouped (padded, with samples of similar length together), packed "
-        "(several samples per row, up to max_length tokens)",
+        "(several samples per row, up to max_length tokens), auto (packed, or grouped if the language model mixes tokens by "
+        "more than attention)",
     )
     fraction: float = setting(1.0, "share of the samples to train on; below 1 for a rehearsal", gt=0, le=1)
     features: Literal["cache", "live"] = setting(
@@ -254,7 +255,7 @@ class StageSettings(_Settings):
     )
     micro_batch_size: int = operational(
         16,
-        "rows of one forward pass on one worker: a row is one sample, or up to max_length tokens with batching=packed",
+        "rows of one forward pass on one worker: a row is one sample, or up to max_length tokens if samples are packed",
         ge=1,
     )
     zero_stage: Literal[0, 1, 2, 3] = operational(2, "stage of DeepSpeed's ZeRO optimiser")
@@ -311,7 +312,7 @@ class FinetuneSettings(StageSettings):
     )
     micro_batch_size: int = operational(
         4,
-        "rows of one forward pass on one worker: a row is one sample, or up to max_length tokens with batching=packed",
+        "rows of one forward pass on one worker: a row is one sample, or up to max_length tokens if samples are packed",
         ge=1,
     )
     zero_stage: Literal[0, 1, 2, 3] = operational(3, "stage of DeepSpeed's ZeRO optimiser")

@@ -19,8 +19,10 @@ from meteor.constants import IGNORE_INDEX, IMAGE_TOKEN_ID
 from meteor.data.collate import empty_sub_image, pad_sub_images
 from meteor.errors import DataError, SettingsError
 from meteor.model.answers import answer_head
-from meteor.model.attention import VARLEN, Layout, Unpadded
+from meteor.model.attention import VARLEN, Layout
 from meteor.model.configuration import MeteorConfig
+from meteor.model.language_model import accept_embeddings, set_supported_attention
+from meteor.model.rows import Arranged, arrange, close_gaps
 from meteor.model.text_sampler import TextSampler, TokenGroups
 from meteor.model_files import require_config
 from meteor.projector import Projector, ProjectorOutput, build_projector
@@ -66,13 +68,16 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             llm_width=config.text_config.hidden_size,
         )
         self.language_model: Any = (
-            language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
+            language_model
+            if language_model is not None
+            else AutoModelForCausalLM.from_config(config.text_config, attn_implementation="eager")
         )
+        accept_embeddings(self.language_model)
         self._has_answer_head = answer_head(self.language_model) is not None
         self.text_sampler = TextSampler(self.language_model, **config.text_sampler) if config.text_sampler else None
         # transformers passes its choice of attention to a model's own layers only, and clears it in the configs of parts.
         for part in filter(None, (self.language_model, self.vision_tower)):
-            part.set_attn_implementation(self.config._attn_implementation)
+            set_supported_attention(part, self.config._attn_implementation)
         self.post_init()
 
     @classmethod
@@ -223,28 +228,20 @@ class MeteorForConditionalGeneration(PreTrainedModel):
             )
         return TokenGroups.of(sample_BL, turns, image_numbers)
 
-    def _inputs(
-        self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None
-    ) -> tuple[dict[str, Any], Unpadded | None]:
-        """Return the language model's arguments, and the flattened layout if rows are flattened."""
+    def _arrange(self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None) -> Arranged:
+        """Arrange the samples for the language model; the text-guided sampler needs them where their groups are."""
         config = self.language_model.config
         if self.text_sampler is not None and groups is not None:
             flattens = config._attn_implementation == VARLEN
             self.text_sampler.begin(groups.map(layout.unpadded().take) if flattens else groups)
-        if config._attn_implementation != VARLEN:
-            mask = layout.mask(config, embeds_BLD.dtype)
-            return {"inputs_embeds": embeds_BLD, "attention_mask": mask, "position_ids": layout.position_BL}, None
-        flat = layout.unpadded()
-        inputs = {"inputs_embeds": flat.take(embeds_BLD), "position_ids": flat.position_1N}
-        return {**inputs, **flat.attention_arguments()}, flat
+        return arrange(config, embeds_BLD, layout, keep_rows=self.text_sampler is not None)
 
     def _logits(
         self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None, **kwargs: Any
     ) -> CausalLMOutputWithPast:
-        inputs, flat = self._inputs(embeds_BLD, layout, groups)
-        output = self.language_model(**inputs, use_cache=False, **kwargs)
-        if flat is not None:
-            output.logits = flat.restore(output.logits, embeds_BLD.shape[:2])
+        arranged = self._arrange(embeds_BLD, layout, groups)
+        output = self.language_model(**arranged.inputs, use_cache=False, **kwargs)
+        output.logits = arranged.restore(output.logits, embeds_BLD.shape[:2])
         return output
 
     def _answer_loss(
@@ -257,13 +254,11 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the answer tokens' summed cross-entropy divided by ``num_items`` or by their number, 0-d float32."""
-        inputs, flat = self._inputs(embeds_BLD, layout, groups)
-        tokens = flat or layout.unpadded()
-        next_N = tokens.next_labels(labels_BL)
+        arranged = self._arrange(embeds_BLD, layout, groups)
+        next_N = arranged.tokens.next_labels(labels_BL)
         answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
-        # Indices of these tokens in the language model's output, which has padded rows or all tokens in a single row.
-        places_N = answers_N if flat is not None else tokens.kept_N[answers_N]
-        inputs |= {"use_cache": False, **kwargs}
+        places_N = arranged.place_N[answers_N]
+        inputs = {**arranged.inputs, "use_cache": False, **kwargs}
         if self._has_answer_head:
             hidden = self.language_model.base_model(**inputs).last_hidden_state
             loss = self.language_model.get_output_embeddings()(hidden.flatten(0, 1)[places_N], next_N[answers_N])
@@ -299,12 +294,14 @@ class MeteorForConditionalGeneration(PreTrainedModel):
         embeds_BLD, attended_BL, _ = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
         )
-        inputs = {"inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
         if self.text_sampler is None:
+            embeds_BLD, attended_BL = close_gaps(embeds_BLD, attended_BL)
+            inputs = {"inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
             return self.language_model.generate(**inputs, **kwargs)
         if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
             raise SettingsError("a model with a text-guided sampler gives one answer per prompt: leave num_beams at 1")
         self.text_sampler.begin(self._token_groups(attended_BL.long(), turns, image_numbers))
+        inputs = {"inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
         try:
             return self.language_model.generate(**inputs, **kwargs)
         finally:
