@@ -1,6 +1,7 @@
 """Checks and choices about a stage's language model, from its configuration alone: before weights are loaded."""
 
 import torch
+from transformers import PretrainedConfig
 
 from meteor.config import RunSettings
 from meteor.errors import SettingsError
@@ -11,19 +12,26 @@ from meteor.stages import TrainingStage
 from meteor.train.build import DTYPES, read_llm_config
 
 
-def find_way(settings: RunSettings, stage: TrainingStage, *, device: torch.device | None = None) -> Way:
+def find_way(
+    settings: RunSettings,
+    stage: TrainingStage,
+    *,
+    llm: PretrainedConfig | None = None,
+    device: torch.device | None = None,
+) -> Way:
     """Choose attention and batching of a stage.
 
     Args:
         settings: settings of the run.
         stage: the training stage.
+        llm: configuration of the language model; None to read it.
         device: device of a training worker; the kind that the settings ask for if None, as this machine may have no GPU.
 
     Raises:
         SettingsError: the attention or the batching of the settings does not work with the language model.
     """
     return choose_way(
-        find_ways(read_llm_config(settings.llm.path)),
+        find_ways(llm or read_llm_config(settings.llm.path)),
         attention=settings.llm.attention,
         batching=settings.training(stage).batching,
         device=device or torch.device("cuda" if settings.runtime.gpus_per_worker else "cpu"),

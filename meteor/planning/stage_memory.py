@@ -183,7 +183,7 @@ class _Estimator:
     def estimate(self, settings: RunSettings) -> MemoryEstimate:
         options, llm = settings.training(self.stage), settings.llm
         dtype, num_tokens = DTYPES[llm.dtype], options.micro_batch_size * options.max_length
-        way = find_way(settings, self.stage)
+        way = find_way(settings, self.stage, llm=self.llm)
         layers = _count(
             self.llm,
             dtype=dtype,
