@@ -326,9 +326,40 @@ class FinetuneSettings(StageSettings):
     pretrained: str | None = operational(None, "URI of a stage-1 projector; omit for this run's own stage 1")
 
 
+class SelectionSettings(_Settings):
+    """Token selection when answering, for one question set."""
+
+    k: int | None = setting(None, "most visual tokens per sub-image when answering this set; omit for evaluate.k", ge=1)
+    visual_weight: Fraction | None = setting(
+        None, "weight of the class token's attention when answering this set; omit for evaluate.visual_weight"
+    )
+    sub_images: Literal["all", "global"] | None = setting(
+        None, "sub-images when answering this set; omit for evaluate.sub_images"
+    )
+
+
 class EvaluateSettings(_Settings):
     """Answering and scoring."""
 
+    k: int | None = setting(
+        None,
+        "most visual tokens per sub-image when answering, for the projectors meteor, meteor_37m and visual_topk; omit for the "
+        "number of training",
+        ge=1,
+    )
+    visual_weight: Fraction | None = setting(
+        None,
+        "weight of the class token's attention against the similarity to the instruction when answering, for meteor's "
+        "projectors; omit for the weight of training",
+    )
+    sub_images: Literal["all", "global"] | None = setting(
+        None,
+        "sub-images when answering: all, or the global view alone (global); omit for those of stage 2. Other numbers of slices "
+        "are other features: set slicing.max_slices and run cache_features",
+    )
+    sets: dict[Name, SelectionSettings] = setting(
+        {}, "other values of k, visual_weight and sub_images for some question sets: {gqa: {visual_weight: 0.3}}"
+    )
     max_new_tokens: int | None = setting(
         None,
         "most tokens of an answer; omit for each benchmark's limit: 16 or 32 for short answers, 128 for MM-Vet and MMMU",
@@ -492,6 +523,12 @@ class RunSettings(_Settings):
                 f"vision.attention_layers={list(self.vision.attention_layers)} must contain "
                 f"vision.select_layer={self.vision.select_layer}: the projector reads that block's attention"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _selections_belong_to_question_sets(self) -> "RunSettings":
+        if unknown := sorted(self.evaluate.sets.keys() - self.data.evaluate.keys()):
+            raise ValueError(f"evaluate.sets names {unknown[0]!r}, but data.evaluate has {sorted(self.data.evaluate)}")
         return self
 
     @model_validator(mode="after")
