@@ -69,11 +69,12 @@ class Answerer:
         size = len(questions) if self._answers_together else 1
         for start in range(0, len(questions), size):
             batch = self.batch(questions[start : start + size], source, selection=selection)
-            self._check_length(batch, max_new_tokens)
+            self.check_length(batch, max_new_tokens)
             texts += self.processor.batch_decode(self.generate(batch, max_new_tokens=max_new_tokens))
         return texts
 
-    def _check_length(self, batch: Batch, max_new_tokens: int) -> None:
+    def check_length(self, batch: Batch, max_new_tokens: int) -> None:
+        """Raise DataError if a prompt of the batch and its answer need more positions than the language model has."""
         longest = int((batch.attention_mask > 0).sum(dim=1).max())
         if self._num_positions is not None and longest + max_new_tokens > self._num_positions:
             raise DataError(

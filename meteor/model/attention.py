@@ -59,12 +59,16 @@ class Layout:
         if len(kinds) > 1:
             return {kind: self._mask_of(kind, config, dtype) for kind in kinds}
         # A model whose layers are all alike takes a single mask, and may name no kind.
-        unnamed = "full_attention" if _window(config) is None else "sliding_attention"
+        unnamed = "full_attention" if attention_window(config) is None else "sliding_attention"
         return self._mask_of(kinds[0] if kinds else unnamed, config, dtype)
 
     def _mask_of(self, kind: str, config: PretrainedConfig, dtype: torch.dtype) -> torch.Tensor:
         seen_BLL = (self.sample_BL[:, :, None] == self.sample_BL[:, None, :]).tril()
-        position_BL, window, chunk = self.position_BL, _window(config), getattr(config, "attention_chunk_size", None)
+        position_BL, window, chunk = (
+            self.position_BL,
+            attention_window(config),
+            getattr(config, "attention_chunk_size", None),
+        )
         if kind == "sliding_attention" and window is not None:
             seen_BLL &= position_BL[:, :, None] - position_BL[:, None, :] < window
         if kind == "chunked_attention" and chunk:
@@ -229,7 +233,8 @@ def check_varlen(device: torch.device, dtype: torch.dtype) -> None:
         raise SettingsError(f"llm.attention={VARLEN} needs bfloat16 or float16 on CUDA, and llm.dtype is {dtype}")
 
 
-def _window(config: PretrainedConfig) -> int | None:
+def attention_window(config: PretrainedConfig) -> int | None:
+    """Return the number of tokens that a model's sliding layers see; None without such layers."""
     # Qwen2's configurations name a window even if use_sliding_window switches it off.
     window = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None

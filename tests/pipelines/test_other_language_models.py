@@ -42,7 +42,8 @@ def make_llm(small, tmp_path):
     ],
 )
 def test_all_stages_run_with_another_language_model(name, line, make_llm, make_settings, encode, caplog):
-    settings = make_settings(llm={"path": make_llm(name)})
+    selection = {"visual_weight": 0.3, "sets": {"scenes": {"k": 2}}}
+    settings = make_settings(llm={"path": make_llm(name)}, evaluate=selection)
     encode(settings)
     with caplog.at_level(logging.INFO):
         stages = [stage.run(Inputs(settings)) for stage in (pretrain, finetune, evaluate)]
