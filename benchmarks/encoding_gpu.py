@@ -3,8 +3,8 @@
 The encoder is CLIP ViT-L/14-336 with random weights in bfloat16. The image sizes are mixed like those of LLaVA's data. Printed
 are sub-images per second, TFLOP/s and their share of this device's bfloat16 matrix product, memory, and the ratios between
 
-- packed: `FrozenClip.encode` with pixels that are on the device already;
-- packed from bytes: `FrozenClip.encode` from uint8 in the CPU's memory, uploaded and normalised on the device;
+- packed: `FrozenEncoder.encode` with pixels that are on the device already;
+- packed from bytes: `FrozenEncoder.encode` from uint8 in the CPU's memory, uploaded and normalised on the device;
 - grouped sdpa: transformers' tower with sdpa, in groups of all sub-images of a batch with equal size;
 - usual way: transformers' tower with eager attention of all blocks, one image at a time (LLaVA-UHD, VisionZip).
 """
@@ -24,7 +24,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.image.slicing import plan_slices
 from meteor.image.transform import normalise_batch
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 # Width, height and weight of image sizes: COCO and GQA, then documents, book covers, web images and screenshots.
 IMAGES = [
@@ -57,7 +57,7 @@ def main() -> None:
     dtype = torch.float32 if options.tiny else torch.bfloat16
     config = CLIPVisionConfig(**(TINY if options.tiny else LARGE), image_size=336, patch_size=14)
     towers = {name: make_tower(config, name, device, dtype) for name in ("sdpa", "eager")}
-    clip = FrozenClip(
+    clip = FrozenEncoder(
         towers["sdpa"], select_layer=LAYER, attention_layers=(LAYER,), digest="none", max_tokens=options.max_tokens
     )
     work = make_workload(options.images, device, dtype)
@@ -114,13 +114,13 @@ def report(
 
 
 @torch.inference_mode()
-def packed(clip: FrozenClip, work: Workload, batch: int) -> None:
+def packed(clip: FrozenEncoder, work: Workload, batch: int) -> None:
     for part in work.batches(batch):
         clip.encode([sub_image for image in work.on_device[part] for sub_image in image])
 
 
 @torch.inference_mode()
-def packed_from_bytes(clip: FrozenClip, work: Workload, batch: int) -> None:
+def packed_from_bytes(clip: FrozenEncoder, work: Workload, batch: int) -> None:
     for part in work.batches(batch):
         sub_images = [sub_image for image in work.on_cpu[part] for sub_image in image]
         clip.encode(normalise_batch(sub_images, clip.mean, clip.std, device=clip.device, dtype=clip.dtype))

@@ -28,7 +28,7 @@ import torch
 from side_by_side import Figures, compare, format_megabytes, format_seconds, print_table
 from train_work import SHAPES, Work, load_pixels, make_work
 
-from meteor.model.attention import choose_attention
+from meteor.model.attention import VARLEN, suits_varlen
 from meteor.train.build import checkpoint_activations, compile_layers, freeze_for
 from meteor.train.engine import make_engine
 from meteor.train.flops import ModelFlops, peak_flops
@@ -109,7 +109,7 @@ def make_ways(work: Work, device: torch.device, dtype: torch.dtype, options: arg
         max_bytes=512 << 20,
     )
     pixels = partial(load_pixels, work=work, num_threads=options.threads, dtype=dtype)
-    fast = choose_attention("auto", device, dtype)
+    fast = VARLEN if suits_varlen(device, dtype) else "sdpa"
     return {
         "usual": Way(pixels, "padded", options.samples_at_once, True, "sdpa"),
         "cached": Way(cached, "padded", options.samples_at_once, True, "sdpa"),

@@ -34,7 +34,7 @@ from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.text.batches import TokenBatch
 from meteor.text.tokens import TokenisedSample, VisualTokens
 from meteor.vision.encode_images import encode_sliced
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 # Widths and heights of typical images of COCO, GQA and TextVQA.
 SIZES = [(640, 480), (640, 427), (500, 375), (480, 640), (1024, 768), (427, 640), (640, 480), (336, 336)]
@@ -146,7 +146,7 @@ def _jpeg(number: int) -> bytes:
 def _fill_cache(
     folder: Path, identity: CacheIdentity, shown_images: dict[str, bytes], tower: CLIPVisionModel
 ) -> FeatureCache:
-    encoder = FrozenClip(tower, select_layer=-2, attention_layers=(-2,), digest=identity.encoder_digest)
+    encoder = FrozenEncoder(tower, select_layer=-2, attention_layers=(-2,), digest=identity.encoder_digest)
     uri = create_cache(str(folder), identity, "float16")
     codec, rows = open_codec(uri), []
     for key, data in shown_images.items():

@@ -23,6 +23,7 @@ from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question
 from meteor.evaluation.score_table import UNTYPED, score_rows, score_table, unusable_rows
 from meteor.image.pixels import PixelSettings
+from meteor.projector.answering import AnswerSelection
 from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import identify
 from pipelines.command import stage_main, timed
@@ -140,6 +141,15 @@ def longest_answer(settings: RunSettings, question_set: QuestionSet) -> int:
     return settings.evaluate.max_new_tokens or question_set.benchmark.max_new_tokens
 
 
+def find_selection(settings: RunSettings, set_name: str) -> AnswerSelection:
+    """Return the changes of the token selection for a question set: the set's own, else those of all sets."""
+    own, shared = settings.evaluate.sets.get(set_name), settings.evaluate
+    values = {name: getattr(own, name, None) for name in ("k", "visual_weight", "sub_images")}
+    return AnswerSelection(
+        **{name: getattr(shared, name) if value is None else value for name, value in values.items()}
+    )
+
+
 def find_questions(
     settings: RunSettings, sets: Sequence[QuestionSet], index: DatasetIndex, cache: FeatureCache
 ) -> list[SetQuestion]:
@@ -159,7 +169,9 @@ def find_questions(
             shown = question.sample.images
             reason = next(filter(None, [_reason(name, images, pixels) for name in shown]), "")
             keys = tuple(images[name].image_key for name in shown)
-            found.append(SetQuestion(question_set.name, replace(question, image_keys=keys), reason, longest))
+            of_set = find_selection(settings, question_set.name)
+            with_keys = replace(question, image_keys=keys)
+            found.append(SetQuestion(question_set.name, with_keys, reason, longest, of_set))
     return found
 
 

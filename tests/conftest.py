@@ -36,7 +36,7 @@ from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorIma
 from meteor.model.remote import FILE_NAME, SOURCE
 from meteor.text.tokens import TokenisedSample, VisualTokens, load_tokenizer
 
-# The real S3 server and the proxy before it, which benchmarks/faults.py starts as well; a data set in every form; eager_towers.py.
+# A data set in every form; the real S3 server and the proxy before it, which benchmarks/faults.py starts too; eager towers.
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 sys.path.insert(0, str(Path(__file__).parent / "s3"))
 sys.path.insert(0, str(Path(__file__).parent / "vision"))

@@ -2,15 +2,16 @@
 
 from meteor.config import FinetuneSettings, StageSettings
 from meteor.train.lora import Lora
-from meteor.train.plan import Recipe
+from meteor.train.plan import Batching, Recipe
 
 
-def make_recipe(stage: StageSettings, native_weight_full: float | None) -> Recipe:
+def make_recipe(stage: StageSettings, native_weight_full: float | None, batching: Batching) -> Recipe:
     """Return the recipe of a stage.
 
     Args:
         stage: settings of the stage.
         native_weight_full: weight of the native expert after its warm-up; None for projectors without this expert.
+        batching: layout of a batch, which `meteor.assembly.language_model.find_way` chooses.
     """
     return Recipe(
         lr=stage.lr,
@@ -22,7 +23,7 @@ def make_recipe(stage: StageSettings, native_weight_full: float | None) -> Recip
         native_warmup=stage.native_warmup,
         native_weight_full=native_weight_full,
         aux_loss_coefficient=stage.aux_loss_coefficient,
-        batching=stage.batching,
+        batching=batching,
         max_length=stage.max_length,
         checkpoint_every_steps=stage.checkpoint_every_steps,
         checkpoint_every_s=stage.checkpoint_every_minutes * 60,

@@ -216,8 +216,8 @@ class LLMSettings(_Settings):
     dtype: Dtype = setting("bfloat16", "number type of the language model's weights in training and answering")
     attention: Literal["auto", "eager", "sdpa", "varlen"] = operational(
         "auto",
-        "attention kernel in training; varlen computes no padding (on CUDA with torch's FlashAttention), and auto chooses "
-        "varlen unless the dtype is float32 on CUDA",
+        "attention kernel in training; varlen computes no padding (on CUDA with torch's FlashAttention); auto chooses the "
+        "first of varlen, sdpa and eager that gives the language model's own logits, which is tried at the start",
     )
     gradient_checkpointing: bool = operational(
         True, "recompute activations in the backward pass: less memory, more computation"
@@ -260,10 +260,11 @@ class StageSettings(_Settings):
     aux_loss_coefficient: float = setting(
         0.01, "weight of the projector's auxiliary loss; without effect on projectors that have none", ge=0
     )
-    batching: Literal["padded", "grouped", "packed"] = setting(
-        "packed",
+    batching: Literal["auto", "padded", "grouped", "packed"] = setting(
+        "auto",
         "layout of a batch: padded (one sample per row), grouped (padded, with samples of similar length together), packed "
-        "(several samples per row, up to max_length tokens)",
+        "(several samples per row, up to max_length tokens), auto (packed, or grouped if the language model mixes tokens by "
+        "more than attention)",
     )
     fraction: float = setting(1.0, "share of the samples to train on; below 1 for a rehearsal", gt=0, le=1)
     features: Literal["cache", "live"] = setting(
@@ -271,7 +272,7 @@ class StageSettings(_Settings):
     )
     micro_batch_size: int = operational(
         16,
-        "rows of one forward pass on one worker: a row is one sample, or up to max_length tokens with batching=packed",
+        "rows of one forward pass on one worker: a row is one sample, or up to max_length tokens if samples are packed",
         ge=1,
     )
     zero_stage: Literal[0, 1, 2, 3] = operational(2, "stage of DeepSpeed's ZeRO optimiser")
@@ -328,7 +329,7 @@ class FinetuneSettings(StageSettings):
     )
     micro_batch_size: int = operational(
         4,
-        "rows of one forward pass on one worker: a row is one sample, or up to max_length tokens with batching=packed",
+        "rows of one forward pass on one worker: a row is one sample, or up to max_length tokens if samples are packed",
         ge=1,
     )
     zero_stage: Literal[0, 1, 2, 3] = operational(3, "stage of DeepSpeed's ZeRO optimiser")
@@ -342,9 +343,40 @@ class FinetuneSettings(StageSettings):
     pretrained: str | None = operational(None, "URI of a stage-1 projector; omit for this run's own stage 1")
 
 
+class SelectionSettings(_Settings):
+    """Token selection when answering, for one question set."""
+
+    k: int | None = setting(None, "most visual tokens per sub-image when answering this set; omit for evaluate.k", ge=1)
+    visual_weight: Fraction | None = setting(
+        None, "weight of the class token's attention when answering this set; omit for evaluate.visual_weight"
+    )
+    sub_images: Literal["all", "global"] | None = setting(
+        None, "sub-images when answering this set; omit for evaluate.sub_images"
+    )
+
+
 class EvaluateSettings(_Settings):
     """Answering and scoring."""
 
+    k: int | None = setting(
+        None,
+        "most visual tokens per sub-image when answering, for the projectors meteor, meteor_37m and visual_topk; omit for the "
+        "number of training",
+        ge=1,
+    )
+    visual_weight: Fraction | None = setting(
+        None,
+        "weight of the class token's attention against the similarity to the instruction when answering, for meteor's "
+        "projectors; omit for the weight of training",
+    )
+    sub_images: Literal["all", "global"] | None = setting(
+        None,
+        "sub-images when answering: all, or the global view alone (global); omit for those of stage 2. Other numbers of slices "
+        "are other features: set slicing.max_slices and run cache_features",
+    )
+    sets: dict[Name, SelectionSettings] = setting(
+        {}, "other values of k, visual_weight and sub_images for some question sets: {gqa: {visual_weight: 0.3}}"
+    )
     max_new_tokens: int | None = setting(
         None,
         "most tokens of an answer; omit for each benchmark's limit: 16 or 32 for short answers, 128 for MM-Vet and MMMU",
@@ -508,6 +540,12 @@ class RunSettings(_Settings):
                 f"vision.attention_layers={list(self.vision.attention_layers)} must contain "
                 f"vision.select_layer={self.vision.select_layer}: the projector reads that block's attention"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _selections_belong_to_question_sets(self) -> "RunSettings":
+        if unknown := sorted(self.evaluate.sets.keys() - self.data.evaluate.keys()):
+            raise ValueError(f"evaluate.sets names {unknown[0]!r}, but data.evaluate has {sorted(self.data.evaluate)}")
         return self
 
     @model_validator(mode="after")

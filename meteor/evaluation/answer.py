@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from meteor.cache import CacheIdentity, FeatureCache
-from meteor.data.collate import Batch, collate
-from meteor.errors import NotFoundError
+from meteor.data.collate import Batch, VisualTokenBudget, collate
+from meteor.errors import DataError, NotFoundError
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
+from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.model.positions import num_positions
+from meteor.model.trial import find_ways
 from meteor.pretrained import download_folder, load_pretrained
+from meteor.projector.answering import AS_TRAINED, AnswerSelection, set_selection
 from meteor.text.tokens import tokenise
 
 
@@ -38,26 +42,65 @@ class Answerer:
             self.model.to(device).eval()
             self.processor = MeteorProcessor.from_pretrained(folder)
         self.device = device
+        llm = self.model.config.text_config
+        self._num_positions, self._answers_together = num_positions(llm), find_ways(llm).answering is None
 
     def check(self, cache: FeatureCache) -> None:
         """Refuse features that the model was not trained on; `CacheMismatchError` names the field that differs."""
         cache.identity.require_match(CacheIdentity.from_dict(self.model.config.cache_identity))
 
-    def answer(self, questions: Sequence[Question], source: FeatureSource, *, max_new_tokens: int) -> list[str]:
-        """Answer the questions greedily and return the texts in their order."""
-        return self.decode(self.generate(self.batch(questions, source), max_new_tokens=max_new_tokens))
-
     def decode(self, tokens: torch.Tensor) -> list[str]:
         """Return answers (B, new tokens) as texts, without special tokens and surrounding white space."""
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
-    def batch(self, questions: Sequence[Question], source: FeatureSource, *, with_answers: bool = False) -> Batch:
+    def answer(
+        self,
+        questions: Sequence[Question],
+        source: FeatureSource,
+        *,
+        max_new_tokens: int,
+        selection: AnswerSelection = AS_TRAINED,
+    ) -> list[str]:
+        """Answer the questions greedily and return the texts in their order.
+
+        Raises:
+            DataError: a prompt and its answer need more positions than the language model has.
+            SettingsError: the projector does not have a setting of ``selection``.
+        """
+        set_selection(self.model.projector, selection)
+        texts: list[str] = []
+        # A model that padding disturbs gets its prompts one by one.
+        size = len(questions) if self._answers_together else 1
+        for start in range(0, len(questions), size):
+            batch = self.batch(questions[start : start + size], source, selection=selection)
+            self.check_length(batch, max_new_tokens)
+            texts += self.decode(self.generate(batch, max_new_tokens=max_new_tokens))
+        return texts
+
+    def check_length(self, batch: Batch, max_new_tokens: int) -> None:
+        """Raise DataError if a prompt of the batch and its answer need more positions than the language model has."""
+        longest = int((batch.attention_mask > 0).sum(dim=1).max())
+        if self._num_positions is not None and longest + max_new_tokens > self._num_positions:
+            raise DataError(
+                f"the prompt has {longest} tokens, and an answer up to {max_new_tokens}: the language model has "
+                f"{self._num_positions} positions. Set a smaller evaluate.k or evaluate.sub_images=global, or show fewer images"
+            )
+
+    def batch(
+        self,
+        questions: Sequence[Question],
+        source: FeatureSource,
+        *,
+        with_answers: bool = False,
+        selection: AnswerSelection = AS_TRAINED,
+    ) -> Batch:
         """Make the model's inputs for the questions, on its device.
 
         Args:
             questions: questions with their image keys.
             source: features of the images.
             with_answers: include the samples' last turns as labelled answers, to score given texts.
+            selection: changes of the token selection, which `answer` sets in the projector as well.
         """
         processor = self.processor
         samples = []
@@ -73,15 +116,21 @@ class Answerer:
             samples.append([(tokens, [next(images) for _ in question.image_keys])])
         return collate(
             samples,
-            budget=processor.budget,
+            budget=self._budget(selection),
             visual_tokens=processor.visual_tokens,
             pad_id=processor.tokenizer.pad_token_id,
             vision_width=self.model.config.vision_config.hidden_size,
             select_layer=self.model.config.select_layer,
-            sub_images=processor.image_processor.sub_images,
+            sub_images=selection.sub_images or processor.image_processor.sub_images,
             # Generation appends tokens on the right, so the padding must be on the left.
             padding_side="left",
         ).to(self.device)
+
+    def _budget(self, selection: AnswerSelection) -> VisualTokenBudget:
+        if selection.k is None:
+            return self.processor.budget
+        projector = {**self.model.config.projector, "k": selection.k}
+        return visual_token_budget(projector.pop("name"), projector)
 
     def generate(self, batch: Batch, *, max_new_tokens: int, min_new_tokens: int = 0, **kwargs: Any) -> torch.Tensor:
         """Generate the answers' tokens (B, new tokens) greedily; ``kwargs`` go to Hugging Face's ``generate``."""

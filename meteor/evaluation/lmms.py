@@ -4,6 +4,7 @@ lmms-eval finds `manifest` by the entry-point group ``lmms_eval.models`` and imp
 imports it, because lmms-eval is an optional package.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,13 +17,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from meteor.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER
+from meteor.data.bulk import by_halves
 from meteor.data.samples import Sample
-from meteor.errors import SettingsError
+from meteor.errors import DataError, SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.evaluation.shown import ShownImages
 from meteor.text.conversation import Turn
 
+_LOG = logging.getLogger(__name__)
 _MAX_NEW_TOKENS = 128
 
 
@@ -68,7 +71,7 @@ class LlavaMeteor(lmms):
         for batch in _batches(order, self._batch_size, lambda i: _longest(requests[i])):
             shown = ShownImages(self._answerer.model, self._answerer.processor)
             questions = [self._question(i, requests[i], shown) for i in batch]
-            texts = self._answerer.answer(questions, shown, max_new_tokens=_longest(requests[batch[0]]))
+            texts = self._answer(questions, shown, _longest(requests[batch[0]]))
             for i, text in zip(batch, texts, strict=True):
                 context, options = requests[i].args[:2]
                 answers[i] = _cut(text, options.get("until") or [])
@@ -110,6 +113,19 @@ class LlavaMeteor(lmms):
     def _document(self, request: Any) -> Any:
         *_, doc_id, task, split = request.args
         return self.task_dict[task][split][doc_id]
+
+    def _answer(self, questions: Sequence[Question], shown: ShownImages, longest: int) -> list[str]:
+        """Answer a batch; a prompt beyond the model's positions has the answer "", and a line says why."""
+
+        def ask(some: Sequence[Question]) -> list[str]:
+            return self._answerer.answer(some, shown, max_new_tokens=longest)
+
+        def leave_out(some: Sequence[Question], error: BaseException) -> list[str]:
+            _LOG.warning("%s has no answer: %s", some[0].id, error)
+            return [""]
+
+        parts = by_halves(ask, questions, leave_out, concerns_items=lambda error: isinstance(error, DataError))
+        return [text for part in parts for text in part]
 
     def _question(self, number: int, request: Any, shown: ShownImages) -> Question:
         """Make a question with its images first, as in training; placeholders in the task's text are removed."""

@@ -22,7 +22,7 @@ class ShownImages:
     """
 
     def __init__(self, model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> None:
-        self._encoder, self._pixels = model.frozen_clip(), processor.image_processor.pixels
+        self._encoder, self._pixels = model.frozen_encoder(), processor.image_processor.pixels
         self._features: dict[str, ImageFeatures] = {}
 
     def add(self, key: str, image: Image.Image) -> ImageFeatures:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from meteor.model.language_model import changes_logits
+
 # The fp32 logits of 1,024 tokens and 32,000 words are 131 MB. Those of 16,384 answer tokens would be 2.1 GB, and their
 # gradient as much again.
 CHUNK_TOKENS = 1024
@@ -98,12 +100,8 @@ def answer_head(language_model: Any) -> AnswerHead | None:
 
     Gemma caps its logits, Granite and Cohere scale them: their loss needs the model's own forward pass.
     """
-    config, head = language_model.config, language_model.get_output_embeddings()
-    changed = any(
-        getattr(config, name, None) not in (None, 1, 1.0)
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    )
-    if changed or type(head) not in (nn.Linear, AnswerHead):
+    head = language_model.get_output_embeddings()
+    if type(head) not in (nn.Linear, AnswerHead) or changes_logits(language_model):
         return None
     answers = head if isinstance(head, AnswerHead) else AnswerHead.around(head)
     language_model.set_output_embeddings(answers)

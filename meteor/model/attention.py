@@ -47,21 +47,34 @@ class Layout:
         first_BL = torch.where(starts_BL, before_BL, 0).cummax(-1).values
         return cls(sample_BL * attended_BL, before_BL - first_BL)
 
-    def mask(self, config: PretrainedConfig, dtype: torch.dtype) -> torch.Tensor:
+    def mask(self, config: PretrainedConfig, dtype: torch.dtype) -> torch.Tensor | dict[str, torch.Tensor]:
         """Build the explicit block mask, (B, 1, L, L), bool for ``sdpa``, additive for ``eager``.
 
         Padding sees padding, because a softmax over nothing would be NaN; no sample sees padding.
 
-        Raises:
-            SettingsError: rows are longer than the language model's sliding window, which this mask does not model.
+        Returns:
+            The mask, or a mask for each kind of the model's attention layers if there are several kinds.
         """
-        length, window = self.sample_BL.shape[1], _window(config)
-        if window is not None and length > window:
-            raise SettingsError(
-                f"rows have {length} tokens, but the language model attends within {window}: lower max_length"
-            )
-        same_BLL = self.sample_BL[:, :, None] == self.sample_BL[:, None, :]
-        mask_B1LL = same_BLL.tril().unsqueeze(1)
+        kinds = sorted({kind for kind in getattr(config, "layer_types", None) or () if kind.endswith("attention")})
+        if len(kinds) > 1:
+            return {kind: self._mask_of(kind, config, dtype) for kind in kinds}
+        # A model whose layers are all alike takes a single mask, and may name no kind.
+        unnamed = "full_attention" if attention_window(config) is None else "sliding_attention"
+        return self._mask_of(kinds[0] if kinds else unnamed, config, dtype)
+
+    def _mask_of(self, kind: str, config: PretrainedConfig, dtype: torch.dtype) -> torch.Tensor:
+        seen_BLL = (self.sample_BL[:, :, None] == self.sample_BL[:, None, :]).tril()
+        position_BL, window, chunk = (
+            self.position_BL,
+            attention_window(config),
+            getattr(config, "attention_chunk_size", None),
+        )
+        if kind == "sliding_attention" and window is not None:
+            seen_BLL &= position_BL[:, :, None] - position_BL[:, None, :] < window
+        if kind == "chunked_attention" and chunk:
+            seen_BLL &= position_BL[:, :, None] // chunk == position_BL[:, None, :] // chunk
+        # The positions of padding are not those of a sample: each such token sees at least itself.
+        mask_B1LL = (seen_BLL | torch.eye(seen_BLL.shape[1], device=seen_BLL.device, dtype=torch.bool)).unsqueeze(1)
         if config._attn_implementation != "eager":
             return mask_B1LL
         return torch.zeros_like(mask_B1LL, dtype=dtype).masked_fill(~mask_B1LL, torch.finfo(dtype).min)
@@ -145,11 +158,12 @@ def varlen_attention(
         The attended values, (1, N, H, d), and None instead of the weights.
 
     Raises:
-        SettingsError: the lengths of the samples are missing, as in answering, or exceed a sliding window on a CPU.
+        SettingsError: the lengths of the samples are missing, as in answering.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise SettingsError(
-            f"attention {VARLEN!r} is for training, which knows the samples' lengths; answer with 'sdpa'"
+            f"attention {VARLEN!r} got no lengths of samples: it is for training, and for models that hand the lengths on to "
+            f"their layers, as {type(module).__name__} may not: take 'sdpa', which is also the attention to answer with"
         )
     assert dropout == 0.0, "no causal LM of these stages drops attention"
     query_NHd, key_NHd, value_NHd = (x.squeeze(0).transpose(0, 1) for x in (query_1HNd, key_1HNd, value_1HNd))
@@ -173,12 +187,9 @@ def varlen_attention(
         )
         assert isinstance(output_NHd, torch.Tensor), "no auxiliary output was asked for"
         return output_NHd.unsqueeze(0), None
-    if sliding_window is not None and max_length_q > sliding_window:
-        raise SettingsError(
-            f"a sample has {max_length_q} tokens, but the language model attends within {sliding_window}"
-        )
-    output_1HNd = _sample_by_sample(query_1HNd, key_1HNd, value_1HNd, cu_seq_lens_q, scaling, grouped)
-    return output_1HNd.transpose(1, 2), None
+    output_1HNd = _sample_by_sample(query_1HNd, key_1HNd, value_1HNd, cu_seq_lens_q, scaling, grouped, sliding_window)
+    # Some models look at the result in another shape, for which it must be contiguous.
+    return output_1HNd.transpose(1, 2).contiguous(), None
 
 
 # Compiled code would be valid for these sample lengths alone, and every batch would compile again.
@@ -190,10 +201,20 @@ def _sample_by_sample(
     bounds: torch.Tensor,
     scaling: float | None,
     grouped: bool,
+    window: int | None,
 ) -> torch.Tensor:
     lengths = bounds.diff().tolist()
+
+    def attend(q_1Hnd: torch.Tensor, k_1Hnd: torch.Tensor, v_1Hnd: torch.Tensor) -> torch.Tensor:
+        length = q_1Hnd.shape[2]
+        options: dict[str, Any] = {"is_causal": True}
+        if window is not None and length > window:
+            seen = torch.ones(length, length, dtype=torch.bool, device=q_1Hnd.device)
+            options = {"attn_mask": seen.tril().triu(1 - window)}
+        return F.scaled_dot_product_attention(q_1Hnd, k_1Hnd, v_1Hnd, **options, scale=scaling, enable_gqa=grouped)
+
     parts = [
-        F.scaled_dot_product_attention(q_1Hnd, k_1Hnd, v_1Hnd, is_causal=True, scale=scaling, enable_gqa=grouped)
+        attend(q_1Hnd, k_1Hnd, v_1Hnd)
         for q_1Hnd, k_1Hnd, v_1Hnd in zip(
             *(x.split(lengths, dim=2) for x in (query_1HNd, key_1HNd, value_1HNd)), strict=True
         )
@@ -201,21 +222,19 @@ def _sample_by_sample(
     return torch.cat(parts, dim=2)
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Turn ``auto`` into `varlen`, or into ``sdpa`` for float32 on CUDA, which FlashAttention does not support.
+def suits_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether `varlen` computes this type on this device: FlashAttention does not support float32 on CUDA."""
+    return device.type != "cuda" or dtype in (torch.float16, torch.bfloat16)
 
-    Raises:
-        SettingsError: ``varlen`` is wanted in float32 on CUDA.
-    """
-    possible = device.type != "cuda" or dtype in (torch.float16, torch.bfloat16)
-    if wanted == VARLEN and not possible:
+
+def check_varlen(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise SettingsError if `varlen` cannot compute this type on this device."""
+    if not suits_varlen(device, dtype):
         raise SettingsError(f"llm.attention={VARLEN} needs bfloat16 or float16 on CUDA, and llm.dtype is {dtype}")
-    if wanted == "auto":
-        return VARLEN if possible else "sdpa"
-    return wanted
 
 
-def _window(config: PretrainedConfig) -> int | None:
+def attention_window(config: PretrainedConfig) -> int | None:
+    """Return the number of tokens that a model's sliding layers see; None without such layers."""
     # Qwen2's configurations name a window even if use_sliding_window switches it off.
     window = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None

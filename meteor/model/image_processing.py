@@ -17,6 +17,7 @@ from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.data.collate import ImageLayout
 from meteor.image.pixels import PixelSettings
 from meteor.image.shown import as_shown
+from meteor.image.slicing import Resample
 from meteor.image.transform import normalise, slice_image
 from meteor.model.configuration import MeteorConfig
 from meteor.model.remote import AUTO_MAP
@@ -26,7 +27,7 @@ class MeteorImageProcessor(BaseImageProcessor):
     """LLaVA-UHD slicing and normalisation; saved as ``preprocessor_config.json``.
 
     Args:
-        max_slices, resolution, patch_size, max_aspect_ratio, max_pixels: see `meteor.image.pixels.PixelSettings`.
+        max_slices, resolution, patch_size, max_aspect_ratio, max_pixels, resample: see `meteor.image.pixels.PixelSettings`.
         image_mean, image_std: normalisation of the vision tower's input, per colour channel.
         sub_images: ``global`` if stage 2 was trained on the global view alone.
     """
@@ -40,6 +41,7 @@ class MeteorImageProcessor(BaseImageProcessor):
         patch_size: int = PixelSettings.patch_size,
         max_aspect_ratio: float = PixelSettings.max_aspect_ratio,
         max_pixels: int = PixelSettings.max_pixels,
+        resample: Resample = PixelSettings.resample,
         image_mean: tuple[float, ...] = CLIP_MEAN,
         image_std: tuple[float, ...] = CLIP_STD,
         sub_images: Literal["all", "global"] = "all",
@@ -47,7 +49,7 @@ class MeteorImageProcessor(BaseImageProcessor):
     ) -> None:
         super().__init__(**kwargs)
         self.max_slices, self.resolution, self.patch_size = max_slices, resolution, patch_size
-        self.max_aspect_ratio, self.max_pixels = max_aspect_ratio, max_pixels
+        self.max_aspect_ratio, self.max_pixels, self.resample = max_aspect_ratio, max_pixels, resample
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.sub_images = sub_images
         self.auto_map = AUTO_MAP["image_processor"]
@@ -55,7 +57,9 @@ class MeteorImageProcessor(BaseImageProcessor):
     @property
     def pixels(self) -> PixelSettings:
         """Slicing parameters and size limits."""
-        return PixelSettings(self.max_slices, self.resolution, self.patch_size, self.max_aspect_ratio, self.max_pixels)
+        return PixelSettings(
+            self.max_slices, self.resolution, self.patch_size, self.max_aspect_ratio, self.max_pixels, self.resample
+        )
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Return the sub-images of an image of ``width`` x ``height`` pixels.

@@ -25,13 +25,15 @@ from meteor.constants import IGNORE_INDEX
 from meteor.data.collate import empty_sub_image, pad_sub_images
 from meteor.errors import DataError, SettingsError
 from meteor.model.answers import answer_head
-from meteor.model.attention import VARLEN, Layout, Unpadded
+from meteor.model.attention import VARLEN, Layout
 from meteor.model.configuration import MeteorConfig
+from meteor.model.language_model import accept_embeddings, set_supported_attention
+from meteor.model.rows import Arranged, arrange, close_gaps
 from meteor.model.text_sampler import TextSampler, TokenGroups
 from meteor.model_files import require_config
 from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 from meteor.vision.towers import build_tower
 
 
@@ -72,8 +74,11 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             llm_width=config.text_config.hidden_size,
         )
         self.language_model: Any = (
-            language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
+            language_model
+            if language_model is not None
+            else AutoModelForCausalLM.from_config(config.text_config, attn_implementation="eager")
         )
+        accept_embeddings(self.language_model)
         self._has_answer_head = answer_head(self.language_model) is not None
         parts = filter(None, (self.language_model, self.vision_tower))
         # Layers that accelerate must not divide between devices are those of the parts, whatever their architecture.
@@ -81,7 +86,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.text_sampler = TextSampler(self.language_model, **config.text_sampler) if config.text_sampler else None
         # transformers passes its choice of attention to a model's own layers only, and clears it in the configs of parts.
         for part in filter(None, (self.language_model, self.vision_tower)):
-            part.set_attn_implementation(self.config._attn_implementation)
+            set_supported_attention(part, self.config._attn_implementation)
         self.post_init()
 
     @classmethod
@@ -139,7 +144,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._has_answer_head = answer_head(self.language_model) is not None
         self.config.text_config = self.language_model.config
 
-    def frozen_clip(self) -> FrozenClip:
+    def frozen_encoder(self) -> FrozenEncoder:
         """Return the vision tower as an encoder.
 
         Raises:
@@ -151,7 +156,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # The cache's digest is taken over: hashing the weights takes about 1 s, and these weights may have been cast.
         known: dict[str, Any] = {"digest": identity.get("encoder_digest"), "importance": identity.get("importance")}
         known |= {name: identity["preprocessing"][name] for name in ("mean", "std") if identity}
-        return FrozenClip(self.vision_tower, select_layer=select_layer, attention_layers=(select_layer,), **known)
+        return FrozenEncoder(self.vision_tower, select_layer=select_layer, attention_layers=(select_layer,), **known)
 
     def encode(
         self, pixel_values: torch.Tensor | None = None, grids: torch.Tensor | None = None
@@ -165,7 +170,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             Features (S, P, C), class-token attention (S, P) and grids (S, 2).
         """
-        clip = self.frozen_clip()
+        clip = self.frozen_encoder()
         side, images = clip.patch_size, []
         if pixel_values is not None:
             if grids is not None and len(grids) != len(pixel_values):
@@ -317,28 +322,20 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return TokenGroups.of(sample_BL, turns, image_numbers)
 
-    def _inputs(
-        self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None
-    ) -> tuple[dict[str, Any], Unpadded | None]:
-        """Return the language model's arguments, and the flattened layout if rows are flattened."""
+    def _arrange(self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None) -> Arranged:
+        """Arrange the samples for the language model; the text-guided sampler needs them where their groups are."""
         config = self.language_model.config
         if self.text_sampler is not None and groups is not None:
             flattens = config._attn_implementation == VARLEN
             self.text_sampler.begin(groups.map(layout.unpadded().take) if flattens else groups)
-        if config._attn_implementation != VARLEN:
-            mask = layout.mask(config, embeds_BLD.dtype)
-            return {"inputs_embeds": embeds_BLD, "attention_mask": mask, "position_ids": layout.position_BL}, None
-        flat = layout.unpadded()
-        inputs = {"inputs_embeds": flat.take(embeds_BLD), "position_ids": flat.position_1N}
-        return {**inputs, **flat.attention_arguments()}, flat
+        return arrange(config, embeds_BLD, layout, keep_rows=self.text_sampler is not None)
 
     def _logits(
         self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None, **kwargs: Any
     ) -> CausalLMOutputWithPast:
-        inputs, flat = self._inputs(embeds_BLD, layout, groups)
-        output = self.language_model(**{**kwargs, **inputs, "use_cache": False})
-        if flat is not None:
-            output.logits = flat.restore(output.logits, embeds_BLD.shape[:2])
+        arranged = self._arrange(embeds_BLD, layout, groups)
+        output = self.language_model(**{**kwargs, **arranged.inputs, "use_cache": False})
+        output.logits = arranged.restore(output.logits, embeds_BLD.shape[:2])
         return output
 
     def hidden_states(
@@ -362,9 +359,10 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         layout = Layout.of(attention_mask.long(), attended_BL)
         groups = self._token_groups(layout.sample_BL, turns, image_numbers)
-        inputs, flat = self._inputs(embeds_BLD, layout, groups)
-        hidden = self.language_model.base_model(**{**kwargs, **inputs, "use_cache": False}).last_hidden_state
-        return hidden if flat is None else flat.restore(hidden, embeds_BLD.shape[:2])
+        arranged = self._arrange(embeds_BLD, layout, groups)
+        inputs = {**kwargs, **arranged.inputs, "use_cache": False}
+        hidden = self.language_model.base_model(**inputs).last_hidden_state
+        return arranged.restore(hidden, embeds_BLD.shape[:2])
 
     def _answer_loss(
         self,
@@ -376,13 +374,11 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the answer tokens' summed cross-entropy divided by ``num_items`` or by their number, 0-d float32."""
-        inputs, flat = self._inputs(embeds_BLD, layout, groups)
-        tokens = flat or layout.unpadded()
-        next_N = tokens.next_labels(labels_BL)
+        arranged = self._arrange(embeds_BLD, layout, groups)
+        next_N = arranged.tokens.next_labels(labels_BL)
         answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
-        # Indices of these tokens in the language model's output, which has padded rows or all tokens in a single row.
-        places_N = answers_N if flat is not None else tokens.kept_N[answers_N]
-        inputs = {**kwargs, **inputs, "use_cache": False}
+        places_N = arranged.place_N[answers_N]
+        inputs = {**kwargs, **arranged.inputs, "use_cache": False}
         if self._has_answer_head:
             hidden = self.language_model.base_model(**inputs).last_hidden_state
             loss = self.language_model.get_output_embeddings()(hidden.flatten(0, 1)[places_N], next_N[answers_N])
@@ -430,21 +426,34 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds_BLD, attended_BL, _ = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
         )
-        # With the ids beside the embeddings, the result begins with the prompt.
-        prompt = {"inputs": input_ids, "inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
         if generation_config is None:
             self.language_model.generation_config = self.generation_config
         else:
-            prompt["generation_config"] = generation_config
+            kwargs["generation_config"] = generation_config
         if self.text_sampler is None:
-            return self.language_model.generate(**prompt, **kwargs)
+            # With the ids beside the embeddings, the result begins with the prompt.
+            ids_BK, embeds_BKD, attended_BK = close_gaps(attended_BL, input_ids, embeds_BLD)
+            prompt = {"inputs": ids_BK, "inputs_embeds": embeds_BKD, "attention_mask": attended_BK.long()}
+            return _with_prompt(self.language_model.generate(**prompt, **kwargs), input_ids, ids_BK.shape[1])
         if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
             raise SettingsError("a model with a text-guided sampler gives one answer per prompt: leave num_beams at 1")
         self.text_sampler.begin(self._token_groups(attended_BL.long(), turns, image_numbers))
+        prompt = {"inputs": input_ids, "inputs_embeds": embeds_BLD, "attention_mask": attended_BL.long()}
         try:
             return self.language_model.generate(**prompt, **kwargs)
         finally:
             self.text_sampler.begin(None)
+
+
+def _with_prompt(output: Any, input_ids_BL: torch.Tensor, num_closed: int) -> Any:
+    """Replace the prompts of generated sequences, which are ``num_closed`` long without gaps, by the prompts as given."""
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    given = input_ids_BL.repeat_interleave(len(sequences) // len(input_ids_BL), dim=0)
+    full = torch.cat([given, sequences[:, num_closed:]], dim=1)
+    if isinstance(output, torch.Tensor):
+        return full
+    output.sequences = full
+    return output
 
 
 class MeteorModel(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from meteor.errors import SettingsError
+from meteor.model.attention import attention_window
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,18 @@ class TextSampler:
         hidden = _hidden(args, kwargs)
         if self._groups is None or self._plan is not None or hidden.shape[1] != self._groups.sample.shape[1]:
             return
+        self._check_window(self._groups)
         score_BL = importance(layer, hidden, kwargs["position_embeddings"], self._groups)
         self._plan = _plan(choose_kept(score_BL, self._groups, self.keep), self._groups.sample)
+
+    def _check_window(self, groups: TokenGroups) -> None:
+        """Refuse samples that the model would see through a window, which the shortened layers' masks do not have."""
+        window, samples = attention_window(self._config), groups.sample[groups.sample > 0]
+        longest = int(samples.unique(return_counts=True)[1].max()) if len(samples) else 0
+        if window is not None and longest > window:
+            raise SettingsError(
+                f"text_sampler: a sample has {longest} tokens, but the language model attends within {window}: lower max_length"
+            )
 
     def _shorten(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a later layer the kept tokens alone, with their positions and a mask of their own."""

@@ -39,6 +39,7 @@ def count_layer_bytes(
     length: int,
     attention: str,
     trained: bool,
+    packed: bool = True,
     adapt: Callable[[Any], None] = lambda model: None,
 ) -> LayerBytes:
     """Count the bytes that autograd saves in a decoder of this shape.
@@ -53,11 +54,12 @@ def count_layer_bytes(
         length: L, padding included; `varlen` has no padding, and is counted as one row of B x L tokens.
         attention: one of `meteor.model.attention.IMPLEMENTATIONS`.
         trained: whether the weights are trained; the inputs of frozen weights are not kept.
+        packed: whether rows hold several samples, for which the mask is explicit; else the model makes its own.
         adapt: change of the language model before it trains, for example `meteor.train.lora.add_lora`.
     """
     shape = (1, rows * length) if attention == "varlen" else (rows, length)
     one_layer, two_layers = (
-        _count(_decoder(config, n, dtype, _COUNTED[attention], trained, adapt), shape, dtype) for n in (1, 2)
+        _count(_decoder(config, n, dtype, _COUNTED[attention], trained, adapt), shape, dtype, packed) for n in (1, 2)
     )
     layer = two_layers - one_layer
     mask = {"varlen": 0, "sdpa": 1, "eager": dtype.itemsize}[attention] * rows * length**2
@@ -79,7 +81,8 @@ def _decoder(
 ) -> Any:
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
+    # Some configurations compute their kinds of layers, others keep a list.
+    if vars(config).get("layer_types"):
         config.layer_types = config.layer_types[:num_layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -88,15 +91,17 @@ def _decoder(
     return model.base_model
 
 
-def _count(decoder: Any, shape: tuple[int, int], dtype: torch.dtype) -> int:
+def _count(decoder: Any, shape: tuple[int, int], dtype: torch.dtype, packed: bool) -> int:
     rows, length = shape
     with torch.device("meta"):
         embeds_BLD = torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype, requires_grad=True)
-        positions_BL = torch.empty(rows, length, dtype=torch.long)
         mask_B1LL = torch.empty(rows, 1, length, length, dtype=dtype)
+        masked: dict[str, Any] = {}
+        if packed:
+            masked = {"position_ids": torch.empty(rows, length, dtype=torch.long), "attention_mask": mask_B1LL}
     # Parameters, buffers and inputs are counted elsewhere.
     return count_saved_bytes(
-        lambda: decoder(inputs_embeds=embeds_BLD, position_ids=positions_BL, attention_mask=mask_B1LL, use_cache=False),
+        lambda: decoder(inputs_embeds=embeds_BLD, **masked, use_cache=False),
         [*decoder.parameters(), *decoder.buffers(), embeds_BLD, mask_B1LL],
     )
 
@@ -125,7 +130,9 @@ class _Counted(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        output = torch.empty_like(query)
+        rows, heads, length, _ = query.shape
+        # The values may be narrower than the keys, as in DeepSeek V3. In memory a token's heads lie together.
+        output = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:3], dtype=torch.float32))
         return output
 
@@ -156,8 +163,7 @@ def _counted_sdpa(
     """Count attention with a mask: shared keys and values are copied to all heads, and each layer makes a float mask."""
     times = query_BHLd.shape[1] // key_BHLd.shape[1]
     key_BHLd, value_BHLd = (shared.repeat_interleave(times, dim=1) for shared in (key_BHLd, value_BHLd))
-    assert attention_mask is not None
-    mask = torch.empty_like(attention_mask, dtype=query_BHLd.dtype)
+    mask = None if attention_mask is None else torch.empty_like(attention_mask, dtype=query_BHLd.dtype)
     return _Counted.apply(query_BHLd, key_BHLd, value_BHLd, mask).transpose(1, 2).contiguous(), None
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
+from meteor.assembly.language_model import find_way
 from meteor.assembly.recipe import make_lora
 from meteor.config import RunSettings, StageSettings
 from meteor.data.table import SampleTable
 from meteor.errors import SettingsError
 from meteor.formatting import format_bytes, format_share, format_value
-from meteor.model.attention import choose_attention
-from meteor.planning.activations import count_layer_bytes
+from meteor.planning.activations import LayerBytes, count_layer_bytes
 from meteor.planning.memory import OVERHEAD_BYTES, MemoryEstimate, Setup, estimate_memory
 from meteor.planning.sizes import BatchSizes, ModelSizes, find_model_sizes
 from meteor.stages import TrainingStage
@@ -183,15 +183,15 @@ class _Estimator:
     def estimate(self, settings: RunSettings) -> MemoryEstimate:
         options, llm = settings.training(self.stage), settings.llm
         dtype, num_tokens = DTYPES[llm.dtype], options.micro_batch_size * options.max_length
-        # This machine may have no GPU; the attention is the one that a worker would choose.
-        device = torch.device("cuda" if settings.runtime.gpus_per_worker else "cpu")
-        layers = count_layer_bytes(
+        way = find_way(settings, self.stage, llm=self.llm)
+        layers = _count(
             self.llm,
             dtype=dtype,
             rows=options.micro_batch_size,
             length=options.max_length,
-            attention=choose_attention(llm.attention, device, dtype),
+            attention=way.attention,
             trained=self.stage == "finetune",
+            packed=way.batching == "packed",
             adapt=self.adapt,
         )
         batch = BatchSizes(
@@ -238,6 +238,18 @@ class _Estimator:
         ):
             return False
         return self.estimate(changed).gpu_total <= _TIGHT * gpu_bytes
+
+
+def _count(llm: PretrainedConfig, **options: Any) -> LayerBytes:
+    """Count what a layer keeps; if the architecture resists, count a Llama of its size, so that it can train anyway."""
+    try:
+        return count_layer_bytes(llm, **options)
+    except Exception as error:  # noqa: BLE001  (each class of transformers stumbles in its own way)
+        _LOG.warning("activations of %s cannot be counted (%s); those of a Llama count", type(llm).__name__, error)
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    sizes = {name: value for name in names if (value := getattr(llm, name, None)) is not None}
+    llama = LlamaConfig(**sizes, intermediate_size=getattr(llm, "intermediate_size", None) or 4 * llm.hidden_size)
+    return count_layer_bytes(llama, **options)
 
 
 def _gpu_bytes(settings: RunSettings) -> float | None:

@@ -1,6 +1,7 @@
 """Text about a training stage before it starts, for ``--dry-run``."""
 
 from meteor.assembly import Inputs
+from meteor.assembly.language_model import check_max_length, find_way
 from meteor.assembly.recipe import make_recipe
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
 from meteor.assembly.training_stage import PreparedStage, check_stage, check_token_ids, prepare
@@ -11,7 +12,7 @@ from meteor.errors import SettingsError
 from meteor.formatting import format_share
 from meteor.planning.stage_memory import Needs, StageMemory
 from meteor.stages import TrainingStage
-from meteor.train.plan import StepPlan, first_steps
+from meteor.train.plan import Batching, StepPlan, first_steps
 
 
 def plan_text(inputs: Inputs, *, stage: TrainingStage) -> str:
@@ -23,8 +24,9 @@ def plan_text(inputs: Inputs, *, stage: TrainingStage) -> str:
     """
     settings, prepared = inputs.settings, prepare(inputs, stage)
     check_stage(inputs, stage)
+    check_max_length(settings, stage)
     plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
-    options, table = settings.training(stage), plan.table
+    options, table, way = settings.training(stage), plan.table, find_way(settings, stage)
     check_token_ids(inputs, plan, held_out)
     totals, state = table.totals(), "finished" if prepared.folder.finished() else "to run or resume"
     rows = {
@@ -36,7 +38,8 @@ def plan_text(inputs: Inputs, *, stage: TrainingStage) -> str:
         "sub-images": f"{totals['sub_images']:,} of {totals['distinct_images']:,} distinct images",
         "tokens": f"{totals['visual_tokens']:,} visual, {totals['text_tokens']:,} text",
         "steps": f"{num_steps(options, table):,} of {options.global_batch_size} samples, {options.epochs} epochs",
-        "each step": _step(prepared, table, options, settings.runtime.num_workers),
+        "each step": _step(prepared, table, options, way.batching, settings.runtime.num_workers),
+        "language model": way.text,
         "workers": f"{settings.runtime.num_workers}, ZeRO stage {options.zero_stage}, features: {options.features}",
         "pinned": f"index version {prepared.versions.index_version}, cache version {prepared.versions.cache_version}",
     }
@@ -62,10 +65,12 @@ def _epoch(prepared: PreparedStage, table: SampleTable) -> str:
     return f"{epoch_length(table.parts, 0):,}: {weights}"
 
 
-def _step(prepared: PreparedStage, table: SampleTable, options: StageSettings, num_workers: int) -> str:
-    plan = StepPlan(table, make_recipe(options, None), prepared.versions.index_digest)
+def _step(
+    prepared: PreparedStage, table: SampleTable, options: StageSettings, batching: Batching, num_workers: int
+) -> str:
+    plan = StepPlan(table, make_recipe(options, None, batching), prepared.versions.index_digest)
     layout = plan.sample_layout(num_workers)
     return (
-        f"{layout.rows:,.4g} rows ({options.batching}), {format_share(layout.padding_share)} padding, "
+        f"{layout.rows:,.4g} rows ({batching}), {format_share(layout.padding_share)} padding, "
         f"{layout.micro_steps:,.3g} micro steps per worker"
     )

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteor.errors import CheckpointError, SettingsError
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+from meteor.model.language_model import remove_dropout, set_attention
 from meteor.model.trained_projector import projector_metadata
 from meteor.pretrained import load_pretrained, local_model, read_config
 from meteor.projector.file import load_weights, read_projector_file
@@ -29,7 +30,7 @@ def build_model(
     cache_identity: dict[str, Any],
     dtype: torch.dtype,
     seed: int,
-    attention: str = "sdpa",
+    attention: str | None = None,
     text_sampler: dict[str, Any] | None = None,
     image_token_id: int,
 ) -> MeteorForConditionalGeneration:
@@ -43,7 +44,8 @@ def build_model(
         cache_identity: identity of the feature caches that the model may read.
         dtype: dtype of all weights.
         seed: seed of the projector's initial weights.
-        attention: attention of the language model, a member of `meteor.model.attention.IMPLEMENTATIONS`.
+        attention: attention of the language model, a member of `meteor.model.attention.IMPLEMENTATIONS`; None for
+            transformers' own choice.
         text_sampler: ``{"layer": ..., "keep": ...}`` of `meteor.model.text_sampler.TextSampler`, with None for the middle
             layer; None for no sampler.
         image_token_id: id of ``<image>``; the embedding needs no row for it in training.
@@ -61,7 +63,9 @@ def build_model(
     torch.manual_seed(seed)
     model = MeteorForConditionalGeneration(config, vision_tower=False, language_model=language_model)
     model.projector.to(dtype)
-    model.language_model.set_attn_implementation(attention)
+    remove_dropout(model.language_model)
+    if attention is not None:
+        set_attention(model.language_model, attention)
     return model
 
 
@@ -92,7 +96,8 @@ def load_llm(path: str, dtype: torch.dtype) -> Any:
         setting="llm.path",
         example="lmsys/vicuna-7b-v1.5",
         dtype=dtype,
-        attn_implementation="sdpa",
+        # Every model has it; `build_model` sets another.
+        attn_implementation="eager",
     )
 
 

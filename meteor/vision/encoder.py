@@ -280,4 +280,3 @@ class FrozenEncoder:
 
 
 # The name of this class when CLIP was the only tower.
-FrozenClip = FrozenEncoder

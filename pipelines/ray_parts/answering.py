@@ -24,6 +24,7 @@ from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
 from meteor.planning.workers import answering_request
+from meteor.projector.answering import AS_TRAINED, AnswerSelection
 from meteor.train.build import DTYPES
 from pipelines.ray_parts.answers import AnswerStore, prompt_digest
 from pipelines.ray_parts.live_metrics import LiveMetrics
@@ -36,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 _METHOD = 1
 # Estimate for English text, good enough to sort prompts by length.
 _CHARACTERS_PER_TOKEN = 4
+# Largest number of tokens in the answer, and changes of the token selection.
+Way = tuple[int, AnswerSelection]
 _ANSWERS = pa.schema([("position", pa.int64()), ("prediction", pa.string()), ("reason", pa.string())])
 
 
@@ -48,12 +51,18 @@ class SetQuestion:
         question: the question, with the keys of its images.
         reason: reason for which an image of the question is quarantined, or the question got no answer; "" for all others.
         longest: largest number of tokens in the answer.
+        selection: changes of the token selection when answering.
     """
 
     set: str
     question: Question
     reason: str
     longest: int
+    selection: AnswerSelection = AS_TRAINED
+
+    @property
+    def way(self) -> Way:
+        return self.longest, self.selection
 
 
 @dataclass(frozen=True)
@@ -109,12 +118,12 @@ def answer(
     """
     store = AnswerStore(_answers_uri(settings, model[1], cache))
     good = [each for each in questions if not each.reason]
-    prompts = {(each.set, each.question.id): prompt_digest(each.question, each.longest) for each in good}
+    prompts = {(each.set, each.question.id): prompt_digest(each.question, *each.way) for each in good}
     known: dict[str, str | Unanswered] = {**store.read()}
     if num_known := sum(prompt in known for prompt in prompts.values()):
         _LOG.info("[%s] %d of %d questions were answered before", settings.name, num_known, len(prompts))
     # A prompt that occurs in two sets is answered once.
-    missing = {prompts[each.set, each.question.id]: (each.longest, each.question) for each in good}
+    missing = {prompts[each.set, each.question.id]: (each.way, each.question) for each in good}
     missing = {prompt: question for prompt, question in missing.items() if prompt not in known}
     if missing:
         try:
@@ -143,7 +152,7 @@ def _answers_uri(settings: RunSettings, model_digest: str, cache: FeatureCache) 
 
 def _ask(
     settings: RunSettings,
-    missing: Mapping[str, tuple[int, Question]],
+    missing: Mapping[str, tuple[Way, Question]],
     model_uri: str,
     cache: FeatureCache,
     index: DatasetIndex,
@@ -154,7 +163,7 @@ def _ask(
     """
     runtime, options = settings.runtime, settings.evaluate
     lengths = _lengths(settings, missing, index)
-    ordered = sorted(missing.items(), key=lambda item: (item[1][0], lengths[item[0]]), reverse=True)
+    ordered = sorted(missing.items(), key=lambda item: (_sorted_last(item[1][0]), lengths[item[0]]), reverse=True)
     wait_for_nodes(answering_request(runtime), runtime, at_least=1)
     num_done = 0
     shared = ray.put([question for _, question in ordered])
@@ -188,7 +197,7 @@ def _by_prompt(rows: Iterable[Mapping[str, Any]], prompts: Sequence[str]) -> Ite
         yield {prompts[row["position"]]: row["prediction"] if row["reason"] is None else Unanswered(row["reason"])}
 
 
-def _lengths(settings: RunSettings, missing: Mapping[str, tuple[int, Question]], index: DatasetIndex) -> dict[str, int]:
+def _lengths(settings: RunSettings, missing: Mapping[str, tuple[Way, Question]], index: DatasetIndex) -> dict[str, int]:
     """Return prompt -> number of tokens, estimated; to make batches it need not be exact."""
     pixels = pixel_settings(settings)
     shown = {key for _, question in missing.values() for key in question.image_keys}
@@ -213,7 +222,7 @@ class AnswerActor:
         questions: Any,
     ) -> None:
         configure_worker_logging(run=settings.name, stage="evaluate")
-        self._questions: list[tuple[int, Question]] = ray.get(questions)
+        self._questions: list[tuple[Way, Question]] = ray.get(questions)
         device = "cuda" if settings.runtime.gpus_per_worker else "cpu"
         if device == "cpu":
             torch.set_num_threads(max(int(settings.runtime.cpus_per_worker), 1))
@@ -227,18 +236,22 @@ class AnswerActor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         positions = batch["position"].to_pylist()
         answers: list[str | Unanswered] = []
-        # Questions are sorted by their longest answer, so that nearly all batches are one group.
-        for longest, group in groupby((self._questions[i] for i in positions), key=lambda item: item[0]):
+        # Questions are sorted by the way in which they are answered, so that nearly all batches are one group.
+        for way, group in groupby((self._questions[i] for i in positions), key=lambda item: item[0]):
             questions = [question for _, question in group]
 
-            def ask(some: Sequence[Question], longest: int = longest) -> list[str | Unanswered]:
-                return [*self._answerer.answer(some, self._source, max_new_tokens=longest)]
+            def ask(some: Sequence[Question], way: Way = way) -> list[str | Unanswered]:
+                return [*self._answerer.answer(some, self._source, max_new_tokens=way[0], selection=way[1])]
 
             for part in by_halves(ask, questions, _without_answer, concerns_items=_is_about_questions):
                 answers += part
         texts = [answer if isinstance(answer, str) else None for answer in answers]
         reasons = [answer.reason if isinstance(answer, Unanswered) else None for answer in answers]
         return pa.table({"position": positions, "prediction": texts, "reason": reasons}, schema=_ANSWERS)
+
+
+def _sorted_last(way: Way) -> tuple[int, str]:
+    return way[0], repr(way[1])
 
 
 def _without_answer(question: Sequence[Question], error: BaseException) -> list[str | Unanswered]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from meteor import storage
 from meteor.config import settings_digest
 from meteor.evaluation.questions import Question
+from meteor.projector.answering import AS_TRAINED, AnswerSelection
 
 _SCHEMA = pa.schema([("prompt", pa.string()), ("prediction", pa.string())])
 _WRITE_EVERY_S = 30.0
@@ -24,12 +25,14 @@ _SUFFIX = ".parquet"
 _LOG = logging.getLogger(__name__)
 
 
-def prompt_digest(question: Question, max_new_tokens: int) -> str:
-    """Return the digest of the turns before the answer, the images' content, and the limit of the answer."""
+def prompt_digest(question: Question, max_new_tokens: int, selection: AnswerSelection = AS_TRAINED) -> str:
+    """Return the digest of the turns before the answer, the images' content, the answer's limit, and the token selection."""
     turns = question.sample.turns
     before = turns if turns[-1].role == "human" else turns[:-1]
     content = [[turn.role, turn.text, turn.num_images] for turn in before]
-    return settings_digest([content, question.sample.system, question.image_keys, max_new_tokens])
+    # Answers with the selection of training keep the digests that they had before it could be changed.
+    changes = [vars(selection)] if selection != AS_TRAINED else []
+    return settings_digest([content, question.sample.system, question.image_keys, max_new_tokens, *changes])
 
 
 class AnswerStore:

@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer
 from meteor import storage
 from meteor.assembly import Inputs
 from meteor.assembly.features import uris_by_key
+from meteor.assembly.language_model import check_max_length, find_way
 from meteor.assembly.sample_tables import plan_held_out, plan_samples
 from meteor.assembly.training_stage import PreparedStage, check_stage, check_token_ids, prepare
 from meteor.checkpoint.folder import best_checkpoint, complete_checkpoints, problems_of_damaged
@@ -55,6 +56,8 @@ def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
         if finished:
             return reuse(settings, folder, finished)
         check_stage(inputs, stage)
+        check_max_length(settings, stage)
+        way = find_way(settings, stage)
         plan, held_out = plan_samples(inputs, prepared), plan_held_out(inputs, prepared)
         check_token_ids(inputs, plan, held_out)
         check_memory(settings, stage, plan.table)
@@ -79,6 +82,7 @@ def run_stage(inputs: Inputs, *, stage: TrainingStage) -> Summary:
             for file in prepared.sets:
                 log.dataset(name=file.name, digest=file.digest, source=file.uri, context="samples")
             steps = num_steps(settings.training(stage), plan.table)
+            _LOG.info("[%s] %s: %s", settings.name, stage, way.text)
             _LOG.info("[%s] %s: %d samples, %d steps, run %s", settings.name, stage, len(plan.table), steps, folder.uri)
             _run_workers(settings, task, log, steps)
             folder.claim.check()

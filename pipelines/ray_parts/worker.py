@@ -13,6 +13,7 @@ import torch
 from meteor import storage
 from meteor.assembly import make_lora, make_recipe, pixel_settings
 from meteor.assembly.features import open_features
+from meteor.assembly.language_model import find_way
 from meteor.cache import CacheIdentity
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import Checkpoint
@@ -22,7 +23,6 @@ from meteor.data.table import SampleTable
 from meteor.errors import FailedStepError, SupersededError, TrainingError
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
-from meteor.model.attention import choose_attention
 from meteor.runs.claim import Claim
 from meteor.stages import TrainingStage
 from meteor.text.tokens import VisualTokens, load_tokenizer
@@ -37,6 +37,7 @@ from meteor.train.loop import train
 from meteor.train.lora import Lora, add_lora
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine, on_first_worker
+from meteor.train.row_check import check_rows
 from meteor.vision.encoder import FrozenEncoder, read_vision_config
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging
@@ -110,11 +111,12 @@ def _train_worker(task: WorkerTask) -> None:
     loader = partial(load_from, table=table)
     dtype = DTYPES[settings.llm.dtype]
     with loading_for(zero_stage=stage.zero_stage, dtype=dtype, options=stage.deepspeed):
-        model = _build(task, attention=choose_attention(settings.llm.attention, device, dtype))
+        way = find_way(settings, task.stage, device=device)
+        model = _build(task, attention=way.attention)
     claim = on_first_worker(task.claim.for_workers)
     checkpoints = storage.join(task.run_uri, "checkpoints")
     resumed = newest_sound_checkpoint(checkpoints)
-    recipe = make_recipe(stage, _native_weight_full(model))
+    recipe = make_recipe(stage, _native_weight_full(model), way.batching)
     plan = StepPlan(table, recipe, task.index_digest)
     start_step = resumed.state["step"] if resumed else 0
     if start_step < plan.num_steps:
@@ -128,6 +130,13 @@ def _train_worker(task: WorkerTask) -> None:
             empty_inputs=empty.to(device).as_inputs(),
             checkpoint=resumed,
             options=stage.deepspeed,
+        )
+        check_rows(
+            engine,
+            loader.keywords["collate"],
+            packs=way.batching == "packed",
+            vocab_size=model.config.text_config.vocab_size,
+            dtype=dtype,
         )
         live = LiveMetrics(settings.name, task.stage, task.run_uri[-12:])
         reporter = Reporter(live, task.run_uri, claim, resumed, engine.rank)
@@ -226,7 +235,7 @@ def _build(task: WorkerTask, *, attention: str | None = None) -> MeteorForCondit
         cache_identity=task.cache_identity,
         dtype=DTYPES[settings.llm.dtype],
         seed=task.stage_settings.seed,
-        attention=attention or "sdpa",
+        attention=attention,
         text_sampler=_text_sampler(task),
         image_token_id=task.visual_tokens.image_id,
     )

@@ -7,10 +7,11 @@ from meteor import storage
 from meteor.cache import CacheIdentity, create_cache
 from meteor.cache.folder import read_cache_info
 from meteor.data.samples import Sample
-from meteor.errors import CacheMismatchError, NotFoundError, SettingsError
+from meteor.errors import CacheMismatchError, DataError, NotFoundError, SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question, last_answer
 from meteor.image.pixels import PixelSettings
+from meteor.projector.answering import AS_TRAINED, AnswerSelection
 from meteor.text.conversation import Turn
 from meteor.vision.live import LiveFeatures
 
@@ -47,7 +48,7 @@ def test_answers_of_a_batch_are_those_of_each_question_with_its_image_alone(answ
         ("which of the two is red, and which one is not?", [square, tall]),
     ]
     questions = [make_question(str(i), words, keys) for i, (words, keys) in enumerate(asked)]
-    live = LiveFeatures(answerer.model.frozen_clip(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
+    live = LiveFeatures(answerer.model.frozen_encoder(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
     answers = answerer.answer(questions, live, max_new_tokens=6)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 2, "pad_token_id": 2}
     expected = []
@@ -68,7 +69,7 @@ def test_every_token_of_a_batch_is_that_of_the_question_alone(answerer, all_imag
     shown = [[wide], [], [square, tall], [tall], [wide, wide, square], [square], [tall, wide]]
     words = ["what?", "why is it so?", "is it red or blue, and where?", "how many?", "which?", "a b c d e f g h", "x"]
     questions = [make_question(str(i), text, keys) for i, (text, keys) in enumerate(zip(words, shown, strict=True))]
-    live = LiveFeatures(answerer.model.frozen_clip(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
+    live = LiveFeatures(answerer.model.frozen_encoder(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
     length = {"max_new_tokens": 24, "min_new_tokens": 24}
     batch = answerer.batch(questions, live)
     assert (batch.attention_mask == 0).any()
@@ -118,3 +119,43 @@ def test_a_model_on_s3_is_fetched(answerer, finished_model, s3_root):
     torch.testing.assert_close(fetched.model.state_dict(), answerer.model.state_dict(), rtol=0, atol=0)
     with pytest.raises(NotFoundError, match=f"no model at {s3_root}/elsewhere"):
         Answerer(storage.join(s3_root, "elsewhere"), device="cpu", dtype=torch.float32)
+
+
+def test_a_prompt_beyond_the_model_s_positions_is_refused_with_its_numbers(answerer, all_images):
+    live = LiveFeatures(answerer.model.frozen_encoder(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
+    question = make_question("0", "x" * 9, list(all_images)[:1])
+    num_tokens = int((answerer.batch([question], live).attention_mask > 0).sum())
+    fits = 256 - num_tokens
+    assert len(answerer.answer([question], live, max_new_tokens=fits)) == 1
+    with pytest.raises(
+        DataError, match=rf"has {num_tokens} tokens, and an answer up to {fits + 1}: .* has 256 positions"
+    ):
+        answerer.answer([question], live, max_new_tokens=fits + 1)
+
+
+def test_a_selection_changes_the_slots_and_the_answer_and_is_taken_back(answerer, all_images):
+    wide = next(iter(all_images))
+    live = LiveFeatures(answerer.model.frozen_encoder(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
+    question = make_question("0", "what is it?", [wide])
+    trained = answerer.answer([question], live, max_new_tokens=8)
+    slots = {
+        selection: answerer.batch([question], live, selection=selection).num_slots.tolist()
+        for selection in (AS_TRAINED, AnswerSelection(k=2), AnswerSelection(sub_images="global"))
+    }
+    assert [len(each) for each in slots.values()] == [3, 3, 1]
+    assert [max(each) for each in slots.values()] == [4, 2, 4]
+    for selection in slots:
+        assert answerer.answer([question], live, max_new_tokens=8, selection=selection)
+    assert answerer.answer([question], live, max_new_tokens=8) == trained
+
+
+def test_a_model_that_padding_disturbs_answers_one_by_one(answerer, all_images, monkeypatch):
+    live = LiveFeatures(answerer.model.frozen_encoder(), {key: file for key, (file, _) in all_images.items()}, PIXELS)
+    questions = [make_question(str(i), words, []) for i, words in enumerate(("why?", "how many are there?", "x"))]
+    expected, sizes, generate = answerer.answer(questions, live, max_new_tokens=4), [], answerer.generate
+    monkeypatch.setattr(answerer, "_answers_together", False)
+    monkeypatch.setattr(
+        answerer, "generate", lambda batch, **limits: sizes.append(len(batch.input_ids)) or generate(batch, **limits)
+    )
+    assert answerer.answer(questions, live, max_new_tokens=4) == expected
+    assert sizes == [1, 1, 1]

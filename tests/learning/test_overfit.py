@@ -38,7 +38,7 @@ from meteor.train.export import export_model
 from meteor.train.loop import train
 from meteor.train.plan import Recipe, StepPlan
 from meteor.vision.encode_images import encode_sliced
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 PIXELS = PixelSettings(resolution=112)
 PROJECTOR = {"name": "meteor", "k": 8, "state_size": 4}
@@ -59,7 +59,7 @@ class Work(NamedTuple):
     samples: list[Sample]
     images: dict[str, IndexedImage]
     cache: FeatureCache
-    encoder: FrozenClip
+    encoder: FrozenEncoder
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     models = make_tiny_models(folder / "models", train_steps=120)
     contrast = make_contrast_set(folder / "contrast", num_samples=64, num_answers=NUM_ANSWERS)
-    encoder = FrozenClip.from_pretrained(str(models.clip))
+    encoder = FrozenEncoder.from_pretrained(str(models.clip))
     samples, problems = load_samples(str(contrast.samples))
     assert not problems
     assert len(samples) == 64

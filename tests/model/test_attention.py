@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GraniteConfig, GraniteForCausalLM, MistralConfig
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import SettingsError
 from meteor.model import MeteorForConditionalGeneration
-from meteor.model.attention import IMPLEMENTATIONS, Layout, choose_attention
+from meteor.model.attention import IMPLEMENTATIONS, Layout
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations
 
@@ -117,36 +117,11 @@ def test_rows_on_the_left_start_at_position_zero_too():
     assert Layout.of(sample_BL, sample_BL > 0).unpadded().bounds.tolist() == [0, 2, 6]
 
 
-def test_a_model_with_a_window_refuses_longer_rows(make_model, make_samples, make_batch):
-    model = make_model()
-    model.language_model.config = MistralConfig(sliding_window=8, attn_implementation="sdpa")
-    with pytest.raises(SettingsError, match=r"attends within 8: lower max_length"):
-        model(**make_batch(make_samples()).as_inputs())
-
-
 def test_answering_with_varlen_says_what_to_take(make_model, make_samples, make_batch):
     model = make_model()
     model.language_model.set_attn_implementation("varlen")
-    with pytest.raises(SettingsError, match="answer with 'sdpa'"):
+    with pytest.raises(SettingsError, match="take 'sdpa', which is also the attention to answer with"):
         model.generate(**make_batch(make_samples()[:1]).as_inputs(), max_new_tokens=2)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "device", "dtype", "chosen"),
-    [
-        ("auto", "cpu", torch.float32, "varlen"),
-        ("auto", "cuda", torch.bfloat16, "varlen"),
-        ("auto", "cuda", torch.float32, "sdpa"),
-        ("eager", "cuda", torch.float32, "eager"),
-    ],
-)
-def test_the_attention_is_chosen_by_device_and_type(wanted, device, dtype, chosen):
-    assert choose_attention(wanted, torch.device(device), dtype) == chosen
-
-
-def test_varlen_in_float32_on_cuda_is_refused():
-    with pytest.raises(SettingsError, match="needs bfloat16 or float16 on CUDA"):
-        choose_attention("varlen", torch.device("cuda"), torch.float32)
 
 
 def test_a_language_model_that_scales_its_logits_keeps_its_own_loss(make_model, make_samples, make_batch):

@@ -8,7 +8,7 @@ from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.features import ImageFeatures
 from meteor.model.attention import IMPLEMENTATIONS
 from meteor.text.tokens import TokenisedSample
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 V, X = IMAGE_PLACE, IGNORE_INDEX
 IMAGE_TOKEN = 63  # LLaVA's, in its vocabulary
@@ -50,7 +50,7 @@ def test_padded_and_packed_losses_are_llavas(llava, make_batch, rows, attention)
     theirs, ours = llava
     ours.language_model.set_attn_implementation(attention)
     pixels = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    clip = FrozenClip(ours.vision_tower, select_layer=-2, attention_layers=(-2,), digest="0" * 64)
+    clip = FrozenEncoder(ours.vision_tower, select_layer=-2, attention_layers=(-2,), digest="0" * 64)
     samples, expected = [], 0.0
     with torch.no_grad():
         for (ids, num_question), shown in zip(SAMPLES, pixels, strict=True):

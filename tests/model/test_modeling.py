@@ -340,7 +340,7 @@ def image_inputs(make_batch, make_image, png):
     """The same two images for the features path and for the pixels path."""
 
     def make(model):
-        clip = model.frozen_clip()
+        clip = model.frozen_encoder()
         files = [png(make_image(*size, seed=i)) for i, size in enumerate([(112, 56), (56, 70)])]
         sliced = [slice_bytes(data, "key", PixelSettings(resolution=56)) for data in files]
         samples = [
@@ -366,7 +366,7 @@ def test_pixels_give_what_their_features_give(make_model, image_inputs, tmp_path
 
 
 def test_the_towers_encoder_normalises_and_is_named_as_the_cache_says(make_model):
-    clip = make_model(vision_tower=True).frozen_clip()
+    clip = make_model(vision_tower=True).frozen_encoder()
     assert (clip.mean, clip.std, clip.weights_digest) == ((0.5,) * 3, (0.5,) * 3, "0" * 64)
     assert (clip.select_layer, clip.attention_layers) == (-2, (-2,))
     assert isinstance(clip.model, CLIPVisionModel)

@@ -56,7 +56,7 @@ def training_inputs(processor, model, questions):
         sliced = [slice_bytes(data, "key", PIXELS) for data in files]
         conversation = Conversation((Turn("human", words, len(files)), Turn("gpt", "what it says")))
         tokens = tokenise(conversation, processor.tokenizer, "vicuna_v1", for_generation=True)
-        samples.append([(tokens, encode_sliced(sliced, model.frozen_clip()))])
+        samples.append([(tokens, encode_sliced(sliced, model.frozen_encoder()))])
         pixels += [
             normalise(sub, processor.image_processor.image_mean, processor.image_processor.image_std)
             for one in sliced

@@ -281,3 +281,10 @@ def test_what_it_cannot_do_is_said(make_pair, make_batch, samples):
         sampled(**{**inputs, "turns": None})
     with pytest.raises(SettingsError, match="exclude each other"):
         compile_layers(sampled, zero_stage=0)
+
+
+def test_a_sample_longer_than_the_model_s_window_is_refused(make_pair, make_batch, samples):
+    sampled, _ = make_pair()
+    sampled.language_model.config.sliding_window = 8
+    with pytest.raises(SettingsError, match="attends within 8: lower max_length"):
+        sampled(**make_batch(samples).as_inputs())

@@ -70,7 +70,7 @@ def test_a_model_is_trained_from_the_cache_and_answers_with_its_own_tower(make_s
     inputs = Inputs(settings)
     finished = MeteorForConditionalGeneration.from_pretrained(find_model(inputs)[0])
     assert finished.config.vision_config.model_type == model.config.model_type
-    tower = finished.frozen_clip()
+    tower = finished.frozen_encoder()
     assert tower.importance == inputs.cache_identity().importance
     pixels = [torch.randn(3, 3 * tower.patch_size, 4 * tower.patch_size)]
     (got,), (truth,) = tower.encode(pixels), eager(model, pixels)

@@ -46,7 +46,7 @@ def global_batches(settings):
     """Sample ids by global batch, as a run of these settings lists them."""
     prepared = prepare(settings, "pretrain")
     plan = plan_samples(Inputs(settings), prepared)
-    steps = StepPlan(plan.table, make_recipe(settings.pretrain, None), prepared.versions.index_digest)
+    steps = StepPlan(plan.table, make_recipe(settings.pretrain, None, "packed"), prepared.versions.index_digest)
     return [[plan.table.sample_ids[i] for i in step.positions] for step in steps.steps()]
 
 

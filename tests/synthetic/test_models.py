@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPVis
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.errors import AlreadyExistsError, SettingsError
 from meteor.synthetic.models import TinyModels, held_out_attention, make_tiny_models
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 
 def ignore(line: str) -> None:
@@ -18,7 +18,7 @@ def ignore(line: str) -> None:
 
 
 def test_the_vision_tower_encodes_sub_images_of_any_grid(tiny_models: TinyModels) -> None:
-    encoder = FrozenClip.from_pretrained(str(tiny_models.clip))
+    encoder = FrozenEncoder.from_pretrained(str(tiny_models.clip))
     sizes = [(112, 112), (84, 140), (168, 56)]
     encoded = encoder.encode([torch.zeros(3, height, width) for height, width in sizes])
     assert [seen.grid for seen in encoded] == [(8, 8), (6, 10), (12, 4)]

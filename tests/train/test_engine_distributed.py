@@ -19,6 +19,7 @@ from meteor.text.tokens import TokenisedSample
 from meteor.train.build import checkpoint_activations, freeze_for
 from meteor.train.engine import loading_for, make_engine
 from meteor.train.lora import Lora, add_lora
+from meteor.train.row_check import check_rows
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +56,13 @@ def make_samples(make_features: Callable, num: int = 4) -> list:
     return rows
 
 
+def collate_words(rows: list, make_batch: Callable) -> Any:
+    """Rows of texts as a batch."""
+    samples = [sample for row in rows for sample in row]
+    places = iter(range(len(samples)))
+    return make_batch(samples, rows=[[next(places) for _ in row] for row in rows])
+
+
 def run(case: Case, folder: str, fixtures: tuple) -> None:
     """One process of the group."""
     make_model, make_features, make_batch = fixtures
@@ -82,6 +90,9 @@ def run(case: Case, folder: str, fixtures: tuple) -> None:
         checkpoint=source,
         options=case.options,
     )
+    for packs in (True, False):
+        # Also a collective operation: it must not disturb the steps that follow.
+        check_rows(engine, lambda rows: collate_words(rows, make_batch), packs=packs, vocab_size=64, dtype=case.dtype)
     root, first = f"{folder}/{case.name}", 0
     if source is not None:
         first = source.state["step"]

@@ -19,14 +19,14 @@ from meteor.text.tokens import TokenisedSample, load_tokenizer
 from meteor.train.build import build_model, freeze_for, load_projector
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model, export_projector
-from meteor.vision.encoder import FrozenClip, read_vision_config
+from meteor.vision.encoder import FrozenEncoder, read_vision_config
 
 V, X = IMAGE_PLACE, IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")
 def encoder(clip_folder):
-    return FrozenClip.from_pretrained(clip_folder)
+    return FrozenEncoder.from_pretrained(clip_folder)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_only_the_encoder_keeps_its_type_and_is_still_the_one_of_the_cache(
         stored = {(name.split(".")[0], file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
     assert stored == {("vision_tower", "F32"), ("projector", "BF16"), ("language_model", "BF16")}
     loaded = MeteorForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    assert FrozenClip(loaded.vision_tower).weights_digest == encoder.weights_digest
+    assert FrozenEncoder(loaded.vision_tower).weights_digest == encoder.weights_digest
     halves = MeteorForConditionalGeneration.from_pretrained(folder, vision_tower=False, dtype=torch.bfloat16)
     for name, value in halves.projector.state_dict().items():
         assert torch.equal(value, checkpoint.read("weights", f"projector.{name}").bfloat16()), name

@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 from meteor.errors import SettingsError
 from meteor.vision.checkpoint import Preprocessing, read_preprocessing
 from meteor.vision.digest import weights_digest
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 
 
 def make_tower(num_layers: int = 4, seed: int = 0) -> CLIPVisionModel:
@@ -38,7 +38,7 @@ def test_features_and_attention_equal_the_eager_tower_with_all_its_maps(layer):
     eager.set_attn_implementation("eager")
     with torch.no_grad():
         truth = eager(pixels[None], interpolate_pos_encoding=True, output_hidden_states=True, output_attentions=True)
-    (got,) = FrozenClip(tower, select_layer=layer, attention_layers=(layer,)).encode([pixels])
+    (got,) = FrozenEncoder(tower, select_layer=layer, attention_layers=(layer,)).encode([pixels])
     block = (layer if layer > 0 else 5 + layer) - 1
     torch.testing.assert_close(got.features, truth.hidden_states[layer][0, 1:])
     torch.testing.assert_close(got.cls, truth.hidden_states[layer][0, 0])
@@ -47,7 +47,7 @@ def test_features_and_attention_equal_the_eager_tower_with_all_its_maps(layer):
 
 
 def test_a_batch_of_mixed_grids_gives_what_each_gives_alone_in_the_order_given():
-    clip = FrozenClip(make_tower())
+    clip = FrozenEncoder(make_tower())
     pixels = make_pixels((56, 56), (28, 84), (56, 56), (84, 28), (28, 84))
     together = clip.encode(pixels)
     for one, alone in zip(together, (clip.encode([p])[0] for p in pixels), strict=True):
@@ -59,19 +59,19 @@ def test_a_batch_of_mixed_grids_gives_what_each_gives_alone_in_the_order_given()
 def test_several_attention_layers_come_in_the_order_asked_for():
     (pixels,) = make_pixels((56, 56))
     tower = make_tower()
-    (both,) = FrozenClip(tower, attention_layers=(-1, 2)).encode([pixels])
+    (both,) = FrozenEncoder(tower, attention_layers=(-1, 2)).encode([pixels])
     for row, layer in enumerate((-1, 2)):
-        (one,) = FrozenClip(tower, attention_layers=(layer,)).encode([pixels])
+        (one,) = FrozenEncoder(tower, attention_layers=(layer,)).encode([pixels])
         torch.testing.assert_close(both.cls_attention[row], one.cls_attention[0])
 
 
 def test_blocks_after_the_last_needed_one_are_not_run():
     tower = make_tower()
     (pixels,) = make_pixels((56, 56))
-    expected = FrozenClip(tower).encode([pixels])[0].features
+    expected = FrozenEncoder(tower).encode([pixels])[0].features
     for parameter in tower.encoder.layers[3].parameters():
         parameter.fill_(float("nan"))
-    torch.testing.assert_close(FrozenClip(tower).encode([pixels])[0].features, expected)
+    torch.testing.assert_close(FrozenEncoder(tower).encode([pixels])[0].features, expected)
 
 
 def test_bin_and_safetensors_full_clip_and_tower_have_one_digest(tmp_path):
@@ -91,9 +91,9 @@ def test_bin_and_safetensors_full_clip_and_tower_have_one_digest(tmp_path):
     model.vision_model.save_pretrained(tmp_path / "tower")
     for name in ("full", "bin", "tower"):
         (tmp_path / name / "preprocessor_config.json").write_text("{}")
-    digests = {FrozenClip.from_pretrained(str(tmp_path / name)).weights_digest for name in ("full", "bin", "tower")}
+    digests = {FrozenEncoder.from_pretrained(str(tmp_path / name)).weights_digest for name in ("full", "bin", "tower")}
     assert digests == {weights_digest(model.vision_model.state_dict())}
-    half = FrozenClip.from_pretrained(str(tmp_path / "full"), dtype=torch.bfloat16)
+    half = FrozenEncoder.from_pretrained(str(tmp_path / "full"), dtype=torch.bfloat16)
     assert half.weights_digest in digests
 
 
@@ -166,10 +166,10 @@ def test_the_digest_depends_on_values_names_and_types():
 
 def test_missing_and_wrong_checkpoints_say_so(tmp_path):
     with pytest.raises(SettingsError, match=r"vision\.path"):
-        FrozenClip.from_pretrained(str(tmp_path / "nothing"))
+        FrozenEncoder.from_pretrained(str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(SettingsError, match="CLIP"):
-        FrozenClip.from_pretrained(str(tmp_path))
+        FrozenEncoder.from_pretrained(str(tmp_path))
     with pytest.raises(SettingsError, match="layer 7"):
-        FrozenClip(make_tower(), select_layer=7)
+        FrozenEncoder(make_tower(), select_layer=7)

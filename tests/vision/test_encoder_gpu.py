@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.image.transform import normalise, normalise_batch
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 from meteor.vision.memory import bytes_per_token
 
 pytestmark = [
@@ -50,7 +50,7 @@ def _exact_float32():
 @torch.no_grad()
 def test_mixed_grids_equal_the_eager_float32_tower(dtype):
     pixels, eager = make_pixels(), make_tower(attn_implementation="eager")
-    got = FrozenClip(make_tower().to(dtype)).encode(pixels)
+    got = FrozenEncoder(make_tower().to(dtype)).encode(pixels)
     for one, pixels_3HW in zip(got, pixels, strict=True):
         truth = eager(
             pixels_3HW[None], interpolate_pos_encoding=True, output_hidden_states=True, output_attentions=True
@@ -72,9 +72,9 @@ def test_pixels_normalised_on_the_device_have_the_bits_of_those_normalised_on_th
 
 def test_a_batch_larger_than_the_memory_is_encoded_in_smaller_chunks():
     tower, pixels = make_tower(), make_pixels()
-    expected = FrozenClip(tower, max_tokens=600).encode(pixels)
+    expected = FrozenEncoder(tower, max_tokens=600).encode(pixels)
     torch.cuda.empty_cache()
-    clip = FrozenClip(tower, max_tokens=10**9)
+    clip = FrozenEncoder(tower, max_tokens=10**9)
     needed = bytes_per_token(tower) * sum(1 + height * width // 196 for height, width in SIZES)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + needed / 3) / total)
@@ -90,7 +90,7 @@ def test_a_batch_larger_than_the_memory_is_encoded_in_smaller_chunks():
 def test_the_memory_bound_holds():
     tower = make_tower().bfloat16()
     pixels = [one.bfloat16() for one in make_pixels()]
-    clip = FrozenClip(tower, max_tokens=10**9)
+    clip = FrozenEncoder(tower, max_tokens=10**9)
     clip.encode(pixels)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

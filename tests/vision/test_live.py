@@ -8,7 +8,7 @@ from meteor.errors import BadImageError, DataError
 from meteor.image.pixels import PixelSettings, SlicedImage, slice_bytes
 from meteor.image.transform import normalise
 from meteor.vision.encode_images import encode_each, encode_sliced
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 from meteor.vision.live import LiveFeatures
 
 PIXELS = PixelSettings(resolution=56, max_aspect_ratio=8, max_pixels=40_000)
@@ -16,7 +16,7 @@ PIXELS = PixelSettings(resolution=56, max_aspect_ratio=8, max_pixels=40_000)
 
 @pytest.fixture(scope="module")
 def encoder(clip_folder):
-    return FrozenClip.from_pretrained(clip_folder, attention_layers=(-2, -1))
+    return FrozenEncoder.from_pretrained(clip_folder, attention_layers=(-2, -1))
 
 
 def make_key(data):

@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from meteor.errors import BadImageError
 from meteor.vision import encoder as encoder_module
-from meteor.vision.encoder import FrozenClip
+from meteor.vision.encoder import FrozenEncoder
 from meteor.vision.memory import bytes_per_token, split_evenly
 from meteor.vision.runs import merge_lengths, plan_runs
 
@@ -55,7 +55,9 @@ def eager_truth(pixels, hidden_act="quick_gelu"):
 )
 def test_mixed_grids_equal_the_eager_tower_with_all_its_maps(select_layer, attention_layers, max_tokens):
     pixels = make_pixels()
-    clip = FrozenClip(make_tower(), select_layer=select_layer, attention_layers=attention_layers, max_tokens=max_tokens)
+    clip = FrozenEncoder(
+        make_tower(), select_layer=select_layer, attention_layers=attention_layers, max_tokens=max_tokens
+    )
     for got, one, truth in zip(clip.encode(pixels), pixels, eager_truth(pixels), strict=True):
         assert got.grid == (one.shape[1] // 14, one.shape[2] // 14)
         assert got.finite
@@ -68,14 +70,14 @@ def test_mixed_grids_equal_the_eager_tower_with_all_its_maps(select_layer, atten
 
 def test_another_activation_is_the_towers_own():
     pixels = make_pixels(SIZES[:3])
-    got = FrozenClip(make_tower("gelu")).encode(pixels)
+    got = FrozenEncoder(make_tower("gelu")).encode(pixels)
     for one, truth in zip(got, eager_truth(pixels, "gelu"), strict=True):
         torch.testing.assert_close(one.features, truth.hidden_states[-2][0, 1:])
 
 
 def test_of_the_last_block_only_what_attention_needs_is_run():
     tower = make_tower()
-    clip = FrozenClip(tower, attention_layers=(-2, -1))
+    clip = FrozenEncoder(tower, attention_layers=(-2, -1))
     last = tower.encoder.layers[3]
     called = []
     for name, part in last.named_modules():
@@ -85,7 +87,7 @@ def test_of_the_last_block_only_what_attention_needs_is_run():
 
 
 def test_nothing_to_encode_gives_nothing():
-    assert FrozenClip(make_tower()).encode([]) == []
+    assert FrozenEncoder(make_tower()).encode([]) == []
 
 
 def test_position_embeddings_are_interpolated_once_for_each_grid(monkeypatch):
@@ -95,7 +97,7 @@ def test_position_embeddings_are_interpolated_once_for_each_grid(monkeypatch):
     monkeypatch.setattr(
         tower.embeddings, "interpolate_pos_encoding", lambda *given: calls.append(given[1:]) or interpolate(*given)
     )
-    clip = FrozenClip(tower)
+    clip = FrozenEncoder(tower)
     clip.encode(make_pixels())
     clip.encode(make_pixels())
     assert sorted(calls) == sorted(set(SIZES))
@@ -104,7 +106,7 @@ def test_position_embeddings_are_interpolated_once_for_each_grid(monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_sub_image_that_is_not_finite_is_marked_and_its_neighbours_keep_their_values(value):
     pixels = make_pixels()
-    clip = FrozenClip(make_tower())
+    clip = FrozenEncoder(make_tower())
     expected = clip.encode(pixels)
     pixels[3][1, 5, 5] = value
     with pytest.raises(BadImageError, match="for 1 of 9 sub-images") as caught:
@@ -119,14 +121,14 @@ def test_a_sub_image_that_is_not_finite_is_marked_and_its_neighbours_keep_their_
 def test_attention_that_is_not_finite_marks_its_sub_image_too():
     tower = make_tower()
     tower.encoder.layers[3].self_attn.k_proj.bias.data.fill_(float("nan"))
-    got = FrozenClip(tower, attention_layers=(-2, -1)).encode(make_pixels(), raise_bad=False)
+    got = FrozenEncoder(tower, attention_layers=(-2, -1)).encode(make_pixels(), raise_bad=False)
     assert not any(one.finite for one in got)
     assert all(one.features.isfinite().all() for one in got)
 
 
 def test_a_chunk_that_does_not_fit_into_memory_is_halved_and_the_lesson_kept(monkeypatch, caplog):
     pixels = make_pixels()
-    clip = FrozenClip(make_tower(), max_tokens=1000)
+    clip = FrozenEncoder(make_tower(), max_tokens=1000)
     expected = clip.encode(pixels)
     run_tower, sizes = encoder_module.run_tower, []
 
@@ -154,7 +156,7 @@ def test_a_single_sub_image_that_does_not_fit_is_an_error(monkeypatch):
 
     monkeypatch.setattr(encoder_module, "run_tower", run_never)
     with pytest.raises(torch.OutOfMemoryError):
-        FrozenClip(make_tower()).encode(make_pixels(SIZES[:1]))
+        FrozenEncoder(make_tower()).encode(make_pixels(SIZES[:1]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""Number of tokens that a language model can place."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+_NAMES = ("max_position_embeddings", "max_seq_len")
+# Kinds of rotary scaling whose factor is not contained in ``max_position_embeddings``.
+_SCALED = ("linear", "dynamic", "yarn")
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Return the most tokens of a prompt and its answer, or None if the model has no limit, as state-space models.
+
+    Scaled rotary embeddings extend the limit. `linear` and `dynamic` scaling, and `yarn` without an original length, keep
+    the number before scaling in ``max_position_embeddings``; Llama 3's scaling and LongRoPE the number after it.
+
+    Args:
+        config: configuration of a causal LM.
+    """
+    text = config.get_text_config()
+    names = (text.attribute_map.get(name, name) for name in _NAMES)
+    limit = next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
+    if limit is None:
+        return None
+    factors = [_factor(rope, limit) for rope in _ropes(text)]
+    return int(limit * min(factors)) if factors else limit
+
+
+def _ropes(text: PretrainedConfig) -> list[dict[str, Any]]:
+    """Return the settings of rotary embeddings; a model may have others in each kind of layer."""
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    if not isinstance(found, dict):
+        return []
+    nested = [value for value in found.values() if isinstance(value, dict)]
+    return nested or [found]
+
+
+def _factor(rope: dict[str, Any], limit: int) -> float:
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if rope.get("rope_type", rope.get("type")) not in _SCALED or not factor:
+        return 1.0
+    # With an original length the limit may be given before or after scaling.
+    return max(original * factor / limit, 1.0) if original else float(factor)
