@@ -41,7 +41,7 @@ class TextColumns:
 
 @dataclass(frozen=True)
 class _GroupPlan:
-    """What is read of a row group.
+    """Columns of a row group: those to read, and what is known of others.
 
     Attributes:
         read: leaf columns to read.
