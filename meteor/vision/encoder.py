@@ -277,6 +277,3 @@ class FrozenEncoder:
                 else:
                     cls_C = tokens_LC.mean(dim=0, dtype=torch.float32).to(tokens_LC.dtype)
                 yield SubImageFeatures(tokens_LC[num_prefix:], attention_AP, cls_C, run.grid, next(finite))
-
-
-# The name of this class when CLIP was the only tower.
