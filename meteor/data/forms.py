@@ -171,14 +171,14 @@ class _Messages:
         own = [part[key] for key in ("image", "image_url", "url", "path") if part.get(key) is not None]
         if not own:
             if self._take_next(part.get("index")):
-                return f"{IMAGE_PLACEHOLDER}\n"
+                return IMAGE_PLACEHOLDER
             return ConversationProblem("part_without_image", f"an image part has no image: {_shown(part)}")
         value = own[0].get("url") if isinstance(own[0], dict) and "url" in own[0] else own[0]
         name = image_name(value)
         if name is None:
             return ConversationProblem("bad_image_field", f"an image part must name a file, and is {_shown(part)}")
         self._shown.append(name)
-        return f"{IMAGE_PLACEHOLDER}\n"
+        return IMAGE_PLACEHOLDER
 
     def _take_next(self, index: Any = None) -> bool:
         """Show the image at an index beside the messages, or the next one; return whether there is one."""

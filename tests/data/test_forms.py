@@ -223,7 +223,7 @@ ANSWER = {"role": "assistant", "content": "that."}
                 ]
             },
             ["/d/a b.png"],
-            ["a \nb"],
+            ["a b"],
         ),
     ],
 )
