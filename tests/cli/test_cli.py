@@ -87,6 +87,7 @@ def test_explain_names_every_setting_with_default_and_meaning(call):
     more |= {f"study.{name}" for name in StudySettings.model_fields}
     more |= {f"study.tables.<name>.{name}" for name in ("variants", "control", "paper")}
     more |= {f"data.evaluate.<name>.{name}" for name in QuestionSetSettings.model_fields}
+    more |= {f"evaluate.sets.<name>.{name}" for name in ("k", "visual_weight", "sub_images")}
     assert "data.evaluate.<name>.path = (required)" in shown
     assert names == {name.rstrip(".") for name in flatten(RunSettings().model_dump())} | more
     assert "finetune.lr = 2e-05\n    peak learning rate" in lines

@@ -16,6 +16,7 @@ from meteor.errors import DataError, QuarantineLimitError
 from meteor.evaluation.benchmarks import BENCHMARKS
 from meteor.evaluation.questions import ask
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
+from meteor.projector.answering import AnswerSelection
 from meteor.runs.mlflow_log import tracking_uri
 from meteor.synthetic.benchmarks import write_benchmarks
 from meteor.text.tokens import load_tokenizer
@@ -59,9 +60,9 @@ def save_model(settings, folder):
 def make_evaluation(make_settings, tmp_path):
     model = save_model(make_settings(), tmp_path / "model")
 
-    def make(sets, *, roots=None, **options):
+    def make(question_sets, /, *, roots=None, **options):
         options = {"model": model, "max_new_tokens": 2, "limit": 3, "batch_size": 8, **options}
-        data = {"pretrain": None, "finetune": None, "evaluate": sets, **({"roots": roots} if roots else {})}
+        data = {"pretrain": None, "finetune": None, "evaluate": question_sets, **({"roots": roots} if roots else {})}
         return make_settings(data=data, evaluate=options)
 
     return make
@@ -159,6 +160,7 @@ def test_a_prompt_is_what_its_answer_depends_on():
     assert prompt_digest(question, 16) == prompt_digest(same, 16)
     other_text = replace(ask("1", "why?", ["a.png"]), image_keys=("k",))
     others = [replace(question, image_keys=("l",)), other_text]
+    assert prompt_digest(question, 16, AnswerSelection()) != prompt_digest(question, 16, AnswerSelection(k=2))
     assert len({prompt_digest(question, 17), *(prompt_digest(one, 16) for one in [question, *others])}) == 4
 
 
@@ -224,8 +226,11 @@ def test_a_record_that_cannot_be_asked_is_a_wrong_answer_and_too_many_stop_the_s
 def test_a_question_that_is_asked_in_vain_costs_no_other_and_is_asked_again(
     make_evaluation, encode, monkeypatch, small
 ):
+    selections = []
+
     class Answerer:
-        def answer(self, questions, source, *, max_new_tokens):
+        def answer(self, questions, source, *, max_new_tokens, selection):
+            selections.append(selection)
             if any(question.id == gone for question in questions):
                 raise DataError("gone.png was readable when it was indexed, but is not now")
             return ["yes"] * len(questions)
@@ -248,6 +253,13 @@ def test_a_question_that_is_asked_in_vain_costs_no_other_and_is_asked_again(
     other = make_evaluation({"other": str(small / "data/evaluate.json")}, limit=8)
     gone = None
     assert evaluate.run(Inputs(other)).counts["answered_now"] == 1
+    # Answers with another selection are other answers.
+    assert set(selections) == {AnswerSelection()}
+    changed = make_evaluation(
+        {"scenes": str(small / "data/evaluate.json")}, limit=8, k=3, visual_weight=0.5, sets={"scenes": {"k": 2}}
+    )
+    assert evaluate.run(Inputs(changed)).counts["answered_now"] == 8
+    assert selections[-1] == AnswerSelection(k=2, visual_weight=0.5)
 
 
 def test_the_plan_names_every_set_and_asks_nothing(make_evaluation, benchmarks):
