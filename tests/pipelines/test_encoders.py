@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("ray
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
 
 
-@pytest.fixture(scope="module", params=["siglip2_naflex", "dinov2_registers"])
+@pytest.fixture(scope="module", params=[pytest.param("siglip2_naflex", marks=pytest.mark.slow), "dinov2_registers"])
 def encoder(request, tmp_path_factory):
     """Name, folder, and model of a tiny tower with an image processor that resizes bilinearly."""
     config_class, shape = TINY[request.param]
