@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,11 +28,14 @@ from meteor.text.conversation import Turn
 
 _LOG = logging.getLogger(__name__)
 _MAX_NEW_TOKENS = 128
+_ONLY_IMAGES = "llava_meteor reads images only: leave tasks with videos or sound out"
 
 
 def manifest() -> ModelManifest:
     """Return the entry under which lmms-eval registers the model ``llava_meteor``."""
-    return ModelManifest("llava_meteor", simple_class_path=f"{__name__}.LlavaMeteor")
+    return ModelManifest(
+        "llava_meteor", simple_class_path=f"{__name__}.LlavaMeteor", chat_class_path=f"{__name__}.LlavaMeteorChat"
+    )
 
 
 class LlavaMeteor(lmms):
@@ -43,6 +47,9 @@ class LlavaMeteor(lmms):
         device: device of the model; by default "cuda" if there is a GPU.
         dtype: dtype of the weights; by default bfloat16 on a GPU and float32 elsewhere.
     """
+
+    # Position of the generation settings in a request's arguments.
+    _options_at = 1
 
     def __init__(
         self, pretrained: str, batch_size: int | str = 1, device: str | None = None, dtype: str = "", **unknown: Any
@@ -64,16 +71,15 @@ class LlavaMeteor(lmms):
         # Batches share a longest answer, and prompts of similar length come together; the longest first, so that memory
         # runs out at the start or not at all.
         answers = [""] * len(requests)
-        order = sorted(
-            range(len(requests)), key=lambda i: (_longest(requests[i]), len(requests[i].args[0])), reverse=True
-        )
+        longest = [int(self._options(request).get("max_new_tokens") or _MAX_NEW_TOKENS) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (longest[i], len(requests[i].args[0])), reverse=True)
         bar = tqdm(total=len(requests), desc="llava_meteor", disable=self._rank != 0)
-        for batch in _batches(order, self._batch_size, lambda i: _longest(requests[i])):
+        for batch in _batches(order, self._batch_size, longest.__getitem__):
             shown = ShownImages(self._answerer.model, self._answerer.processor)
-            questions = [self._question(i, requests[i], shown) for i in batch]
-            texts = self._answer(questions, shown, _longest(requests[batch[0]]))
+            questions = [self._asked(i, requests[i], shown) for i in batch]
+            texts = self._answer(questions, shown, longest[batch[0]])
             for i, text in zip(batch, texts, strict=True):
-                context, options = requests[i].args[:2]
+                context, options = requests[i].args[0], self._options(requests[i])
                 answers[i] = _cut(text, options.get("until") or [])
                 self.cache_hook.add_partial("generate_until", (context, options), answers[i])
             bar.update(len(batch))
@@ -127,23 +133,60 @@ class LlavaMeteor(lmms):
         parts = by_halves(ask, questions, leave_out, concerns_items=lambda error: isinstance(error, DataError))
         return [text for part in parts for text in part]
 
+    def _options(self, request: Any) -> dict[str, Any]:
+        return request.args[self._options_at]
+
+    def _asked(self, number: int, request: Any, shown: ShownImages) -> Question:
+        """Make the question of a request for an answer."""
+        return self._question(number, request, shown)
+
     def _question(self, number: int, request: Any, shown: ShownImages) -> Question:
         """Make a question with its images first, as in training; placeholders in the task's text are removed."""
         context, doc_to_visual = request.args[0], request.args[2]
         visuals = (doc_to_visual(self._document(request)) or []) if doc_to_visual is not None else []
         # Some tasks nest their images in lists.
         images = [image for visual in visuals for image in (visual if isinstance(visual, list | tuple) else [visual])]
-        if not all(isinstance(image, Image.Image) for image in images):
-            raise SettingsError("llava_meteor reads images only: leave tasks with videos or sound out")
-        keys = tuple(f"{number}/{i}" for i in range(len(images)))
-        for key, image in zip(keys, images, strict=True):
-            shown.add(key, image)
         turns = (Turn("human", context.replace(IMAGE_PLACEHOLDER, "").strip(), len(images)),)
-        return Question(str(number), Sample(str(number), keys, turns), image_keys=keys)
+        return _show(number, turns, images, shown)
 
 
-def _longest(request: Any) -> int:
-    return int(request.args[1].get("max_new_tokens") or _MAX_NEW_TOKENS)
+class LlavaMeteorChat(LlavaMeteor):
+    """A finished model in lmms-eval's "chat" form, which lmms-eval prefers: tasks give messages, with examples and systems."""
+
+    is_simple = False
+    _options_at = 2
+
+    def _asked(self, number: int, request: Any, shown: ShownImages) -> Question:
+        """Make a question from a task's messages; the images of a message come before its words, as in training."""
+        messages = ChatMessages(messages=request.args[1](self._document(request))).messages
+        system = None
+        if messages[0].role == "system":
+            system, messages = "".join(_words(messages[0])), messages[1:]
+        turns, images = [], []
+        for message in messages:
+            shown_here = [part.url for part in message.content if part.type == "image"]
+            if any(part.type not in ("text", "image") for part in message.content):
+                raise SettingsError(_ONLY_IMAGES)
+            words = "".join(_words(message)).replace(IMAGE_PLACEHOLDER, "").strip()
+            turns.append(Turn("gpt" if message.role == "assistant" else "human", words, len(shown_here)))
+            images += shown_here
+        return _show(number, tuple(turns), images, shown, system)
+
+
+def _words(message: Any) -> list[str]:
+    return [part.text for part in message.content if part.type == "text"]
+
+
+def _show(
+    number: int, turns: tuple[Turn, ...], images: Sequence[Any], shown: ShownImages, system: str | None = None
+) -> Question:
+    """Make a question, and encode its images."""
+    if not all(isinstance(image, Image.Image) for image in images):
+        raise SettingsError(_ONLY_IMAGES)
+    keys = tuple(f"{number}/{i}" for i in range(len(images)))
+    for key, image in zip(keys, images, strict=True):
+        shown.add(key, image)
+    return Question(str(number), Sample(str(number), keys, turns, system=system), image_keys=keys)
 
 
 def _batches(order: Sequence[int], size: int, key: Any) -> Iterable[list[int]]:

@@ -11,7 +11,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from meteor.errors import SettingsError
-from meteor.evaluation.lmms import LlavaMeteor, manifest
+from meteor.evaluation.lmms import LlavaMeteor, LlavaMeteorChat, manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,7 +32,8 @@ def request(context, doc_id, **options):
 def test_lmms_eval_finds_the_model_by_its_entry_point():
     registry = ModelRegistryV2()
     registry.load_entrypoint_manifests()
-    assert registry.get_model_class("llava_meteor") is LlavaMeteor
+    assert registry.get_model_class("llava_meteor") is LlavaMeteorChat
+    assert registry.get_model_class("llava_meteor", force_simple=True) is LlavaMeteor
     assert issubclass(LlavaMeteor, lmms)
     assert manifest().model_id == "llava_meteor"
 
@@ -73,7 +74,7 @@ def test_a_continuations_likelihood_is_that_of_one_token_after_the_other(model, 
     found, greedy = likelihood("abc")
     assert found == pytest.approx(expected, rel=1e-4)
     assert greedy is all_greedy
-    assert ask(lambda document: "abc") == (found, greedy)
+    assert likelihood(lambda document: "abc") == (found, greedy)
 
 
 def test_what_it_cannot_do_is_said(model, finished_model):
@@ -84,3 +85,51 @@ def test_what_it_cannot_do_is_said(model, finished_model):
     with pytest.raises(SettingsError, match="does not know conv_template"):
         LlavaMeteor(pretrained=finished_model, device="cpu", conv_template="vicuna_v1")
     assert model._answerer.model.dtype == torch.float32
+
+
+def chat_request(doc_to_messages, doc_id, **options):
+    return SimpleNamespace(args=("context", doc_to_messages, options, doc_id, "task", "test"))
+
+
+def messages_of(document, words="what?"):
+    images = [{"type": "image", "url": image} for image in document["images"]]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": words}]}]
+
+
+def test_messages_get_the_answers_of_the_simple_form(model, finished_model):
+    chat = LlavaMeteorChat(pretrained=finished_model, batch_size=2, device="cpu")
+    chat.task_dict = model.task_dict
+    simple = model.generate_until([request("what?", doc, max_new_tokens=6) for doc in (0, 1, 2)])
+    assert chat.generate_until([chat_request(messages_of, doc, max_new_tokens=6) for doc in (0, 1, 2)]) == simple
+
+
+def test_examples_and_a_system_prompt_become_turns(model, finished_model, ask):
+    chat = LlavaMeteorChat(pretrained=finished_model, batch_size=2, device="cpu")
+    chat.task_dict = model.task_dict
+
+    def with_example(document):
+        system = [{"role": "system", "content": [{"type": "text", "text": "be brief."}]}]
+        answer = [{"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]
+        return [*system, *messages_of(document), *answer, *messages_of({"images": []}, "why?")]
+
+    [found] = chat.generate_until([chat_request(with_example, 0, max_new_tokens=6)])
+    processor, document = chat._answerer.processor, model.task_dict["task"]["test"][0]
+    text = processor.apply_chat_template(
+        [
+            {**one, "content": [{**part, "image": part.get("url")} for part in one["content"]]}
+            for one in with_example(document)
+        ],
+        add_generation_prompt=True,
+    )
+    assert "be brief. USER: <image>\nwhat? ASSISTANT: a cat</s>USER: why? ASSISTANT:" in text
+    inputs = processor(document["images"], text, return_tensors="pt")
+    tokens = chat._answerer.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert chat._answerer.decode(tokens[:, inputs["input_ids"].shape[1] :]) == [found]
+
+
+def test_videos_in_messages_are_refused(model, finished_model):
+    chat = LlavaMeteorChat(pretrained=finished_model, device="cpu")
+    chat.task_dict = model.task_dict
+    video = lambda document: [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}]  # noqa: E731
+    with pytest.raises(SettingsError, match="videos"):
+        chat.generate_until([chat_request(video, 0)])
