@@ -15,11 +15,11 @@ from meteor.image.transform import normalise
 from meteor.model import MeteorForConditionalGeneration
 from pipelines import cache_features, evaluate, finetune, pretrain
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("ray_once")]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("ray_once"), pytest.mark.slow]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("siglip2_naflex", marks=pytest.mark.slow), "dinov2_registers"])
+@pytest.fixture(scope="module", params=["siglip2_naflex", "dinov2_registers"])
 def encoder(request, tmp_path_factory):
     """Name, folder, and model of a tiny tower with an image processor that resizes bilinearly."""
     config_class, shape = TINY[request.param]
@@ -60,7 +60,6 @@ def test_the_cache_holds_what_transformers_computes_for_the_sliced_image(make_se
             torch.testing.assert_close(attention[0], truth.row(expected[0], 2), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_a_model_is_trained_from_the_cache_and_answers_with_its_own_tower(make_settings, encoder):
     _, folder, model = encoder
     settings = settings_for(make_settings, folder)
