@@ -44,7 +44,8 @@ from meteor.progress import ProgressLog
 from meteor.text.batches import BatchTokeniser
 from meteor.text.segments import Text
 from meteor.text.template import render
-from meteor.text.tokens import load_tokenizer, tokenise
+from meteor.text.tokenizer import load_tokenizer
+from meteor.text.tokens import tokenise
 
 TEMPLATE, MAX_LENGTH = "vicuna_v1", 2048
 BUDGET, PIXELS = visual_token_budget("meteor", {}), PixelSettings()

@@ -32,7 +32,8 @@ from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise_batch
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
 from meteor.text.batches import TokenBatch
-from meteor.text.tokens import TokenisedSample, VisualTokens
+from meteor.text.tokenizer import VisualTokens
+from meteor.text.tokens import TokenisedSample
 from meteor.vision.encode_images import encode_sliced
 from meteor.vision.encoder import FrozenEncoder
 

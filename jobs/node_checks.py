@@ -18,7 +18,7 @@ from meteor.errors import AlreadyExistsError, MeteorError, TrackingError
 from meteor.formatting import format_bytes
 from meteor.home import expand_home
 from meteor.pretrained import local_model
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 from meteor.tracking import Tracker, public_uri
 from meteor.vision.checkpoint import read_vision_config
 

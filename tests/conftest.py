@@ -34,7 +34,8 @@ from meteor.features import ImageFeatures
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
 from meteor.model.remote import FILE_NAME, SOURCE
-from meteor.text.tokens import TokenisedSample, VisualTokens, load_tokenizer
+from meteor.text.tokenizer import VisualTokens, load_tokenizer
+from meteor.text.tokens import TokenisedSample
 
 # A data set in every form; the real S3 server and the proxy before it, which benchmarks/faults.py starts too; eager towers.
 sys.path.insert(0, str(Path(__file__).parent / "data"))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from meteor.errors import SettingsError
 from meteor.pretrained import load_pretrained
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 from meteor.train.build import read_llm_config
 from meteor.vision.checkpoint import read_vision_config
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaConfig, Lla
 from meteor import storage
 from meteor.errors import SettingsError
 from meteor.pretrained import load_pretrained, local_model
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 from meteor.train.build import llm_fingerprint
 
 

@@ -22,7 +22,7 @@ from meteor.projector.file import projector_digest
 from meteor.runs import pins
 from meteor.runs.identity import Versions
 from meteor.stages import TrainingStage
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 from meteor.train.build import llm_fingerprint
 
 T = TypeVar("T")

@@ -11,7 +11,8 @@ from meteor.model import MeteorConfig
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import StageIdentity, Versions, identify
 from meteor.stages import TrainingStage
-from meteor.text.tokens import check_template, find_visual_tokens
+from meteor.text.tokenizer import find_visual_tokens
+from meteor.text.tokens import check_template
 from meteor.train.build import read_fitting_projector, read_llm_config
 from meteor.vision.checkpoint import read_vision_config
 

@@ -11,7 +11,8 @@ import torch
 
 from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.features import ImageFeatures
-from meteor.text.tokens import TokenisedSample, VisualTokens
+from meteor.text.tokenizer import VisualTokens
+from meteor.text.tokens import TokenisedSample
 
 PatchGrids = Sequence[tuple[int, int]]
 VisualTokenBudget = Callable[[PatchGrids], list[int]]

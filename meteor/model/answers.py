@@ -95,14 +95,12 @@ class _AnswerLoss(torch.autograd.Function):
         )
 
 
-def answer_head(language_model: Any) -> AnswerHead | None:
-    """Replace the output layer by an `AnswerHead`; return None if the model changes the output layer's logits.
+def use_answer_head(language_model: Any) -> None:
+    """Replace the output layer by an `AnswerHead`, unless the model changes the output layer's logits.
 
     Gemma caps its logits, Granite and Cohere scale them: their loss needs the model's own forward pass.
     """
     head = language_model.get_output_embeddings()
     if type(head) not in (nn.Linear, AnswerHead) or changes_logits(language_model):
-        return None
-    answers = head if isinstance(head, AnswerHead) else AnswerHead.around(head)
-    language_model.set_output_embeddings(answers)
-    return answers
+        return
+    language_model.set_output_embeddings(head if isinstance(head, AnswerHead) else AnswerHead.around(head))

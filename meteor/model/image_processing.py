@@ -61,16 +61,6 @@ class MeteorImageProcessor(BaseImageProcessor):
             self.max_slices, self.resolution, self.patch_size, self.max_aspect_ratio, self.max_pixels, self.resample
         )
 
-    def layout(self, width: int, height: int) -> ImageLayout:
-        """Return the sub-images of an image of ``width`` x ``height`` pixels.
-
-        Raises:
-            BadImageError: the aspect ratio is above the limit.
-        """
-        plan = self.pixels.plan(width, height)
-        layout = ImageLayout(plan.grid, plan.patch_grids)
-        return layout.only_global() if self.sub_images == "global" else layout
-
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """Slice and normalise images.
 
@@ -93,8 +83,11 @@ class MeteorImageProcessor(BaseImageProcessor):
         counts: list[int] = []
         for image in make_flat_list_of_images(self.fetch_images(images)):
             shown = as_shown(image if isinstance(image, Image.Image) else to_pil_image(_as_array(image)))
-            layout = self.layout(shown.width, shown.height)
-            pixels = slice_image(shown, self.pixels.plan(shown.width, shown.height))[: len(layout.patch_grids)]
+            plan = self.pixels.plan(shown.width, shown.height)
+            layout = ImageLayout(plan.grid, plan.patch_grids)
+            if self.sub_images == "global":
+                layout = layout.only_global()
+            pixels = slice_image(shown, plan)[: len(layout.patch_grids)]
             parts += [normalise(part, self.image_mean, self.image_std) for part in pixels]
             grids += layout.patch_grids
             slice_grids.append(layout.grid or (0, 0))

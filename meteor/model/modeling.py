@@ -17,18 +17,19 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
 from meteor.checksums import check_folder
 from meteor.constants import IGNORE_INDEX
 from meteor.data.collate import empty_sub_image, pad_sub_images
 from meteor.errors import DataError, SettingsError
-from meteor.model.answers import answer_head
+from meteor.model.answers import AnswerHead, use_answer_head
 from meteor.model.attention import VARLEN, Layout
 from meteor.model.configuration import MeteorConfig
+from meteor.model.headless import MeteorModel
 from meteor.model.language_model import accept_embeddings, set_supported_attention
-from meteor.model.rows import Arranged, arrange, close_gaps
+from meteor.model.rows import Arranged, arrange, close_gaps, restore_prompts
 from meteor.model.text_sampler import TextSampler, TokenGroups
 from meteor.model_files import require_config
 from meteor.projector import Projector, ProjectorOutput, build_projector
@@ -79,13 +80,13 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             else AutoModelForCausalLM.from_config(config.text_config, attn_implementation="eager")
         )
         accept_embeddings(self.language_model)
-        self._has_answer_head = answer_head(self.language_model) is not None
-        parts = filter(None, (self.language_model, self.vision_tower))
+        use_answer_head(self.language_model)
+        parts: list[Any] = [part for part in (self.language_model, self.vision_tower) if part is not None]
         # Layers that accelerate must not divide between devices are those of the parts, whatever their architecture.
         self._no_split_modules = sorted({name for part in parts for name in part._no_split_modules or ()})
         self.text_sampler = TextSampler(self.language_model, **config.text_sampler) if config.text_sampler else None
         # transformers passes its choice of attention to a model's own layers only, and clears it in the configs of parts.
-        for part in filter(None, (self.language_model, self.vision_tower)):
+        for part in parts:
             set_supported_attention(part, self.config._attn_implementation)
         self.post_init()
 
@@ -116,12 +117,12 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.base_model
 
     @property
-    def model(self) -> "MeteorModel":
+    def model(self) -> MeteorModel:
         """The model without its output layer."""
         return MeteorModel(self)
 
     @property
-    def base_model(self) -> "MeteorModel":
+    def base_model(self) -> MeteorModel:
         """`model`, by the name that trainers use."""
         return self.model
 
@@ -141,7 +142,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for weight in (getattr(layer, name, None) for layer in layers for name in ("weight", "bias")):
                 if weight is not None:
                     weight[num_rows:] = weight[:num_rows].float().mean(dim=0).to(weight.dtype)
-        self._has_answer_head = answer_head(self.language_model) is not None
+        use_answer_head(self.language_model)
         self.config.text_config = self.language_model.config
 
     def frozen_encoder(self) -> FrozenEncoder:
@@ -168,10 +169,10 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             grids: rows and columns of patches of each sub-image, (S, 2); None if all fill ``pixel_values``.
 
         Returns:
-            Features (S, P, C), class-token attention (S, P) and grids (S, 2).
+            Features (S, P, C), importance rows (S, P) and grids (S, 2).
         """
-        clip = self.frozen_encoder()
-        side, images = clip.patch_size, []
+        encoder = self.frozen_encoder()
+        side, images = encoder.patch_size, []
         if pixel_values is not None:
             if grids is not None and len(grids) != len(pixel_values):
                 raise DataError(
@@ -180,9 +181,9 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             sizes = [pixel_values.shape[-2:]] * len(pixel_values) if grids is None else (grids * side).tolist()
             images = [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes, strict=True)]
-        encoded = [(image.features, image.cls_attention[0], image.grid) for image in clip.encode(images)]
+        encoded = [(image.features, image.cls_attention[0], image.grid) for image in encoder.encode(images)]
         if not encoded:
-            encoded = [empty_sub_image(clip.width)]
+            encoded = [empty_sub_image(encoder.width)]
         features_SPC, cls_attention_SP = pad_sub_images(encoded)
         grids_S2 = torch.tensor([grid for _, _, grid in encoded])
         return features_SPC.to(self.device), cls_attention_SP.to(self.device), grids_S2.to(self.device)
@@ -287,27 +288,33 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is not None:
             raise ValueError("visual tokens are found by their ids: give input_ids instead of inputs_embeds")
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if features is None:
             features, cls_attention, grids = self.encode(pixel_values, grids)
         num_slots = input_ids.new_zeros(len(features)) if num_slots is None else num_slots
-        embeds_BLD, attended_BL, projected = self.embed(
-            input_ids, attention_mask, num_slots, features, cls_attention, grids, native_weight=native_weight
+        arranged, projected = self.arrange(
+            input_ids,
+            attention_mask,
+            turns=turns,
+            image_numbers=image_numbers,
+            num_slots=num_slots,
+            features=features,
+            cls_attention=cls_attention,
+            grids=grids,
+            native_weight=native_weight,
         )
-        layout = Layout.of(attention_mask.long(), attended_BL)
-        groups = self._token_groups(layout.sample_BL, turns, image_numbers)
+        inputs = {**kwargs, **arranged.inputs, "use_cache": False}
         if labels is None:
-            return self._logits(embeds_BLD, layout, groups, **kwargs)
+            output = self.language_model(**inputs)
+            output.logits = arranged.restore(output.logits, input_ids.shape)
+            return output
         labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
-        logits = None
-        if skip_logits:
-            loss = self._answer_loss(embeds_BLD, layout, groups, labels, num_items_in_batch, **kwargs)
-        else:
-            logits = self._logits(embeds_BLD, layout, groups, **kwargs).logits
-            loss = _loss_of(logits, layout, labels, num_items_in_batch)
+        logits = None if skip_logits else self.language_model(**inputs).logits
+        loss = self._answer_loss(arranged, inputs, labels, logits, num_items_in_batch)
         if projected.aux_loss is not None:
             loss = loss + aux_loss_coefficient * projected.aux_loss
         assert grids is not None, "features come with their grids"
+        if logits is not None:
+            logits = arranged.restore(logits, input_ids.shape)
         return MeteorOutput(loss=loss, logits=logits, selection_sums=_sum_selection(projected, grids, num_slots))
 
     def _token_groups(
@@ -322,69 +329,47 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return TokenGroups.of(sample_BL, turns, image_numbers)
 
-    def _arrange(self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None) -> Arranged:
-        """Arrange the samples for the language model; the text-guided sampler needs them where their groups are."""
-        config = self.language_model.config
-        if self.text_sampler is not None and groups is not None:
-            flattens = config._attn_implementation == VARLEN
-            self.text_sampler.begin(groups.map(layout.unpadded().take) if flattens else groups)
-        return arrange(config, embeds_BLD, layout, keep_rows=self.text_sampler is not None)
-
-    def _logits(
-        self, embeds_BLD: torch.Tensor, layout: Layout, groups: TokenGroups | None, **kwargs: Any
-    ) -> CausalLMOutputWithPast:
-        arranged = self._arrange(embeds_BLD, layout, groups)
-        output = self.language_model(**{**kwargs, **arranged.inputs, "use_cache": False})
-        output.logits = arranged.restore(output.logits, embeds_BLD.shape[:2])
-        return output
-
-    def hidden_states(
+    def arrange(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
         turns: torch.Tensor | None = None,
         image_numbers: torch.Tensor | None = None,
-        num_slots: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
-        cls_attention: torch.Tensor | None = None,
-        grids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Return the input of the output layer, (B, L, D); the arguments are those of `forward`."""
+        **images: Any,
+    ) -> tuple[Arranged, ProjectorOutput]:
+        """Arrange a batch for the language model; the arguments are those of `forward` and `embed`."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        embeds_BLD, attended_BL, _ = self.embed(
-            input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
-        )
+        embeds_BLD, attended_BL, projected = self.embed(input_ids, attention_mask, **images)
         layout = Layout.of(attention_mask.long(), attended_BL)
-        groups = self._token_groups(layout.sample_BL, turns, image_numbers)
-        arranged = self._arrange(embeds_BLD, layout, groups)
-        inputs = {**kwargs, **arranged.inputs, "use_cache": False}
-        hidden = self.language_model.base_model(**inputs).last_hidden_state
-        return arranged.restore(hidden, embeds_BLD.shape[:2])
+        config, groups = self.language_model.config, self._token_groups(layout.sample_BL, turns, image_numbers)
+        if self.text_sampler is not None and groups is not None:
+            flattens = config._attn_implementation == VARLEN
+            # The sampler needs the tokens where their groups are.
+            self.text_sampler.begin(groups.map(layout.unpadded().take) if flattens else groups)
+        return arrange(config, embeds_BLD, layout, keep_rows=self.text_sampler is not None), projected
 
     def _answer_loss(
         self,
-        embeds_BLD: torch.Tensor,
-        layout: Layout,
-        groups: TokenGroups | None,
+        arranged: Arranged,
+        inputs: dict[str, Any],
         labels_BL: torch.Tensor,
+        logits: torch.Tensor | None,
         num_items: int | torch.Tensor | None,
-        **kwargs: Any,
     ) -> torch.Tensor:
-        """Return the answer tokens' summed cross-entropy divided by ``num_items`` or by their number, 0-d float32."""
-        arranged = self._arrange(embeds_BLD, layout, groups)
+        """Return the answer tokens' summed cross-entropy divided by ``num_items`` or by their number, 0-d float32.
+
+        Without logits the language model is run here, and its output layer sees answer tokens only.
+        """
         next_N = arranged.tokens.next_labels(labels_BL)
         answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
-        places_N = arranged.place_N[answers_N]
-        inputs = {**kwargs, **arranged.inputs, "use_cache": False}
-        if self._has_answer_head:
+        places_N, head = arranged.place_N[answers_N], self.get_output_embeddings()
+        if logits is None and isinstance(head, AnswerHead):
             hidden = self.language_model.base_model(**inputs).last_hidden_state
-            loss = self.language_model.get_output_embeddings()(hidden.flatten(0, 1)[places_N], next_N[answers_N])
+            loss = head(hidden.flatten(0, 1)[places_N], next_N[answers_N])
         else:
-            logits = self.language_model(**inputs).logits.flatten(0, 1)[places_N]
-            loss = F.cross_entropy(logits.float(), next_N[answers_N], reduction="sum")
+            logits = self.language_model(**inputs).logits if logits is None else logits
+            loss = F.cross_entropy(logits.flatten(0, 1)[places_N].float(), next_N[answers_N], reduction="sum")
         # A batch without answers has loss 0, not 0 / 0.
         return loss / (max(len(answers_N), 1) if num_items is None else num_items)
 
@@ -434,7 +419,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # With the ids beside the embeddings, the result begins with the prompt.
             ids_BK, embeds_BKD, attended_BK = close_gaps(attended_BL, input_ids, embeds_BLD)
             prompt = {"inputs": ids_BK, "inputs_embeds": embeds_BKD, "attention_mask": attended_BK.long()}
-            return _with_prompt(self.language_model.generate(**prompt, **kwargs), input_ids, ids_BK.shape[1])
+            return restore_prompts(self.language_model.generate(**prompt, **kwargs), input_ids, ids_BK.shape[1])
         if max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1) > 1:
             raise SettingsError("a model with a text-guided sampler gives one answer per prompt: leave num_beams at 1")
         self.text_sampler.begin(self._token_groups(attended_BL.long(), turns, image_numbers))
@@ -445,48 +430,9 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.text_sampler.begin(None)
 
 
-def _with_prompt(output: Any, input_ids_BL: torch.Tensor, num_closed: int) -> Any:
-    """Replace the prompts of generated sequences, which are ``num_closed`` long without gaps, by the prompts as given."""
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    given = input_ids_BL.repeat_interleave(len(sequences) // len(input_ids_BL), dim=0)
-    full = torch.cat([given, sequences[:, num_closed:]], dim=1)
-    if isinstance(output, torch.Tensor):
-        return full
-    output.sequences = full
-    return output
-
-
-class MeteorModel(nn.Module):
-    """A view of the model without its output layer, which shares all parameters."""
-
-    def __init__(self, whole: MeteorForConditionalGeneration) -> None:
-        super().__init__()
-        self.vision_tower, self.projector = whole.vision_tower, whole.projector
-        self.language_model = whole.language_model.base_model
-        # A list hides the model from torch, which would else count its modules twice.
-        self._whole = [whole]
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """Return the hidden states before the output layer as ``last_hidden_state``, (B, L, D)."""
-        [whole] = self._whole
-        return BaseModelOutputWithPast(last_hidden_state=whole.hidden_states(input_ids, attention_mask, **kwargs))
-
-
 def _first_slots(num_slots: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Return a mask of the first ``num_slots`` (S,) of the projector's tokens, (S, K) bool."""
     return torch.arange(num_tokens, device=num_slots.device) < num_slots[:, None]
-
-
-def _loss_of(
-    logits_BLV: torch.Tensor, layout: Layout, labels_BL: torch.Tensor, num_items: int | torch.Tensor | None
-) -> torch.Tensor:
-    """Return the summed cross-entropy of answer tokens divided by ``num_items`` or by their number, 0-d float32."""
-    tokens = layout.unpadded()
-    next_N = tokens.next_labels(labels_BL)
-    answers_N = (next_N != IGNORE_INDEX).nonzero().squeeze(-1)
-    logits_AV = logits_BLV.flatten(0, 1)[tokens.kept_N[answers_N]].float()
-    loss = F.cross_entropy(logits_AV, next_N[answers_N], reduction="sum")
-    return loss / (max(len(answers_N), 1) if num_items is None else num_items)
 
 
 def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:

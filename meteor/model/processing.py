@@ -16,7 +16,9 @@ from meteor.model.configuration import MeteorConfig
 from meteor.model.image_processing import MeteorImageProcessor
 from meteor.model.remote import AUTO_MAP
 from meteor.text.jinja import chat_jinja
-from meteor.text.tokens import VisualTokens, find_visual_tokens, tokenise_prompt
+from meteor.text.rendered import tokenise_prompt
+from meteor.text.tokenizer import VisualTokens, find_visual_tokens
+from meteor.text.tokens import TokenisedSample
 
 _FILE = "processor_config.json"
 
@@ -33,7 +35,7 @@ class MeteorProcessor(ProcessorMixin):
         chat_template: Jinja text of `meteor.text.jinja.chat_jinja`; made from ``template`` if None.
     """
 
-    # transformers reads the names of the parameters, of which those without default or with one are both positional.
+    # transformers finds the parameters by their names, and overlooks those that can be given by name only.
     def __init__(
         self,
         image_processor: MeteorImageProcessor,
@@ -116,11 +118,11 @@ class MeteorProcessor(ProcessorMixin):
             }
         return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
-    def _padded(self, rows: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    def _padded(self, rows: list[TokenisedSample], options: dict[str, Any]) -> dict[str, Any]:
         """Return token ids, mask and numbers as padded tensors, or as lists if padding is off and tensors are not asked for."""
         if options.get("padding") == "max_length":
             raise ValueError("this processor pads to the longest prompt: give padding=True")
-        names = ["input_ids", "attention_mask", *(["turns", "image_numbers"] if self.text_sampler else [])]
+        names = self.model_input_names[: 4 if self.text_sampler else 2]
         side = options.get("padding_side") or self.tokenizer.padding_side
         input_ids, mask, _, turns, numbers = pad_tokens([[row] for row in rows], self.tokenizer.pad_token_id, side)
         tensors = {"input_ids": input_ids, "attention_mask": mask, "turns": turns, "image_numbers": numbers}
@@ -138,18 +140,6 @@ class MeteorProcessor(ProcessorMixin):
                 for name, values in lists.items()
             }
         return lists
-
-    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any) -> Any:
-        """Return the numbers of tokens and sub-images of images of (height, width) pixels, as vLLM asks for them."""
-        from transformers.processing_utils import MultiModalData
-
-        from meteor.data.collate import num_image_tokens
-
-        layouts = [self.image_processor.layout(width, height) for height, width in image_sizes or []]
-        return MultiModalData(
-            num_image_tokens=[num_image_tokens(layout, self.budget) for layout in layouts],
-            num_image_patches=[len(layout.patch_grids) for layout in layouts],
-        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the tokenizer's files, ``processor_config.json``, ``preprocessor_config.json`` and ``chat_template.jinja``."""
@@ -184,7 +174,7 @@ def _layouts(shown: BatchFeature | None) -> list[ImageLayout]:
     return layouts
 
 
-def _cut(sample: Any, options: dict[str, Any], image_id: int) -> Any:
+def _cut(sample: TokenisedSample, options: dict[str, Any], image_id: int) -> TokenisedSample:
     """Cut a prompt to ``max_length`` if truncation is on; images cannot be cut."""
     limit = options.get("max_length")
     if not options.get("truncation") or limit is None or len(sample.input_ids) <= limit:
@@ -194,7 +184,7 @@ def _cut(sample: Any, options: dict[str, Any], image_id: int) -> Any:
             f"max_length={limit} would cut an image: the prompt has {len(sample.input_ids)} tokens. Give max_length=None, "
             "or fewer or smaller images"
         )
-    return type(sample)(*(values[:limit] for values in vars(sample).values()))
+    return TokenisedSample(*(values[:limit] for values in vars(sample).values()))
 
 
 AutoProcessor.register(MeteorConfig, MeteorProcessor)

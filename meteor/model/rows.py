@@ -88,3 +88,20 @@ def close_gaps(
     order_BK = attended_BL.to(torch.uint8).sort(dim=1, stable=True).indices[:, attended_BL.shape[1] - longest :]
     gathered_BKD = embeds_BLD.gather(1, order_BK.unsqueeze(-1).expand(-1, -1, embeds_BLD.shape[-1]))
     return input_ids_BL.gather(1, order_BK), gathered_BKD, attended_BL.gather(1, order_BK)
+
+
+def restore_prompts(output: Any, input_ids_BL: torch.Tensor, num_closed: int) -> Any:
+    """Undo `close_gaps` in generated sequences: their first ``num_closed`` tokens become the prompts as given.
+
+    Args:
+        output: sequences, (B x answers per prompt, num_closed + new tokens), or transformers' output that has them.
+        input_ids_BL: token ids of the prompts as given, (B, L).
+        num_closed: length of the prompts without gaps.
+    """
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    given = input_ids_BL.repeat_interleave(len(sequences) // len(input_ids_BL), dim=0)
+    full = torch.cat([given, sequences[:, num_closed:]], dim=1)
+    if isinstance(output, torch.Tensor):
+        return full
+    output.sequences = full
+    return output

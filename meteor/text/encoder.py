@@ -58,7 +58,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> Te
     if not tokenizer.is_fast:
         raise SettingsError(
             f"{type(tokenizer).__name__} is not a fast tokenizer, so it gives no character positions: load it with "
-            "meteor.text.tokens.load_tokenizer."
+            "meteor.text.tokenizer.load_tokenizer."
         )
     return TextEncoder(tokenizer.backend_tokenizer)
 

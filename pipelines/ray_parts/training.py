@@ -30,7 +30,7 @@ from meteor.runs.mlflow_log import StageLog
 from meteor.runs.pins import hold_pin
 from meteor.runs.reading import read_stage
 from meteor.stages import TrainingStage
-from meteor.text.tokens import find_visual_tokens
+from meteor.text.tokenizer import find_visual_tokens
 from pipelines.command import timed
 from pipelines.ray_parts.log_to_mlflow import LogToMlflow
 from pipelines.ray_parts.resources import wait_for_nodes

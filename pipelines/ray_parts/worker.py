@@ -25,7 +25,7 @@ from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
 from meteor.runs.claim import Claim
 from meteor.stages import TrainingStage
-from meteor.text.tokens import VisualTokens, load_tokenizer
+from meteor.text.tokenizer import VisualTokens, load_tokenizer
 from meteor.train.build import DTYPES, build_model, checkpoint_activations, compile_layers, freeze_for, load_projector
 from meteor.train.checkpoints import newest_sound_checkpoint
 from meteor.train.engine import loading_for, make_engine

@@ -115,7 +115,8 @@ def num_tokens_of_stage_1(settings):
     from meteor.config import RunSettings
     from meteor.data.samples import load_samples
     from meteor.image.budget import visual_token_budget
-    from meteor.text.tokens import load_tokenizer, tokenise
+    from meteor.text.tokenizer import load_tokenizer
+    from meteor.text.tokens import tokenise
 
     run = RunSettings.model_validate(settings)
     samples, _ = load_samples(run.data.pretrain)

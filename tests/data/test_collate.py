@@ -6,7 +6,8 @@ import torch
 from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.collate import ImageLayout, collate, expand_images, num_image_tokens
 from meteor.image.budget import visual_token_budget
-from meteor.text.tokens import TokenisedSample, VisualTokens
+from meteor.text.tokenizer import VisualTokens
+from meteor.text.tokens import TokenisedSample
 
 # The place of an image in a sample, and a visual slot in a batch.
 V, S, X = IMAGE_PLACE, 99, IGNORE_INDEX

@@ -26,7 +26,7 @@ from meteor.data.sample_sets import load_set
 from meteor.data.token_table import tokenise_set
 from meteor.image.files import read_image_file
 from meteor.image.parquet_cells import open_parquet
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 
 
 def load(uri, folder):

@@ -17,7 +17,7 @@ from meteor.data.samples import Sample, load_samples
 from meteor.data.token_table import tokenise_set
 from meteor.errors import DataError, SettingsError
 from meteor.text.conversation import Turn
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 
 TEXTS = [
     "",

@@ -14,7 +14,7 @@ from meteor.data.sample_sets import SampleSet, load_set
 from meteor.data.samples import load_samples
 from meteor.data.token_table import tokenise_set
 from meteor.errors import DataError
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 
 
 def make_record(number, *, image=None, question="What?", answer="A cat.", **fields):

@@ -15,7 +15,8 @@ from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
 from meteor.text.batches import TokenBatch
 from meteor.text.conversation import Turn
-from meteor.text.tokens import TokenisedSample, VisualTokens
+from meteor.text.tokenizer import VisualTokens
+from meteor.text.tokens import TokenisedSample
 
 V, X = IMAGE_PLACE, IGNORE_INDEX
 PIXELS = PixelSettings(resolution=56, max_aspect_ratio=8)

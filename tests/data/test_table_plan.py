@@ -23,7 +23,8 @@ from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
 from meteor.text.batches import TokenBatch
 from meteor.text.conversation import Turn
-from meteor.text.tokens import TokenisedSample, load_tokenizer, tokenise
+from meteor.text.tokenizer import load_tokenizer
+from meteor.text.tokens import TokenisedSample, tokenise
 
 PIXELS = PixelSettings(resolution=56, max_aspect_ratio=8)
 IMAGES = {

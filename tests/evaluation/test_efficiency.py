@@ -9,7 +9,7 @@ from meteor.evaluation.efficiency import measure_answers
 from meteor.evaluation.questions import Question
 from meteor.model import MeteorImageProcessor, MeteorProcessor
 from meteor.text.conversation import Turn
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture

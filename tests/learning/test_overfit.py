@@ -31,7 +31,7 @@ from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.model import MeteorImageProcessor, MeteorProcessor
 from meteor.synthetic.models import TinyModels, make_tiny_models
-from meteor.text.tokens import find_visual_tokens, load_tokenizer
+from meteor.text.tokenizer import find_visual_tokens, load_tokenizer
 from meteor.train.build import build_model, freeze_for
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model

@@ -7,14 +7,15 @@ import torch
 from PIL import ExifTags, Image
 from transformers import AutoImageProcessor, AutoProcessor, BatchFeature
 
-from meteor.data.collate import collate, expand_images
+from meteor.data.collate import ImageLayout, collate, expand_images
 from meteor.errors import BadImageError, SettingsError
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise
 from meteor.model import MeteorConfig, MeteorImageProcessor, MeteorProcessor
 from meteor.model.image_processing import pad_pixels
 from meteor.text.conversation import Conversation, Turn
-from meteor.text.tokens import load_tokenizer, tokenise
+from meteor.text.tokenizer import load_tokenizer
+from meteor.text.tokens import tokenise
 from meteor.vision.encode_images import encode_sliced
 
 PIXELS = PixelSettings(resolution=56, max_aspect_ratio=8)
@@ -111,7 +112,8 @@ def test_tokens_turns_and_images_of_a_prompt_are_those_of_its_conversation(
     ]
     expected = tokenise(Conversation(turns), processor.tokenizer, template, for_generation=True)
     images = [make_image(56, 56)] * sum(turn.num_images for turn in turns)
-    layouts = [processor.image_processor.layout(56, 56)] * len(images)
+    plan = PIXELS.plan(56, 56)
+    layouts = [ImageLayout(plan.grid, plan.patch_grids)] * len(images)
     longer, _ = expand_images(expected, layouts, processor.budget, processor.visual_tokens)
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images, prompt, return_tensors="pt")

@@ -19,7 +19,7 @@ from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorIma
 from meteor.projector.answering import AnswerSelection
 from meteor.runs.mlflow_log import tracking_uri
 from meteor.synthetic.benchmarks import write_benchmarks
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 from meteor.tracking import Tracker
 from pipelines import cache_features, evaluate
 from pipelines.ray_parts import answering

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from meteor.assembly import Inputs
 from meteor.evaluation.answer import Answerer
 from meteor.text.conversation import Conversation, Turn
-from meteor.text.tokens import load_tokenizer, tokenise
+from meteor.text.tokenizer import load_tokenizer
+from meteor.text.tokens import tokenise
 from pipelines import evaluate, finetune, pretrain
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore"), pytest.mark.slow]

@@ -21,7 +21,7 @@ from meteor.evaluation.answer import Answerer
 from meteor.report.tables import NOT_RECORDED, cache_table
 from meteor.runs.mlflow_log import tracking_uri
 from meteor.runs.reading import read_stage
-from meteor.text.tokens import load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
 from meteor.tracking import Tracker
 from meteor.train.build import read_llm_config
 from pipelines import cache_features, evaluate, finetune, pretrain, report

@@ -11,7 +11,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from meteor.text.tokens import add_image_token, load_tokenizer
+from meteor.text.tokenizer import add_image_token, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 

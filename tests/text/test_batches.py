@@ -106,7 +106,7 @@ def test_a_batch_gets_the_tokens_of_its_conversations(request, tokenizer_name, t
 
 @pytest.fixture(scope="session")
 def vicuna_with_chat(make_vicuna, byte_level, tmp_path_factory):
-    from meteor.text.tokens import load_tokenizer
+    from meteor.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(make_vicuna(tmp_path_factory.mktemp("text") / "chat", legacy=False))
     tokenizer.chat_template = (

@@ -8,7 +8,8 @@ from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import MissingPackageError, SettingsError, TokenisationError
 from meteor.text.conversation import Conversation, Turn
 from meteor.text.template import render
-from meteor.text.tokens import VisualTokens, find_visual_tokens, load_tokenizer, tokenise
+from meteor.text.tokenizer import VisualTokens, find_visual_tokens, load_tokenizer
+from meteor.text.tokens import tokenise
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -15,7 +15,8 @@ from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.errors import CacheMismatchError
 from meteor.model import MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
 from meteor.model.trained_projector import load_trained_projector, projector_metadata
-from meteor.text.tokens import TokenisedSample, load_tokenizer
+from meteor.text.tokenizer import load_tokenizer
+from meteor.text.tokens import TokenisedSample
 from meteor.train.build import build_model, freeze_for, load_projector
 from meteor.train.engine import make_engine
 from meteor.train.export import export_model, export_projector
