@@ -41,6 +41,8 @@ class Answerer:
             )
             self.model.to(device).eval()
             self.processor = MeteorProcessor.from_pretrained(folder)
+        # Other programs may have written the folder without the settings that export writes.
+        self.model.generation_config = self.processor.generation_config(self.model.generation_config)
         self.device = device
         llm = self.model.config.text_config
         self._num_positions, self._answers_together = num_positions(llm), find_ways(llm).answering is None

@@ -1,10 +1,12 @@
 """Processor of a model: prompts and images become inputs, and generated tokens become text."""
 
+import copy
+import logging
 import os
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoProcessor, BatchFeature, GenerationConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
@@ -17,9 +19,11 @@ from meteor.model.image_processing import MeteorImageProcessor
 from meteor.model.remote import AUTO_MAP
 from meteor.text.jinja import chat_jinja
 from meteor.text.rendered import tokenise_prompt
+from meteor.text.template import end_token
 from meteor.text.tokenizer import VisualTokens, find_visual_tokens
 from meteor.text.tokens import TokenisedSample
 
+_LOG = logging.getLogger(__name__)
 _FILE = "processor_config.json"
 
 
@@ -75,7 +79,8 @@ class MeteorProcessor(ProcessorMixin):
 
         Args:
             images: an image, a list, or a list of lists; paths and URLs are loaded. Images of all prompts in order.
-            text: a prompt or a list of prompts as ``apply_chat_template`` writes them, with ``<image>`` at each image.
+            text: a prompt or a list of prompts as ``apply_chat_template`` writes them, with ``<image>`` at each image. If no
+                prompt has one, the images come first, with a warning.
             videos, audio: not supported.
             kwargs: Hugging Face's ``padding`` (True), ``padding_side`` (the tokenizer's), ``truncation``, ``max_length``,
                 ``add_special_tokens`` and ``return_tensors``.
@@ -91,8 +96,14 @@ class MeteorProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise ValueError("this model reads images and text, neither videos nor audio")
+        if not isinstance(text, str | list | tuple | None) or (text and not isinstance(text[0], str)):
+            raise ValueError(
+                f"text must be a prompt or a list of prompts, and is {type(text).__name__}: images come first"
+            )
         has_images = images is not None and not (isinstance(images, list | tuple) and not images)
         images, prompts, *_ = self.prepare_inputs_layout(images=images if has_images else None, text=text)
+        if has_images and prompts is not None and not any(self.image_token in prompt for prompt in prompts):
+            prompts = self._with_images_first(prompts, images)
         self.validate_inputs(images=images, text=prompts)
         options = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         shown = self.image_processor(images) if has_images else None
@@ -118,6 +129,21 @@ class MeteorProcessor(ProcessorMixin):
             }
         return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
+    def _with_images_first(self, prompts: list[str], images: Any) -> list[str]:
+        """Put images before prompts that do not say where they belong."""
+        listed = images if isinstance(images, list | tuple) else [images]
+        groups = listed if isinstance(listed[0], list | tuple) else [listed]
+        if len(groups) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts without {self.image_token} cannot share {len(groups)} lists of images: give a list of "
+                f"images for each prompt, or write {self.image_token} at each image"
+            )
+        _LOG.warning(
+            "no prompt has %s: its images are put first. apply_chat_template writes prompts as the model was trained on",
+            self.image_token,
+        )
+        return [f"{self.image_token}\n" * len(group) + prompt for group, prompt in zip(groups, prompts, strict=True)]
+
     def _padded(self, rows: list[TokenisedSample], options: dict[str, Any]) -> dict[str, Any]:
         """Return token ids, mask and numbers as padded tensors, or as lists if padding is off and tensors are not asked for."""
         if options.get("padding") == "max_length":
@@ -140,6 +166,16 @@ class MeteorProcessor(ProcessorMixin):
                 for name, values in lists.items()
             }
         return lists
+
+    def generation_config(self, own: GenerationConfig) -> GenerationConfig:
+        """Return generation settings in which the end token that answers were taught comes first, before others."""
+        config, tokenizer = copy.deepcopy(own), self.tokenizer
+        learnt = tokenizer.convert_tokens_to_ids(end_token(self.template, tokenizer))
+        known = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        ends = [learnt, *(end for end in known if end not in (None, learnt))]
+        config.eos_token_id = ends if len(ends) > 1 else learnt
+        config.pad_token_id = tokenizer.pad_token_id
+        return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write the tokenizer's files, ``processor_config.json``, ``preprocessor_config.json`` and ``chat_template.jinja``."""

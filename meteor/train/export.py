@@ -3,12 +3,10 @@
 Both are made from the last checkpoint's fp32 master weights, tensor by tensor, so the ZeRO stage has no influence.
 """
 
-import copy
 import tempfile
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from meteor import storage
 from meteor.checkpoint.format import Checkpoint
@@ -18,7 +16,6 @@ from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.remote import FILE_NAME, SOURCE
 from meteor.model.trained_projector import PROJECTOR_PREFIX, projector_metadata
 from meteor.projector.file import write_projector_file
-from meteor.text.template import end_token
 from meteor.train.lora import Lora, merge_lora, write_adapter
 from meteor.train.protocol import load_weights
 from meteor.vision.digest import weights_digest
@@ -90,7 +87,7 @@ def export_model(
     model.grow_vocabulary(len(processor.tokenizer))
     model.vision_tower = encoder.model
     model.requires_grad_(True)
-    model.generation_config = _generation_config(model, processor)
+    model.generation_config = processor.generation_config(model.language_model.generation_config)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         # Generation appends tokens on the right, so prompts are padded on the left.
@@ -103,14 +100,3 @@ def export_model(
             storage.upload_file(file, storage.join(uri, name))
         projector = weights_digest(model.projector.state_dict())
         write_checksums(uri, known={name: checksum(file) for name, file in files.items()}, projector=projector)
-
-
-def _generation_config(model: MeteorForConditionalGeneration, processor: MeteorProcessor) -> GenerationConfig:
-    """Return the language model's generation settings, with the end token that answers were taught first."""
-    config, tokenizer = copy.deepcopy(model.language_model.generation_config), processor.tokenizer
-    learnt = tokenizer.convert_tokens_to_ids(end_token(processor.template, tokenizer))
-    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [learnt, *(end for end in own if end not in (None, learnt))]
-    config.eos_token_id = ends if len(ends) > 1 else learnt
-    config.pad_token_id = tokenizer.pad_token_id
-    return config

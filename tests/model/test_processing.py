@@ -140,6 +140,23 @@ def test_a_placeholder_in_a_message_moves_to_its_front(make_processor, text):
     assert found == expected
 
 
+def test_images_come_first_if_no_prompt_says_where_they_belong(make_processor, make_image, caplog):
+    processor, image = make_processor(), make_image(112, 56)
+    expected = processor(image, "<image>\nwhat?", return_tensors="pt")
+    assert not caplog.records
+    for images in (image, [image], [[image]]):
+        found = processor(images=images, text="what?", return_tensors="pt")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "no prompt has <image>" in caplog.text
+    two = processor([[image], [image, image]], ["a?", "b?"])
+    slots = int(expected["num_slots"].sum())
+    assert [row.count(processor.image_token_id) for row in two["input_ids"]] == [slots, 2 * slots]
+    with pytest.raises(ValueError, match="a list of images for each prompt"):
+        processor([image, image], ["a?", "b?"])
+    with pytest.raises(ValueError, match="images come first"):
+        processor("what?", image)
+
+
 @pytest.mark.parametrize(("text", "num_images"), [("<image>\nwhat?", 2), ("<image><image>what?", 1), ("<image>?", 0)])
 def test_placeholders_must_be_as_many_as_images(make_processor, make_image, text, num_images):
     with pytest.raises(ValueError, match="<image>"):
