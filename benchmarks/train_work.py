@@ -31,6 +31,7 @@ from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise_batch
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+from meteor.model.image_processing import pack_pixels
 from meteor.text.batches import TokenBatch
 from meteor.text.tokenizer import VisualTokens
 from meteor.text.tokens import TokenisedSample
@@ -187,17 +188,17 @@ class PixelBatch:
     """Batch with pixels instead of features, whose encoder runs inside the step."""
 
     batch: Batch
-    pixels: list[torch.Tensor]
+    pixels: torch.Tensor
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batch, name)
 
     def to(self, device: torch.device) -> "PixelBatch":
-        return PixelBatch(self.batch.to(device), [sub_image.to(device, non_blocking=True) for sub_image in self.pixels])
+        return PixelBatch(self.batch.to(device), self.pixels.to(device, non_blocking=True))
 
     def as_inputs(self) -> dict[str, Any]:
         inputs = self.batch.as_inputs()
-        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels", "num_slots")}
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels", "num_slots", "grids")}
         return {**kept, "pixel_values": self.pixels}
 
 
@@ -230,5 +231,5 @@ def load_pixels(
             prepared = list(pool.map(prepare, [position for row in rows for position in row]))
             yield PixelBatch(
                 work.collate([[sample] for sample, _ in prepared], vision_width=1),
-                [sub_image for _, pixels in prepared for sub_image in pixels],
+                pack_pixels([sub_image for _, pixels in prepared for sub_image in pixels], PIXELS.patch_size),
             )

@@ -12,6 +12,7 @@ MeteorError
 ├── DataError                a sample cannot be used
 │   ├── ConversationError    its turns or placeholders are wrong
 │   ├── TokenisationError    template and tokenizer disagree
+│   ├── TooLongError         a prompt and its answer need more positions than the language model has
 │   └── ImagePathError       its image path leaves the configured roots
 ├── BadImageError            an image goes to the quarantine table; carries a reason code
 ├── QuarantineLimitError     too many bad images
@@ -74,6 +75,10 @@ class ConversationError(DataError):
 
 
 class TokenisationError(DataError):
+    pass
+
+
+class TooLongError(DataError):
     pass
 
 

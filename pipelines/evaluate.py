@@ -28,10 +28,12 @@ from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import identify
 from pipelines.command import stage_main, timed
 from pipelines.ray_parts.answering import SetQuestion, answer
+from pipelines.ray_parts.answers import Answer
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.runtime import job_id
 from pipelines.ray_parts.tracked import reuse, tracked
 
+_NO_ANSWER = Answer("")
 _DESCRIPTION = """Answer the question sets of data.evaluate greedily and score each set with the metric of its benchmark. A
 question that cannot be read, or whose image is quarantined, counts as wrong and is reported. Answers are kept as they
 arrive: a second start, or more question sets, only answers new questions."""
@@ -42,6 +44,7 @@ _PREDICTIONS = pa.schema(
         ("prediction", pa.string()),
         ("read_as", pa.string()),
         ("score", pa.float64()),
+        ("global_only", pa.bool_()),
         ("quarantined", pa.bool_()),
         ("quarantine_reason", pa.string()),
     ]
@@ -83,11 +86,15 @@ def run(inputs: Inputs) -> Summary:
                 name, metric = question_set.name, question_set.metric
                 of_set = [question for question in questions if question.set == name]
                 plain, problems = [each.question for each in of_set], counted_problems(settings, question_set)
-                answers = {question.id: answered.predictions.get((name, question.id), "") for question in plain}
+                found = {question.id: answered.answers.get((name, question.id), _NO_ANSWER) for question in plain}
+                answers = {question_id: answer.text for question_id, answer in found.items()}
                 scored = score_rows(
                     name, [(each.question, answers[each.question.id], each.reason) for each in of_set], metric
                 )
+                for row in scored:
+                    row["global_only"] = found[row["id"]].global_only
                 table = score_table(scored, plain, metric, num_unusable=len(problems))
+                table["num_global_only"] = len({row["group"] for row in scored if row["global_only"]})
                 scores[name] = {**facts[name], **table, **provenance}
                 rows += [*scored, *unusable_rows(name, problems, is_scored=table["score"] is not None)]
                 _export(folder.uri, question_set, plain, answers)
@@ -233,6 +240,8 @@ def _lines(name: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         "" if table["interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * end for end in table["interval"]))
     )
     facts = [table["metric"], *filter(None, [table["split"], "OCR" if table["ocr"] else ""])]
+    if table["num_global_only"]:
+        facts.append(f"{table['num_global_only']} of {table['num_questions']} questions by global views alone")
     yield name, f"{100 * table['score']:.1f}{interval}, {', '.join(facts)}"
     yield from ((f"{name} {extra}", value) for extra, value in table["extra"].items() if extra != table["metric"])
 

@@ -377,6 +377,11 @@ class EvaluateSettings(_Settings):
     sets: dict[Name, SelectionSettings] = setting(
         {}, "other values of k, visual_weight and sub_images for some question sets: {gqa: {visual_weight: 0.3}}"
     )
+    long_prompts: Literal["wrong", "global"] = setting(
+        "wrong",
+        "treatment of a question whose prompt and answer need more positions than the language model has: count it as wrong "
+        "(wrong), or show its images by their global views alone and count it in scores.json (global)",
+    )
     max_new_tokens: int | None = setting(
         None,
         "most tokens of an answer; omit for each benchmark's limit: 16 or 32 for short answers, 128 for MM-Vet and MMMU",

@@ -99,9 +99,10 @@ def expand_images(
     num_slots: list[int] = []
     assert sample.input_ids.count(IMAGE_PLACE) == len(layouts), "one placeholder per image"
     images = enumerate(layouts, start=1)
-    for token, label, turn in zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True):
+    for place, (token, label, turn) in enumerate(zip(sample.input_ids, sample.labels, _turns_of(sample), strict=True)):
         if token != IMAGE_PLACE:
             _extend(longer, [token], label, turn, 0, visual_tokens.image_id)
+            longer.spans.extend(sample.spans[place : place + 1])
             continue
         number, layout = next(images)
         slots = budget(layout.patch_grids)
@@ -113,6 +114,7 @@ def expand_images(
                 visual += [visual_tokens.image_id] * n
                 visual.append(visual_tokens.row_id if last_of_row else visual_tokens.slice_id)
         _extend(longer, visual, IGNORE_INDEX, turn, number, visual_tokens.image_id)
+        longer.spans.extend([(0, 0)] * (len(visual) if sample.spans else 0))
         num_slots += slots
     return longer, num_slots
 

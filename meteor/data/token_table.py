@@ -121,11 +121,8 @@ class TokenTable:
         for turn, start, end in batch.column("turns")[place].values.to_numpy().reshape(-1, 3):
             turns[start:end] = turn
         labels = np.where(is_answer, input_ids, IGNORE_INDEX)
-        columns = (input_ids, labels, turns)
-        if max_text_tokens is not None:
-            kept = _kept(input_ids, max_text_tokens)
-            columns = tuple(column[kept] for column in columns)
-        return TokenisedSample(*(column.tolist() for column in columns))
+        kept = slice(None) if max_text_tokens is None else _kept(input_ids, max_text_tokens)
+        return TokenisedSample(input_ids[kept].tolist(), labels[kept].tolist(), turns[kept].tolist())
 
     def num_answer_tokens(self, row: int, max_text_tokens: int) -> int:
         """Count the labels among the first ``max_text_tokens`` text tokens of a row."""

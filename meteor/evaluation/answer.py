@@ -9,12 +9,12 @@ import torch
 
 from meteor.cache import CacheIdentity, FeatureCache
 from meteor.data.collate import Batch, VisualTokenBudget, collate
-from meteor.errors import DataError, NotFoundError
+from meteor.errors import NotFoundError
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
 from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
-from meteor.model.positions import num_positions
+from meteor.model.positions import check_room
 from meteor.model.trial import find_ways
 from meteor.pretrained import download_folder, load_pretrained
 from meteor.projector.answering import AS_TRAINED, AnswerSelection, set_selection
@@ -44,8 +44,7 @@ class Answerer:
         # Other programs may have written the folder without the settings that export writes.
         self.model.generation_config = self.processor.generation_config(self.model.generation_config)
         self.device = device
-        llm = self.model.config.text_config
-        self._num_positions, self._answers_together = num_positions(llm), find_ways(llm).answering is None
+        self._answers_together = find_ways(self.model.config.text_config).answering is None
 
     def check(self, cache: FeatureCache) -> None:
         """Refuse features that the model was not trained on; `CacheMismatchError` names the field that differs."""
@@ -66,7 +65,7 @@ class Answerer:
         """Answer the questions greedily and return the texts in their order.
 
         Raises:
-            DataError: a prompt and its answer need more positions than the language model has.
+            TooLongError: a prompt and its answer need more positions than the language model has.
             SettingsError: the projector does not have a setting of ``selection``.
         """
         set_selection(self.model.projector, selection)
@@ -75,18 +74,10 @@ class Answerer:
         size = len(questions) if self._answers_together else 1
         for start in range(0, len(questions), size):
             batch = self.batch(questions[start : start + size], source, selection=selection)
-            self.check_length(batch, max_new_tokens)
+            longest_prompt = int((batch.attention_mask > 0).sum(dim=1).max())
+            check_room(self.model.config.text_config, longest_prompt, max_new_tokens)
             texts += self.decode(self.generate(batch, max_new_tokens=max_new_tokens))
         return texts
-
-    def check_length(self, batch: Batch, max_new_tokens: int) -> None:
-        """Raise DataError if a prompt of the batch and its answer need more positions than the language model has."""
-        longest = int((batch.attention_mask > 0).sum(dim=1).max())
-        if self._num_positions is not None and longest + max_new_tokens > self._num_positions:
-            raise DataError(
-                f"the prompt has {longest} tokens, and an answer up to {max_new_tokens}: the language model has "
-                f"{self._num_positions} positions. Set a smaller evaluate.k or evaluate.sub_images=global, or show fewer images"
-            )
 
     def batch(
         self,

@@ -102,7 +102,6 @@ class Dialogue:
         sample = Sample("dialogue", tuple(shown.uri for shown in self.images), tuple(turns))
         started = time.perf_counter()
         batch = self.answerer.batch([Question("dialogue", sample, image_keys=keys)], self._shown)
-        self.answerer.check_length(batch, max_new_tokens=1)
         streamer = _Streamer(self.answerer.processor.tokenizer, on_text)
         tokens = self.answerer.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         [answer] = self.answerer.decode(tokens)

@@ -1,8 +1,11 @@
-"""Image processor of a model: images become normalised sub-images in one padded tensor.
+"""Image processor of a model: images become normalised sub-images, packed patch by patch in one tensor.
 
-Letters: S sub-images of all images, H and W the largest height and width.
+Packed patches of several prompts are put together by ``torch.cat``, whatever the sizes of their images.
+
+Letters: S sub-images of all images, N patches of all sub-images, F = 3 x patch size x patch size numbers of a patch.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +18,7 @@ from transformers.image_utils import make_flat_list_of_images
 
 from meteor.constants import CLIP_MEAN, CLIP_STD
 from meteor.data.collate import ImageLayout
+from meteor.errors import DataError
 from meteor.image.pixels import PixelSettings
 from meteor.image.shown import as_shown
 from meteor.image.slicing import Resample
@@ -70,9 +74,9 @@ class MeteorImageProcessor(BaseImageProcessor):
             kwargs: ignored, as the settings belong to the trained model.
 
         Returns:
-            ``pixel_values`` (S, 3, H, W) float32, zero beyond each sub-image, global views first in each image; ``grids``
-            (S, 2), rows and columns of patches of each sub-image; for each image ``slice_grids``, its columns and rows of
-            slices or (0, 0), and ``num_sub_images``.
+            ``pixel_values`` (N, F) float32, see `pack_pixels`, global views first in each image; ``grids`` (S, 2), rows and
+            columns of patches of each sub-image; for each image ``slice_grids``, its columns and rows of slices or (0, 0),
+            and ``num_sub_images``.
 
         Raises:
             BadImageError: the aspect ratio of an image is above the limit.
@@ -93,7 +97,7 @@ class MeteorImageProcessor(BaseImageProcessor):
             slice_grids.append(layout.grid or (0, 0))
             counts.append(len(layout.patch_grids))
         data = {
-            "pixel_values": pad_pixels(parts),
+            "pixel_values": pack_pixels(parts, self.patch_size),
             "grids": torch.tensor(grids),
             "slice_grids": torch.tensor(slice_grids),
             "num_sub_images": torch.tensor(counts),
@@ -101,13 +105,44 @@ class MeteorImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
 
-def pad_pixels(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Pad sub-images (3, h, w) with zeros to one tensor (S, 3, H, W)."""
-    height, width = (max(part.shape[axis] for part in parts) for axis in (1, 2))
-    padded = torch.zeros(len(parts), 3, height, width)
-    for place, part in zip(padded, parts, strict=True):
-        place[:, : part.shape[1], : part.shape[2]] = part
-    return padded
+def pack_pixels(parts: Sequence[torch.Tensor], patch_size: int) -> torch.Tensor:
+    """Pack sub-images (3, h, w) into their patches, row by row, (N, F); the numbers of a patch are in the order (3, h, w)."""
+    return torch.cat(
+        [
+            part.unflatten(2, (-1, patch_size))
+            .unflatten(1, (-1, patch_size))
+            .permute(1, 3, 0, 2, 4)
+            .flatten(2)
+            .flatten(0, 1)
+            for part in parts
+        ]
+    )
+
+
+def unpack_pixels(packed_NF: torch.Tensor, grids: Sequence[tuple[int, int]], patch_size: int) -> list[torch.Tensor]:
+    """Undo `pack_pixels`.
+
+    Args:
+        packed_NF: patches of all sub-images, (N, F).
+        grids: rows and columns of patches of each sub-image.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        Sub-images, each (3, h, w).
+
+    Raises:
+        DataError: the grids do not describe as many patches.
+    """
+    counts = [rows * columns for rows, columns in grids]
+    if sum(counts) != len(packed_NF):
+        raise DataError(
+            f"pixel_values has {len(packed_NF)} patches, and grids describes {sum(counts)}: give both as the processor makes "
+            "them"
+        )
+    return [
+        patches.view(rows, columns, 3, patch_size, patch_size).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        for patches, (rows, columns) in zip(packed_NF.split(counts), grids, strict=True)
+    ]
 
 
 def _as_array(image: Any) -> np.ndarray:

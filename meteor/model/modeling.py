@@ -3,6 +3,7 @@
 Letters: B samples, L sequence, S sub-images of all samples, P patches, C vision width, K tokens per sub-image, D LLM width.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,9 @@ from meteor.model.answers import AnswerHead, use_answer_head
 from meteor.model.attention import VARLEN, Layout
 from meteor.model.configuration import MeteorConfig
 from meteor.model.headless import MeteorModel
+from meteor.model.image_processing import unpack_pixels
 from meteor.model.language_model import accept_embeddings, set_supported_attention
+from meteor.model.positions import check_room
 from meteor.model.rows import Arranged, arrange, close_gaps, restore_prompts
 from meteor.model.text_sampler import TextSampler, TokenGroups
 from meteor.model_files import require_config
@@ -36,6 +39,8 @@ from meteor.projector import Projector, ProjectorOutput, build_projector
 from meteor.projector.statistics import sum_selection
 from meteor.vision.encoder import FrozenEncoder
 from meteor.vision.towers import build_tower
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -165,22 +170,18 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Encode normalised sub-images.
 
         Args:
-            pixel_values: sub-images, (S, 3, H, W), zero beyond each; None for a stand-in without visual slots.
-            grids: rows and columns of patches of each sub-image, (S, 2); None if all fill ``pixel_values``.
+            pixel_values: patches of the sub-images, (N, F), see `meteor.model.image_processing.pack_pixels`; None for a
+                stand-in without visual slots.
+            grids: rows and columns of patches of each sub-image, (S, 2).
 
         Returns:
             Features (S, P, C), importance rows (S, P) and grids (S, 2).
         """
-        encoder = self.frozen_encoder()
-        side, images = encoder.patch_size, []
+        encoder, images = self.frozen_encoder(), []
         if pixel_values is not None:
-            if grids is not None and len(grids) != len(pixel_values):
-                raise DataError(
-                    f"there are {len(pixel_values)} sub-images in pixel_values and {len(grids)} rows in grids: give both as "
-                    "the processor makes them; a pipeline must use batch_size=1"
-                )
-            sizes = [pixel_values.shape[-2:]] * len(pixel_values) if grids is None else (grids * side).tolist()
-            images = [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes, strict=True)]
+            if grids is None:
+                raise DataError("pixel_values needs grids: give both as the processor makes them")
+            images = unpack_pixels(pixel_values, grids.tolist(), encoder.patch_size)
         encoded = [(image.features, image.cls_attention[0], image.grid) for image in encoder.encode(images)]
         if not encoded:
             encoded = [empty_sub_image(encoder.width)]
@@ -189,7 +190,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return features_SPC.to(self.device), cls_attention_SP.to(self.device), grids_S2.to(self.device)
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, grids: torch.Tensor | None = None, num_slots: torch.Tensor | None = None
+        self, pixel_values: torch.Tensor, grids: torch.Tensor, num_slots: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the visual tokens of all sub-images in order, (number of visual tokens, D).
 
@@ -219,7 +220,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: mask, (B, L), 0 at padding; elsewhere 1, or the sample's number if rows hold several samples.
             num_slots: number of visual slots of each sub-image, (S,); None without images.
             features, cls_attention, grids: encoded sub-images, see `meteor.data.collate.Batch`.
-            pixel_values: normalised sub-images for the vision tower, (S, 3, H, W), if there are no features.
+            pixel_values: normalised sub-images for the vision tower, see `encode`, if there are no features.
             native_weight: weight of the native expert, 0-d; the projector's own weight if None.
 
         Returns:
@@ -395,13 +396,15 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             inputs: token ids, (B, L), if ``input_ids`` is None.
             generation_config: the model's own ``generation_config`` if None, which ends answers as they were taught to end.
-            kwargs: other arguments of Hugging Face's ``generate``.
+            kwargs: other arguments of Hugging Face's ``generate``. Answers end where the language model's positions end, with
+                a warning, if ``max_new_tokens`` allows more.
 
         Returns:
             Token ids of the prompts and their answers, (B, L + new tokens), or what ``return_dict_in_generate`` asks for.
 
         Raises:
             SettingsError: a model with a text-guided sampler is asked for several beams or answers per prompt.
+            TooLongError: a prompt needs more positions than the language model has.
         """
         kwargs.pop("labels", None)
         input_ids = inputs if input_ids is None else input_ids
@@ -411,6 +414,11 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds_BLD, attended_BL, _ = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
         )
+        longest_answer = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None) or 1
+        most_tokens = check_room(self.language_model.config, int(attended_BL.sum(dim=1).max()), 1)
+        if most_tokens is not None and most_tokens < longest_answer:
+            _LOG.warning("answers end after %d tokens, where the language model's positions end", most_tokens)
+            kwargs["max_new_tokens"] = most_tokens
         if generation_config is None:
             self.language_model.generation_config = self.generation_config
         else:

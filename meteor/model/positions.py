@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from meteor.errors import TooLongError
+
 _NAMES = ("max_position_embeddings", "max_seq_len")
 # Kinds of rotary scaling whose factor is not contained in ``max_position_embeddings``.
 _SCALED = ("linear", "dynamic", "yarn")
@@ -25,6 +27,31 @@ def num_positions(config: PretrainedConfig) -> int | None:
         return None
     factors = [_factor(rope, limit) for rope in _ropes(text)]
     return int(limit * min(factors)) if factors else limit
+
+
+def check_room(config: PretrainedConfig, longest_prompt: int, longest_answer: int) -> int | None:
+    """Check that a prompt and its answer have positions.
+
+    Args:
+        config: configuration of the language model.
+        longest_prompt, longest_answer: numbers of tokens.
+
+    Returns:
+        Number of tokens that an answer may have, or None if the model has no limit.
+
+    Raises:
+        TooLongError: prompt and answer need more positions than the language model has.
+    """
+    limit = num_positions(config)
+    if limit is None:
+        return None
+    if longest_prompt + longest_answer > limit:
+        raise TooLongError(
+            f"the prompt has {longest_prompt} tokens, and an answer up to {longest_answer}: the language model has {limit} "
+            "positions. Show fewer or smaller images, or give fewer visual tokens to each: when evaluating by evaluate.k, "
+            "evaluate.sub_images=global or evaluate.long_prompts=global"
+        )
+    return limit - longest_prompt
 
 
 def _ropes(text: PretrainedConfig) -> list[dict[str, Any]]:

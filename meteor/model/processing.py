@@ -83,12 +83,13 @@ class MeteorProcessor(ProcessorMixin):
                 prompt has one, the images come first, with a warning.
             videos, audio: not supported.
             kwargs: Hugging Face's ``padding`` (True), ``padding_side`` (the tokenizer's), ``truncation``, ``max_length``,
-                ``add_special_tokens`` and ``return_tensors``.
+                ``add_special_tokens``, ``return_offsets_mapping`` and ``return_tensors``.
 
         Returns:
             ``input_ids`` and ``attention_mask`` (B, L), with one ``<image>`` token per visual slot; with images
-            ``pixel_values`` (S, 3, H, W), ``grids`` (S, 2) and ``num_slots`` (S,); ``turns`` and ``image_numbers`` (B, L)
-            for a model with a text-guided sampler.
+            ``pixel_values`` (N, F), see `meteor.model.image_processing.pack_pixels`, ``grids`` (S, 2) and ``num_slots`` (S,);
+            ``turns`` and ``image_numbers`` (B, L) for a model with a text-guided sampler; ``offset_mapping`` (B, L, 2) if asked
+            for, the character span of each token in its prompt, (0, 0) at visual tokens and padding.
 
         Raises:
             ValueError: the prompts have more or fewer ``<image>`` than there are images.
@@ -113,19 +114,26 @@ class MeteorProcessor(ProcessorMixin):
         rows, slots = [], []
         for prompt in prompts:
             sample = tokenise_prompt(
-                prompt, self.tokenizer, self.template, add_begin=options.get("add_special_tokens", True)
+                prompt,
+                self.tokenizer,
+                self.template,
+                add_begin=options.get("add_special_tokens", True),
+                with_spans=bool(options.get("return_offsets_mapping")),
             )
             own, layouts = layouts[: prompt.count(self.image_token)], layouts[prompt.count(self.image_token) :]
             longer, counts = expand_images(sample, own, self.budget, self.visual_tokens)
             rows.append(_cut(longer, options, self.image_token_id))
             slots += counts
         data = self._padded(rows, options)
+        if options.get("return_offsets_mapping"):
+            data["offset_mapping"] = _offsets(rows, data["attention_mask"])
         if shown is not None:
-            used = [number for number, count in enumerate(slots) if count]
+            is_used = torch.tensor(slots) > 0
+            is_shown = is_used.repeat_interleave(shown["grids"].prod(dim=1))
             data |= {
-                "pixel_values": shown["pixel_values"][used],
-                "grids": shown["grids"][used],
-                "num_slots": torch.tensor([slots[number] for number in used]),
+                "pixel_values": shown["pixel_values"][is_shown],
+                "grids": shown["grids"][is_used],
+                "num_slots": torch.tensor(slots)[is_used],
             }
         return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
@@ -197,6 +205,12 @@ class MeteorProcessor(ProcessorMixin):
         if cached_file(path, _FILE, _raise_exceptions_for_missing_entries=False, **known) is None:
             raise SettingsError(f"{path!r} has no {_FILE}: not the directory of a finished model")
         return super().from_pretrained(path, *args, **kwargs)
+
+
+def _offsets(rows: list[TokenisedSample], mask_BL: Any) -> list[list[tuple[int, int]]]:
+    """Return the character spans of the tokens of padded rows."""
+    spans = [iter(row.spans) for row in rows]
+    return [[next(own) if kept else (0, 0) for kept in mask] for own, mask in zip(spans, mask_BL, strict=True)]
 
 
 def _layouts(shown: BatchFeature | None) -> list[ImageLayout]:

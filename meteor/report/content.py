@@ -61,6 +61,7 @@ class ScoreSection:
         table: scores by type of question.
         figure: chart of the scores; None if nothing could be scored.
         num_quarantined: questions that count as wrong because their record or image could not be used.
+        num_global_only: questions that were answered from global views alone, because their prompts were too long.
     """
 
     question_set: str
@@ -68,6 +69,7 @@ class ScoreSection:
     table: Table
     figure: Drawing | None
     num_quarantined: int
+    num_global_only: int
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,7 @@ def _score_sections(variants: Sequence[RunResult], looks: Mapping[str, Look]) ->
                 if any(table["score"] is not None for table in scores.values())
                 else None,
                 num_quarantined=max(table["num_quarantined"] for table in scores.values()),
+                num_global_only=max(table.get("num_global_only", 0) for table in scores.values()),
             )
         )
     return tuple(sections)

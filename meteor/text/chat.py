@@ -41,8 +41,17 @@ def _read(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, _template: s
     closing, end_token, ending = _split_end(after, pattern)
     try:
         _, _, after_first, _, _ = _around(tokenizer, ["user", "assistant", "user", "assistant"])
-        *end, rest = _split_end(after_first, pattern)
-        between = rest if end == [closing, end_token] else after_first
+        between = after_first
+        first_closing, first_end, rest = _split_end(after_first, pattern)
+        question_end = _split_end(before_answer, pattern)[1]
+        if question_end == _beginning(opening, pattern, tokenizer):
+            question_end = None
+        if first_end is not None and first_end in (end_token, question_end):
+            # Some templates end the last answer otherwise than those before it, which end as questions do (gpt-oss), or do
+            # not end it at all. Here all end as the last one, if that has an end.
+            between = rest
+            if end_token is None:
+                closing, end_token = first_closing, first_end
     except TokenisationError:
         between = None
     try:
@@ -94,6 +103,12 @@ def _split_end(after: str, pattern: re.Pattern[str]) -> tuple[str, str | None, s
     if match is None or after[: match.start()].strip():
         return "", None, after
     return after[: match.start()], token_of(match), after[match.end() :]
+
+
+def _beginning(opening: str, pattern: re.Pattern[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the special token with which messages begin, if there is one: the first that is not the beginning of text."""
+    tokens = map(token_of, pattern.finditer(opening))
+    return next((token for token in tokens if token != tokenizer.bos_token), None)
 
 
 @lru_cache(maxsize=8)

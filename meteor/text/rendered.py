@@ -2,16 +2,21 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from meteor.constants import IGNORE_INDEX, IMAGE_PLACEHOLDER
+from meteor.constants import IMAGE_PLACEHOLDER
 from meteor.text.chat import special_pattern
 from meteor.text.prompt import split_special
 from meteor.text.segments import Image, Segment, Span, SpecialToken, Text
 from meteor.text.template import prompt_template
-from meteor.text.tokens import TokenisedSample, begin_id, encode_segments
+from meteor.text.tokens import TokenisedSample, begin_id, begin_with, encode_segments, unlabelled
 
 
 def tokenise_prompt(
-    text: str, tokenizer: PreTrainedTokenizerBase, template: str, *, add_begin: bool = True
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    add_begin: bool = True,
+    with_spans: bool = False,
 ) -> TokenisedSample:
     """Turn text that a chat template has written into the token ids that `tokenise` gives for its conversation.
 
@@ -23,26 +28,33 @@ def tokenise_prompt(
         tokenizer: fast tokenizer with the special token ``<image>``.
         template: ``plain``, ``vicuna_v1`` or ``chat``.
         add_begin: whether a beginning token is added if the template begins with one and the text does not.
+        with_spans: whether to return the character spans of tokens in the text.
     """
-    bos_id, has_begin = begin_id(tokenizer, template), False
+    bos_id, position = begin_id(tokenizer, template), 0
     if bos_id is not None and text.startswith(tokenizer.bos_token):
         # Text behind the beginning token is encoded as text at the start, as in `tokenise`.
-        text, has_begin = text.removeprefix(tokenizer.bos_token), True
+        position = len(tokenizer.bos_token)
+    has_begin = position > 0
     segments: list[Segment] = []
+    starts: list[int] = []
     turn = 0
-    for part in split_special(text, special_pattern(tokenizer, len(tokenizer))):
+    for part in split_special(text[position:], special_pattern(tokenizer, len(tokenizer))):
+        if not part:
+            continue
+        written = part.token if isinstance(part, SpecialToken) else part
+        # A special token may have absorbed white space around it.
+        starts.append(text.index(written, position))
+        position = starts[-1] + len(written)
         if isinstance(part, SpecialToken) and part.token == IMAGE_PLACEHOLDER:
             # A caption has no words by which tokens could be chosen, so its image belongs to no turn.
             turn += template != "plain" and not _follows_image(segments)
             segments.append(Image(turn))
         elif isinstance(part, SpecialToken):
             segments.append(part)
-        elif part:
+        else:
             segments.append(Text(part, questions=_question(part, segments, template, tokenizer)))
-    input_ids, _, turns = encode_segments(segments, tokenizer)
-    if bos_id is not None and (has_begin or add_begin):
-        input_ids, turns = [bos_id, *input_ids], [0, *turns]
-    return TokenisedSample(input_ids, [IGNORE_INDEX] * len(input_ids), turns)
+    sample = unlabelled(encode_segments(segments, tokenizer, starts if with_spans else ()))
+    return begin_with(bos_id, sample) if bos_id is not None and (has_begin or add_begin) else sample
 
 
 def _follows_image(segments: list[Segment]) -> bool:

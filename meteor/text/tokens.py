@@ -1,6 +1,7 @@
 """Token ids and labels of a sample: each segment is tokenised once, and labels come from character positions."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,12 +25,15 @@ class TokenisedSample:
             0 elsewhere. The list is empty if nothing needs it.
         image_numbers: number of the image in the sample, from 1, at visual slots; 0 elsewhere. The list is empty until
             images are expanded to slots.
+        spans: character span [start, end) of the token in the text that a chat template wrote; (0, 0) at visual tokens. The
+            list is empty unless `meteor.text.rendered.tokenise_prompt` was asked for it.
     """
 
     input_ids: list[int]
     labels: list[int]
     turns: list[int] = field(default_factory=list, compare=False)
     image_numbers: list[int] = field(default_factory=list, compare=False)
+    spans: list[Span] = field(default_factory=list, compare=False)
 
 
 def tokenise(
@@ -61,16 +65,25 @@ def tokenise(
         segments = render(conversation, template, tokenizer=tokenizer, for_generation=for_generation)
     except TokenisationError as error:
         raise TokenisationError(f"Sample {sample_id!r}: {error}") from error
-    input_ids, labels, turns = encode_segments(segments, tokenizer)
+    sample = encode_segments(segments, tokenizer)
     if (bos_id := begin_id(tokenizer, template)) is not None:
-        input_ids.insert(0, bos_id)
-        labels.insert(0, IGNORE_INDEX)
-        turns.insert(0, 0)
+        sample = begin_with(bos_id, sample)
     if for_generation:
-        return TokenisedSample(input_ids, [IGNORE_INDEX] * len(input_ids), turns)
-    if all(label == IGNORE_INDEX for label in labels):
+        return unlabelled(sample)
+    if all(label == IGNORE_INDEX for label in sample.labels):
         raise TokenisationError(f"Sample {sample_id!r} {no_answer(template)}")
-    return TokenisedSample(input_ids, labels, turns)
+    return sample
+
+
+def begin_with(token: int, sample: TokenisedSample) -> TokenisedSample:
+    """Return the sample with a token before it, which is no label."""
+    spans = [(0, 0), *sample.spans] if sample.spans else []
+    return TokenisedSample([token, *sample.input_ids], [IGNORE_INDEX, *sample.labels], [0, *sample.turns], spans=spans)
+
+
+def unlabelled(sample: TokenisedSample) -> TokenisedSample:
+    """Return the sample as a prompt, without labels."""
+    return replace(sample, labels=[IGNORE_INDEX] * len(sample.labels))
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -112,16 +125,21 @@ def begin_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
 
 
 def encode_segments(
-    segments: list[Segment], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int], list[int]]:
-    """Return token ids, labels and numbers of turns of segments, as in `TokenisedSample`."""
+    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, starts: Sequence[int] = ()
+) -> TokenisedSample:
+    """Tokenise segments.
+
+    Args:
+        segments: segments in order.
+        tokenizer: fast tokenizer.
+        starts: position of each segment in a text, if the tokens' spans in it are wanted.
+    """
     encoder = text_encoder(tokenizer, len(tokenizer))
-    input_ids: list[int] = []
-    labels: list[int] = []
-    turns: list[int] = []
+    sample = TokenisedSample([], [])
     previous: Segment | None = None
-    for segment in segments:
+    for number, segment in enumerate(segments):
         turns_of_segment: list[int] = []
+        spans: Sequence[Span] = ()
         if isinstance(segment, Text):
             ids, spans = encoder.encode(segment.text, after_special=isinstance(previous, EndOfSequence | SpecialToken))
             is_answer = _overlaps(spans, segment.answers)
@@ -133,11 +151,14 @@ def encode_segments(
             ids, is_answer = [encoder.token_id(segment.token)], [segment.is_answer]
         else:
             ids, is_answer = [end_id(tokenizer)], [True]
-        input_ids += ids
-        labels += [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_answer, strict=True)]
-        turns += turns_of_segment or [0] * len(ids)
+        sample.input_ids.extend(ids)
+        sample.labels.extend(token if learnt else IGNORE_INDEX for token, learnt in zip(ids, is_answer, strict=True))
+        sample.turns.extend(turns_of_segment or [0] * len(ids))
+        if starts:
+            spans = spans or [(0, len(segment.token) if isinstance(segment, SpecialToken) else 0)]
+            sample.spans.extend((starts[number] + start, starts[number] + end) for start, end in spans)
         previous = segment
-    return input_ids, labels, turns
+    return sample
 
 
 def _turns(spans: list[Span], questions: dict[int, Span]) -> list[int]:

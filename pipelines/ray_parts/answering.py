@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,14 +20,14 @@ from meteor.config import RunSettings, settings_digest
 from meteor.constants import GROUPING_TOKENS_PER_SUB_IMAGE
 from meteor.data.bulk import by_halves
 from meteor.data.samples import SampleProblem
-from meteor.errors import DataError
+from meteor.errors import DataError, TooLongError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
 from meteor.planning.workers import answering_request
 from meteor.projector.answering import AS_TRAINED, AnswerSelection
 from meteor.train.build import DTYPES
-from pipelines.ray_parts.answers import AnswerStore, prompt_digest
+from pipelines.ray_parts.answers import Answer, AnswerStore, prompt_digest
 from pipelines.ray_parts.live_metrics import LiveMetrics
 from pipelines.ray_parts.logs import configure_worker_logging
 from pipelines.ray_parts.resources import wait_for_nodes
@@ -39,7 +40,14 @@ _METHOD = 1
 _CHARACTERS_PER_TOKEN = 4
 # Largest number of tokens in the answer, and changes of the token selection.
 Way = tuple[int, AnswerSelection]
-_ANSWERS = pa.schema([("position", pa.int64()), ("prediction", pa.string()), ("reason", pa.string())])
+_ANSWERS = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("prediction", pa.string()),
+        ("global_only", pa.bool_()),
+        ("reason", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,13 @@ class Answers:
 
     Attributes:
         questions: questions of all sets in order, with the reasons of those that got no answer.
-        predictions: (set, question id) -> answer, known answers included.
+        answers: (set, question id) -> answer, known answers included.
         num_new: number of prompts that were asked now.
         unanswered: (set, question id) -> reason, for prompts that were asked in vain; the next start asks them again.
     """
 
     questions: list[SetQuestion]
-    predictions: dict[tuple[str, str], str]
+    answers: dict[tuple[str, str], Answer]
     num_new: int
     unanswered: dict[tuple[str, str], str]
 
@@ -119,7 +127,11 @@ def answer(
     store = AnswerStore(_answers_uri(settings, model[1], cache))
     good = [each for each in questions if not each.reason]
     prompts = {(each.set, each.question.id): prompt_digest(each.question, *each.way) for each in good}
-    known: dict[str, str | Unanswered] = {**store.read()}
+    cuts = settings.evaluate.long_prompts == "global"
+    # Another run may have cut prompts that count as wrong here.
+    known: dict[str, Answer | Unanswered] = {
+        prompt: answer for prompt, answer in store.read().items() if cuts or not answer.global_only
+    }
     if num_known := sum(prompt in known for prompt in prompts.values()):
         _LOG.info("[%s] %d of %d questions were answered before", settings.name, num_known, len(prompts))
     # A prompt that occurs in two sets is answered once.
@@ -128,7 +140,7 @@ def answer(
     if missing:
         try:
             for answers in _ask(settings, missing, model[0], cache, index):
-                if store.add({prompt: text for prompt, text in answers.items() if isinstance(text, str)}):
+                if store.add({prompt: text for prompt, text in answers.items() if isinstance(text, Answer)}):
                     check_claim()
                 live.answered(len(answers))
                 known |= answers
@@ -138,7 +150,7 @@ def answer(
     reasons = {key: answer.reason for key, answer in found.items() if isinstance(answer, Unanswered)}
     return Answers(
         [replace(each, reason=reasons.get((each.set, each.question.id), each.reason)) for each in questions],
-        {key: answer for key, answer in found.items() if isinstance(answer, str)},
+        {key: answer for key, answer in found.items() if isinstance(answer, Answer)},
         len(missing),
         reasons,
     )
@@ -156,7 +168,7 @@ def _ask(
     model_uri: str,
     cache: FeatureCache,
     index: DatasetIndex,
-) -> Iterator[dict[str, str | Unanswered]]:
+) -> Iterator[dict[str, Answer | Unanswered]]:
     """Yield prompt -> answer, or why there is none, as answers arrive from actors.
 
     Questions of similar length share a batch. The longest come first, so that no actor still works on them at the end.
@@ -192,9 +204,10 @@ def _ask(
             yield found
 
 
-def _by_prompt(rows: Iterable[Mapping[str, Any]], prompts: Sequence[str]) -> Iterator[dict[str, str | Unanswered]]:
+def _by_prompt(rows: Iterable[Mapping[str, Any]], prompts: Sequence[str]) -> Iterator[dict[str, Answer | Unanswered]]:
     for row in rows:
-        yield {prompts[row["position"]]: row["prediction"] if row["reason"] is None else Unanswered(row["reason"])}
+        answer = Answer(row["prediction"], row["global_only"]) if row["reason"] is None else Unanswered(row["reason"])
+        yield {prompts[row["position"]]: answer}
 
 
 def _lengths(settings: RunSettings, missing: Mapping[str, tuple[Way, Question]], index: DatasetIndex) -> dict[str, int]:
@@ -222,6 +235,7 @@ class AnswerActor:
         questions: Any,
     ) -> None:
         configure_worker_logging(run=settings.name, stage="evaluate")
+        self._cuts = settings.evaluate.long_prompts == "global"
         self._questions: list[tuple[Way, Question]] = ray.get(questions)
         device = "cuda" if settings.runtime.gpus_per_worker else "cpu"
         if device == "cpu":
@@ -235,27 +249,39 @@ class AnswerActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         positions = batch["position"].to_pylist()
-        answers: list[str | Unanswered] = []
+        answers: list[Answer | Unanswered] = []
         # Questions are sorted by the way in which they are answered, so that nearly all batches are one group.
         for way, group in groupby((self._questions[i] for i in positions), key=lambda item: item[0]):
             questions = [question for _, question in group]
-
-            def ask(some: Sequence[Question], way: Way = way) -> list[str | Unanswered]:
-                return [*self._answerer.answer(some, self._source, max_new_tokens=way[0], selection=way[1])]
-
-            for part in by_halves(ask, questions, _without_answer, concerns_items=_is_about_questions):
+            ask, give_up = partial(self._ask, way=way), partial(self._answer_differently, way=way)
+            for part in by_halves(ask, questions, give_up, concerns_items=_is_about_questions):
                 answers += part
-        texts = [answer if isinstance(answer, str) else None for answer in answers]
-        reasons = [answer.reason if isinstance(answer, Unanswered) else None for answer in answers]
-        return pa.table({"position": positions, "prediction": texts, "reason": reasons}, schema=_ANSWERS)
+        rows = [
+            {"position": position, "prediction": answer.text, "global_only": answer.global_only}
+            if isinstance(answer, Answer)
+            else {"position": position, "reason": answer.reason}
+            for position, answer in zip(positions, answers, strict=True)
+        ]
+        return pa.Table.from_pylist(rows, _ANSWERS)
+
+    def _ask(self, questions: Sequence[Question], way: Way, *, global_only: bool = False) -> list[Answer | Unanswered]:
+        texts = self._answerer.answer(questions, self._source, max_new_tokens=way[0], selection=way[1])
+        return [Answer(text, global_only) for text in texts]
+
+    def _answer_differently(
+        self, question: Sequence[Question], error: BaseException, way: Way
+    ) -> list[Answer | Unanswered]:
+        """Answer a question whose prompt is too long from its images' global views, or say why it has no answer."""
+        if isinstance(error, TooLongError) and self._cuts and way[1].sub_images != "global":
+            try:
+                return self._ask(question, (way[0], replace(way[1], sub_images="global")), global_only=True)
+            except DataError as second:
+                error = second
+        return [Unanswered(str(error))]
 
 
 def _sorted_last(way: Way) -> tuple[int, str]:
     return way[0], repr(way[1])
-
-
-def _without_answer(question: Sequence[Question], error: BaseException) -> list[str | Unanswered]:
-    return [Unanswered(str(error))]
 
 
 def _is_about_questions(error: BaseException) -> bool:

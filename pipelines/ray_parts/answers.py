@@ -1,6 +1,6 @@
 """Store of a model's answers, so that a prompt is answered once, even after a crash and in other runs.
 
-The store is a folder of immutable Parquet files with (prompt, prediction) pairs, whose names end in their crc32. A prompt is
+The store is a folder of immutable Parquet files with prompts and answers, whose names end in their crc32. A prompt is
 the digest of everything that its answer depends on besides the model. Two runs that answer at the same time write different
 files with equal answers.
 """
@@ -10,6 +10,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,10 +20,23 @@ from meteor.config import settings_digest
 from meteor.evaluation.questions import Question
 from meteor.projector.answering import AS_TRAINED, AnswerSelection
 
-_SCHEMA = pa.schema([("prompt", pa.string()), ("prediction", pa.string())])
+_SCHEMA = pa.schema([("prompt", pa.string()), ("prediction", pa.string()), ("global_only", pa.bool_())])
 _WRITE_EVERY_S = 30.0
 _SUFFIX = ".parquet"
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        text: text that the model wrote.
+        global_only: whether the prompt was too long, so that the model saw its images by their global views alone.
+    """
+
+    text: str
+    global_only: bool = False
 
 
 def prompt_digest(question: Question, max_new_tokens: int, selection: AnswerSelection = AS_TRAINED) -> str:
@@ -44,12 +58,12 @@ class AnswerStore:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._new: dict[str, str] = {}
+        self._new: dict[str, Answer] = {}
         self._written_at = time.monotonic()
 
-    def read(self) -> dict[str, str]:
-        """Read prompt -> prediction from all files; the prompts of a damaged file are answered again."""
-        known: dict[str, str] = {}
+    def read(self) -> dict[str, Answer]:
+        """Read prompt -> answer from all files; the prompts of a damaged file are answered again."""
+        known: dict[str, Answer] = {}
         for info in storage.list_objects(self._uri):
             if not info.uri.endswith(_SUFFIX):
                 continue
@@ -60,10 +74,12 @@ class AnswerStore:
                 )
                 continue
             table = pq.read_table(pa.BufferReader(data))
-            known |= dict(zip(table["prompt"].to_pylist(), table["prediction"].to_pylist(), strict=True))
+            for row in table.to_pylist():
+                # Files of earlier versions have no third column.
+                known[row["prompt"]] = Answer(row["prediction"], row.get("global_only", False))
         return known
 
-    def add(self, answers: Mapping[str, str]) -> bool:
+    def add(self, answers: Mapping[str, Answer]) -> bool:
         """Keep new answers, and write them if the last write is long enough ago; return whether they were written."""
         self._new |= answers
         is_due = time.monotonic() - self._written_at >= _WRITE_EVERY_S
@@ -76,7 +92,11 @@ class AnswerStore:
         self._written_at = time.monotonic()
         if not self._new:
             return
-        table = pa.table({"prompt": list(self._new), "prediction": list(self._new.values())}, schema=_SCHEMA)
+        rows = [
+            {"prompt": prompt, "prediction": answer.text, "global_only": answer.global_only}
+            for prompt, answer in self._new.items()
+        ]
+        table = pa.Table.from_pylist(rows, _SCHEMA)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         data = sink.getvalue().to_pybytes()

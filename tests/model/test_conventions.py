@@ -9,13 +9,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
+from meteor.constants import IGNORE_INDEX
+from meteor.errors import TooLongError
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
+from meteor.text.conversation import Conversation, Turn
+from meteor.text.tokens import tokenise
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -79,6 +84,21 @@ print(json.dumps(model.generate(**inputs, max_new_tokens=4, do_sample=False).tol
 """
 
 
+def test_the_pipeline_answers_several_at_a_time(finished_model, make_image):
+    sizes = (112, 56), (56, 112), (200, 100), (64, 64)
+    questions = [
+        [{"role": "user", "content": [{"type": "image", "image": make_image(*size)}, text_part("what? " * n)]}]
+        for n, size in enumerate(sizes, start=1)
+    ]
+    ask = partial(
+        pipeline("image-text-to-text", model=str(finished_model), trust_remote_code=True),
+        return_full_text=False,
+        generate_kwargs=GREEDY,
+    )
+    alone = [ask(text=question)[0]["generated_text"] for question in questions]
+    assert [answer[0]["generated_text"] for answer in ask(text=questions, batch_size=3)] == alone
+
+
 def run_python(code, *arguments, cwd):
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False
@@ -119,6 +139,58 @@ def test_several_turns_with_images_in_each(model, processor, make_image):
     assert model.generate(**inputs, **GREEDY).shape[1] > inputs["input_ids"].shape[1]
     masked = processor.apply_chat_template(messages[:2], tokenize=False, return_dict=False, add_generation_prompt=False)
     assert masked.endswith("a cat</s>")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_of_answers_is_that_of_training(processor, make_image, side):
+    conversations = [[("what?", 1), ("a cat", 0), ("and?", 1), ("", 0)], [("hello there", 0), (" two words", 0)]]
+    roles = "user", "assistant"
+    messages = [
+        [
+            {
+                "role": roles[n % 2],
+                "content": [{"type": "image", "image": make_image(112, 56)}] * k + [text_part(words)],
+            }
+            for n, (words, k) in enumerate(turns)
+        ]
+        for turns in conversations
+    ]
+    options = {"padding": True, "padding_side": side, "add_special_tokens": False}
+    made = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs=options,
+    )
+    assert "offset_mapping" not in made
+    for row, turns in enumerate(conversations):
+        conversation = Conversation(
+            tuple(Turn(("human", "gpt")[n % 2], words, k) for n, (words, k) in enumerate(turns))
+        )
+        trained = tokenise(conversation, processor.tokenizer, processor.template)
+        labels = made["input_ids"][row][made["assistant_masks"][row].bool()].tolist()
+        assert labels == [label for label in trained.labels if label != IGNORE_INDEX]
+    spans = processor(text=["<s>USER: hi </s>"], return_offsets_mapping=True)["offset_mapping"][0]
+    assert spans[0] == (0, 0)
+    assert spans[-1] == (12, 16)
+
+
+def text_part(words):
+    return {"type": "text", "text": words}
+
+
+def test_prompts_and_answers_do_not_leave_the_models_positions(model, processor, make_image, ask, caplog):
+    num_positions = model.config.text_config.max_position_embeddings
+    inputs = ask(processor, "what? " * num_positions, [make_image(112, 56)])
+    with pytest.raises(TooLongError, match=f"the language model has {num_positions} positions"):
+        model.generate(**inputs, **GREEDY)
+    inputs = ask(processor, "what?", [make_image(112, 56)])
+    never_ends = {"max_new_tokens": num_positions, "do_sample": False, "suppress_tokens": [2]}
+    longest = model.generate(**inputs, **never_ends)
+    assert longest.shape[1] == num_positions
+    assert "where the language model's positions end" in caplog.text
 
 
 def test_beams_samples_and_several_answers_per_prompt(model, processor, make_image, ask):
@@ -264,6 +336,7 @@ def test_ten_steps_of_trls_trainer_on_images_lower_the_loss(finished_model, make
             report_to="none",
             save_strategy="no",
             max_length=None,
+            assistant_only_loss=not with_lora,
             use_cpu=True,
             bf16=False,
         ),

@@ -11,7 +11,7 @@ from meteor.errors import DataError
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
-from meteor.model.image_processing import pad_pixels
+from meteor.model.image_processing import pack_pixels
 from meteor.projector import ProjectorOutput
 from meteor.projector.statistics import sum_selection
 from meteor.text.tokens import TokenisedSample
@@ -350,7 +350,7 @@ def image_inputs(make_batch, make_image, png):
         inputs = make_batch(samples).as_inputs()
         pixels = [normalise(sub_image, clip.mean, clip.std) for one in sliced for sub_image in one.sub_images]
         others = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels", "num_slots")}
-        return inputs, {**others, "pixel_values": pad_pixels(pixels), "grids": inputs["grids"]}
+        return inputs, {**others, "pixel_values": pack_pixels(pixels, clip.patch_size), "grids": inputs["grids"]}
 
     return make
 

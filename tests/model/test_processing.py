@@ -8,11 +8,11 @@ from PIL import ExifTags, Image
 from transformers import AutoImageProcessor, AutoProcessor, BatchFeature
 
 from meteor.data.collate import ImageLayout, collate, expand_images
-from meteor.errors import BadImageError, SettingsError
+from meteor.errors import BadImageError, DataError, SettingsError
 from meteor.image.pixels import PixelSettings, slice_bytes
 from meteor.image.transform import normalise
 from meteor.model import MeteorConfig, MeteorImageProcessor, MeteorProcessor
-from meteor.model.image_processing import pad_pixels
+from meteor.model.image_processing import pack_pixels, unpack_pixels
 from meteor.text.conversation import Conversation, Turn
 from meteor.text.tokenizer import load_tokenizer
 from meteor.text.tokens import tokenise
@@ -91,7 +91,7 @@ def test_questions_become_what_training_makes_of_their_files(make_processor, mak
     inputs = processor([[wide_opened], [], [glass_opened, grey_opened]], prompts, return_tensors="pt")
     for name in ("input_ids", "attention_mask", "num_slots", "grids"):
         assert torch.equal(inputs[name], getattr(batch, name)), name
-    assert torch.equal(inputs["pixel_values"], pad_pixels(pixels))
+    assert torch.equal(inputs["pixel_values"], pack_pixels(pixels, processor.image_processor.patch_size))
     assert len(pixels) == 3 + 1 + 4
     # And so the answers are the same, whether the images come as pixels or as features.
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -238,7 +238,18 @@ def test_a_directory_without_a_processor_is_refused(tmp_path):
 def test_a_model_of_global_views_gets_global_views_alone(make_processor, make_image):
     shown = make_image(200, 100)
     whole, sliced = (ask(make_processor(sub_images=name), "What?", [shown]) for name in ("global", "all"))
-    assert len(whole["pixel_values"]) == 1 < len(sliced["pixel_values"])
-    height, width = whole["pixel_values"].shape[-2:]
-    assert torch.equal(whole["pixel_values"][0], sliced["pixel_values"][0, :, :height, :width])
+    assert len(whole["grids"]) == 1 < len(sliced["grids"])
+    assert torch.equal(whole["pixel_values"], sliced["pixel_values"][: len(whole["pixel_values"])])
     assert int((whole["input_ids"] == make_processor().image_token_id).sum()) == int(whole["num_slots"].sum())
+
+
+def test_packed_patches_are_unpacked_to_the_same_sub_images():
+    images = [torch.randn(3, 28, 56), torch.randn(3, 42, 14)]
+    packed = pack_pixels(images, 14)
+    # A patch keeps its colour channels, rows and columns.
+    assert torch.equal(packed[5].view(3, 14, 14), images[0][:, 14:28, 14:28])
+    grids = [(2, 4), (3, 1)]
+    for again, image in zip(unpack_pixels(packed, grids, 14), images, strict=True):
+        assert torch.equal(again, image)
+    with pytest.raises(DataError, match="has 11 patches, and grids describes 12"):
+        unpack_pixels(packed, [(2, 4), (4, 1)], 14)

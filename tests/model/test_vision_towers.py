@@ -8,6 +8,7 @@ from eager_towers import TINY, eager
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration
+from meteor.model.image_processing import pack_pixels
 
 TEXT = {
     "model_type": "llama",
@@ -47,7 +48,7 @@ def test_a_saved_model_has_its_tower_and_encodes_as_the_tower_does(name, tmp_pat
     assert not info["unexpected_keys"]
     side = loaded.config.vision_config.patch_size
     pixels = [torch.randn(3, 2 * side, 3 * side)]
-    features_SPC, attention_SP, grids_S2 = loaded.encode(torch.stack(pixels))
+    features_SPC, attention_SP, grids_S2 = loaded.encode(pack_pixels(pixels, side), torch.tensor([[2, 3]]))
     (truth,) = eager(model.vision_tower, pixels)
     torch.testing.assert_close(features_SPC[0], truth.hidden[-2])
     torch.testing.assert_close(attention_SP[0], truth.row("attention_received", 2))

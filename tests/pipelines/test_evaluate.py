@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig
 
 from meteor.assembly import Inputs, load_encoder, pixel_settings
-from meteor.errors import DataError, QuarantineLimitError
+from meteor.errors import DataError, QuarantineLimitError, TooLongError
 from meteor.evaluation.benchmarks import BENCHMARKS
 from meteor.evaluation.questions import ask
 from meteor.model import MeteorConfig, MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
@@ -23,7 +24,7 @@ from meteor.text.tokenizer import load_tokenizer
 from meteor.tracking import Tracker
 from pipelines import cache_features, evaluate
 from pipelines.ray_parts import answering
-from pipelines.ray_parts.answers import AnswerStore, prompt_digest
+from pipelines.ray_parts.answers import Answer, AnswerStore, prompt_digest
 
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
@@ -133,7 +134,7 @@ def say_yes(monkeypatch):
             for number, prompt in enumerate(missing):
                 if number == until:
                     raise OSError("the node is gone")
-                yield {prompt: "yes"}
+                yield {prompt: Answer("yes")}
 
         monkeypatch.setattr(answering, "_ask", ask)
 
@@ -223,6 +224,41 @@ def test_a_record_that_cannot_be_asked_is_a_wrong_answer_and_too_many_stop_the_s
         )
 
 
+def ask_here(answerer, settings, missing, *arguments):
+    """Answer without Ray."""
+    actor = answering.AnswerActor.__new__(answering.AnswerActor)
+    actor._questions, actor._answerer, actor._source = list(missing.values()), answerer, None
+    actor._cuts = settings.evaluate.long_prompts == "global"
+    rows = actor(pa.table({"position": range(len(missing))})).to_pylist()
+    yield from answering._by_prompt(rows, list(missing))
+
+
+def test_a_prompt_that_is_too_long_is_wrong_or_answered_from_global_views_and_counted(
+    make_evaluation, encode, monkeypatch, small
+):
+    class Answerer:
+        def answer(self, questions, source, *, max_new_tokens, selection):
+            if any(question.id == long for question in questions) and selection.sub_images != "global":
+                raise TooLongError("the prompt has 5145 tokens")
+            return ["yes"] * len(questions)
+
+    monkeypatch.setattr(answering, "_ask", partial(ask_here, Answerer()))
+    sets = {"scenes": str(small / "data/evaluate.json")}
+    cut, plain = (make_evaluation(sets, limit=8, long_prompts=way) for way in ("global", "wrong"))
+    encode(cut)
+    long = Inputs(cut).question_sets()[0].questions[3].id
+    summaries = [evaluate.run(Inputs(settings)) for settings in (cut, plain, cut)]
+    # The plain run finds the answers of the other, but none to a prompt that was cut.
+    assert [summary.counts["answered_now"] for summary in summaries[:2]] == [8, 1]
+    for summary, num_cut in zip(summaries, (1, 0, 1), strict=True):
+        table = read_scores(summary)["scenes"]
+        assert (table["num_global_only"], table["num_quarantined"]) == (num_cut, 1 - num_cut)
+        rows = {row["id"]: row for row in pq.read_table(summary.results["predictions"]).to_pylist()}
+        assert [name for name, row in rows.items() if row["global_only"]] == [long] * num_cut
+        assert rows[long]["prediction"] == "yes" * num_cut
+    assert ", 1 of 8 questions by global views alone" in summaries[0].counts["scenes"]
+
+
 def test_a_question_that_is_asked_in_vain_costs_no_other_and_is_asked_again(
     make_evaluation, encode, monkeypatch, small
 ):
@@ -235,13 +271,7 @@ def test_a_question_that_is_asked_in_vain_costs_no_other_and_is_asked_again(
                 raise DataError("gone.png was readable when it was indexed, but is not now")
             return ["yes"] * len(questions)
 
-    def ask(settings, missing, *arguments):
-        actor = answering.AnswerActor.__new__(answering.AnswerActor)
-        actor._questions, actor._answerer, actor._source = list(missing.values()), Answerer(), None
-        rows = actor(pa.table({"position": range(len(missing))})).to_pylist()
-        yield from answering._by_prompt(rows, list(missing))
-
-    monkeypatch.setattr(answering, "_ask", ask)
+    monkeypatch.setattr(answering, "_ask", partial(ask_here, Answerer()))
     settings = make_evaluation({"scenes": str(small / "data/evaluate.json")}, limit=8)
     encode(settings)
     gone = Inputs(settings).question_sets()[0].questions[3].id
@@ -270,19 +300,19 @@ def test_the_plan_names_every_set_and_asks_nothing(make_evaluation, benchmarks):
 
 def test_answers_written_by_two_at_once_are_all_read(tmp_path):
     one, other = AnswerStore(str(tmp_path)), AnswerStore(str(tmp_path))
-    one.add({"a": "1"})
-    other.add({"b": "2"})
+    one.add({"a": Answer("1")})
+    other.add({"b": Answer("2", global_only=True)})
     assert one.read() == {}
     one.flush()
     other.flush()
-    assert AnswerStore(str(tmp_path)).read() == {"a": "1", "b": "2"}
+    assert AnswerStore(str(tmp_path)).read() == {"a": Answer("1"), "b": Answer("2", global_only=True)}
     one.flush()
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_damaged_file_of_answers_counts_for_nothing(tmp_path, caplog):
     store = AnswerStore(str(tmp_path))
-    store.add({"a": "yes"})
+    store.add({"a": Answer("yes")})
     store.flush()
     [file] = tmp_path.iterdir()
     intact = file.read_bytes()

@@ -120,6 +120,35 @@ _VICUNA = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+# Phi-4-mini: end tokens after answers only, and the tokenizer's own end token after the last.
+_PHI_4_MINI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# Qwen3's models that always think: the prompt opens a block that trained answers close at once.
+_QWEN3_THINKING = _QWEN3.replace(
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}",
+    "{{- '<think>\n' -}}",
+)
+# gpt-oss: answers in the channel "final"; the last one ends otherwise than those before; the system prompt has today's date.
+_GPT_OSS = """\
+{{- '<|start|>system<|message|>Current date: ' + strftime_now("%Y-%m-%d") + '\n\nReasoning: medium<|end|>' -}}
+{%- if messages[0].role == 'system' -%}
+  {{- '<|start|>developer<|message|># Instructions\n\n' + messages[0].content + '\n\n<|end|>' -}}
+  {%- set messages = messages[1:] -%}
+{%- endif -%}
+{%- for m in messages -%}
+  {%- if m.role == 'user' -%}
+    {{- '<|start|>user<|message|>' + m.content + '<|end|>' -}}
+  {%- elif loop.last and not add_generation_prompt -%}
+    {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' -}}
+  {%- else -%}
+    {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}
+"""
+
 PUBLISHED = {
     "vicuna": Published(_VICUNA, ("</s>",), "A chat. USER: Q ASSISTANT:", "</s>", "</s>"),
     "qwen 2.5": Published(
@@ -195,5 +224,27 @@ PUBLISHED = {
         "<s><|User|>Q<|Assistant|>",
         "<|end▁of▁sentence|>",
         "<|end▁of▁sentence|>",
+    ),
+    "phi 4 mini": Published(
+        _PHI_4_MINI,
+        ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
+        "<|user|>Q<|end|><|assistant|>",
+        "<|end|><|endoftext|>",
+        "<|end|>",
+    ),
+    "qwen 3 thinking": Published(
+        _QWEN3_THINKING,
+        ("<|im_end|>", "<|im_start|>", "<think>", "</think>"),
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>\n",
+        "<|im_end|>",
+    ),
+    "gpt-oss": Published(
+        _GPT_OSS,
+        ("<|return|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>"),
+        "<|start|>system<|message|>Current date: 2024-07-26\n\nReasoning: medium<|end|>"
+        "<|start|>user<|message|>Q<|end|><|start|>assistant<|channel|>final<|message|>",
+        "<|return|>",
+        "<|return|>",
     ),
 }

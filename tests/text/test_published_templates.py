@@ -56,7 +56,7 @@ def test_a_question_with_its_answer_is_written_as_the_template_writes_it(publish
     space = " " if text[len(published.prompt)] == " " else ""
     assert text == f"{published.prompt}{space}An answer.{published.after_answer}"
     own = tokenizer.apply_chat_template(messages_of(conversation), tokenize=False, date_string="26 Jul 2024")
-    assert text == own
+    assert text == own.replace(f"{datetime.date.today()}", "2024-07-26")
 
 
 @pytest.mark.parametrize("num_turns", [1, 3, 5])
@@ -74,6 +74,26 @@ def test_every_answer_is_taught_to_end_with_the_models_end_token(published, toke
     end = tokenizer.convert_tokens_to_ids(published.end_token)
     assert sample.labels.count(end) == 2
     assert (chat_template(tokenizer).end_token or tokenizer.eos_token) == published.end_token
+
+
+def test_answers_before_the_last_are_followed_by_the_next_question(published, tokenizer):
+    conversation = make_conversation("Q", "one", "R", "two")
+    text = as_text(render(conversation, "chat", tokenizer=tokenizer), tokenizer)
+    own = tokenizer.apply_chat_template(messages_of(conversation), tokenize=False, date_string="26 Jul 2024")
+    # gpt-oss ends answers before the last one as it ends questions; here all answers end as the last one.
+    expected = own.split("one")[1].split("R")[0].replace("<|end|><|start|>user", "<|return|><|start|>user")
+    assert text.split("one")[1].split("R")[0] == expected
+
+
+def test_a_last_answer_without_an_end_ends_as_those_before_it(make_byte_level):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{{ '<|im_end|>\n' if not loop.last }}"
+        "{% endfor %}"
+    )
+    tokenizer = make_byte_level(template, eos_token="<|endoftext|>")
+    text = as_text(render(make_conversation("Q", "one", "R", "two"), "chat", tokenizer=tokenizer), tokenizer)
+    messages = "user\nQ", "assistant\none", "user\nR", "assistant\ntwo"
+    assert text == "\n".join(f"<|im_start|>{message}<|im_end|>" for message in messages)
 
 
 def test_the_check_at_the_start_passes(tokenizer):
