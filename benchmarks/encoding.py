@@ -72,7 +72,11 @@ def run_round(
     del encoder
     started = time.perf_counter()
     counts = encode_missing(
-        settings, cache_uri, {row.image_key: row for row in rows}, LiveMetrics("bench", "", "")
+        settings,
+        cache_uri,
+        {row.image_key: row for row in rows},
+        LiveMetrics("bench", "", ""),
+        check_claim=lambda: None,
     ).counts()
     total_s = time.perf_counter() - started
     assert len(FeatureCache.open(cache_uri)) == len(rows)

@@ -25,9 +25,11 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from side_by_side import Figures, compare, format_megabytes, format_seconds, print_table
 from train_work import SHAPES, Work, load_pixels, make_work
 
+from meteor.constants import IGNORE_INDEX
 from meteor.model.attention import VARLEN, suits_varlen
 from meteor.train.build import checkpoint_activations, compile_layers, freeze_for
 from meteor.train.engine import make_engine
@@ -160,12 +162,12 @@ def prepared(model: Any, way: Way) -> Iterator[None]:
         model.__dict__.pop("_answer_loss", None)
 
 
-def loss_of_all_logits(
-    self: Any, embeds: Any, layout: Any, groups: Any, labels: Any, num_items: Any, **kwargs: Any
-) -> Any:
-    """Compute transformers' own loss: logits of every token in float32, shifted against the labels."""
-    inputs, _ = self._inputs(embeds, layout, groups)
-    return self.language_model(**inputs, labels=labels, num_items_in_batch=num_items, use_cache=False).loss
+def loss_of_all_logits(self: Any, arranged: Any, inputs: Any, labels: Any, _: Any, num_items: Any) -> torch.Tensor:
+    """Compute the loss as transformers' models do: logits of every token in float32."""
+    logits = self.language_model(**inputs).logits.flatten(0, 1).float()
+    next_labels = labels.new_full(logits.shape[:1], IGNORE_INDEX)
+    next_labels[arranged.place_N] = arranged.tokens.next_labels(labels)
+    return F.cross_entropy(logits, next_labels, ignore_index=IGNORE_INDEX, reduction="sum") / num_items
 
 
 def describe(work: Work, device: torch.device, options: argparse.Namespace) -> None:
@@ -193,7 +195,10 @@ def report(figures: dict[str, Figures], ways: dict[str, Way], options: argparse.
     rows = []
     for name, figure in figures.items():
         metrics = ways[name].metrics
-        wait = sum(row["loader_wait_s"] for row in metrics[1:]) / sum(row["seconds"] for row in metrics[1:])
+        later = metrics[1:]
+        wait = (
+            f"{sum(row['loader_wait_s'] for row in later) / sum(row['seconds'] for row in later):.1%}" if later else "-"
+        )
         mfu = f"{statistics.median(row['mfu'] for row in metrics):.3f}" if "mfu" in metrics[0] else "-"
         rows.append(
             [
@@ -203,7 +208,7 @@ def report(figures: dict[str, Figures], ways: dict[str, Way], options: argparse.
                 format_megabytes(figure.peak_bytes),
                 f"{figure.peak_bytes / figures[first].peak_bytes:.2f} x",
                 f"{statistics.mean(row['padding_share'] for row in metrics):.0%}",
-                f"{wait:.1%}",
+                wait,
                 mfu,
             ]
         )
