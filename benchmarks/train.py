@@ -106,7 +106,7 @@ def make_ways(work: Work, device: torch.device, dtype: torch.dtype, options: arg
         load_batches,
         table=work.table,
         source=work.cache,
-        collate=work.collate,
+        collate=lambda rows, k: work.collate(rows),
         num_threads=options.threads,
         max_bytes=512 << 20,
     )

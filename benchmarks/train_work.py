@@ -20,7 +20,7 @@ from meteor.cache.calibration import open_codec
 from meteor.constants import CLIP_MEAN, CLIP_STD, IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.collate import Batch, collate
 from meteor.data.indexed_images import IndexedImage, IndexedImages
-from meteor.data.order import MicroBatch
+from meteor.data.order import CountedBatch
 from meteor.data.sample_sets import SampleSet
 from meteor.data.samples import Sample
 from meteor.data.table import SampleTable
@@ -203,7 +203,7 @@ class PixelBatch:
 
 
 def load_pixels(
-    micro_batches: Iterable[MicroBatch], *, work: Work, num_threads: int, dtype: torch.dtype
+    micro_batches: Iterable[CountedBatch], *, work: Work, num_threads: int, dtype: torch.dtype
 ) -> Generator[PixelBatch, None, None]:
     """Yield batches as usual loaders do: decode, slice, resize and normalise several samples' images at a time."""
 
@@ -227,7 +227,7 @@ def load_pixels(
         return (work.table.tokens(position), [stand_in]), list(pixels)
 
     with ThreadPoolExecutor(num_threads) as pool:
-        for rows in micro_batches:
+        for rows, _ in micro_batches:
             prepared = list(pool.map(prepare, [position for row in rows for position in row]))
             yield PixelBatch(
                 work.collate([[sample] for sample, _ in prepared], vision_width=1),

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from meteor import storage
 from meteor.assembly import Inputs, pixel_settings
 from meteor.assembly.features import indexed_images
+from meteor.assembly.recipe import check_answer_counts
 from meteor.assembly.sample_sets import as_samples, distinct_images
 from meteor.assembly.training_stage import find_model
 from meteor.cache import DatasetIndex, FeatureCache
@@ -22,8 +23,9 @@ from meteor.errors import BadImageError, CacheError, QuarantineLimitError, Setti
 from meteor.evaluation.question_set import QuestionSet
 from meteor.evaluation.questions import Question
 from meteor.evaluation.score_table import UNTYPED, score_rows, score_table, unusable_rows
+from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
-from meteor.projector.answering import AnswerSelection
+from meteor.projector.answering import AS_TRAINED, AnswerSelection
 from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import identify
 from pipelines.command import stage_main, timed
@@ -55,6 +57,7 @@ def run(inputs: Inputs) -> Summary:
     """Answer and score; write ``predictions.parquet``, ``scores.json``, and files for benchmarks that are scored elsewhere."""
     with timed() as seconds:
         settings = inputs.settings
+        check_answer_counts(settings)
         model_uri, model_digest = find_model(inputs)
         sets = load_question_sets(inputs)
         folder = StageFolder(settings.output, identify(inputs, "evaluate"))
@@ -112,11 +115,14 @@ def run(inputs: Inputs) -> Summary:
             "run": folder.uri,
             "model": model_uri,
         }
-        return folder.finish(Summary("evaluate", counts, elapsed, results))
+        # Another model may have another projector than the run's settings.
+        extra = {} if settings.evaluate.model else {"visual_tokens_share": tokens_share(settings, questions, index)}
+        return folder.finish(Summary("evaluate", counts, elapsed, results, extra=extra))
 
 
 def plan(inputs: Inputs) -> str:
     """Describe the questions that `run` would answer, and the model."""
+    check_answer_counts(inputs.settings)
     model_uri, _ = find_model(inputs)
     lines = ["evaluate: plan", f"  model      {model_uri}"]
     for question_set in load_question_sets(inputs):
@@ -155,6 +161,30 @@ def find_selection(settings: RunSettings, set_name: str) -> AnswerSelection:
     return AnswerSelection(
         **{name: getattr(shared, name) if value is None else value for name, value in values.items()}
     )
+
+
+def shared_selection(settings: RunSettings) -> AnswerSelection:
+    """Return the changes of the token selection for question sets without changes of their own."""
+    evaluate = settings.evaluate
+    return AnswerSelection(evaluate.k, evaluate.visual_weight, evaluate.sub_images)
+
+
+def tokens_share(settings: RunSettings, questions: Sequence[SetQuestion], index: DatasetIndex) -> float:
+    """Return the visual tokens of all questions as a share of those without changes of the token selection."""
+    projector, pixels = settings.projector, pixel_settings(settings)
+    keys = {key for each in questions if not each.reason for key in each.question.image_keys}
+    grids = {
+        row.image_key: pixels.plan(row.width, row.height).patch_grids for row in index.rows() if row.image_key in keys
+    }
+
+    def count(selection: AnswerSelection, image_keys: Sequence[str]) -> int:
+        budget = visual_token_budget(projector.name, projector.settings, k=selection.k)
+        only_global = (selection.sub_images or settings.finetune.sub_images) == "global"
+        return sum(sum(budget(grids[key][:1] if only_global else grids[key])) for key in image_keys)
+
+    asked = [each for each in questions if not each.reason]
+    trained = sum(count(AS_TRAINED, each.question.image_keys) for each in asked)
+    return sum(count(each.selection, each.question.image_keys) for each in asked) / trained if trained else 1.0
 
 
 def find_questions(

@@ -124,7 +124,7 @@ def draw_panels(settings: RunSettings, variant: RunResult) -> list[SelectionPane
     panels = []
     for row in _pick(settings, variant.predictions, cache):
         image = cache.get(row["image_key"])
-        patches = select_patches(projector.module, image, select_layer=projector.select_layer)
+        patches = select_patches(projector.module, image, select_layer=projector.select_layer, k=_answered_k(variant))
         if patches[0].combined is None:
             return []
         panels.append(
@@ -140,6 +140,10 @@ def draw_panels(settings: RunSettings, variant: RunResult) -> list[SelectionPane
             )
         )
     return panels
+
+
+def _answered_k(variant: RunResult) -> int | None:
+    return (variant.stages["evaluate"].settings.get("evaluate") or {}).get("k")
 
 
 def _scores(patches: SelectedPatches) -> SubImageScores:

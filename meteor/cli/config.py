@@ -6,6 +6,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from meteor.assembly.recipe import check_answer_counts
 from meteor.command_line import add_run, read_run
 from meteor.config import RunSettings, expand_study, load_run
 from meteor.config.reference import settings_page
@@ -73,6 +74,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         projector = run.projector
         build_projector(projector.name, vision_width=8, llm_width=8, **projector.settings)
         visual_token_budget(projector.name, projector.settings)
+        check_answer_counts(run)
     study = f", {len(variants)} variants in its study" if variants else ""
     print(f"{arguments.run}: valid, run {settings.name!r}, projector {settings.projector.name!r}{study}")
     return 0

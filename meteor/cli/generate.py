@@ -14,6 +14,7 @@ from meteor.evaluation.answer import Answerer
 from meteor.evaluation.dialogue import Dialogue, Reply, ShownImage
 from meteor.evaluation.selection import select_patches
 from meteor.formatting import format_duration
+from meteor.projector.answering import AnswerSelection
 from meteor.report import SelectionPanel, SubImageScores
 from meteor.report.selection_figures import kept_figure
 from meteor.train.build import DTYPES
@@ -65,6 +66,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest number of tokens in an answer (default: %(default)s)",
     )
+    parser.add_argument(
+        "--k",
+        type=int,
+        metavar="N",
+        help="most visual tokens per sub-image, if the projector lets it be chosen (default: the largest number of training)",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU, else cpu")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="type of the weights (default: float32 on cpu, bfloat16 on cuda)"
@@ -73,7 +80,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _open(arguments: argparse.Namespace) -> Dialogue:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Dialogue(Answerer(arguments.model, device=device, dtype=choose_dtype(device, arguments.dtype)))
+    answerer = Answerer(arguments.model, device=device, dtype=choose_dtype(device, arguments.dtype))
+    return Dialogue(answerer, AnswerSelection(k=arguments.k))
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -105,7 +113,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             return 0
         try:
             if command == "/new":
-                dialogue = Dialogue(dialogue.answerer)
+                dialogue = Dialogue(dialogue.answerer, dialogue.selection)
             elif command == "/image":
                 _print_shown(dialogue.show(argument.strip()))
             elif command == "/selection":
@@ -152,7 +160,9 @@ def write_selection(dialogue: Dialogue, shown: ShownImage, file: str) -> None:
     if not file.endswith(".png"):
         raise SettingsError(f"the figure's file {file!r} must end in .png")
     model = dialogue.answerer.model
-    sub_images = select_patches(model.projector, shown.features, select_layer=model.config.select_layer)
+    sub_images = select_patches(
+        model.projector, shown.features, select_layer=model.config.select_layer, k=dialogue.selection.k
+    )
     scores: Sequence[SubImageScores] = [
         SubImageScores(sub_image.combined, sub_image.kept, sub_image.visual, sub_image.native)
         for sub_image in sub_images

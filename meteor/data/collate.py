@@ -74,6 +74,13 @@ class Batch:
     def num_text_tokens(self) -> int:
         return int((self.attention_mask > 0).sum()) - self.num_visual_tokens
 
+    @property
+    def num_squares(self) -> int:
+        """Sum over samples of the squared number of tokens, to which the work of attention is proportional."""
+        rows = torch.arange(len(self.attention_mask))[:, None] * (self.attention_mask.max() + 1)
+        counts = torch.bincount((self.attention_mask + rows)[self.attention_mask > 0])
+        return int((counts**2).sum())
+
     def to(self, device: torch.device | str) -> "Batch":
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.as_inputs().items()}
         return Batch(**tensors, num_samples=self.num_samples)

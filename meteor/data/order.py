@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from meteor.image.elastic import TokenCounts
+
 # Samples are sorted by length within this many global batches, or within a quarter of a small epoch (both numbers are
 # those of transformers): sorting the whole epoch by length would give the same batches every epoch.
 _GLOBAL_BATCHES_PER_RUN = 50
@@ -17,6 +19,8 @@ _RUNS_PER_EPOCH = 4
 
 # Rows of one forward pass, each a list of its samples' positions; empty if a worker has no samples left.
 MicroBatch = list[list[int]]
+# A micro batch, and the most visual tokens per sub-image in its step; None for the projector's largest number.
+CountedBatch = tuple[MicroBatch, int | None]
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
@@ -219,6 +223,17 @@ def assign(
         for rank, slot in enumerate(dealt if step % 2 == 0 else reversed(dealt)):
             ranks[rank].append([list(rows[row]) for row in sorted(slots[slot])])
     return ranks
+
+
+def draw_count(counts: TokenCounts, *, seed: int, step: int) -> int:
+    """Draw the number of visual tokens per sub-image of an optimiser step.
+
+    Args:
+        counts: numbers to draw from.
+        seed: the run's seed.
+        step: number of the step in the whole stage, from 0.
+    """
+    return counts.pick(int.from_bytes(_random_keys(f"{seed}")("k", step), "big"))
 
 
 def _random_keys(context: str) -> Callable[[str, int], bytes]:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from meteor.cache import CacheIdentity, FeatureCache
-from meteor.data.collate import Batch, VisualTokenBudget, collate
+from meteor.data.collate import Batch, collate
 from meteor.errors import NotFoundError
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
-from meteor.image.budget import visual_token_budget
 from meteor.model import MeteorForConditionalGeneration, MeteorProcessor
 from meteor.model.positions import check_room
 from meteor.model.trial import find_ways
@@ -50,6 +49,15 @@ class Answerer:
         """Refuse features that the model was not trained on; `CacheMismatchError` names the field that differs."""
         cache.identity.require_match(CacheIdentity.from_dict(self.model.config.cache_identity))
 
+    def choose(self, selection: AnswerSelection) -> None:
+        """Set the weight of the experts, and check the number of tokens, which each batch tells the model.
+
+        Raises:
+            SettingsError: the projector does not have a setting of ``selection``, or cannot make its number of tokens.
+        """
+        self.processor.budget_at(selection.k)
+        set_selection(self.model.projector, selection)
+
     def decode(self, tokens: torch.Tensor) -> list[str]:
         """Return answers (B, new tokens) as texts, without special tokens and surrounding white space."""
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
@@ -66,9 +74,9 @@ class Answerer:
 
         Raises:
             TooLongError: a prompt and its answer need more positions than the language model has.
-            SettingsError: the projector does not have a setting of ``selection``.
+            SettingsError: the projector does not have a setting of ``selection``, or cannot make its number of tokens.
         """
-        set_selection(self.model.projector, selection)
+        self.choose(selection)
         texts: list[str] = []
         # A model that padding disturbs gets its prompts one by one.
         size = len(questions) if self._answers_together else 1
@@ -93,7 +101,7 @@ class Answerer:
             questions: questions with their image keys.
             source: features of the images.
             with_answers: include the samples' last turns as labelled answers, to score given texts.
-            selection: changes of the token selection, which `answer` sets in the projector as well.
+            selection: changes of the token selection; `answer` sets the weight of the experts in the projector as well.
         """
         processor = self.processor
         samples = []
@@ -109,7 +117,7 @@ class Answerer:
             samples.append([(tokens, [next(images) for _ in question.image_keys])])
         return collate(
             samples,
-            budget=self._budget(selection),
+            budget=processor.budget_at(selection.k),
             visual_tokens=processor.visual_tokens,
             pad_id=processor.tokenizer.pad_token_id,
             vision_width=self.model.config.vision_config.hidden_size,
@@ -118,12 +126,6 @@ class Answerer:
             # Generation appends tokens on the right, so the padding must be on the left.
             padding_side="left",
         ).to(self.device)
-
-    def _budget(self, selection: AnswerSelection) -> VisualTokenBudget:
-        if selection.k is None:
-            return self.processor.budget
-        projector = {**self.model.config.projector, "k": selection.k}
-        return visual_token_budget(projector.pop("name"), projector)
 
     def generate(self, batch: Batch, *, max_new_tokens: int, min_new_tokens: int = 0, **kwargs: Any) -> torch.Tensor:
         """Generate the answers' tokens (B, new tokens) greedily; ``kwargs`` go to Hugging Face's ``generate``."""

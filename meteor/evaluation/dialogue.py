@@ -19,6 +19,7 @@ from meteor.evaluation.shown import ShownImages
 from meteor.features import ImageFeatures
 from meteor.image.decode import decode_image
 from meteor.image.files import read_image_file
+from meteor.projector.answering import AS_TRAINED, AnswerSelection
 from meteor.text.conversation import Turn
 
 
@@ -61,10 +62,15 @@ class Dialogue:
 
     Args:
         answerer: a finished model with its vision tower.
+        selection: changes of the token selection.
+
+    Raises:
+        SettingsError: the projector does not have a setting of ``selection``, or cannot make its number of tokens.
     """
 
-    def __init__(self, answerer: Answerer) -> None:
-        self.answerer = answerer
+    def __init__(self, answerer: Answerer, selection: AnswerSelection = AS_TRAINED) -> None:
+        self.answerer, self.selection = answerer, selection
+        answerer.choose(selection)
         self._shown = ShownImages(answerer.model, answerer.processor)
         self.turns: list[Turn] = []
         self.images: list[ShownImage] = []
@@ -101,7 +107,9 @@ class Dialogue:
         keys = tuple(shown.features.image_key for shown in self.images)
         sample = Sample("dialogue", tuple(shown.uri for shown in self.images), tuple(turns))
         started = time.perf_counter()
-        batch = self.answerer.batch([Question("dialogue", sample, image_keys=keys)], self._shown)
+        batch = self.answerer.batch(
+            [Question("dialogue", sample, image_keys=keys)], self._shown, selection=self.selection
+        )
         streamer = _Streamer(self.answerer.processor.tokenizer, on_text)
         tokens = self.answerer.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         [answer] = self.answerer.decode(tokens)

@@ -13,6 +13,7 @@ from meteor.data.collate import Batch
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.features import FeatureSource
+from meteor.projector.answering import AS_TRAINED, AnswerSelection
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def measure_answers(
     *,
     new_tokens: int = 32,
     rounds: int = 3,
+    selection: AnswerSelection = AS_TRAINED,
 ) -> Efficiency:
     """Answer each question alone with exactly ``new_tokens`` tokens, in several rounds, and measure the cost.
 
@@ -57,9 +59,11 @@ def measure_answers(
         source: source of the images' features; reading them is not timed.
         new_tokens: tokens per answer, at least 2.
         rounds: number of timed rounds, which follow an untimed one.
+        selection: changes of the token selection.
     """
     assert new_tokens > 1, "speed is measured after the first token"
-    batches = [answerer.batch([question], source) for question in questions]
+    answerer.choose(selection)
+    batches = [answerer.batch([question], source, selection=selection) for question in questions]
     if answerer.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     prefills, decodes = [], []

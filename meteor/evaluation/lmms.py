@@ -24,6 +24,7 @@ from meteor.errors import DataError, SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.questions import Question
 from meteor.evaluation.shown import ShownImages
+from meteor.projector.answering import AS_TRAINED
 from meteor.text.conversation import Turn
 
 _LOG = logging.getLogger(__name__)
@@ -46,17 +47,24 @@ class LlavaMeteor(lmms):
         batch_size: questions per batch.
         device: device of the model; by default "cuda" if there is a GPU.
         dtype: dtype of the weights; by default bfloat16 on a GPU and float32 elsewhere.
+        k: most visual tokens per sub-image; by default the largest number of training.
     """
 
     # Position of the generation settings in a request's arguments.
     _options_at = 1
 
     def __init__(
-        self, pretrained: str, batch_size: int | str = 1, device: str | None = None, dtype: str = "", **unknown: Any
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "",
+        k: int | str | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
         if wrong := sorted(name for name, value in unknown.items() if name != "max_batch_size" and value is not None):
-            raise SettingsError(f"llava_meteor does not know {', '.join(wrong)}: give pretrained, device, dtype")
+            raise SettingsError(f"llava_meteor does not know {', '.join(wrong)}: give pretrained, device, dtype, k")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         chosen = str(self.accelerator.device) if device is None or self._world_size > 1 else str(device)
@@ -64,6 +72,8 @@ class LlavaMeteor(lmms):
         self._answerer = Answerer(
             pretrained, device=chosen, dtype=getattr(torch, dtype or ("bfloat16" if kind == "cuda" else "float32"))
         )
+        self._answerer.processor.k = None if k is None else int(k)
+        self._answerer.choose(AS_TRAINED)
         self._batch_size, self.device = int(batch_size), torch.device(chosen)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

@@ -30,13 +30,16 @@ class SelectedPatches:
 
 
 @torch.inference_mode()
-def select_patches(projector: Projector, image: ImageFeatures, *, select_layer: int) -> list[SelectedPatches]:
+def select_patches(
+    projector: Projector, image: ImageFeatures, *, select_layer: int, k: int | None = None
+) -> list[SelectedPatches]:
     """Run the projector over an image's sub-images.
 
     Args:
         projector: the projector in evaluation mode.
         image: features of the image.
         select_layer: hidden state whose class-token attention the projector reads.
+        k: most patches to keep per sub-image, for a projector that takes ``k``; the largest number of training if None.
 
     Returns:
         The selection of each sub-image, the global view first; a projector that does not select keeps every patch.
@@ -49,7 +52,8 @@ def select_patches(projector: Projector, image: ImageFeatures, *, select_layer: 
     features_SPC, attention_SP = pad_sub_images(parts)
     grids_S2 = torch.tensor(image.patch_grids)
     device = next(projector.parameters()).device
-    output = projector(features_SPC.to(device), attention_SP.to(device), grids_S2.to(device), None)
+    options = {"k": k} if projector.takes_k else {}
+    output = projector(features_SPC.to(device), attention_SP.to(device), grids_S2.to(device), None, **options)
     result = []
     for i, (rows, columns) in enumerate(image.patch_grids):
         visual, native = (

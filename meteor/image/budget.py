@@ -4,20 +4,21 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from meteor.errors import SettingsError
+from meteor.image.elastic import token_counts, with_count
 
-DEFAULT_KEPT_TOKENS = 144
 DEFAULT_SCALE_FACTOR = 2
 
 PatchGrids = Sequence[tuple[int, int]]
 Budget = Callable[[PatchGrids], list[int]]
 
 
-def visual_token_budget(projector: str, settings: Mapping[str, object]) -> Budget:
+def visual_token_budget(projector: str, settings: Mapping[str, object], *, k: int | None = None) -> Budget:
     """Return a projector's token budget, a function of an image's patch grids.
 
     Args:
         projector: name in the projector registry.
         settings: settings of the projector; settings that do not change the number of tokens are ignored.
+        k: most tokens per sub-image; None for the largest number of training. Plans use the largest number.
 
     Returns:
         A picklable function from the patch grids of one image, ``[(Hu, Wu), ...]``, to the largest number of visual tokens
@@ -26,23 +27,17 @@ def visual_token_budget(projector: str, settings: Mapping[str, object]) -> Budge
         of the batch.
 
     Raises:
-        SettingsError: the projector does not exist, or a setting is out of range.
+        SettingsError: the projector does not exist, a setting is out of range, or the projector cannot make ``k`` tokens.
     """
-    if projector not in _BUDGETS:
-        raise SettingsError(f"no projector is called {projector!r}; the names known are {', '.join(sorted(_BUDGETS))}")
-    return _BUDGETS[projector](settings)
+    names = sorted(_BUDGETS.keys() | _BY_COUNT.keys())
+    if projector not in names:
+        raise SettingsError(f"no projector is called {projector!r}; the names known are {', '.join(names)}")
+    counts = token_counts(projector, settings if k is None else with_count(projector, settings, k))
+    return _BUDGETS[projector](settings) if counts is None else partial(_BY_COUNT[projector], k=counts.largest)
 
 
 def _all_patches(settings: Mapping[str, object]) -> Budget:
     return _keep_all
-
-
-def _at_most_k(settings: Mapping[str, object]) -> Budget:
-    return partial(_keep_at_most, k=_count(settings, "k", DEFAULT_KEPT_TOKENS, "the tokens kept per sub-image"))
-
-
-def _always_k(settings: Mapping[str, object]) -> Budget:
-    return partial(_make_k, k=_count(settings, "k", DEFAULT_KEPT_TOKENS, "the tokens made of each sub-image"))
 
 
 def _only_global(settings: Mapping[str, object]) -> Budget:
@@ -107,17 +102,20 @@ def _shrink_sides(patch_grids: PatchGrids, *, factor: int) -> list[int]:
 _BUDGETS: dict[str, Callable[[Mapping[str, object]], Budget]] = {
     "mlp": _all_patches,
     "global_view": _only_global,
-    "avg_pool": _square(12),
     "pixel_shuffle": _scaled_map,
     "ldpv2": _square(12),
-    "resampler": _always_k,
     "tokenpacker": _scaled_map,
     "c_abstractor": _square(12),
-    "visual_topk": _at_most_k,
     "visionzip": _sum_of(("dominant", 108), ("contextual", 36)),
     "prumerge_plus": _sum_of(("max_tokens", 144)),
-    "llava_mini": _square(1),
     "focus": _finest_scale,
-    "meteor": _at_most_k,
-    "meteor_37m": _at_most_k,
+}
+# Projectors whose number of tokens is a number of `meteor.image.elastic`.
+_BY_COUNT: dict[str, Callable[..., list[int]]] = {
+    "avg_pool": _make_k,
+    "resampler": _make_k,
+    "visual_topk": _keep_at_most,
+    "llava_mini": _make_k,
+    "meteor": _keep_at_most,
+    "meteor_37m": _keep_at_most,
 }

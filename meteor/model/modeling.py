@@ -198,9 +198,25 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values, grids: see `encode`.
             num_slots: number of visual tokens of each sub-image, (S,); all tokens of the projector if None.
         """
-        projected = self.projector(*self.encode(pixel_values, grids), None)
+        projected = self._project(*self.encode(pixel_values, grids), num_slots=num_slots)
         slots_SK = projected.mask if num_slots is None else _first_slots(num_slots, projected.tokens.shape[1])
         return projected.tokens[slots_SK.to(projected.tokens.device)]
+
+    def _project(
+        self,
+        features: torch.Tensor,
+        cls_attention: torch.Tensor | None,
+        grids: torch.Tensor | None,
+        native_weight: torch.Tensor | None = None,
+        *,
+        num_slots: torch.Tensor | None,
+    ) -> ProjectorOutput:
+        """Run the projector for as many tokens as the prompt has slots; for the largest number of training without slots."""
+        if num_slots is None or not self.projector.takes_k:
+            return self.projector(features, cls_attention, grids, native_weight)
+        # A sub-image has min(k, its patches) slots, or k. The maximum of a batch therefore selects as k does, even if no map has
+        # k patches.
+        return self.projector(features, cls_attention, grids, native_weight, k=int(num_slots.max()) or None)
 
     def embed(
         self,
@@ -218,7 +234,8 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: token ids, (B, L), with ``config.image_token_id`` at visual slots.
             attention_mask: mask, (B, L), 0 at padding; elsewhere 1, or the sample's number if rows hold several samples.
-            num_slots: number of visual slots of each sub-image, (S,); None without images.
+            num_slots: number of visual slots of each sub-image, (S,); None without images. Their maximum is the number of tokens
+                per sub-image that the projector makes, so that prompt and projector cannot disagree.
             features, cls_attention, grids: encoded sub-images, see `meteor.data.collate.Batch`.
             pixel_values: normalised sub-images for the vision tower, see `encode`, if there are no features.
             native_weight: weight of the native expert, 0-d; the projector's own weight if None.
@@ -232,16 +249,23 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if features is None:
             features, cls_attention, grids = self.encode(pixel_values, grids)
-        projected = self.projector(features, cls_attention, grids, native_weight)
         num_slots = input_ids.new_zeros(len(features)) if num_slots is None else num_slots
+        projected = self._project(features, cls_attention, grids, native_weight, num_slots=num_slots)
         slot_SK = _first_slots(num_slots, projected.tokens.shape[1])
         visual_BL = input_ids == self.config.image_token_id
         embeds_BLD = self.get_input_embeddings()(input_ids.masked_fill(visual_BL, 0))
         tokens_ND = projected.tokens[slot_SK].to(embeds_BLD.dtype)
-        if tokens_ND.shape[0] != int(visual_BL.sum()):
+        # Both numbers are read at once, as each read waits for the device.
+        num_visual, num_odd = torch.stack([visual_BL.sum(), _num_odd(self.projector, projected, num_slots)]).tolist()
+        if tokens_ND.shape[0] != num_visual:
             raise DataError(
-                f"the prompt has {int(visual_BL.sum())} visual slots, the projector gives {tokens_ND.shape[0]} tokens: "
+                f"the prompt has {num_visual} visual slots, the projector gives {tokens_ND.shape[0]} tokens: "
                 "prepare the prompt with this model's processor, and do not cut it"
+            )
+        if num_odd:
+            raise DataError(
+                f"{num_odd} of {len(num_slots)} sub-images have another number of visual slots than the projector makes of them "
+                f"for k={int(num_slots.max())}: prepare all prompts of a batch with one k"
             )
         # Even without visual slots the projector stays in the graph, with zero gradients, because under ZeRO every rank
         # must take part in every reduction.
@@ -441,6 +465,13 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def _first_slots(num_slots: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Return a mask of the first ``num_slots`` (S,) of the projector's tokens, (S, K) bool."""
     return torch.arange(num_tokens, device=num_slots.device) < num_slots[:, None]
+
+
+def _num_odd(projector: Projector, projected: ProjectorOutput, num_slots: torch.Tensor) -> torch.Tensor:
+    """Count the sub-images whose slots are not the projector's tokens, 0-d; 0 for projectors with unused slots."""
+    if not projector.takes_k:
+        return num_slots.new_zeros(())
+    return ((num_slots > 0) & (projected.mask.sum(dim=1) != num_slots)).sum()
 
 
 def _sum_selection(projected: ProjectorOutput, grids_S2: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:

@@ -37,6 +37,8 @@ class MeteorProcessor(ProcessorMixin):
         template: prompt template of stage 2.
         text_sampler: whether the model has a text-guided sampler, which needs the numbers of turns and images.
         chat_template: Jinja text of `meteor.text.jinja.chat_jinja`; made from ``template`` if None.
+        k: most visual tokens per sub-image; the largest number of training if None. ``processor.k = 64`` changes it for all
+            calls, the argument ``k`` for one call. The model takes it from the inputs.
     """
 
     # transformers finds the parameters by their names, and overlooks those that can be given by name only.
@@ -48,7 +50,9 @@ class MeteorProcessor(ProcessorMixin):
         template: str = "vicuna_v1",
         text_sampler: bool = False,
         chat_template: str | None = None,
+        k: int | None = None,
     ) -> None:
+        self.k = k
         self.projector, self.template, self.text_sampler = dict(projector or {"name": "meteor"}), template, text_sampler
         self.image_token = IMAGE_PLACEHOLDER
         self.image_token_id = find_visual_tokens(tokenizer).image_id
@@ -58,8 +62,16 @@ class MeteorProcessor(ProcessorMixin):
     @property
     def budget(self) -> VisualTokenBudget:
         """Patch grids -> number of the projector's tokens for each sub-image."""
+        return self.budget_at(None)
+
+    def budget_at(self, k: int | None) -> VisualTokenBudget:
+        """Return the budget for ``k`` tokens per sub-image, or for the processor's own ``k`` if None.
+
+        Raises:
+            SettingsError: the projector cannot make this number of tokens.
+        """
         settings = dict(self.projector)
-        return visual_token_budget(settings.pop("name"), settings)
+        return visual_token_budget(settings.pop("name"), settings, k=self.k if k is None else k)
 
     @property
     def visual_tokens(self) -> VisualTokens:
@@ -73,7 +85,14 @@ class MeteorProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", *numbers, "pixel_values", "grids", "num_slots"]
 
     def __call__(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        *,
+        k: int | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Prepare the inputs of `MeteorForConditionalGeneration`.
 
@@ -82,6 +101,7 @@ class MeteorProcessor(ProcessorMixin):
             text: a prompt or a list of prompts as ``apply_chat_template`` writes them, with ``<image>`` at each image. If no
                 prompt has one, the images come first, with a warning.
             videos, audio: not supported.
+            k: most visual tokens per sub-image; the processor's own ``k`` if None.
             kwargs: Hugging Face's ``padding`` (True), ``padding_side`` (the tokenizer's), ``truncation``, ``max_length``,
                 ``add_special_tokens``, ``return_offsets_mapping`` and ``return_tensors``.
 
@@ -94,6 +114,7 @@ class MeteorProcessor(ProcessorMixin):
         Raises:
             ValueError: the prompts have more or fewer ``<image>`` than there are images.
             BadImageError: the aspect ratio of an image is above the limit.
+            SettingsError: the projector cannot make ``k`` tokens.
         """
         if videos is not None or audio is not None:
             raise ValueError("this model reads images and text, neither videos nor audio")
@@ -110,7 +131,7 @@ class MeteorProcessor(ProcessorMixin):
         shown = self.image_processor(images) if has_images else None
         if prompts is None:
             return BatchFeature(dict(shown or {}), tensor_type=options.get("return_tensors"))
-        layouts = _layouts(shown)
+        layouts, budget = _layouts(shown), self.budget_at(k)
         rows, slots = [], []
         for prompt in prompts:
             sample = tokenise_prompt(
@@ -121,7 +142,7 @@ class MeteorProcessor(ProcessorMixin):
                 with_spans=bool(options.get("return_offsets_mapping")),
             )
             own, layouts = layouts[: prompt.count(self.image_token)], layouts[prompt.count(self.image_token) :]
-            longer, counts = expand_images(sample, own, self.budget, self.visual_tokens)
+            longer, counts = expand_images(sample, own, budget, self.visual_tokens)
             rows.append(_cut(longer, options, self.image_token_id))
             slots += counts
         data = self._padded(rows, options)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from meteor.assembly import Inputs, make_lora
+from meteor.assembly.recipe import check_answer_counts
 from meteor.config import RunSettings
 from meteor.planning.cache_cost import CacheCost
 from meteor.planning.rates import Rate, RateOptions, Rates
@@ -33,8 +34,11 @@ def plan_study(inputs: Inputs, runs: Sequence[RunSettings], options: RateOptions
         options: the user's knowledge of rates.
 
     Raises:
-        SettingsError: a run names no samples, or a model that does not exist.
+        SettingsError: a run names no samples, a model that does not exist, or a number of visual tokens that its projector
+            cannot make.
     """
+    for run in runs:
+        check_answer_counts(run)
     settings, tasks = inputs.settings, make_tasks([inputs.of(run) for run in runs])
     finished = {key for key, task in tasks.items() if task.folder.finished() is not None}
     costs = {key: estimate_cache(inputs.of(task.settings)) for key, task in tasks.items()}

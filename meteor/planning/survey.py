@@ -22,12 +22,13 @@ from meteor.assembly.sample_sets import as_samples, distinct_images
 from meteor.cache import CODEC_NAMES, DatasetIndex
 from meteor.cache.codec import INT8_CODEC, get_codec
 from meteor.cache.index import INDEX_SCHEMA
-from meteor.config.settings import VisionSettings
+from meteor.config.settings import ProjectorSettings, VisionSettings
 from meteor.data.inspect_image import inspect_image
 from meteor.data.sample_sets import SampleSet
 from meteor.data.token_table import tokenise_set
 from meteor.errors import BadImageError, CacheError, SettingsError
-from meteor.image.budget import visual_token_budget
+from meteor.image.budget import Budget, visual_token_budget
+from meteor.image.elastic import token_counts
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
 from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
@@ -262,7 +263,7 @@ def _stages(inputs: Inputs, survey: Survey, shape: EncoderShape) -> tuple[list[S
     except (OSError, ValueError, SettingsError) as error:
         reason = f"llm.path={settings.llm.path!r} cannot be read here ({error})"
         return [], f"training costs are missing: {reason}".split("\n")[0]
-    budget = visual_token_budget(settings.projector.name, settings.projector.settings)
+    budgets = _budgets(settings.projector)
     stages = []
     for surveyed in survey.files:
         file = surveyed.file
@@ -271,8 +272,9 @@ def _stages(inputs: Inputs, survey: Survey, shape: EncoderShape) -> tuple[list[S
         options = settings.training(file.stage)
         only_global = options.sub_images == "global"
         visual = sum(
-            count * sum(budget(plan.patch_grids[:1] if only_global else plan.patch_grids))
+            share * count * sum(budget(plan.patch_grids[:1] if only_global else plan.patch_grids))
             for plan, count in surveyed.shown.items()
+            for budget, share in budgets
         )
         stages.append(
             estimate_stage(
@@ -283,11 +285,24 @@ def _stages(inputs: Inputs, survey: Survey, shape: EncoderShape) -> tuple[list[S
                 epochs=options.epochs * file.weight * options.fraction,
                 flops_per_parameter=FLOPS_PER_PARAMETER[file.stage],
                 num_llm_parameters=num_parameters,
-                num_visual_tokens=visual,
+                num_visual_tokens=round(visual),
                 num_text_tokens=len(surveyed.usable) * _mean_text(inputs, options.template, surveyed.usable),
             )
         )
     return stages, ""
+
+
+def _budgets(projector: ProjectorSettings) -> list[tuple[Budget, float]]:
+    """Return the budget of each number of visual tokens that training draws, with the share of its steps."""
+    name, settings = projector.name, projector.settings
+    counts = token_counts(name, settings)
+    if counts is None or not counts.is_elastic:
+        return [(visual_token_budget(name, settings), 1.0)]
+    total = sum(counts.weights)
+    return [
+        (visual_token_budget(name, settings, k=k), weight / total)
+        for k, weight in zip(counts.values, counts.weights, strict=True)
+    ]
 
 
 def _mean_text(inputs: Inputs, template: str, samples: SampleSet) -> float:

@@ -1,12 +1,14 @@
-"""Settings of the token selection that may change between training and answering, without other weights."""
+"""Settings of the token selection that may change between training and answering, without other weights.
+
+The weight of the experts is set in the projector. The number of tokens is not: the prompt's slots tell it to each forward pass.
+"""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from meteor.errors import SettingsError
 from meteor.projector.meteor import MeteorProjector
 from meteor.projector.output import Projector
-from meteor.projector.visual_topk import VisualTopK
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class AnswerSelection:
     """Changes of the token selection when answering; None leaves the value of training.
 
     Attributes:
-        k: most tokens kept per sub-image.
+        k: most tokens per sub-image.
         visual_weight: weight of the class token's attention against the similarity to the instruction, 0 to 1.
         sub_images: ``global`` to answer from the global view alone, ``all`` for all sub-images.
     """
@@ -28,27 +30,19 @@ AS_TRAINED = AnswerSelection()
 
 
 def set_selection(projector: Projector, changes: AnswerSelection) -> None:
-    """Set the selection of a trained projector; the values of training are in its ``settings``.
+    """Set the weight of the experts of a trained projector; the weight of training is in its ``settings``.
 
     Raises:
-        SettingsError: the projector does not have the setting, or the value is out of range.
+        SettingsError: the projector has no such weight, or the value is out of range.
     """
-    name, trained = projector.settings["name"], projector.settings
-    wanted = {key: getattr(changes, key) for key in ("k", "visual_weight") if getattr(changes, key) is not None}
-    unknown = sorted(wanted.keys() - _changeable(projector))
-    if unknown:
+    # A single expert has no weight against another.
+    has_weight = isinstance(projector, MeteorProjector) and projector.selection.experts == "visual_native"
+    if changes.visual_weight is not None and not has_weight:
         raise SettingsError(
-            f"evaluate.{unknown[0]}={wanted[unknown[0]]}: projector {name!r} has no {unknown[0]} that may change after training"
+            f"evaluate.visual_weight={changes.visual_weight}: projector {projector.settings['name']!r} has no visual_weight "
+            "that may change after training"
         )
-    values = {key: wanted.get(key, trained[key]) for key in _changeable(projector)}
-    if isinstance(projector, MeteorProjector):
-        projector.selection = replace(projector.selection, **values)
-    elif isinstance(projector, VisualTopK):
-        projector.k = values["k"]
-
-
-def _changeable(projector: Any) -> set[str]:
-    if isinstance(projector, MeteorProjector):
-        # A single expert has no weight against another.
-        return {"k", "visual_weight"} if projector.selection.experts == "visual_native" else {"k"}
-    return {"k"} if isinstance(projector, VisualTopK) else set()
+    if isinstance(projector, MeteorProjector) and has_weight:
+        trained = projector.settings["visual_weight"]
+        weight = trained if changes.visual_weight is None else changes.visual_weight
+        projector.selection = replace(projector.selection, visual_weight=weight)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from meteor.image.elastic import TokenCounts
 from meteor.projector.checks import check_choice, check_count, check_fraction, check_positive
 from meteor.projector.fusion import FlashGlobalFusion
 from meteor.projector.inputs import prepare_features
@@ -51,6 +52,8 @@ class MeteorProjector(Projector):
         selection: settings of the token selection.
     """
 
+    takes_k = True
+
     def __init__(
         self,
         entry: nn.Module,
@@ -69,7 +72,12 @@ class MeteorProjector(Projector):
         self.head = head
 
     def forward(
-        self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
+        self,
+        features: Tensor,
+        cls_attention: Tensor,
+        grids: Tensor,
+        native_weight: Tensor | None = None,
+        k: int | None = None,
     ) -> ProjectorOutput:
         """Compress a batch of sub-images, each by itself. B may be 0, and then P too.
 
@@ -82,6 +90,7 @@ class MeteorProjector(Projector):
                 anything.
             grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device.
             native_weight: weight of the native expert during warm-up, 0-d; 1 - visual_weight if None.
+            k: most tokens to keep per sub-image; the largest number of training if None.
 
         Returns:
             Tokens, (B, K, D), in the weights' dtype and in map order, K = min(k, P), with both experts' scores.
@@ -99,7 +108,7 @@ class MeteorProjector(Projector):
             instruction_BX,
             cls_attention,
             mask_BP,
-            k=self.selection.k,
+            k=self.selection.k if k is None else k,
             visual_weight=self.selection.visual_weight,
             native_weight=native_weight,
             experts=self.selection.experts,
@@ -131,7 +140,7 @@ def build_meteor(
     vision_width: int,
     llm_width: int,
     *,
-    k: int = 144,
+    k: int | list[int] | dict[str, int] = 144,
     visual_weight: float = 0.8,
     experts: str = "visual_native",
     selection_gradient: str = "none",
@@ -154,7 +163,7 @@ def build_meteor(
         layout: ``"mlp_after_selection"`` or ``"llm_width"``.
         vision_width: width of the features, C.
         llm_width: width of the LLM's embeddings, D.
-        k: most tokens to keep per sub-image.
+        k: most tokens to keep per sub-image, or several numbers (`meteor.image.elastic`), of which the largest is the default.
         visual_weight: weight of the visual expert, lambda, in [0, 1].
         experts: experts that rank the tokens, ``"visual_native"``, ``"visual"`` or ``"native"``.
         selection_gradient: ``"none"`` (the paper) or ``"straight_through"``: kept tokens are multiplied by
@@ -172,7 +181,9 @@ def build_meteor(
         SettingsError: a setting has a value that is not listed above.
     """
     check_choice("layout", layout, LAYOUTS)
-    selection = SelectionSettings(k, visual_weight, experts, selection_gradient, native_scale)
+    selection = SelectionSettings(
+        TokenCounts.read("k", k).largest, visual_weight, experts, selection_gradient, native_scale
+    )
     at_llm_width = layout == "llm_width"
     fusion = FlashGlobalFusion(
         llm_width if at_llm_width else vision_width,

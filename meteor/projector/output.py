@@ -4,7 +4,7 @@ Letters: B sub-images, P patches, K kept tokens, D LLM width.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -41,13 +41,18 @@ class Projector(nn.Module):
     - grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device.
     - native_weight: weight of the native expert during warm-up, 0-d; ignored by projectors without this expert.
 
+    Projectors with ``takes_k`` also have the argument ``k``: the most tokens per sub-image of this call, or None for the largest
+    number of training. The weights are the same for all numbers, so that a call with another k changes nothing for the next.
+
     Sub-images do not see each other. K, the second dimension of the tokens, is at least the number that
     `meteor.image.budget` gives each sub-image of the batch. ``forward`` raises ValueError if a shape is wrong or a grid does
     not fit P.
 
     Attributes:
+        takes_k: whether ``forward`` takes ``k``.
         settings: name, widths and every setting as JSON values, set by `build_projector`;
             ``build_projector(**settings)`` makes an equal module.
     """
 
+    takes_k: ClassVar[bool] = False
     settings: dict[str, Any]

@@ -6,6 +6,7 @@ Letters: B sub-images, P patches, K tokens, N patches per block, C vision width,
 import torch
 from torch import Tensor, nn
 
+from meteor.image.elastic import TokenCounts, side_of
 from meteor.projector.checks import check_count
 from meteor.projector.inputs import prepare_features
 from meteor.projector.mlp import MLPProjector, two_layer_mlp
@@ -32,28 +33,36 @@ class AvgPool(Projector):
     Args:
         vision_width: width of the features, C.
         llm_width: width of the LLM's embeddings, D.
-        grid: side of the pooled map in tokens; every sub-image, even a smaller map, becomes grid^2 tokens.
+        grid: side of the pooled map in tokens; every sub-image, even a smaller map, becomes grid^2 tokens. Several numbers
+            (`meteor.image.elastic`) let the map be pooled to another side in each call.
 
     Raises:
-        SettingsError: ``grid`` is not an integer of at least 1.
+        SettingsError: ``grid`` is not a number of at least 1, a list of numbers or a range.
     """
 
-    def __init__(self, vision_width: int, llm_width: int, *, grid: int = 12) -> None:
+    takes_k = True
+
+    def __init__(self, vision_width: int, llm_width: int, *, grid: int | list[int] | dict[str, int] = 12) -> None:
         super().__init__()
-        check_count("grid", grid)
-        self.vision_width, self.grid = vision_width, grid
+        self.vision_width, self.grid = vision_width, TokenCounts.read("grid", grid).largest
         self.mlp = two_layer_mlp(vision_width, llm_width)
 
     def forward(
-        self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
+        self,
+        features: Tensor,
+        cls_attention: Tensor,
+        grids: Tensor,
+        native_weight: Tensor | None = None,
+        k: int | None = None,
     ) -> ProjectorOutput:
-        """Return tokens (B, grid^2, D) in map order, all real; `Projector` describes the arguments."""
+        """Return tokens (B, grid^2 or k, D) in map order, all real; `Projector` describes the arguments."""
         dtype = next(self.parameters()).dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
         )
         grids = grids.to(mask_BP.device).long()
-        token_BKD = self.mlp(pool_maps(feature_BPC, grids, (self.grid, self.grid)))
+        side = self.grid if k is None else side_of(k)
+        token_BKD = self.mlp(pool_maps(feature_BPC, grids, (side, side)))
         return ProjectorOutput(token_BKD, torch.ones(token_BKD.shape[:2], dtype=torch.bool, device=token_BKD.device))
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from meteor.errors import SettingsError
+from meteor.image.elastic import check_counts
 from meteor.projector.c_abstractor import CAbstractor
 from meteor.projector.focus import Focus
 from meteor.projector.ldpv2 import LDPv2
@@ -67,6 +68,7 @@ def build_projector(name: str, *, vision_width: int, llm_width: int, **settings:
     if unknown:
         allowed = f"its settings are: {', '.join(defaults)}" if defaults else "it has no settings"
         raise SettingsError(f"Projector {name!r} does not know {', '.join(map(repr, unknown))}; {allowed}.")
+    check_counts(name, settings)
     # Settings are stored as JSON and read back, which turns tuples into lists: use lists from the start.
     resolved = {
         key: list(value) if isinstance(value, tuple) else value for key, value in {**defaults, **settings}.items()

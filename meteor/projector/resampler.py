@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from meteor.projector.checks import check_count
+from meteor.image.elastic import TokenCounts
 from meteor.projector.inputs import prepare_features
 from meteor.projector.output import Projector, ProjectorOutput
 from meteor.projector.positions import map_positions
@@ -39,26 +39,22 @@ class Resampler(Projector):
     Args:
         vision_width: width of the features, C.
         llm_width: width of the LLM's embeddings, D, a multiple of 4.
-        k: number of tokens per sub-image.
+        k: number of tokens per sub-image. With a list of numbers (`meteor.image.elastic`) a call with k tokens uses the first
+            k queries, placed as a grid of their own over the whole map: their windows and positions are those of a
+            projector built with k. A prefix of the large grid would see only the top of the map.
 
     Raises:
-        SettingsError: ``k`` is not an integer of at least 1, or D is not a multiple of 4.
+        SettingsError: ``k`` is not a number of at least 1 or a list of numbers, or D is not a multiple of 4.
     """
 
-    def __init__(self, vision_width: int, llm_width: int, *, k: int = 144) -> None:
+    takes_k = True
+
+    def __init__(self, vision_width: int, llm_width: int, *, k: int | list[int] = 144) -> None:
         super().__init__()
-        check_count("k", k)
+        largest = TokenCounts.read("k", k).largest
         self.vision_width = vision_width
-        self.query_grid = rows, columns = most_square_grid(k)
-        self.queries = nn.Parameter(INIT_STD * torch.randn(k, llm_width))
-        query_K = torch.arange(k)
-        position_KD = map_positions(
-            query_K // columns,
-            query_K % columns,
-            width=llm_width,
-            num_coordinates=max(rows, columns),
-            dtype=torch.get_default_dtype(),
-        )
+        self.queries = nn.Parameter(INIT_STD * torch.randn(largest, llm_width))
+        position_KD = _query_positions(largest, llm_width, torch.get_default_dtype())
         self.positions = nn.Parameter(position_KD, requires_grad=False)
         self.to_keys = init_linear(nn.Linear(vision_width, llm_width, bias=False))
         self.query_norm = nn.LayerNorm(llm_width)
@@ -74,7 +70,12 @@ class Resampler(Projector):
         return self
 
     def forward(
-        self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
+        self,
+        features: Tensor,
+        cls_attention: Tensor,
+        grids: Tensor,
+        native_weight: Tensor | None = None,
+        k: int | None = None,
     ) -> ProjectorOutput:
         """Compress a batch of sub-images, each by itself. B may be 0, and then P too.
 
@@ -83,28 +84,36 @@ class Resampler(Projector):
             cls_attention: attention of the class token over patches, (B, P); unused.
             grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer.
             native_weight: weight of the native expert; unused.
+            k: number of tokens per sub-image; the largest number of training if None.
 
         Returns:
             Tokens, (B, k, D), in the weights' dtype, all real, without indices, scores or auxiliary loss.
 
         Raises:
-            ValueError: a shape is wrong, or a grid does not fit P.
+            ValueError: a shape is wrong, a grid does not fit P, or there are fewer than k queries.
         """
         dtype = self.queries.dtype
         feature_BPC, mask_BP = prepare_features(
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
         )
         num_sub_images, max_patches = mask_BP.shape
+        num_queries = len(self.queries)
+        k = num_queries if k is None else k
+        if k > num_queries:
+            raise ValueError(f"k is {k}; this projector has {num_queries} queries")
         grids = grids.to(mask_BP.device).long()
         value_BPD = self.key_norm(self.to_keys(feature_BPC))
         key_BPD = value_BPD + self._key_positions(grids, max_patches, dtype)
         # transformers' from_pretrained makes every parameter trainable, so the frozen table is detached here too.
-        query_KD = self.query_norm(self.queries) + self.positions.detach()
+        position_KD = self.positions.detach()
+        if k < num_queries:
+            position_KD = _query_positions(k, position_KD.shape[1], dtype, position_KD.device)
+        query_KD = self.query_norm(self.queries[:k]) + position_KD
         attended_BKD = self.attention(
             query_KD.expand(num_sub_images, -1, -1),
             key_BPD,
             value_BPD,
-            pooling_windows(grids, self.query_grid, max_patches),
+            pooling_windows(grids, most_square_grid(k), max_patches),
         )
         token_BKD = self.output_norm(attended_BKD) @ self.projection
         return ProjectorOutput(
@@ -122,3 +131,12 @@ class Resampler(Projector):
             num_coordinates=max_patches,
             dtype=dtype,
         )
+
+
+def _query_positions(k: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Return the position of each of k queries on their own grid, (K, D)."""
+    rows, columns = most_square_grid(k)
+    query_K = torch.arange(k, device=device)
+    return map_positions(
+        query_K // columns, query_K % columns, width=width, num_coordinates=max(rows, columns), dtype=dtype
+    )

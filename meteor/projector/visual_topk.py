@@ -6,7 +6,7 @@ Letters: B sub-images, P patches, K kept tokens, C vision width, D LLM width.
 import torch
 from torch import Tensor
 
-from meteor.projector.checks import check_count
+from meteor.image.elastic import TokenCounts
 from meteor.projector.inputs import prepare_features
 from meteor.projector.mlp import two_layer_mlp
 from meteor.projector.output import Projector, ProjectorOutput
@@ -24,20 +24,26 @@ class VisualTopK(Projector):
     Args:
         vision_width: width of the features, C.
         llm_width: width of the LLM's embeddings, D.
-        k: most tokens to keep per sub-image.
+        k: most tokens to keep per sub-image, or several numbers (`meteor.image.elastic`), of which the largest is the default.
 
     Raises:
-        SettingsError: ``k`` is not an integer of at least 1.
+        SettingsError: ``k`` is not a number of at least 1, a list of numbers or a range.
     """
 
-    def __init__(self, vision_width: int, llm_width: int, *, k: int = 144) -> None:
+    takes_k = True
+
+    def __init__(self, vision_width: int, llm_width: int, *, k: int | list[int] | dict[str, int] = 144) -> None:
         super().__init__()
-        check_count("k", k)
-        self.vision_width, self.k = vision_width, k
+        self.vision_width, self.k = vision_width, TokenCounts.read("k", k).largest
         self.mlp = two_layer_mlp(vision_width, llm_width)
 
     def forward(
-        self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
+        self,
+        features: Tensor,
+        cls_attention: Tensor,
+        grids: Tensor,
+        native_weight: Tensor | None = None,
+        k: int | None = None,
     ) -> ProjectorOutput:
         """Return tokens (B, min(k, P), D) with their patches and the visual scores; `Projector` describes the arguments.
 
@@ -49,6 +55,6 @@ class VisualTopK(Projector):
             features, cls_attention, grids, vision_width=self.vision_width, dtype=dtype
         )
         score_BP = visual_scores(cls_attention, mask_BP).detach()
-        indices_BK, kept_BK = keep_highest(score_BP, mask_BP, self.k)
+        indices_BK, kept_BK = keep_highest(score_BP, mask_BP, self.k if k is None else k)
         token_BKD = self.mlp(gather_rows(feature_BPC, indices_BK))
         return ProjectorOutput(torch.where(kept_BK.unsqueeze(-1), token_BKD, 0), kept_BK, indices_BK, score_BP)

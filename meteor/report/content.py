@@ -9,6 +9,7 @@ from PIL import Image
 
 from meteor.report import paper
 from meteor.report.canvas import MANY_VARIANTS, Drawing, Look, variant_looks
+from meteor.report.count_figures import count_figure
 from meteor.report.csv_files import csv_files
 from meteor.report.data import RunResult, SelectionPanel, StudyTable
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
@@ -112,6 +113,7 @@ class StudySection:
 
     tables: tuple[TableSection, ...]
     pareto: Drawing | None
+    counts: Drawing | None
     costs: Table
     hardware: str
     kept: tuple[Drawing, ...]
@@ -147,7 +149,7 @@ class ReportContent:
         found += [section.figure for section in self.scores if section.figure is not None]
         found += [drawing for section in self.selections for drawing in (section.kept, section.heat)]
         if self.study is not None:
-            found += [self.study.pareto, *self.study.kept]
+            found += [self.study.pareto, self.study.counts, *self.study.kept]
         found += list({answer.row.image: answer.thumbnail for answer in self.answers}.values())
         return (drawing for drawing in found if drawing is not None)
 
@@ -210,6 +212,7 @@ def _study_section(
     return StudySection(
         tables=tuple(_table_section(spec, runs) for spec in tables),
         pareto=pareto_figure(runs, looks),
+        counts=count_figure(merge_seeds(runs)),
         costs=cost_table(runs),
         hardware="; ".join(hardware),
         kept=tuple(

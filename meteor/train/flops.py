@@ -1,7 +1,6 @@
 """Model FLOPs of a step by the usual count, and peak FLOP/s of devices; their ratio is the MFU."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,18 +96,15 @@ class ModelFlops:
             peak=peak,
         )
 
-    def count(self, lengths: Iterable[int], num_visual_tokens: int, num_answer_tokens: int) -> float:
+    def count(self, *, num_tokens: int, num_squares: int, num_visual_tokens: int, num_answer_tokens: int) -> float:
         """Return the FLOPs of forward and backward pass.
 
         Args:
-            lengths: number of tokens of each sample, visual tokens included.
+            num_tokens: number of tokens of all samples, visual tokens included.
+            num_squares: sum over samples of the squared number of tokens.
             num_visual_tokens: number of visual tokens of all samples.
             num_answer_tokens: number of answer tokens of all samples.
         """
-        num_tokens = num_squares = 0
-        for length in lengths:
-            num_tokens += length
-            num_squares += length**2
         return (
             self.per_token * num_tokens
             + self.per_squared_length * num_squares

@@ -16,13 +16,16 @@ def held_out_loss(engine: Engine, table: SampleTable, recipe: Recipe, *, load_ba
 
     Args:
         engine: engine at any step. All workers call this function together, and each takes its share of the samples.
-        table: held-out samples; their order does not depend on the seed of the run.
+        table: held-out samples; their order does not depend on the seed of the run, and sub-images have the largest number of
+            visual tokens, so that the losses of all checkpoints compare.
         recipe: batch sizes and layout.
         load_batches: loader of this table's batches, see `meteor.train.loop.LoadBatches`.
     """
-    plan = StepPlan(table, replace(recipe, epochs=1, seed=0), "held out")
+    plan = StepPlan(table, replace(recipe, epochs=1, seed=0, token_counts=None), "held out")
     num_answer_tokens = sum(plan.num_answer_tokens(step) for step in plan.steps())
-    coming = [rows for step in plan.steps() for rows in plan.micro_steps(step, engine.rank, engine.world_size)]
+    coming = [
+        (rows, step.k) for step in plan.steps() for rows in plan.micro_steps(step, engine.rank, engine.world_size)
+    ]
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with closing(load_batches(coming)) as batches:
         for batch in batches:

@@ -8,16 +8,16 @@ from contextlib import closing
 from typing import Any
 
 from meteor.data.collate import Batch
-from meteor.data.order import MicroBatch
+from meteor.data.order import CountedBatch
 from meteor.train.checkpoints import CheckpointWriter
 from meteor.train.flops import ModelFlops
 from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine
 from meteor.train.step import DueActions, LoadedStep, rates, take_step
 
-# Function from coming micro batches, as table positions, to collated batches in the same order. The generator may read ahead
-# of the batches that it yields; closing it ends everything that it started.
-LoadBatches = Callable[[Iterable[MicroBatch]], Generator[Batch, None, None]]
+# Function from coming micro batches, as table positions with a number of visual tokens per sub-image, to collated batches in the
+# same order. The generator may read ahead of the batches that it yields; closing it ends everything that it started.
+LoadBatches = Callable[[Iterable[CountedBatch]], Generator[Batch, None, None]]
 
 # A meeting holds up all workers: Ray Train accepts a report every two seconds, so meeting at every step would delay short
 # steps.
@@ -70,13 +70,18 @@ def train(
     with closing(writer), closing(_one_ahead(_loaded_steps(engine, plan, load_batches, start_step))) as steps:
         clock = time.perf_counter()
         for loaded, wait_s in _timed(steps):
-            row, due = take_step(engine, plan, recipe, loaded, wait_s, saving.due_actions())
+            row, due, num_squares = take_step(engine, plan, recipe, loaded, wait_s, saving.due_actions())
             # The time includes work after the previous step, such as reports and copies for a checkpoint.
             seconds = time.perf_counter() - clock
             clock += seconds
             row |= rates(row, seconds, engine.world_size)
             if flops is not None:
-                num_flops = flops.count(plan.lengths(loaded.step), row["num_visual_tokens"], row["num_answer_tokens"])
+                num_flops = flops.count(
+                    num_tokens=row["num_visual_tokens"] + row["num_text_tokens"],
+                    num_squares=num_squares,
+                    num_visual_tokens=row["num_visual_tokens"],
+                    num_answer_tokens=row["num_answer_tokens"],
+                )
                 row["mfu"] = num_flops / (seconds * engine.world_size * flops.peak)
             done = row["step"]
             is_due, is_urgent_now = saving.decide(done, due)
@@ -129,7 +134,7 @@ def _loaded_steps(
     steps, coming = itertools.tee(
         (step, plan.micro_steps(step, engine.rank, engine.world_size)) for step in plan.steps(start_step)
     )
-    with closing(load_batches(rows for _, micro_steps in coming for rows in micro_steps)) as batches:
+    with closing(load_batches((rows, step.k) for step, micro_steps in coming for rows in micro_steps)) as batches:
         for step, micro_steps in steps:
             yield LoadedStep(step, [next(batches) for _ in micro_steps])
 

@@ -9,6 +9,7 @@ from meteor.data.order import (
     MicroBatch,
     Part,
     assign,
+    draw_count,
     epoch_length,
     epoch_order,
     epoch_samples,
@@ -16,6 +17,7 @@ from meteor.data.order import (
     steps_per_epoch,
 )
 from meteor.data.table import SampleTable
+from meteor.image.elastic import TokenCounts
 
 Batching = Literal["padded", "grouped", "packed"]
 
@@ -29,6 +31,8 @@ class Recipe:
         checkpoint_every_s: seconds between checkpoints.
         has_dropout: whether the model has dropout. If so, each step seeds torch's random numbers, so that a resumed run
             draws the numbers of an uninterrupted run.
+        token_counts: numbers of visual tokens per sub-image from which each step draws one; None if the projector is trained
+            with a single number.
     """
 
     lr: float
@@ -46,6 +50,7 @@ class Recipe:
     checkpoint_every_s: float
     keep_checkpoints: int
     has_dropout: bool = False
+    token_counts: TokenCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,14 @@ class Step:
         index: number of the step in the whole stage, from 0.
         epoch: number of the epoch, from 0.
         positions: table positions of the global batch's samples.
+        k: most visual tokens per sub-image; None for the projector's only number. Samples, rows and micro steps are those of
+            the largest number, whatever k is.
     """
 
     index: int
     epoch: int
     positions: Sequence[int]
+    k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,11 @@ class StepPlan:
         for epoch, (first, end) in enumerate(pairwise(self._firsts)):
             if start < end:
                 for i, positions in enumerate(self._epoch(epoch)[max(start - first, 0) :], max(start, first)):
-                    yield Step(i, epoch, positions)
+                    yield Step(i, epoch, positions, self._draw(i))
+
+    def _draw(self, step: int) -> int | None:
+        counts = self._recipe.token_counts
+        return None if counts is None else draw_count(counts, seed=self._recipe.seed, step=step)
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """Return the global batches of an epoch as positions in the table."""
@@ -151,10 +163,6 @@ class StepPlan:
         """Return the number of passes over the samples after the step, as a fraction."""
         first, end = self._firsts[step.epoch : step.epoch + 2]
         return step.epoch + (step.index + 1 - first) / (end - first)
-
-    def lengths(self, step: Step) -> list[int]:
-        """Return the number of tokens of each sample of a step, visual tokens included."""
-        return [self._table.lengths[position] for position in step.positions]
 
     def num_answer_tokens(self, step: Step) -> int:
         """Return the number of answer tokens of the global batch, by which its loss is divided."""

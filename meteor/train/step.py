@@ -44,7 +44,7 @@ def take_step(
     loaded: LoadedStep,
     wait_s: float,
     due: DueActions,
-) -> tuple[dict[str, Any], DueActions]:
+) -> tuple[dict[str, Any], DueActions, int]:
     """Take one optimiser step.
 
     Args:
@@ -54,7 +54,8 @@ def take_step(
         due: actions that are due by this worker's clock.
 
     Returns:
-        The step's metrics over all workers, and the actions that are due by the first worker's clock.
+        The step's metrics over all workers, the actions that are due by the first worker's clock, and the sum over all samples
+        of the squared number of tokens.
 
     Raises:
         FailedStepError: the loss or the gradient's norm is not finite, or the projector refuses its input. The weights
@@ -81,6 +82,7 @@ def take_step(
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
+        **({} if step.k is None else {"k": step.k}),
         "num_samples": len(step.positions),
         "num_visual_tokens": totals.num_visual_tokens,
         "num_text_tokens": totals.num_text_tokens,
@@ -91,7 +93,7 @@ def take_step(
         "loader_wait_s": totals.wait_s,
         "memory_gb": totals.memory_bytes / 1e9,
     }
-    return row, totals.due
+    return row, totals.due, totals.num_squares
 
 
 def rates(row: Mapping[str, Any], seconds: float, num_workers: int) -> dict[str, float]:
@@ -119,6 +121,7 @@ class _Totals:
         micro_losses: shares of the loss, as [worker][micro batch].
         num_visual_tokens: number of visual tokens.
         num_text_tokens: number of text tokens.
+        num_squares: sum over samples of the squared number of tokens.
         padding_share: share of padding in the rows, 0 to 1; `varlen` attention does not compute it.
         selection: metrics of `mean_selection`.
         due: actions that are due by the first worker's clock.
@@ -129,6 +132,7 @@ class _Totals:
     micro_losses: list[list[float]]
     num_visual_tokens: int
     num_text_tokens: int
+    num_squares: int
     padding_share: float
     selection: dict[str, float]
     due: DueActions
@@ -154,7 +158,7 @@ def _accumulate(
         torch.manual_seed(_seed(recipe.seed, step.index, engine.rank))
     numbers = _Numbers(engine, 2 + len(loaded.micro_batches))
     if engine.rank == 0:
-        numbers.shared[3], numbers.shared[4] = due
+        numbers.shared[4], numbers.shared[5] = due
     for i, batch in enumerate(loaded.micro_batches):
         num_samples = batch.num_samples
         inputs = batch.to(engine.device).as_inputs()
@@ -174,14 +178,16 @@ def _accumulate(
         if num_samples:
             numbers.shared[1] += batch.num_text_tokens
             numbers.shared[2] += batch.input_ids.numel()
+            numbers.shared[3] += batch.num_squares
         if micro_step.selection_sums is not None:
-            numbers.shared[5:] += micro_step.selection_sums
+            numbers.shared[6:] += micro_step.selection_sums
     numbers.own[0], numbers.own[1] = wait_s, _peak_memory(engine.device)
-    (num_visual, num_text, num_places, checkpoint, meet, *selection), of_workers = numbers.reduce()
+    (num_visual, num_text, num_places, num_squares, checkpoint, meet, *selection), of_workers = numbers.reduce()
     return _Totals(
         micro_losses=[micro_losses for _, _, *micro_losses in of_workers],
         num_visual_tokens=int(num_visual),
         num_text_tokens=int(num_text),
+        num_squares=int(num_squares),
         padding_share=1 - (num_visual + num_text) / max(num_places, 1.0),
         selection=mean_selection(torch.tensor(selection, dtype=torch.float64)),
         due=DueActions(checkpoint=bool(checkpoint), meet=bool(meet)),
@@ -216,7 +222,7 @@ class _Numbers:
     """
 
     def __init__(self, engine: Engine, num_own: int) -> None:
-        num_shared = 5 + NUM_SUMS
+        num_shared = 6 + NUM_SUMS
         size = num_shared + engine.world_size * num_own
         self._vector = torch.zeros(size, dtype=torch.float64, device=engine.device)
         self.shared = self._vector[:num_shared]

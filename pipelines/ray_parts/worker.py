@@ -18,10 +18,11 @@ from meteor.cache import CacheIdentity
 from meteor.checkpoint.folder import complete_checkpoints
 from meteor.checkpoint.format import Checkpoint
 from meteor.config import FinetuneSettings, RunSettings, StageSettings
-from meteor.data.collate import collate
+from meteor.data.collate import Batch, collate
 from meteor.data.table import SampleTable
 from meteor.errors import FailedStepError, SupersededError, TrainingError
 from meteor.image.budget import visual_token_budget
+from meteor.image.elastic import token_counts
 from meteor.model import MeteorForConditionalGeneration, MeteorImageProcessor, MeteorProcessor
 from meteor.runs.claim import Claim
 from meteor.stages import TrainingStage
@@ -116,11 +117,16 @@ def _train_worker(task: WorkerTask) -> None:
     claim = on_first_worker(task.claim.for_workers)
     checkpoints = storage.join(task.run_uri, "checkpoints")
     resumed = newest_sound_checkpoint(checkpoints)
-    recipe = make_recipe(stage, _native_weight_full(model), way.batching)
+    recipe = make_recipe(
+        stage,
+        _native_weight_full(model),
+        way.batching,
+        token_counts(settings.projector.name, settings.projector.settings),
+    )
     plan = StepPlan(table, recipe, task.index_digest)
     start_step = resumed.state["step"] if resumed else 0
     if start_step < plan.num_steps:
-        [empty] = loader([[]])
+        [empty] = loader([([], None)])
         engine = make_engine(
             model,
             zero_stage=stage.zero_stage,
@@ -271,21 +277,24 @@ def _batch_loader(task: WorkerTask, device: str) -> Callable[..., Any]:
     )
     if stage.features == "cache":
         source.identity.require_match(CacheIdentity.from_dict(task.cache_identity))  # type: ignore[union-attr]
-    budget = visual_token_budget(settings.projector.name, settings.projector.settings)
+    projector = settings.projector
     width = read_vision_config(settings.vision.path).hidden_size
 
-    return partial(
-        load_batches,
-        source=source,
-        collate=partial(
-            collate,
-            budget=budget,
+    def collate_rows(rows: Any, k: int | None = None) -> Batch:
+        return collate(
+            rows,
+            budget=visual_token_budget(projector.name, projector.settings, k=k),
             visual_tokens=task.visual_tokens,
             pad_id=task.pad_id,
             vision_width=width,
             select_layer=settings.vision.select_layer,
             sub_images=stage.sub_images,
-        ),
+        )
+
+    return partial(
+        load_batches,
+        source=source,
+        collate=collate_rows,
         num_threads=settings.cache.prefetch_threads,
         max_bytes=settings.cache.prefetch_mb << 20,
     )

@@ -24,13 +24,14 @@ from pipelines.ray_parts.runtime import worker_environment
 
 _LOG = logging.getLogger(__name__)
 # Version of the measurement: results of other versions are measured again.
-_METHOD = 3
+_METHOD = 4
 
 
 def measure_variants(inputs: Inputs, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
     """Measure the first seed of each variant, if it has a finished model.
 
-    A measurement with the same hardware, model and questions is not repeated.
+    A measurement with the same hardware, model, token selection and questions is not repeated. The selection is that of
+    ``evaluate``, without ``evaluate.sets``.
 
     Returns:
         Variant -> fields of `meteor.evaluation.efficiency.Efficiency`.
@@ -52,7 +53,7 @@ def measure_variants(inputs: Inputs, variants: Sequence[Variant]) -> dict[str, d
             _spread(run, study.measure_questions),
         )
         measured_on = {
-            "model": settings_digest([_METHOD, digest]),
+            "model": settings_digest([_METHOD, digest, vars(evaluate.shared_selection(run.settings))]),
             "questions": settings_digest([question.id for question in questions]),
             "hardware": hardware,
         }
@@ -122,4 +123,5 @@ def _measure_in_worker(
     run: RunSettings, model_uri: str, questions: list[Question], cache: str, version: int
 ) -> dict[str, Any]:
     answerer = Answerer(model_uri, device=_device(run), dtype=DTYPES[run.llm.dtype])
-    return asdict(measure_answers(answerer, questions, FeatureCache.open(cache, version=version)))
+    source, selection = FeatureCache.open(cache, version=version), evaluate.shared_selection(run)
+    return asdict(measure_answers(answerer, questions, source, selection=selection))

@@ -194,13 +194,16 @@ def _num_projector_parameters(stages: Mapping[str, StageRecord]) -> int | None:
 def _tokens_per_image(stages: Mapping[str, StageRecord], efficiency: Mapping[str, Any] | None) -> float | None:
     """Return the mean number of visual tokens per image in stage 2, separators excluded.
 
-    Adaptive projectors use a share of their tokens; the number counts used tokens if the share was measured.
+    Adaptive projectors use a share of their tokens; the number counts used tokens if the share was measured. An evaluation with
+    other tokens than training (``evaluate.k``, ``evaluate.sub_images``) has a share of its own.
     """
     summary = stages["finetune"].summary if "finetune" in stages else None
     totals = summary["extra"]["totals"] if summary else None
     if not totals or not totals["images"]:
         return None
-    return totals["visual_tokens"] / totals["images"] * (efficiency or {}).get("used_share", 1.0)
+    answered = (stages["evaluate"].summary if "evaluate" in stages else None) or {}
+    share = answered.get("extra", {}).get("visual_tokens_share", 1.0)
+    return totals["visual_tokens"] / totals["images"] * share * (efficiency or {}).get("used_share", 1.0)
 
 
 def unequal_samples(variants: Sequence[RunResult]) -> list[str]:

@@ -208,7 +208,7 @@ def train_on(folder: Path, work: Work, llm: str, template: str) -> str:
         engine,
         StepPlan(table, recipe, "digest"),
         recipe,
-        load_batches=lambda shares: (load_batch(share) for share in shares),
+        load_batches=lambda shares: (load_batch(share) for share, _ in shares),
         checkpoints=checkpoints,
         start_step=0,
         on_step=lambda row: losses.append(row["loss"]),

@@ -41,6 +41,8 @@ def make_samples(make_features):
 class FakeProjector(nn.Module):
     """Three tokens a sub-image, of which the last ``num_unused`` are masked; what the unused ones hold is odd."""
 
+    takes_k = False
+
     def __init__(self, num_unused, *, unused_value=1e3, aux_loss=None):
         super().__init__()
         generator = torch.Generator().manual_seed(5)

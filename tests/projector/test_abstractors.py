@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meteor.errors import SettingsError
 from meteor.projector import Projector, build_projector
 from meteor.projector.c_abstractor import RegBlock, interpolate_table
+from meteor.projector.llava_mini import _middle
 from meteor.projector.positions import map_positions
 
 GRIDS = [(4, 5), (1, 7), (6, 2), (1, 1), (9, 4)]
@@ -117,7 +118,7 @@ def test_llava_minis_queries_attend_to_the_whole_map(make_sub_images: Callable[.
 
 
 def test_the_only_query_of_a_full_map_stands_in_its_middle() -> None:
-    assert make_projector("llava_mini")._middle(torch.tensor([0]), torch.tensor([[24]])).tolist() == [[12]]
+    assert _middle(torch.tensor([0]), torch.tensor([[24]]), 1).tolist() == [[12]]
 
 
 @pytest.mark.parametrize("value", [0, True, "2"])

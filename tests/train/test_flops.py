@@ -42,7 +42,12 @@ def measured(make_model, make_features, make_batch):
 def test_the_count_is_what_torch_counts(measured, stage):
     total, model, length = measured(stage)
     flops = ModelFlops.of(model, peak=1.0)
-    counted = flops.count([length] * NUM_SAMPLES, NUM_PATCHES * NUM_SAMPLES, NUM_ANSWERS * NUM_SAMPLES)
+    counted = flops.count(
+        num_tokens=length * NUM_SAMPLES,
+        num_squares=length**2 * NUM_SAMPLES,
+        num_visual_tokens=NUM_PATCHES * NUM_SAMPLES,
+        num_answer_tokens=NUM_ANSWERS * NUM_SAMPLES,
+    )
     # Eager attention computes the half above the diagonal too, and nobody needs the gradient of the features.
     counted += flops.per_squared_length * NUM_SAMPLES * length**2
     counted -= 2 * 16 * 48 * NUM_PATCHES * NUM_SAMPLES
@@ -91,7 +96,8 @@ def test_vicuna_7b_has_its_published_shape():
     flops = ModelFlops.of(model, peak=1.0)
     assert flops.per_token == 6 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) == 6 * 6_476_005_376
     assert flops.per_answer_token == 6 * 32_000 * 4096
-    assert flops.count([2048], 0, 0) == 6 * 6_476_005_376 * 2048 + 6 * 32 * 4096 * 2048**2
+    counted = flops.count(num_tokens=2048, num_squares=2048**2, num_visual_tokens=0, num_answer_tokens=0)
+    assert counted == 6 * 6_476_005_376 * 2048 + 6 * 32 * 4096 * 2048**2
 
 
 @pytest.mark.parametrize(

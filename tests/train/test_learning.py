@@ -89,7 +89,7 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
     )
 
     def load_batches(micro_batches):
-        for rows in micro_batches:
+        for rows, _ in micro_batches:
             yield make_batch(
                 [(table.tokens(i), [make_features(key, seed=int(key)) for key in table.image_keys(i)]) for [i] in rows]
             )

@@ -62,10 +62,10 @@ def load(source, micro_batches, **options):
     """Batches as what would be collated: (first text token, images) of each sample."""
     settings = {"num_threads": 4, "max_bytes": 100, **options}
     return load_batches(
-        micro_batches,
+        ((rows, None) for rows in micro_batches),
         table=make_table(),
         source=source,
-        collate=lambda rows: [[(list(tokens.input_ids)[-2] - 10, images) for tokens, images in row] for row in rows],
+        collate=lambda rows, k: [[(list(tokens.input_ids)[-2] - 10, images) for tokens, images in row] for row in rows],
         **settings,
     )
 

@@ -32,6 +32,7 @@ from meteor.train.schedule import learning_rate, native_weight
 
 V, X = IMAGE_PLACE, IGNORE_INDEX
 NUM_SAMPLES = 7
+METEOR = {"name": "meteor", "k": 4}
 
 
 def make_table(num_samples=NUM_SAMPLES):
@@ -112,11 +113,11 @@ class RecordingEngine:
 def make_loader(make_features, make_batch):
     def make(table, projector=None):
         def load_batches(micro_batches):
-            for rows in micro_batches:
+            for rows, k in micro_batches:
                 positions = [position for row in rows for position in row]
                 yield make_batch(
                     [(table.tokens(i), [make_features(key, seed=i) for key in table.image_keys(i)]) for i in positions],
-                    projector,
+                    projector if k is None else {**(projector or METEOR), "k": k},
                     rows=[[positions.index(i) for i in row] for row in rows],
                 )
 
@@ -170,7 +171,8 @@ def test_rates_are_those_of_one_of_the_workers(make_loader, tmp_path):
     for step, row in zip(plan.steps(), rows, strict=True):
         assert row["visual_tokens_per_s_per_gpu"] == pytest.approx(row["num_visual_tokens"] / row["seconds"] / 3)
         assert row["text_tokens_per_s_per_gpu"] == pytest.approx(row["num_text_tokens"] / row["seconds"] / 3)
-        lengths = [table.lengths[position] for position in step.positions]
+        # No neighbours: the sums over workers are this worker's.
+        lengths = [table.lengths[i] for rows in plan.micro_steps(step, 1, 3) for row in rows for i in row]
         of_llm = 3 * sum(lengths) + 5 * sum(length**2 for length in lengths)
         of_ends = 7 * row["num_answer_tokens"] + 11 * row["num_visual_tokens"]
         assert row["mfu"] == pytest.approx((of_llm + of_ends) / (row["seconds"] * 3 * 1e4))
@@ -473,9 +475,9 @@ def test_values_that_are_not_finite_stop_before_the_step(run, make_loader, tmp_p
     assert any(make_table().image_keys(position) for position in poisoned)
 
     def load_poisoned(micro_batches):
-        for rows in micro_batches:
-            [batch] = load_batches([rows])
-            if {position for row in rows for position in row} & set(poisoned):
+        for counted in micro_batches:
+            [batch] = load_batches([counted])
+            if {position for row in counted[0] for position in row} & set(poisoned):
                 batch.features.fill_(torch.nan)
             yield batch
 
@@ -562,7 +564,7 @@ def test_the_loader_is_told_the_whole_rest_of_the_run_in_order(run, make_loader,
     assert yielded == [len(share) for step in micro_steps for share in step][: len(yielded)]
     assert sum(map(len, micro_steps[:3])) <= len(yielded) <= sum(map(len, micro_steps[:4]))
     run("a", load_batches=load_batches)
-    assert asked == [[share for step in micro_steps[start:] for share in step] for start in (0, 2)]
+    assert asked == [[(share, None) for step in micro_steps[start:] for share in step] for start in (0, 2)]
     assert closed == [True, True]
     assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
 
@@ -616,7 +618,7 @@ def test_the_held_out_loss_is_the_mean_over_all_answer_tokens(
         empty_inputs=make_batch([]).as_inputs(),
     )
     table, recipe = make_table(), make_recipe(batching=batching, micro_batch_size=micro_batch_size, seed=5)
-    [batch] = make_loader(table)([[[position] for position in range(len(table))]])
+    [batch] = make_loader(table)([([[position] for position in range(len(table))], None)])
     with torch.no_grad():
         logits = model.eval()(**{**batch.as_inputs(), "labels": None}).logits[:, :-1].double()
     labels = batch.labels[:, 1:]
