@@ -214,8 +214,8 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Run the projector for as many tokens as the prompt has slots; for the largest number of training without slots."""
         if num_slots is None or not self.projector.takes_k:
             return self.projector(features, cls_attention, grids, native_weight)
-        # A sub-image has min(k, its patches) slots, or k. The maximum of a batch therefore selects as k does, even if no map has
-        # k patches.
+        # A sub-image has k slots, or all its patches if they are fewer. The maximum of a batch therefore selects as k does,
+        # even if no map has k patches.
         return self.projector(features, cls_attention, grids, native_weight, k=int(num_slots.max()) or None)
 
     def embed(
@@ -234,8 +234,8 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: token ids, (B, L), with ``config.image_token_id`` at visual slots.
             attention_mask: mask, (B, L), 0 at padding; elsewhere 1, or the sample's number if rows hold several samples.
-            num_slots: number of visual slots of each sub-image, (S,); None without images. Their maximum is the number of tokens
-                per sub-image that the projector makes, so that prompt and projector cannot disagree.
+            num_slots: number of visual slots of each sub-image, (S,); None without images. Their maximum is the number of
+                tokens per sub-image that the projector makes, so that prompt and projector cannot disagree.
             features, cls_attention, grids: encoded sub-images, see `meteor.data.collate.Batch`.
             pixel_values: normalised sub-images for the vision tower, see `encode`, if there are no features.
             native_weight: weight of the native expert, 0-d; the projector's own weight if None.
@@ -264,8 +264,8 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if num_odd:
             raise DataError(
-                f"{num_odd} of {len(num_slots)} sub-images have another number of visual slots than the projector makes of them "
-                f"for k={int(num_slots.max())}: prepare all prompts of a batch with one k"
+                f"{num_odd} of {len(num_slots)} sub-images have another number of visual slots than the projector makes of "
+                f"them for k={int(num_slots.max())}: prepare all prompts of a batch with one k"
             )
         # Even without visual slots the projector stays in the graph, with zero gradients, because under ZeRO every rank
         # must take part in every reduction.

@@ -41,8 +41,8 @@ class Projector(nn.Module):
     - grids: patch grid (Hu, Wu) of each sub-image, (B, 2) integer, on any device.
     - native_weight: weight of the native expert during warm-up, 0-d; ignored by projectors without this expert.
 
-    Projectors with ``takes_k`` also have the argument ``k``: the most tokens per sub-image of this call, or None for the largest
-    number of training. The weights are the same for all numbers, so that a call with another k changes nothing for the next.
+    Projectors with ``takes_k`` also have the argument ``k``: the most tokens per sub-image of this call, or None for the
+    largest number of training. The weights are the same for all numbers, and a call with another k leaves no trace.
 
     Sub-images do not see each other. K, the second dimension of the tokens, is at least the number that
     `meteor.image.budget` gives each sub-image of the batch. ``forward`` raises ValueError if a shape is wrong or a grid does

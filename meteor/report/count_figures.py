@@ -1,4 +1,4 @@
-"""Figure of scores against the number of visual tokens per sub-image: one model at many numbers, and a model for each number."""
+"""Figure of scores against visual tokens per sub-image: one model with several numbers, and a model for each number."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,8 +56,8 @@ Lines = dict[str, list[Answered]]
 def count_figure(variants: Sequence[RunResult]) -> Drawing | None:
     """Draw score against visual tokens per sub-image, with a chart per question set.
 
-    Variants with one trained model and different ``evaluate.k`` form a line. Variants that were each trained and answered at one
-    number, and differ in nothing else, form another.
+    Variants with one trained model and different ``evaluate.k`` form a line. Variants that were each trained and answered
+    with one number, and differ in nothing else, form another.
 
     Args:
         variants: results with merged seeds.
@@ -83,12 +83,13 @@ def count_figure(variants: Sequence[RunResult]) -> Drawing | None:
         axes.set_ylabel("score, %", fontsize=TEXT_POINTS)
         axes.legend(fontsize=TEXT_POINTS - 1, frameon=False)
         plain_axes(axes, grid="y")
+    described = "; ".join(_described(name, lines) for name, lines in charts.items())
     return to_drawing(
         figure,
         name="token_counts",
-        alt=f"Score against visual tokens per sub-image. {'; '.join(_described(name, lines) for name, lines in charts.items())}.",
-        caption="A line of one model joins its answers with different numbers of tokens. Whiskers are the range of the seeds, or "
-        "with one seed the 95 % interval of its questions.",
+        alt=f"Score against visual tokens per sub-image. {described}.",
+        caption="A line of one model joins its answers with different numbers of tokens. Whiskers are the range of the seeds, "
+        "or with one seed the 95 % interval of its questions.",
     )
 
 

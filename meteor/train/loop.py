@@ -15,8 +15,8 @@ from meteor.train.plan import Recipe, StepPlan
 from meteor.train.protocol import Engine
 from meteor.train.step import DueActions, LoadedStep, rates, take_step
 
-# Function from coming micro batches, as table positions with a number of visual tokens per sub-image, to collated batches in the
-# same order. The generator may read ahead of the batches that it yields; closing it ends everything that it started.
+# Function from coming micro batches, as table positions with a number of visual tokens per sub-image, to collated batches in
+# this order. The generator may read ahead of the batches that it yields; closing it ends everything that it started.
 LoadBatches = Callable[[Iterable[CountedBatch]], Generator[Batch, None, None]]
 
 # A meeting holds up all workers: Ray Train accepts a report every two seconds, so meeting at every step would delay short

@@ -1,6 +1,7 @@
 """`meteor generate` and `meteor chat` as a user calls them."""
 
 import io
+import re
 
 import pytest
 from PIL import Image
@@ -35,9 +36,22 @@ def test_generate_answers_and_draws_what_was_kept(call, finished_model, shown, t
     assert again[1] == out
 
 
+def test_k_sets_the_number_of_visual_tokens(call, finished_model, shown):
+    sizes = []
+    for k in (None, 4, 1):
+        more = [] if k is None else ["--k", k]
+        options = ["--image", shown, "--prompt", "what?", "--max-new-tokens", 1, "--stats", *more]
+        code, _, err = call("generate", "--model", finished_model, *options)
+        assert code == 0
+        sizes.append(int(re.search(r"prompt of (\d+) tokens", err)[1]))
+    # The model was trained with 4, and the image has 3 sub-images.
+    assert sizes[0] == sizes[1] == sizes[2] + 3 * 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--prompt", "x", "--k", 0], "k=0: give projector 'meteor' a whole number"),
         (["--prompt", "x", "--show-selection", "a.png"], "give an image with --image"),
         (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png"),
         (["--prompt", " "], "the question is empty"),

@@ -244,9 +244,32 @@ def test_a_batch_without_images_is_the_language_model_alone(make_model, make_bat
 
 
 def test_a_batch_laid_out_for_another_projector_is_refused(make_model, make_batch, make_samples):
-    batch = make_batch(make_samples(), {"name": "meteor", "k": 5})
-    with pytest.raises(DataError, match=r"35 visual slots, the projector gives 28 tokens"):
-        make_model({"name": "meteor", "k": 4})(**batch.as_inputs())
+    batch = make_batch(make_samples(), {"name": "mlp"})
+    with pytest.raises(DataError, match=r"44 visual slots, the projector gives 14 tokens"):
+        make_model({"name": "tokenpacker"})(**batch.as_inputs())
+
+
+def test_the_slots_of_a_batch_tell_the_projector_its_number_of_tokens(make_model, make_batch, make_samples):
+    elastic, single = make_model({"name": "meteor", "k": [2, 5]}), make_model({"name": "meteor", "k": 2})
+    single.load_state_dict(elastic.state_dict())
+    batch = make_batch(make_samples(), {"name": "meteor", "k": 2})
+    assert torch.equal(elastic(**batch.as_inputs()).logits, single(**batch.as_inputs()).logits)
+    # Text alone uses the largest number, and the projector stays in the graph.
+    assert elastic(**make_batch([], {"name": "meteor", "k": 2}).as_inputs()).loss is not None
+
+
+def test_a_batch_of_two_numbers_of_tokens_is_refused(make_model, make_batch, make_samples):
+    model, batch = (
+        make_model({"name": "meteor", "k": [2, 3, 5]}),
+        make_batch(make_samples(), {"name": "meteor", "k": 3}),
+    )
+    inputs = batch.as_inputs()
+    # As many slots in all, 4 + 2 instead of 3 + 3.
+    inputs["num_slots"] = inputs["num_slots"].clone()
+    inputs["num_slots"][0] += 1
+    inputs["num_slots"][1] -= 1
+    with pytest.raises(DataError, match=r"of \d+ sub-images have another number of visual slots.*k=4.*with one k"):
+        model(**inputs)
 
 
 def greedy(model, embeddings, num_tokens):

@@ -18,6 +18,7 @@ from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
 from meteor.data.token_table import TokenTable
 from meteor.errors import DataError, FailedStepError
+from meteor.image.elastic import TokenCounts
 from meteor.text.batches import TokenBatch
 from meteor.text.tokens import TokenisedSample
 from meteor.train import loop
@@ -458,6 +459,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, la
     assert [row["step"] for row in later_rows] == [3, 4, 5, 6]
     for row, later in zip(rows[2:], later_rows, strict=True):
         assert (row["loss"], row["lr"], row["grad_norm"]) == (later["loss"], later["lr"], later["grad_norm"])
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_with_elastic_k_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path):
+    def crash(row):
+        if row["step"] == 3:
+            raise Crash
+
+    options = {"projector": {"name": "meteor", "k": [2, 4, 8]}, "token_counts": TokenCounts.read("k", [2, 4, 8])}
+    straight, rows = run("straight", **options)
+    table, plan = make_table(), make_step_plan()
+    assert {row["k"] for row in rows} == {2, 4, 8}
+    for step, row in zip(plan.steps(), rows, strict=True):
+        # Samples and steps are those of any projector; sub-images have the drawn number of tokens.
+        assert row["num_visual_tokens"] == row["k"] * sum(len(table.image_keys(i)) for i in step.positions)
+    with pytest.raises(Crash):
+        run("broken", on_step=crash, **options)
+    resumed, later_rows = run("broken", **options)
+    for row, later in zip(rows[2:], later_rows, strict=True):
+        assert (row["k"], row["loss"], row["grad_norm"]) == (later["k"], later["loss"], later["grad_norm"])
     for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
 

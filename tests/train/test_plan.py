@@ -10,6 +10,7 @@ from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.order import Part, epoch_length, steps_per_epoch
 from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
 from meteor.data.token_table import TokenTable
+from meteor.image.elastic import TokenCounts
 from meteor.text.batches import TokenBatch
 from meteor.text.tokens import TokenisedSample
 from meteor.train.plan import Recipe, StepPlan, first_steps
@@ -123,6 +124,23 @@ def test_resuming_at_any_step_on_any_workers_goes_on_with_the_same_batches(batch
     for start in range(plan.num_steps + 1):
         for world_size in (1, 2, 3):
             assert listing(plan, world_size, start=start) == expected[start:]
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_elastic_k_changes_no_sample_no_row_and_no_step_and_is_the_same_everywhere(batching):
+    single, elastic = (
+        make_plan(batching=batching, token_counts=counts) for counts in (None, TokenCounts.read("k", [16, 64, 144]))
+    )
+    drawn = [step.k for step in elastic.steps()]
+    assert set(drawn) == {16, 64, 144}
+    assert {step.k for step in single.steps()} == {None}
+    for one, other in zip(single.steps(), elastic.steps(), strict=True):
+        assert one.positions == other.positions
+        for world_size in WORLD_SIZES:
+            for rank in range(world_size):
+                assert single.micro_steps(one, rank, world_size) == elastic.micro_steps(other, rank, world_size)
+    for start in range(elastic.num_steps + 1):
+        assert [step.k for step in elastic.steps(start)] == drawn[start:]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
