@@ -182,9 +182,9 @@ def tokens_share(settings: RunSettings, questions: Sequence[SetQuestion], index:
         only_global = (selection.sub_images or settings.finetune.sub_images) == "global"
         return sum(sum(budget(grids[key][:1] if only_global else grids[key])) for key in image_keys)
 
-    asked = [each for each in questions if not each.reason]
-    trained = sum(count(AS_TRAINED, each.question.image_keys) for each in asked)
-    return sum(count(each.selection, each.question.image_keys) for each in asked) / trained if trained else 1.0
+    answerable = [each for each in questions if not each.reason]
+    trained = sum(count(AS_TRAINED, each.question.image_keys) for each in answerable)
+    return sum(count(each.selection, each.question.image_keys) for each in answerable) / trained if trained else 1.0
 
 
 def find_questions(

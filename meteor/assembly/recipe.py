@@ -43,7 +43,7 @@ def check_answer_counts(settings: RunSettings) -> None:
     """Check that the run's projector can make the numbers of visual tokens that ``evaluate`` names.
 
     Raises:
-        SettingsError: it cannot make one of them.
+        SettingsError: the projector cannot make a number that ``evaluate`` names.
     """
     # Another model may have another projector than the run's settings.
     if settings.evaluate.model:

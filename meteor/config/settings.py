@@ -206,7 +206,11 @@ class ProjectorSettings(_Settings):
     """Choice of the projector, and the arguments of its class in `meteor.projector`."""
 
     name: str = setting("meteor", "projector that turns patch features into visual tokens: meteor, mlp, resampler, ...")
-    settings: dict[str, Any] = setting({}, "arguments of the projector's class, for example {k: 64}")
+    settings: dict[str, Any] = setting(
+        {},
+        "arguments of the projector's class, for example {k: 64}; k: [32, 64, 144] or k: {min: 16, max: 144} trains one model "
+        "for several numbers of visual tokens, of which each step draws one (`docs/projectors.md`)",
+    )
 
 
 class LLMSettings(_Settings):
@@ -360,8 +364,8 @@ class EvaluateSettings(_Settings):
 
     k: int | None = setting(
         None,
-        "most visual tokens per sub-image when answering, for the projectors meteor, meteor_37m and visual_topk; omit for the "
-        "number of training",
+        "most visual tokens per sub-image when answering, for projectors whose number of tokens may be chosen "
+        "(`docs/projectors.md`); omit for the largest number of training",
         ge=1,
     )
     visual_weight: Fraction | None = setting(

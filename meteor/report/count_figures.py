@@ -21,7 +21,7 @@ from meteor.report.canvas import (
 from meteor.report.data import RunResult
 from meteor.report.tables import question_sets
 
-# Room between the whiskers of two lines at one number of tokens, as a factor on the logarithmic axis.
+# Distance between the whiskers of two lines at one number of tokens, as a factor on the logarithmic axis.
 _STEP = 1.02
 _MANY_COUNTS = 6
 

@@ -229,6 +229,33 @@ def test_a_saved_processor_does_the_same_when_loaded(make_processor, make_image,
     assert torch.equal(pixels, one["pixel_values"])
 
 
+def test_k_of_a_processor_or_of_a_call_is_the_number_of_slots(make_processor, make_model, make_image, tmp_path):
+    processor = make_processor(projector={"name": "meteor", "k": [1, 2, 4]})
+    image, prompt = make_image(112, 56), "<image>\nwhat?"
+
+    def slots(**options):
+        return processor(images=image, text=prompt, return_tensors="pt", **options)["num_slots"].tolist()
+
+    assert slots() == [4, 4, 4]
+    assert slots(k=2) == [2, 2, 2]
+    processor.k = 1
+    assert (slots(), slots(k=2)) == ([1, 1, 1], [2, 2, 2])
+    processor.save_pretrained(tmp_path)
+    processor = MeteorProcessor.from_pretrained(tmp_path)
+    assert slots() == [1, 1, 1]
+    model = make_model({"name": "meteor", "k": [1, 2, 4]}, vision_tower=True, image_token_id=processor.image_token_id)
+    inputs = processor(images=image, text=prompt, return_tensors="pt", k=2)
+    features = model.get_image_features(*(inputs[name] for name in ("pixel_values", "grids", "num_slots")))
+    assert features.shape == (6, 32)
+    assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_a_number_that_the_projector_cannot_make_is_refused(make_processor, make_image):
+    processor = make_processor(projector={"name": "mlp"})
+    with pytest.raises(SettingsError, match="k=2: projector 'mlp' has no k"):
+        processor(images=make_image(112, 56), text="<image>", k=2)
+
+
 def test_a_directory_without_a_processor_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(SettingsError, match="no processor_config"):

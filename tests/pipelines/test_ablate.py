@@ -78,6 +78,30 @@ def test_answers_alone_may_differ_and_seeds_share_nothing(make_study):
     assert counts == {"finetune": 2, "evaluate": 4}
 
 
+def test_answering_an_elastic_model_with_several_k_trains_once(make_study):
+    elastic = {"projector.name": "visual_topk", "projector.settings": {"k": [2, 4]}}
+    _, variants = make_study(variants={"at_4": elastic, "at_2": {**elastic, "evaluate.k": 2}})
+    tasks = plan_tasks(variants)
+    assert used_by(tasks) == {
+        *((stage, ("at_4", "at_2")) for stage in ("cache_features", "pretrain", "finetune")),
+        ("evaluate", ("at_4",)),
+        ("evaluate", ("at_2",)),
+    }
+
+
+def test_a_number_of_tokens_that_no_variant_can_make_is_refused_by_the_plan(make_study):
+    wrong = {
+        "evaluate.k: k=3: projector 'mlp' has no k": {"projector": {"name": "mlp"}, "evaluate.k": 3},
+        "'c_abstractor' is trained with a single number": {
+            "projector": {"name": "c_abstractor", "settings": {"grid": [1, 2]}}
+        },
+    }
+    for message, changes in wrong.items():
+        settings, variants = make_study(variants={"wrong": changes})
+        with pytest.raises(SettingsError, match=message):
+            plan_text(settings, variants)
+
+
 def test_every_cache_is_named_once_and_the_codec_that_others_are_made_from_comes_first(make_study, monkeypatch):
     _, variants = make_study(variants={"a": {"cache.codec": "int8"}, "b": {}, "c": {"finetune.lr": 1e-3}})
     filled = []

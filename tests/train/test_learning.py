@@ -18,6 +18,7 @@ from meteor.checkpoint.format import Checkpoint
 from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
 from meteor.data.table import SAMPLE_SCHEMA, WHOLE, SampleTable
 from meteor.data.token_table import TokenTable
+from meteor.image.elastic import TokenCounts
 from meteor.text.batches import TokenBatch
 from meteor.text.tokens import TokenisedSample
 from meteor.train.build import freeze_for
@@ -56,7 +57,15 @@ def make_table(num_samples: int) -> SampleTable:
     return SampleTable(pa.Table.from_pylist(rows, SAMPLE_SCHEMA), [TokenTable.of([TokenBatch.of(tokens)])])
 
 
-def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed: int, fixtures: tuple) -> None:
+def work(
+    folder: Path,
+    num_steps: int,
+    zero_stage: int,
+    dtype: torch.dtype,
+    seed: int,
+    fixtures: tuple,
+    counts: TokenCounts | None = None,
+) -> None:
     """Train, and leave the rows of every worker in ``<rank>.json``."""
     make_model, make_features, make_batch = fixtures
     # The last batch has one sample: of two workers, one has an empty batch.
@@ -76,6 +85,7 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
         checkpoint_every_steps=1 if num_steps < 10 else None,
         checkpoint_every_s=1e9,
         keep_checkpoints=num_steps,
+        token_counts=counts,
     )
     model = make_model(seed=seed)
     freeze_for(model, "finetune")
@@ -89,9 +99,10 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
     )
 
     def load_batches(micro_batches):
-        for rows, _ in micro_batches:
+        for rows, k in micro_batches:
             yield make_batch(
-                [(table.tokens(i), [make_features(key, seed=int(key)) for key in table.image_keys(i)]) for [i] in rows]
+                [(table.tokens(i), [make_features(key, seed=int(key)) for key in table.image_keys(i)]) for [i] in rows],
+                {"name": "meteor", "k": k or 4},
             )
 
     rows: list[dict[str, Any]] = []
@@ -107,12 +118,18 @@ def reported(start_workers, make_model, make_features, make_batch, tmp_path) -> 
     """Train in so many processes; the rows, in which all workers agree but for the time taken."""
 
     def run(
-        num_workers: int, num_steps: int, *, zero_stage: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0
+        num_workers: int,
+        num_steps: int,
+        *,
+        zero_stage: int = 0,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        counts: TokenCounts | None = None,
     ) -> list[dict[str, Any]]:
         folder = tmp_path / f"{num_workers} {zero_stage} {dtype}"
         folder.mkdir()
         fixtures = (make_model, make_features, make_batch)
-        start_workers(num_workers, work, folder, num_steps, zero_stage, dtype, seed, fixtures)
+        start_workers(num_workers, work, folder, num_steps, zero_stage, dtype, seed, fixtures, counts)
         first, *others = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_workers))
         for other in others:
             assert [without_times(row) for row in other] == [without_times(row) for row in first]
@@ -158,6 +175,18 @@ def test_four_micro_steps_of_one_worker_two_of_two_and_one_of_four_give_the_same
             atol=1e-5 * float(gradient.abs().max()) + 1e-9,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_two_workers_draw_the_k_of_one_and_train_alike(reported, zero_stage):
+    counts = TokenCounts.read("k", [1, 2, 4])
+    one, two = reported(1, 8, counts=counts), reported(2, 8, zero_stage=zero_stage, counts=counts)
+    assert {row["k"] for row in one} == {1, 2, 4}
+    for expected, row in zip(one, two, strict=True):
+        for key in ("k", "num_samples", "num_visual_tokens", "num_text_tokens", "num_answer_tokens"):
+            assert row[key] == expected[key], key
+        assert (row["loss"], row["grad_norm"]) == pytest.approx((expected["loss"], expected["grad_norm"]), rel=1e-4)
 
 
 @pytest.mark.slow
