@@ -172,7 +172,10 @@ def shared_selection(settings: RunSettings) -> AnswerSelection:
 def tokens_share(settings: RunSettings, questions: Sequence[SetQuestion], index: DatasetIndex) -> float:
     """Return the visual tokens of all questions as a share of those without changes of the token selection."""
     projector, pixels = settings.projector, pixel_settings(settings)
-    keys = {key for each in questions if not each.reason for key in each.question.image_keys}
+    answerable = [each for each in questions if not each.reason]
+    if all(each.selection == AS_TRAINED for each in answerable):
+        return 1.0
+    keys = {key for each in answerable for key in each.question.image_keys}
     grids = {
         row.image_key: pixels.plan(row.width, row.height).patch_grids for row in index.rows() if row.image_key in keys
     }
@@ -182,7 +185,6 @@ def tokens_share(settings: RunSettings, questions: Sequence[SetQuestion], index:
         only_global = (selection.sub_images or settings.finetune.sub_images) == "global"
         return sum(sum(budget(grids[key][:1] if only_global else grids[key])) for key in image_keys)
 
-    answerable = [each for each in questions if not each.reason]
     trained = sum(count(AS_TRAINED, each.question.image_keys) for each in answerable)
     return sum(count(each.selection, each.question.image_keys) for each in answerable) / trained if trained else 1.0
 

@@ -104,10 +104,12 @@ def find_lines(variants: Sequence[RunResult], question_set: str) -> Lines:
             by_rest.setdefault(point.rest, []).append(point)
     lines: Lines = {}
     for points in filter(_has_several, by_model.values()):
-        lines[_unique(f"one {points[0].projector}, trained with {_counts(points[0].trained)}", lines)] = _by_k(points)
+        lines[_unique(f"one {points[0].projector} model, trained with {_counts(points[0].trained)}", lines)] = _by_k(
+            points
+        )
     if lines:
         for points in filter(_has_several, by_rest.values()):
-            label = f"a {points[0].projector} for each number of tokens"
+            label = f"a {points[0].projector} model for each number of tokens"
             lines[_unique(label, lines)] = _by_k(points)
     return lines
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meteor.constants import IGNORE_INDEX, IMAGE_PLACE
-from meteor.data.collate import ImageLayout, collate, expand_images, num_image_tokens
+from meteor.data.collate import Batch, ImageLayout, collate, expand_images, num_image_tokens
 from meteor.image.budget import visual_token_budget
 from meteor.text.tokenizer import VisualTokens
 from meteor.text.tokens import TokenisedSample
@@ -137,6 +137,13 @@ def test_a_batch_holds_each_sub_image_and_each_sample_as_given(make_features):
     assert batch.attention_mask.tolist() == [[1] * 20, [1] * 9 + [0] * padding]
     assert batch.labels[1].tolist() == [X] * 7 + [8, 9] + [X] * padding
     assert (batch.num_visual_tokens, batch.num_text_tokens) == (20, 20 + 9 - 20)
+    assert batch.num_squares == 20**2 + 9**2
+
+
+def test_squared_lengths_are_those_of_samples_not_of_rows_or_padding():
+    mask = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 3]])
+    batch = Batch(*[mask] * 5, *[torch.zeros(1)] * 4, num_samples=5)
+    assert batch.num_squares == 3**2 + 2**2 + 1 + 4**2 + 1
 
 
 def test_padding_on_the_left_moves_whole_rows(make_features):

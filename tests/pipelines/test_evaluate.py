@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +27,7 @@ from pipelines import cache_features, evaluate
 from pipelines.ray_parts import answering
 from pipelines.ray_parts.answers import Answer, AnswerStore, prompt_digest
 
+SIZES = {"one": 56, "three": 112}
 pytestmark = [pytest.mark.usefixtures("ray_once"), pytest.mark.filterwarnings("ignore")]
 
 
@@ -163,6 +165,23 @@ def test_a_prompt_is_what_its_answer_depends_on():
     others = [replace(question, image_keys=("l",)), other_text]
     assert prompt_digest(question, 16, AnswerSelection()) != prompt_digest(question, 16, AnswerSelection(k=2))
     assert len({prompt_digest(question, 17), *(prompt_digest(one, 16) for one in [question, *others])}) == 4
+
+
+def test_the_share_of_visual_tokens_counts_each_question_at_its_own_k(make_settings):
+    settings = make_settings(projector={"name": "meteor", "settings": {"k": [2, 4]}})
+    # One sub-image, and three: 4 tokens each in training.
+    index = SimpleNamespace(
+        rows=lambda: [SimpleNamespace(image_key=key, width=w, height=56) for key, w in SIZES.items()]
+    )
+
+    def answered(key, **changes):
+        question = replace(ask("1", "what?", ["a.png"]), image_keys=(key,))
+        return answering.SetQuestion("set", question, "", 16, AnswerSelection(**changes))
+
+    assert evaluate.tokens_share(settings, [answered("one"), answered("three")], index) == 1
+    assert evaluate.tokens_share(settings, [answered("one", k=2), answered("three")], index) == (2 + 12) / 16
+    both = [answered("one"), answered("three", k=2, sub_images="global")]
+    assert evaluate.tokens_share(settings, both, index) == (4 + 2) / 16
 
 
 def test_a_question_about_an_image_that_cannot_be_used_is_wrong_and_reported(

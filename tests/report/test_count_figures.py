@@ -41,16 +41,16 @@ def variants(make_answered):
 def test_answers_of_one_model_and_models_of_one_number_are_lines(variants):
     lines = {label: [(p.name, p.k) for p in points] for label, points in find_lines(variants, "shapes").items()}
     assert lines == {
-        "one meteor, trained with 16": [("k16_at_4", 4), ("k16", 16)],
-        "one meteor, trained with 4, 8, 16": [("elastic_at_4", 4), ("elastic", 16)],
-        "a meteor for each number of tokens": [("k4", 4), ("k16", 16)],
+        "one meteor model, trained with 16": [("k16_at_4", 4), ("k16", 16)],
+        "one meteor model, trained with 4, 8, 16": [("elastic_at_4", 4), ("elastic", 16)],
+        "a meteor model for each number of tokens": [("k4", 4), ("k16", 16)],
     }
 
 
 def test_the_figure_says_its_numbers_and_needs_a_model_that_answered_twice(variants):
     figure = count_figure(variants)
     assert figure.png
-    assert "one meteor, trained with 4, 8, 16: 41.0 at 4, 58.0 at 16" in figure.alt
+    assert "one meteor model, trained with 4, 8, 16: 41.0 at 4, 58.0 at 16" in figure.alt
     assert count_figure([variant for variant in variants if "at_4" not in variant.name]) is None
     assert count_figure([replace(variant, scores=None) for variant in variants]) is None
 
@@ -59,6 +59,6 @@ def test_a_range_is_named_by_its_ends_and_equal_labels_are_numbered(make_answere
     numbers = {"min": 4, "max": 64}
     variants = [make_answered(f"{model}{k}", model, numbers, 0.5, answered=k) for model in ("a", "b") for k in (4, 16)]
     assert list(find_lines(variants, "shapes")) == [
-        "one meteor, trained with 4 to 64",
-        "one meteor, trained with 4 to 64 (2)",
+        "one meteor model, trained with 4 to 64",
+        "one meteor model, trained with 4 to 64 (2)",
     ]
