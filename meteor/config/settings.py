@@ -28,6 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # Names become parts of paths, so that none may be "..", begin with a dot or hold a slash.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 Weight = Annotated[float, Field(gt=0)]
+LongSide = Annotated[int, Field(ge=14)]
 
 
 class _Settings(BaseModel):
@@ -61,8 +62,10 @@ class QuestionSetSettings(_Settings):
         ..., "folder with the benchmark's published files, or a LLaVA JSON / JSONL file; a local path or s3:// URI"
     )
     split: str | None = setting(None, "split of the benchmark; omit for the split whose answers are public")
-    ocr: bool = setting(
-        False, "put TextVQA's OCR tokens into the prompt, as LLaVA's evaluation does; adds about ten points"
+    ocr: bool | None = setting(
+        None,
+        "put TextVQA's OCR tokens into the prompt, as LLaVA's evaluation does, which adds about ten points; omit for the "
+        "choice of evaluate.preset, or no tokens without a preset",
     )
     compat: bool = setting(True, "compare ChartQA's target 0 as text, as the reference code does")
     verdicts: str | None = operational(
@@ -387,11 +390,15 @@ class EvaluateSettings(_Settings):
         "most tokens of an answer; omit for each benchmark's limit: 16 or 32 for short answers, 128 for MM-Vet and MMMU",
         ge=1,
     )
-    long_side: int | None = setting(
+    preset: Literal["llava_1_5", "llava_uhd"] | None = setting(
         None,
-        "pixels of an image's longer side after resizing, before slicing; omit to keep the size (LLaVA-UHD's released "
-        "evaluation uses 1024)",
-        ge=14,
+        "published evaluation that chooses prompts, TextVQA's OCR tokens and the size of images for each benchmark; "
+        "data.evaluate.<name>.ocr and evaluate.long_side come before it; omit for images as they are, without OCR tokens",
+    )
+    long_side: LongSide | Literal["original"] | None = setting(
+        None,
+        "pixels of an image's longer side after resizing, before slicing, at least 14, or original to keep the size; omit for "
+        "the choice of evaluate.preset, or the original size without a preset",
     )
     limit: int | None = setting(None, "most questions to answer per set; omit for all")
     batch_size: int = operational(16, "questions answered together", ge=1)

@@ -141,7 +141,8 @@ def survey_run(inputs: Inputs) -> Survey:
     settings, version = inputs.settings, index.version if index else 0
     # The slicing may be the encoder's.
     slicing = (settings.slicing.model_dump_json(), settings.vision.path)
-    key = ("survey", settings.data.model_dump_json(), *slicing, settings.evaluate.long_side)
+    protocol = (settings.evaluate.preset, settings.evaluate.long_side)
+    key = ("survey", settings.data.model_dump_json(), *slicing, *protocol)
     return inputs.once((*key, index_uri(settings), version), lambda: _survey(inputs, index))
 
 

@@ -189,7 +189,7 @@ def build_content(
         scores=_score_sections(variants, looks),
         selections=() if tables else _selections(panels),
         answers=_answer_rows(variants, thumbnails),
-        paper_tables=() if tables else (paper.paper_table(4, variants), paper.paper_table(1, variants)),
+        paper_tables=() if tables else (paper.paper_table(4, runs), paper.paper_table(1, runs)),
         paper_remarks=paper.REMARKS,
         provenance=provenance(runs),
         settings=tuple(settings_blocks(runs)),

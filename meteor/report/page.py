@@ -86,7 +86,10 @@ def _markdown_table(table: Table) -> str:
     rows = [[escape_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
     # The paper's rows are in italics, as Markdown has no shading.
     rows[1 : 1 + table.theirs] = [[f"*{cell}*" if cell else "" for cell in row] for row in rows[1 : 1 + table.theirs]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+    # Two spaces at the end of a line break it.
+    notes = "  \n".join(map(escape_markdown, table.footnotes))
+    return f"{lines}\n\n{notes}" if notes else lines
 
 
 def _data_uri(drawing: Drawing) -> str:

@@ -8,6 +8,7 @@ from meteor.formatting import format_bytes, format_number, format_share
 from meteor.report.data import RunResult, StudyTable
 from meteor.report.measures import training_seconds
 from meteor.report.paired import Difference, paired_difference
+from meteor.report.paper_columns import paper_average, paper_cells
 from meteor.report.seeds import by_variant
 from meteor.report.tables import (
     NOT_RECORDED,
@@ -19,6 +20,7 @@ from meteor.report.tables import (
     question_sets,
     score_title,
     shares_right,
+    why_no_score,
 )
 
 
@@ -90,6 +92,9 @@ def numbers(run: RunResult) -> dict[str, float]:
         f"answers/{name}": value for name, value in (run.efficiency or {}).items() if isinstance(value, int | float)
     }
     found |= {f"encoder_share/{stage}": share for stage, share in run.encoder_shares.items()}
+    if cells := paper_cells([run]):
+        average = paper_average(cells)
+        found |= {"paper/average": average.score, "paper/comparable_columns": average.num_cells}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -101,7 +106,7 @@ def _score(runs: Sequence[RunResult], question_set: str) -> str:
     """Format the mean over seeds, with the lowest and the highest seed."""
     shares = shares_right(runs, question_set)
     if not shares:
-        return NOT_RUN
+        return why_no_score(runs, question_set)
     text = format_share(mean(shares))
     return f"{text} ({100 * min(shares):.1f} – {100 * max(shares):.1f})" if len(shares) > 1 else text
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from meteor.formatting import (
@@ -24,10 +25,12 @@ from meteor.stages import TRAINING_STAGES
 
 NOT_RUN = "not run"
 NOT_SCORED = "not scored here"
+FOR_JUDGE = "for the judge"
+FOR_SERVER = "for the server"
 NOT_FINISHED = "not finished"
 NOT_RECORDED = "not recorded"
 NOT_SET = "not set"
-GAPS = (NOT_RUN, NOT_FINISHED, NOT_RECORDED, NOT_SET)
+GAPS = (NOT_RUN, NOT_SCORED, FOR_JUDGE, FOR_SERVER, NOT_FINISHED, NOT_RECORDED, NOT_SET)
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Table:
         rows: cells of each row.
         numeric: whether the columns after the first are aligned to the right.
         theirs: number of rows at the top that come from the paper.
+        footnotes: texts below the table; each begins with the superscript letter that marks its cells.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: bool = True
     theirs: int = 0
+    footnotes: tuple[str, ...] = ()
 
 
 def headline_table(variants: Sequence[RunResult]) -> Table:
@@ -121,7 +126,7 @@ def score_table(variants: Sequence[RunResult], question_set: str) -> Table:
                 label,
                 _distinct(format_count(entry["num_questions"]) for entry in scored),
                 _distinct(_share_text(entry["majority_score"]) for entry in scored),
-                *(NOT_RUN if entry is None else _score_text(entry) for entry in entries.values()),
+                *(_score_text(entry, tables[name]) for name, entry in entries.items()),
             )
         )
     for extra in dict.fromkeys(key for table in tables.values() if table for key in table.get("extra", {})):
@@ -182,10 +187,28 @@ def format_size(variant: RunResult) -> str:
     return NOT_RECORDED if count is None else format_parameters(count)
 
 
+def why_unscored(table: Mapping[str, Any]) -> str:
+    """Return why a set that was answered has no score: a judge or a server scores it, or the right answers are not known."""
+    by = table.get("scored_by") or ("judge" if table["metric"] == "judge" else "")
+    return {"judge": FOR_JUDGE, "server": FOR_SERVER}.get(by, NOT_SCORED)
+
+
+def why_no_score(runs: Sequence[RunResult], question_set: str) -> str:
+    """Return why runs have no score on a question set: they did not answer it, or it is not scored here."""
+    tables = [run.scores[question_set] for run in runs if run.scores and question_set in run.scores]
+    return why_unscored(tables[0]) if tables else NOT_RUN
+
+
 def shares_right(runs: Sequence[RunResult], question_set: str) -> list[float]:
     """Return the scores of the runs on a question set, 0 to 1, without runs that lack a score."""
     tables = [run.scores[question_set] for run in runs if run.scores and question_set in run.scores]
     return [table["score"] for table in tables if table["score"] is not None]
+
+
+def mean_score(runs: Sequence[RunResult], question_set: str) -> str:
+    """Format the mean score of the runs on a question set in percent, or why they have none."""
+    shares = shares_right(runs, question_set)
+    return f"{100 * mean(shares):.1f}" if shares else why_no_score(runs, question_set)
 
 
 _METRICS = {
@@ -216,10 +239,25 @@ def score_facts(table: Mapping[str, Any]) -> str:
         f"split {table['split']}" if table.get("split") else "",
         f"{metric_title(table['metric'])}, version {table['metric_version']}",
         "OCR tokens in the prompt" if table.get("ocr") else "",
-        f"images resized to {table['long_side']} pixels" if table.get("long_side") else "",
+        f"images resized to {table['long_side']:,} pixels" if table.get("long_side") else "",
+        _preset_text(table),
+        f"only the first {table['limit']:,} questions" if table.get("limit") else "",
+        f"when answering: {settings_text(table['selection'])}" if table.get("selection") else "",
         table.get("note", ""),
     ]
     return "; ".join(filter(None, facts)) + "."
+
+
+def settings_text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={format_value(value)}" for name, value in values.items())
+
+
+def _preset_text(table: Mapping[str, Any]) -> str:
+    """Name the evaluation preset of a set, with the settings in which the run departs from it."""
+    if not table.get("preset"):
+        return ""
+    changes = {name: "original" if value is None else value for name, value in table.get("changes", {}).items()}
+    return f"preset {table['preset']}" + (f" changed by {settings_text(changes)}" if changes else "")
 
 
 def question_sets(variants: Sequence[RunResult]) -> list[str]:
@@ -266,12 +304,15 @@ def _transpose(table: Table) -> Table:
 
 def _score_cell(variant: RunResult, question_set: str) -> str:
     entry = (variant.scores or {}).get(question_set)
-    return NOT_RUN if entry is None else _score_text(entry)
+    return _score_text(entry, entry)
 
 
-def _score_text(entry: Mapping[str, Any]) -> str:
+def _score_text(entry: Mapping[str, Any] | None, table: Mapping[str, Any] | None) -> str:
+    """Format the score of a set's table or of a type of questions in it."""
+    if entry is None or table is None:
+        return NOT_RUN
     if entry["score"] is None:
-        return NOT_SCORED
+        return why_unscored(table)
     interval = "" if entry["interval"] is None else f" ({format_interval(*entry['interval'])})"
     return f"{format_share(entry['score'])}{interval}"
 

@@ -184,7 +184,13 @@ class NamesAlone:
         return self.settings.data.sources(stage)
 
     def questions(self) -> Mapping[str, Any]:
-        return {name: questions.model_dump(mode="json") for name, questions in self.settings.data.evaluate.items()}
+        evaluate = self.settings.evaluate
+        # Both may resize the images, which are then other images to encode.
+        protocol = {"preset": evaluate.preset, "long_side": evaluate.long_side}
+        return {
+            name: {**questions.model_dump(mode="json"), **protocol}
+            for name, questions in self.settings.data.evaluate.items()
+        }
 
     def cache_key(self) -> Any:
         vision = self.settings.vision
