@@ -68,13 +68,11 @@ def paper_table(number: int, runs: Sequence[RunResult]) -> Table:
 def _scores(number: int, groups: Groups, cells: Mapping[str, Cells]) -> Table:
     theirs = [row for row in paper_rows() if row["table"] == str(number)]
     others = _other_sets(groups, cells)
-    # With a normal hyphen, narrow columns would break the names into lines of two letters.
-    benchmarks = [name.replace("-", "\u2011") for name in BENCHMARKS]
-    columns = ("Model", "LLM", "Tokens", *benchmarks, "avg", *others)
+    columns = ("Model", "LLM", "Tokens", *map(_unbroken, BENCHMARKS), "avg", *others)
     rows = [
         (
-            f"{row['model']} (paper)",
-            row["llm"],
+            f"{_unbroken(row['model'])} (paper)",
+            _unbroken(row["llm"]),
             row["tokens"],
             *(row[benchmark] for benchmark in (*BENCHMARKS, "avg")),
             *[""] * len(others),
@@ -90,7 +88,7 @@ def _scores(number: int, groups: Groups, cells: Mapping[str, Cells]) -> Table:
         rows.append(
             (
                 variant,
-                _llm(mine[0]),
+                _unbroken(_llm(mine[0])),
                 format_tokens(mine[0].num_visual_tokens_per_image),
                 *(footnotes.mark(found[name]) if name in found else gaps[name] for name in BENCHMARKS),
                 str(paper_average(found)) if found else "",
@@ -151,6 +149,11 @@ class _Footnotes:
 def _letter(index: int) -> str:
     repeats, place = divmod(index, len(_LETTERS))
     return _LETTERS[place] * (repeats + 1)
+
+
+def _unbroken(name: str) -> str:
+    """Replace hyphens, at which narrow columns would break a name into short lines."""
+    return name.replace("-", "\u2011")
 
 
 def _llm(run: RunResult) -> str:
