@@ -9,6 +9,7 @@ from meteor.report.data import RunResult
 from meteor.report.paper_columns import COLUMNS, Cell, Note, paper_average, paper_cells
 from meteor.report.seeds import by_variant
 from meteor.report.tables import (
+    MARKS,
     NOT_RECORDED,
     NOT_RUN,
     Table,
@@ -42,8 +43,6 @@ _EFFICIENCY = (
     ("LLaVA-Meteor (paper)", "64", "37.08 M", "12.9 h", "31.3", "61.0"),
     ("LLaVA-Meteor (paper)", "32", "37.08 M", "12.1 h", "32.9", "59.3"),
 )
-# Unicode has no superscript q that fonts share.
-_LETTERS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"
 
 
 @cache
@@ -147,8 +146,8 @@ class _Footnotes:
 
 
 def _letter(index: int) -> str:
-    repeats, place = divmod(index, len(_LETTERS))
-    return _LETTERS[place] * (repeats + 1)
+    repeats, place = divmod(index, len(MARKS))
+    return MARKS[place] * (repeats + 1)
 
 
 def _unbroken(name: str) -> str:

@@ -32,6 +32,9 @@ NOT_RECORDED = "not recorded"
 NOT_SET = "not set"
 GAPS = (NOT_RUN, NOT_SCORED, FOR_JUDGE, FOR_SERVER, NOT_FINISHED, NOT_RECORDED, NOT_SET)
 
+# Superscript letters of footnotes; Unicode has no superscript q that fonts share.
+MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"
+
 
 @dataclass(frozen=True)
 class Table:

@@ -4,11 +4,13 @@ import typing
 
 import pytest
 
+from meteor.config import RunSettings
 from meteor.config.settings import EvaluateSettings
 from meteor.errors import SettingsError
 from meteor.evaluation.benchmarks.presets import PRESETS, choose_protocol
 from meteor.evaluation.benchmarks.prompts import Protocol
 from meteor.evaluation.question_set import load_question_set
+from meteor.runs.identity import NamesAlone, identify_all
 from meteor.synthetic.benchmarks import write_benchmarks
 from pipelines.ray_parts.answers import prompt_digest
 
@@ -105,3 +107,16 @@ def test_ocr_tokens_are_refused_where_a_benchmark_has_none_with_a_preset_too(loa
 )
 def test_a_set_says_who_scores_it(load, format, options, scorer):
     assert load(format, **options).scored_by == scorer
+
+
+def test_a_preset_makes_another_evaluation_of_the_same_training():
+    def digests(**evaluate):
+        data = {"finetune": "samples.json", "evaluate": {"a": {"format": "gqa", "path": "gqa"}}}
+        run = RunSettings.model_validate({"name": "r", "output": "out", "data": data, "evaluate": evaluate})
+        return {stage: identity.digest for stage, identity in identify_all(NamesAlone(run)).items()}
+
+    plain, preset, resized = digests(), digests(preset="llava_uhd"), digests(long_side=672)
+    assert plain["finetune"] == preset["finetune"] == resized["finetune"]
+    # Resized images are other images to encode.
+    for stage in ("cache_features", "evaluate"):
+        assert len({plain[stage], preset[stage], resized[stage]}) == 3
