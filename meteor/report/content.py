@@ -57,7 +57,7 @@ class ScoreSection:
 
     Attributes:
         question_set: name of the set.
-        facts: sentence about everything that the scores depend on.
+        facts: everything that the scores depend on, in sentences.
         table: scores by type of question.
         figure: chart of the scores; None if nothing could be scored.
         num_quarantined: questions that count as wrong because their record or image could not be used.
@@ -65,7 +65,7 @@ class ScoreSection:
     """
 
     question_set: str
-    facts: str
+    facts: tuple[str, ...]
     table: Table
     figure: Drawing | None
     num_quarantined: int
@@ -245,7 +245,7 @@ def _score_sections(variants: Sequence[RunResult], looks: Mapping[str, Look]) ->
         sections.append(
             ScoreSection(
                 question_set=name,
-                facts=score_facts(next(iter(scores.values()))),
+                facts=tuple(score_facts(scores)),
                 table=score_table(variants, name),
                 figure=scores_figure(f"scores_{index:02d}", scores, looks)
                 if any(table["score"] is not None for table in scores.values())

@@ -135,7 +135,9 @@ class _Footnotes:
         """Format a cell with the letters of its notes; the notes of a cell without a score have nothing to qualify."""
         if cell.score is None:
             return cell.reason
-        letters = [self._letters.setdefault(note, _letter(len(self._letters))) for note in cell.notes]
+        for note in cell.notes:
+            self._letters.setdefault(note, _letter(len(self._letters)))
+        letters = [letter for note, letter in self._letters.items() if note in cell.notes]
         return f"{100 * cell.score:.1f}{''.join(letters)}"
 
     def lines(self) -> tuple[str, ...]:

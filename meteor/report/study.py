@@ -13,6 +13,7 @@ from meteor.report.seeds import by_variant
 from meteor.report.tables import (
     NOT_RECORDED,
     NOT_RUN,
+    OTHER_QUESTIONS,
     Table,
     format_size,
     format_tokens,
@@ -23,27 +24,53 @@ from meteor.report.tables import (
     why_no_score,
 )
 
+_DIFFERENCE = ("Difference", "95 % interval", "By seed")
+# A table with more sets in a row is wider than a page.
+_MANY_SETS = 3
+
 
 def results_table(spec: StudyTable, runs: Sequence[RunResult]) -> Table:
-    """Lay out size and scores of each variant, and its differences from the control on the same questions."""
-    groups = by_variant(runs)
-    sets = question_sets(runs)
+    """Lay out size and scores of each variant, and its differences from the control on the same questions.
+
+    With many question sets each has rows of its own, without the sizes.
+    """
+    groups, sets = by_variant(runs), question_sets(runs)
+    if len(sets) > _MANY_SETS:
+        return _results_by_set(spec, runs)
     columns = ["Variant", "Tokens per image", "Projector"]
-    columns += [
-        column for name in sets for column in (score_title(runs, name), "Difference", "95 % interval", "By seed")
-    ]
+    columns += [column for name in sets for column in (score_title(runs, name), *_DIFFERENCE)]
     rows = []
     for variant in _present(spec, groups):
         mine = groups[variant]
         cells = [variant, format_tokens(mine[0].num_visual_tokens_per_image), format_size(mine[0])]
         for name in sets:
-            cells.append(_score(mine, name))
-            if variant == spec.control:
-                cells += ["control", "", ""]
-            else:
-                cells += _difference_cells(paired_difference(mine, groups.get(spec.control, []), name))
+            cells += _result_cells(spec, groups, variant, name)
         rows.append(tuple(cells))
     return Table(tuple(columns), tuple(rows))
+
+
+def _results_by_set(spec: StudyTable, runs: Sequence[RunResult]) -> Table:
+    groups = by_variant(runs)
+    rows = tuple(
+        (score_title(runs, name), variant, *_result_cells(spec, groups, variant, name))
+        for name in question_sets(runs)
+        for variant in _present(spec, groups)
+    )
+    return Table(("Question set", "Variant", "Score", *_DIFFERENCE), rows)
+
+
+def _result_cells(
+    spec: StudyTable, groups: Mapping[str, Sequence[RunResult]], variant: str, question_set: str
+) -> list[str]:
+    """Return a variant's score on a question set, and the cells of its difference from the control."""
+    mine, control = groups[variant], groups.get(spec.control, [])
+    score = _score(mine, question_set)
+    if variant == spec.control:
+        return [score, "control", "", ""]
+    difference = paired_difference(mine, control, question_set)
+    if difference is None:
+        return [score, _gap(mine, control, question_set), "", ""]
+    return [score, *_difference_cells(difference)]
 
 
 def cost_table(runs: Sequence[RunResult]) -> Table:
@@ -111,9 +138,13 @@ def _score(runs: Sequence[RunResult], question_set: str) -> str:
     return f"{text} ({100 * min(shares):.1f} – {100 * max(shares):.1f})" if len(shares) > 1 else text
 
 
-def _difference_cells(difference: Difference | None) -> list[str]:
-    if difference is None:
-        return [NOT_RUN, "", ""]
+def _gap(runs: Sequence[RunResult], control: Sequence[RunResult], question_set: str) -> str:
+    """Return why a variant has no difference from its control on a question set."""
+    unscored = next((side for side in (runs, control) if not shares_right(side, question_set)), None)
+    return OTHER_QUESTIONS if unscored is None else why_no_score(unscored, question_set)
+
+
+def _difference_cells(difference: Difference) -> list[str]:
     interval = "one image" if difference.interval is None else " to ".join(map(_points, difference.interval))
     by_seed = "" if len(difference.by_seed) < 2 else ", ".join(map(_points, difference.by_seed.values()))
     return [_points(difference.mean) + (" *" if difference.is_clear else ""), interval, by_seed]

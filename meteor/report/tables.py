@@ -27,11 +27,14 @@ NOT_RUN = "not run"
 NOT_SCORED = "not scored here"
 FOR_JUDGE = "for the judge"
 FOR_SERVER = "for the server"
+OTHER_QUESTIONS = "other questions"
 NOT_FINISHED = "not finished"
 NOT_RECORDED = "not recorded"
 NOT_SET = "not set"
-GAPS = (NOT_RUN, NOT_SCORED, FOR_JUDGE, FOR_SERVER, NOT_FINISHED, NOT_RECORDED, NOT_SET)
+GAPS = (NOT_RUN, NOT_SCORED, FOR_JUDGE, FOR_SERVER, OTHER_QUESTIONS, NOT_FINISHED, NOT_RECORDED, NOT_SET)
 
+# A table with more scores in a row is wider than a page.
+_MANY_SETS = 5
 # Superscript letters of footnotes; Unicode has no superscript q that fonts share.
 MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"
 
@@ -56,7 +59,7 @@ class Table:
 
 
 def headline_table(variants: Sequence[RunResult]) -> Table:
-    """Lay out a row per variant: cost in tokens, parameters and time, and scores."""
+    """Lay out cost in tokens, parameters and time, and scores: a row per variant, or a column if there are many sets."""
     sets = question_sets(variants)
     score_columns = [score_title(variants, name) for name in sets] or ["Score"]
     columns = (
@@ -79,7 +82,8 @@ def headline_table(variants: Sequence[RunResult]) -> Table:
                 _rate_cell(variant.stages.get("finetune"), "num_samples"),
             )
         )
-    return Table(columns, tuple(rows))
+    table = Table(columns, tuple(rows))
+    return _transpose(table) if len(sets) > _MANY_SETS and len(variants) < len(columns) else table
 
 
 def stage_table(variants: Sequence[RunResult], stage: str) -> Table:
@@ -235,8 +239,22 @@ def score_title(variants: Sequence[RunResult], question_set: str) -> str:
     return f"{title}, {question_set}" if len(question_sets(variants)) > 1 else title
 
 
-def score_facts(table: Mapping[str, Any]) -> str:
-    """Describe in a sentence everything that a set's scores depend on, to compare evaluations whose scores do not match."""
+def score_facts(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Describe everything that a set's scores depend on, to compare evaluations whose scores do not match.
+
+    Args:
+        tables: variant -> table of the set's scores.
+
+    Returns:
+        A sentence; or a sentence per way in which the variants were evaluated, with their names.
+    """
+    variants: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        variants.setdefault(_facts_of(table), []).append(name)
+    return list(variants) if len(variants) == 1 else [f"{', '.join(names)}: {text}" for text, names in variants.items()]
+
+
+def _facts_of(table: Mapping[str, Any]) -> str:
     facts = [
         table.get("title") or "LLaVA's format",
         f"split {table['split']}" if table.get("split") else "",
@@ -245,13 +263,13 @@ def score_facts(table: Mapping[str, Any]) -> str:
         f"images resized to {table['long_side']:,} pixels" if table.get("long_side") else "",
         _preset_text(table),
         f"only the first {table['limit']:,} questions" if table.get("limit") else "",
-        f"when answering: {settings_text(table['selection'])}" if table.get("selection") else "",
+        f"{_settings_text(table['selection'])} when answering" if table.get("selection") else "",
         table.get("note", ""),
     ]
     return "; ".join(filter(None, facts)) + "."
 
 
-def settings_text(values: Mapping[str, Any]) -> str:
+def _settings_text(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={format_value(value)}" for name, value in values.items())
 
 
@@ -260,7 +278,7 @@ def _preset_text(table: Mapping[str, Any]) -> str:
     if not table.get("preset"):
         return ""
     changes = {name: "original" if value is None else value for name, value in table.get("changes", {}).items()}
-    return f"preset {table['preset']}" + (f" changed by {settings_text(changes)}" if changes else "")
+    return f"preset {table['preset']}" + (f" changed by {_settings_text(changes)}" if changes else "")
 
 
 def question_sets(variants: Sequence[RunResult]) -> list[str]:

@@ -190,11 +190,12 @@ def test_footnotes_stand_below_their_table_on_both_pages(tmp_path, make_variant,
 
 
 def test_the_facts_of_a_set_name_its_preset_and_what_the_run_changed(make_score):
-    score = make_score(
-        preset="llava_uhd", changes={"long_side": None, "ocr": False}, ocr=False, long_side=None, limit=20
-    )
-    assert score_facts(score) == (
-        "LLaVA's format; Exact match, version 1; preset llava_uhd changed by long_side=original, ocr=false; only the first 20 "
-        "questions."
-    )
-    assert "preset llava_1_5;" in score_facts(make_score(preset="llava_1_5", changes={}, selection={"k": 64}, note="n"))
+    changed = make_score(preset="llava_uhd", changes={"long_side": None, "ocr": False}, limit=20)
+    as_published = make_score(preset="llava_uhd", changes={}, long_side=1024, selection={"k": 64})
+    facts = {
+        "a": "LLaVA's format; Exact match, version 1; preset llava_uhd changed by long_side=original, ocr=false; only the "
+        "first 20 questions.",
+        "b": "LLaVA's format; Exact match, version 1; images resized to 1,024 pixels; preset llava_uhd; k=64 when answering.",
+    }
+    assert score_facts({"a": changed}) == [facts["a"]]
+    assert score_facts({"a": changed, "b": as_published, "c": changed}) == [f"a, c: {facts['a']}", f"b: {facts['b']}"]

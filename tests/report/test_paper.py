@@ -137,6 +137,16 @@ def test_only_the_average_of_twelve_comparable_cells_is_a_plain_number():
     assert str(Average(None, 0)) == "0 of 12"
 
 
+def test_the_letters_of_a_cell_are_in_order(make_variant, make_answered):
+    runs = [
+        make_variant("a", scores={"textvqa": make_answered("VQA-T")}),
+        make_variant("b", scores={"textvqa": make_answered("VQA-T", limit=9), "gqa": make_answered("GQA", limit=9)}),
+    ]
+    table = paper_table(1, runs)
+    assert [row_of(table, i)["VQA\u2011T"] for i in (-2, -1)] == ["50.0ᵃ", "50.0ᵃᵇ"]
+    assert row_of(table)["GQA"] == "50.0ᵇ"
+
+
 def test_sets_outside_the_paper_do_not_count_in_table_4(make_variant, make_score, make_answered):
     scores = {
         "gqa": make_answered("GQA", 0.5),

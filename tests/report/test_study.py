@@ -76,6 +76,33 @@ def test_a_seed_that_was_not_evaluated_does_not_hide_the_other(runs):
     assert merged.scores == runs[1].scores
 
 
+def test_a_missing_difference_says_why(runs, make_score):
+    spec = StudyTable("t", ("control", "better"), "control")
+
+    def difference(better):
+        return results_table(spec, [*runs[:2], *better]).rows[1][3:5]
+
+    elsewhere = {"shapes": make_score(None, scored_by="server")}
+    unscored = [replace(run, scores=elsewhere, predictions=[]) for run in runs[2:]]
+    assert difference(unscored) == ("for the server", "for the server")
+    other = [[{**row, "question": f"{row['question']} in short"} for row in run.predictions] for run in runs[2:]]
+    reworded = [replace(run, predictions=rows) for run, rows in zip(runs[2:], other, strict=True)]
+    assert difference(reworded) == ("87.5 % (75.0 – 100.0)", "other questions")
+    assert difference([replace(run, scores={}, predictions=[]) for run in runs[2:]]) == ("not run", "not run")
+
+
+def test_many_question_sets_have_rows_of_their_own(runs, make_score):
+    names = ("a", "b", "c", "shapes")
+    more = [replace(run, scores=dict.fromkeys(names, run.scores["shapes"])) for run in runs]
+    table = results_table(StudyTable("t", ("control", "better"), "control"), more)
+    assert table.columns == ("Question set", "Variant", *("Score", "Difference", "95 % interval", "By seed"))
+    assert [row[:3] for row in table.rows[-2:]] == [
+        ("Exact match, shapes", "control", "62.5 % (50.0 – 75.0)"),
+        ("Exact match, shapes", "better", "87.5 % (75.0 – 100.0)"),
+    ]
+    assert len(table.rows) == 8
+
+
 def test_results_stand_beside_their_difference_from_the_control(runs):
     table = results_table(StudyTable("t", ("control", "better", "absent"), "control"), runs)
     control, better = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
