@@ -24,6 +24,8 @@ from meteor.evaluation.questions import Question
 from meteor.evaluation.score_table import UNTYPED, score_rows, score_table, unusable_rows
 from meteor.image.pixels import PixelSettings
 from meteor.projector.answering import AnswerSelection
+from meteor.report import RunResult
+from meteor.report.paper_columns import paper_numbers
 from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import identify
 from pipelines.command import stage_main, timed
@@ -230,9 +232,9 @@ def first_questions(question_set: QuestionSet, limit: int | None) -> list[Questi
 def _metrics(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return numbers for MLflow by name: ``<set>/<metric>``, ``<set>/<extra number>`` and ``<set>/type <type>``.
 
-    Sets that are scored elsewhere have none.
+    Sets that are scored elsewhere have none. ``paper/average`` is the average that the report shows beside the paper's.
     """
-    found: dict[str, float | None] = {}
+    found: dict[str, float | None] = {**paper_numbers(RunResult("", {}, scores))}
     for name, table in scores.items():
         found |= {f"{name}/{table['metric']}": table["score"]}
         found |= {f"{name}/{extra}": value for extra, value in table["extra"].items()}

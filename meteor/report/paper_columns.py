@@ -149,6 +149,16 @@ def paper_average(cells: Mapping[str, Cell]) -> Average:
     return Average(mean(scores) if scores else None, len(scores))
 
 
+def paper_numbers(run: RunResult) -> dict[str, float]:
+    """Return the average and the number of comparable columns by name, for MLflow and spreadsheets; empty without a cell."""
+    cells = paper_cells([run])
+    average = paper_average(cells)
+    if not cells:
+        return {}
+    found = {"paper/comparable_columns": float(average.num_cells)}
+    return found if average.score is None else {"paper/average": average.score, **found}
+
+
 def _cell(column: PaperColumn, name: str, runs: Sequence[RunResult]) -> Cell:
     tables = [run.scores[name] for run in runs if run.scores and name in run.scores]
     scored = [table for table in tables if table["score"] is not None]

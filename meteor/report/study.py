@@ -8,7 +8,7 @@ from meteor.formatting import format_bytes, format_number, format_share
 from meteor.report.data import RunResult, StudyTable
 from meteor.report.measures import training_seconds
 from meteor.report.paired import Difference, paired_difference
-from meteor.report.paper_columns import paper_average, paper_cells
+from meteor.report.paper_columns import paper_numbers
 from meteor.report.seeds import by_variant
 from meteor.report.tables import (
     NOT_RECORDED,
@@ -119,9 +119,7 @@ def numbers(run: RunResult) -> dict[str, float]:
         f"answers/{name}": value for name, value in (run.efficiency or {}).items() if isinstance(value, int | float)
     }
     found |= {f"encoder_share/{stage}": share for stage, share in run.encoder_shares.items()}
-    if cells := paper_cells([run]):
-        average = paper_average(cells)
-        found |= {"paper/average": average.score, "paper/comparable_columns": average.num_cells}
+    found |= paper_numbers(run)
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
