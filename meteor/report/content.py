@@ -9,6 +9,7 @@ from PIL import Image
 
 from meteor.report import paper
 from meteor.report.canvas import MANY_VARIANTS, Drawing, Look, variant_looks
+from meteor.report.cost import answer_cost_table, training_cost_table
 from meteor.report.csv_files import csv_files
 from meteor.report.data import RunResult, SelectionPanel, StudyTable
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
@@ -23,7 +24,7 @@ from meteor.report.provenance import (
 )
 from meteor.report.seeds import merge_seeds
 from meteor.report.selection_figures import heat_figure, kept_figure
-from meteor.report.study import cost_table, results_table
+from meteor.report.study import results_table
 from meteor.report.study_figures import kept_by_variants_figure, pareto_figure
 from meteor.report.tables import (
     Table,
@@ -112,7 +113,8 @@ class StudySection:
 
     tables: tuple[TableSection, ...]
     pareto: Drawing | None
-    costs: Table
+    answer_costs: Table
+    training_costs: Table
     hardware: str
     kept: tuple[Drawing, ...]
     csv_files: Mapping[str, str]
@@ -210,7 +212,8 @@ def _study_section(
     return StudySection(
         tables=tuple(_table_section(spec, runs) for spec in tables),
         pareto=pareto_figure(runs, looks),
-        costs=cost_table(runs),
+        answer_costs=answer_cost_table(runs),
+        training_costs=training_cost_table(runs),
         hardware="; ".join(hardware),
         kept=tuple(
             kept_by_variants_figure(of_image[:MANY_VARIANTS], f"kept_{index:02d}")

@@ -28,6 +28,7 @@ class RunResult:
         seed: seed of the run; None if the study names no seeds.
         efficiency: fields of `meteor.evaluation.efficiency.Efficiency`; None if not measured.
         encoder_shares: training stage -> share of a step's arithmetic that encoding in the step would be, 0 to 1.
+        encoder_flops: training stage -> FLOPs of encoding its images in its steps, over all epochs.
     """
 
     name: str
@@ -40,6 +41,7 @@ class RunResult:
     seed: int | None = None
     efficiency: Mapping[str, Any] | None = None
     encoder_shares: Mapping[str, float] = field(default_factory=dict)
+    encoder_flops: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def group(self) -> str:

@@ -62,9 +62,11 @@ def record(
 
 def _record(inputs: Inputs, variant: Variant, measured: Mapping[str, Any] | None) -> RunRecord:
     run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(inputs))
+    stages = estimate_cache(inputs).stages
     result = dataclasses.replace(
         read_record(run, measured),
-        encoder_shares={stage.name: stage.encoder_share for stage in estimate_cache(inputs).stages},
+        encoder_shares={stage.name: stage.encoder_share for stage in stages},
+        encoder_flops={stage.name: stage.encoder_flops for stage in stages},
     )
     return dataclasses.replace(run, numbers=numbers(result), hardware=measured["hardware"] if measured else "")
 

@@ -148,6 +148,7 @@ def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) ->
         seed=record.seed,
         efficiency={**efficiency, "hardware": record.hardware} if efficiency else measured,
         encoder_shares=_below("encoder_share/", record.numbers),
+        encoder_flops=_below("encoder_flops/", record.numbers),
     )
 
 
