@@ -475,6 +475,9 @@ class StudyTableSettings(_Settings):
     paper: Literal[1, 2, 3, 4] | None = operational(
         None, "number of the paper's table whose rows are shown beside the study's"
     )
+    losses: bool = operational(
+        False, "whether to compare the loss of each step with the control's, and the time of steps and encoding"
+    )
 
 
 class StudySettings(_Settings):

@@ -45,9 +45,9 @@ def count_projector_flops(projector: nn.Module, features: Tensor, cls_attention:
 def scan_flops(scan: BidirectionalScan, order: ScanOrder) -> int:
     """Count one call of a scan without its local summaries.
 
-    Each step and channel costs 2 x 4 FLOPs in the causal convolution, 2 (R + 2 N) + 2 R in the projections to Delta, B and C,
-    and 9 N + 2 in the recurrence: 9 per state is the count of Mamba's authors (``flops_selective_scan_ref``), and 2 are the
-    skip connection.
+    Each step and channel costs 2 x 4 FLOPs in the causal convolution, and 2 (R + 2 N) + 2 R in the projections to Delta, B
+    and C. The recurrence costs 9 N + 2: Mamba's authors count 9 per state (``flops_selective_scan_ref``), and the skip
+    connection costs 2.
     """
     num_rows, _, num_steps = order.rows.shape
     dt_rank, state_size, _ = scan.sizes

@@ -13,6 +13,7 @@ from meteor.report.cost import answer_cost_table, training_cost_table
 from meteor.report.csv_files import csv_files
 from meteor.report.data import RunResult, SelectionPanel, StudyTable
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
+from meteor.report.losses import losses_table
 from meteor.report.predictions import PredictionRow, choose_predictions
 from meteor.report.provenance import (
     Provenance,
@@ -98,12 +99,14 @@ class TableSection:
         title: heading of the table.
         control: variant that differences are taken from.
         results: scores and differences.
+        losses: losses of each step compared with the control's; None if the table does not ask for them.
         beside: the results in the layout of a table of the paper, below the paper's rows; None if no table is chosen.
     """
 
     title: str
     control: str
     results: Table
+    losses: Table | None
     beside: Table | None
 
 
@@ -226,7 +229,8 @@ def _study_section(
 def _table_section(spec: StudyTable, runs: Sequence[RunResult]) -> TableSection:
     mine = [run for name in spec.variants for run in runs if run.group == name]
     beside = None if spec.paper is None else paper.paper_table(spec.paper, mine)
-    return TableSection(spec.title, spec.control, results_table(spec, mine), beside)
+    losses = losses_table(spec, mine) if spec.losses else None
+    return TableSection(spec.title, spec.control, results_table(spec, mine), losses, beside)
 
 
 def _loss_figure(stage: str, runs: Sequence[RunResult], looks: Mapping[str, Look]) -> Drawing:

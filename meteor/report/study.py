@@ -50,6 +50,7 @@ def numbers(run: RunResult) -> dict[str, float]:
         "projector_parameters": run.num_projector_parameters,
         "visual_tokens_per_image": run.num_visual_tokens_per_image,
         "training_seconds": sum(seconds.values()) if seconds else None,
+        "encoding_seconds": run.encoding_s,
     }
     found |= {f"{name}/{table['metric']}": table["score"] for name, table in (run.scores or {}).items()}
     found |= {

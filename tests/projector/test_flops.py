@@ -34,7 +34,7 @@ def test_meteor_is_projections_scan_and_the_mlp_on_kept_tokens(backend):
 def test_projectors_without_a_scan_count_as_torch_counts_them(name):
     projector = build_projector(name, vision_width=WIDTH, llm_width=LLM_WIDTH)
     features, attention = torch.randn(2, 24, WIDTH), torch.rand(2, 24)
-    # Gradients keep the CPU from its fused attention, which torch does not count.
+    # torch does not count the CPU's fused attention.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         projector(features, attention, GRIDS)
     assert count_projector_flops(projector, features, attention, GRIDS) == counter.get_total_flops() > 0

@@ -11,6 +11,7 @@ from PIL import Image
 from meteor.report import StudyTable, write_report
 from meteor.report.canvas import variant_looks
 from meteor.report.cost import answer_cost_table, training_cost, training_cost_table
+from meteor.report.losses import losses_table
 from meteor.report.seeds import merge_seeds
 from meteor.report.study import numbers, results_table
 from meteor.report.study_figures import (
@@ -143,6 +144,26 @@ def test_training_costs_are_those_of_the_steps_and_with_the_encoder_in_them(runs
     live = {**settings, "finetune": {"features": "live"}}
     run = replace(run, stages={"finetune": replace(stage, metrics=rows, settings=live)})
     assert training_cost(run) == pytest.approx({"live_s": 4, "live_mfu": 0.3 / 0.75})
+
+
+def test_losses_stand_beside_the_controls_with_the_time_of_steps_and_encoding(runs):
+    def change(run, features, shift):
+        stages = {}
+        for name in ("pretrain", "finetune"):
+            rows = [{**row, "loss": row["loss"] + shift * row["step"]} for row in run.stages[name].metrics]
+            settings = {name: {"features": features}, "runtime": {"num_workers": 2}}
+            stages[name] = replace(run.stages[name], metrics=rows, settings=settings)
+        return replace(run, stages=stages, encoding_s=5.0)
+
+    cached, live = change(runs[0], "cache", 0), change(runs[2], "live", 0.25)
+    table = losses_table(StudyTable("t", ("control", "better"), "control", losses=True), [cached, live])
+    control, better = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    last = max(row["step"] for row in cached.stages["finetune"].metrics)
+    assert control["Largest difference, finetune"] == "control"
+    assert better["Largest difference, finetune"] == f"{0.25 * last:.2g}"
+    # Two stages of two steps of 2 s on two workers.
+    assert [control[name] for name in table.columns[-3:]] == ["16 s", "5 s", "21 s"]
+    assert [better[name] for name in table.columns[-3:]] == ["16 s", "in the steps", "16 s"]
 
 
 def test_numbers_are_those_of_one_run(runs):
