@@ -9,7 +9,7 @@ from PIL import Image
 
 from meteor.report import paper
 from meteor.report.canvas import MANY_VARIANTS, Drawing, Look, variant_looks
-from meteor.report.cost import answer_cost_table, training_cost_table
+from meteor.report.cost import answer_flops_table, answer_time_table, training_cost_table
 from meteor.report.csv_files import csv_files
 from meteor.report.data import RunResult, SelectionPanel, StudyTable
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
@@ -116,7 +116,8 @@ class StudySection:
 
     tables: tuple[TableSection, ...]
     pareto: Drawing | None
-    answer_costs: Table
+    answer_times: Table
+    answer_flops: Table
     training_costs: Table
     hardware: str
     kept: tuple[Drawing, ...]
@@ -215,7 +216,8 @@ def _study_section(
     return StudySection(
         tables=tuple(_table_section(spec, runs) for spec in tables),
         pareto=pareto_figure(runs, looks),
-        answer_costs=answer_cost_table(runs),
+        answer_times=answer_time_table(runs),
+        answer_flops=answer_flops_table(runs),
         training_costs=training_cost_table(runs),
         hardware="; ".join(hardware),
         kept=tuple(

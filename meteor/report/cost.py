@@ -1,6 +1,6 @@
 """Tables of cost: an answer by its parts, in time and FLOPs, and training with and without the encoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -11,36 +11,40 @@ from meteor.report.seeds import by_variant
 from meteor.report.tables import NOT_RECORDED, NOT_RUN, Table, format_tokens, format_training_time
 
 _STAGE = "finetune"
+_PARTS = ("Encoder", "Projector", "Prompt pass", "Each token", "Whole answer", "Encoder's share")
 
 
-def answer_cost_table(runs: Sequence[RunResult]) -> Table:
-    """Lay out time and FLOPs of a question per part, measured on the same hardware with the same questions."""
-    columns = (
-        *("Variant", "Tokens per image", "Prompt tokens", "Encoder", "Projector"),
-        *("Prompt pass", "Each token", "Whole answer", "Encoder's share", "Answer tokens/s", "Memory while answering"),
-    )
+def answer_time_table(runs: Sequence[RunResult]) -> Table:
+    """Lay out the seconds of a question per part, measured on the same hardware with the same questions, and the memory."""
     rows = []
     for variant, run in _one_each(runs).items():
-        tokens = format_tokens(run.num_visual_tokens_per_image)
-        rows.append((variant, tokens, *(_answer_cells(run.efficiency) if run.efficiency else [NOT_RECORDED] * 9)))
-    return Table(columns, tuple(rows))
+        measured = run.efficiency
+        if measured is None:
+            rows.append((variant, *[NOT_RECORDED] * (len(_PARTS) + 3)))
+            continue
+        others = (f"{measured['tokens_per_s']:.3g}", format_bytes(measured["memory_bytes"]))
+        rows.append((variant, f"{measured['num_prompt_tokens']:,.0f}", *_part_cells(measured, 0, _time), *others))
+    return Table(("Variant", "Prompt tokens", *_PARTS, "Answer tokens/s", "Memory"), tuple(rows))
 
 
-def _answer_cells(measured: Mapping[str, Any]) -> list[str]:
-    parts = answer_parts(measured)
-    cells = [NOT_RECORDED] * 6
-    if parts:
-        whole = tuple(map(sum, zip(*parts.values(), strict=True)))
-        shares = [part / total if total else 0.0 for part, total in zip(parts["encoder"], whole, strict=True)]
-        token = (1 / measured["tokens_per_s"], measured["token_flops"])
-        cells = [_both(part) for part in (parts["encoder"], parts["projector"], parts["prompt"], token, whole)]
-        cells.append(f"{format_share(shares[0])}, {format_share(shares[1])}")
-    return [
-        f"{measured['num_prompt_tokens']:,.0f}",
-        *cells,
-        f"{measured['tokens_per_s']:.3g}",
-        format_bytes(measured["memory_bytes"]),
-    ]
+def answer_flops_table(runs: Sequence[RunResult]) -> Table:
+    """Lay out the FLOPs of a question per part."""
+    rows = []
+    for variant, run in _one_each(runs).items():
+        cells = _part_cells(run.efficiency or {}, 1, format_flops)
+        rows.append((variant, format_tokens(run.num_visual_tokens_per_image), *cells))
+    return Table(("Variant", "Tokens per image", *_PARTS), tuple(rows))
+
+
+def _part_cells(measured: Mapping[str, Any], number: int, layout: Callable[[float], str]) -> list[str]:
+    """Lay out seconds (number 0) or FLOPs (1) of each part, of the whole answer, and the encoder's share of the whole."""
+    parts = {name: both[number] for name, both in answer_parts(measured).items()}
+    if not parts:
+        return [NOT_RECORDED] * len(_PARTS)
+    later = parts.pop("later tokens")
+    token, whole = later / (measured["num_new_tokens"] - 1), sum(parts.values()) + later
+    share = parts["encoder"] / whole if whole else 0.0
+    return [*map(layout, (*parts.values(), token, whole)), format_share(share)]
 
 
 def answer_parts(measured: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -67,16 +71,14 @@ def training_cost_table(runs: Sequence[RunResult]) -> Table:
     )
     rows = []
     for variant, run in _one_each(runs).items():
-        shares = ", ".join(f"{stage} {format_share(share)}" for stage, share in run.encoder_shares.items())
-        flops = sum(run.encoder_flops.values())
-        found = training_cost(run)
+        flops, share, found = _encoder_flops(run), _encoder_share(run), training_cost(run)
         rows.append(
             (
                 variant,
                 format_training_time(run),
                 _training_rate(run),
                 format_flops(flops) if flops else NOT_RECORDED,
-                shares or NOT_RECORDED,
+                format_share(share) if share else NOT_RECORDED,
                 *(format_duration(found[name]) if name in found else NOT_RECORDED for name in ("steps_s", "live_s")),
                 *(format_share(found[name]) if name in found else NOT_RECORDED for name in ("mfu", "live_mfu")),
             )
@@ -99,7 +101,7 @@ def training_cost(run: RunResult) -> dict[str, float]:
         return {}
     values = [row["mfu"] for row in stage.metrics if row.get("mfu") is not None]
     mfu = median(values) if values else None
-    share = _of_stage(run.encoder_shares, run.encoder_flops)
+    share = _encoder_share(run)
     if stage.settings.get(_STAGE, {}).get("features") == "live":
         found = {"live_s": seconds}
         return found if mfu is None else found | {"live_mfu": mfu / (1 - share)}
@@ -107,20 +109,21 @@ def training_cost(run: RunResult) -> dict[str, float]:
     if not measured.get("encoder_flops") or not share:
         return found
     num_workers = stage.settings.get("runtime", {}).get("num_workers", 1)
-    flops = sum(value for name, value in run.encoder_flops.items() if name.startswith(_STAGE))
-    found["live_s"] = seconds + flops * measured["encoder_s"] / measured["encoder_flops"] / num_workers
+    found["live_s"] = seconds + _encoder_flops(run) * measured["encoder_s"] / measured["encoder_flops"] / num_workers
     if mfu is not None:
         found["live_mfu"] = mfu / (1 - share) * seconds / found["live_s"]
     return found
 
 
-def _of_stage(shares: Mapping[str, float], flops: Mapping[str, float]) -> float:
-    """Return the encoder's share of the stage's arithmetic over all its files."""
-    mine = {
-        name: flops[name] for name, share in shares.items() if name.startswith(_STAGE) and flops.get(name) and share
-    }
-    whole = sum(value / shares[name] for name, value in mine.items())
-    return sum(mine.values()) / whole if whole else 0.0
+def _encoder_flops(run: RunResult) -> float:
+    return sum(value for name, value in run.encoder_flops.items() if name.startswith(_STAGE))
+
+
+def _encoder_share(run: RunResult) -> float:
+    """Return the encoder's share of the arithmetic of stage 2 over all its files; 0 if not known."""
+    shares = {name: run.encoder_shares[name] for name in run.encoder_flops if run.encoder_shares.get(name)}
+    whole = sum(run.encoder_flops[name] / share for name, share in shares.items() if name.startswith(_STAGE))
+    return _encoder_flops(run) / whole if whole else 0.0
 
 
 def _one_each(runs: Sequence[RunResult]) -> dict[str, RunResult]:
@@ -130,10 +133,8 @@ def _one_each(runs: Sequence[RunResult]) -> dict[str, RunResult]:
     }
 
 
-def _both(part: tuple[float, ...]) -> str:
-    seconds, flops = part
-    time = f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-    return f"{time}, {format_flops(flops)}"
+def _time(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _training_rate(run: RunResult) -> str:
