@@ -130,6 +130,7 @@ def run(work: Work, engine: Any, way: Way, options: argparse.Namespace, folder: 
         seed=0,
         native_warmup=0.0,
         native_weight_full=0.2,
+        aux_loss_coefficient=0.0,
         batching=way.batching,
         max_length=MAX_LENGTH,
         checkpoint_every_steps=None,

@@ -22,6 +22,7 @@ def make_recipe(stage: StageSettings, native_weight_full: float | None, batching
         seed=stage.seed,
         native_warmup=stage.native_warmup,
         native_weight_full=native_weight_full,
+        aux_loss_coefficient=stage.aux_loss_coefficient,
         batching=batching,
         max_length=stage.max_length,
         checkpoint_every_steps=stage.checkpoint_every_steps,

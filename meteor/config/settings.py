@@ -257,6 +257,11 @@ class StageSettings(_Settings):
     native_warmup: Fraction = setting(
         0.0, "share of the steps in which the native expert's weight rises linearly from 0 to its final value"
     )
+    aux_loss_coefficient: float = setting(
+        0.01,
+        "weight of the projector's auxiliary loss; without effect on projectors that have none, as all that come with this library",
+        ge=0,
+    )
     batching: Literal["auto", "padded", "grouped", "packed"] = setting(
         "auto",
         "layout of a batch: padded (one sample per row), grouped (padded, with samples of similar length together), packed "

@@ -264,6 +264,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_numbers: torch.Tensor | None = None,
         native_weight: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        aux_loss_coefficient: float = 0.0,
         skip_logits: bool = False,
         inputs_embeds: None = None,
         **kwargs: Any,
@@ -278,6 +279,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 a text-guided sampler.
             num_items_in_batch: divisor of the summed cross-entropy, the answer tokens of the *global* batch; the answer
                 tokens of this batch if None.
+            aux_loss_coefficient: weight of the projector's auxiliary loss.
             skip_logits: with labels, compute logits of answers only, chunk by chunk, and return none; saves memory.
             inputs_embeds: not supported, as visual tokens are found by their ids.
             kwargs: arguments of the language model.
@@ -309,6 +311,8 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
         logits = None if skip_logits else self.language_model(**inputs).logits
         loss = self._answer_loss(arranged, inputs, labels, logits, num_items_in_batch)
+        if projected.aux_loss is not None:
+            loss = loss + aux_loss_coefficient * projected.aux_loss
         assert grids is not None, "features come with their grids"
         if logits is not None:
             logits = arranged.restore(logits, input_ids.shape)

@@ -40,7 +40,7 @@ class MLPProjector(Projector):
             native_weight: weight of the native expert; unused.
 
         Returns:
-            Tokens, (B, P, D), in the weights' dtype, without scores.
+            Tokens, (B, P, D), in the weights' dtype, without scores or auxiliary loss.
 
         Raises:
             ValueError: a shape is wrong, or a grid does not fit P.

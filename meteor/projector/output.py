@@ -20,6 +20,7 @@ class ProjectorOutput:
             represents more than one patch.
         visual_scores: share of the class token's attention, (B, P), without gradient; None if not computed.
         native_scores: softmax of the similarity to the instruction token, (B, P), without gradient; None if not computed.
+        aux_loss: auxiliary loss, 0-d, to be added to the training loss; None if the projector has none.
     """
 
     tokens: Tensor
@@ -27,6 +28,7 @@ class ProjectorOutput:
     indices: Tensor | None = None
     visual_scores: Tensor | None = None
     native_scores: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 class Projector(nn.Module):

@@ -85,7 +85,7 @@ class Resampler(Projector):
             native_weight: weight of the native expert; unused.
 
         Returns:
-            Tokens, (B, k, D), in the weights' dtype, all real, without indices or scores.
+            Tokens, (B, k, D), in the weights' dtype, all real, without indices, scores or auxiliary loss.
 
         Raises:
             ValueError: a shape is wrong, or a grid does not fit P.

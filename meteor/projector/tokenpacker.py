@@ -73,7 +73,7 @@ class TokenPacker(Projector):
             native_weight: weight of the native expert; unused.
 
         Returns:
-            Tokens, (B, K, D), in the weights' dtype and in map order, without indices or scores. The first
+            Tokens, (B, K, D), in the weights' dtype and in map order, without indices, scores or auxiliary loss. The first
             ceil(Hu / s) ceil(Wu / s) tokens of each sub-image are real. K is the largest number of real tokens in the batch;
             in a compiled graph, and for B = 0, it is ceil(P / s).
 

@@ -12,7 +12,7 @@ from meteor.train.protocol import Engine, all_reduce_sum
 
 
 def held_out_loss(engine: Engine, table: SampleTable, recipe: Recipe, *, load_batches: LoadBatches) -> float:
-    """Measure the mean cross-entropy of answer tokens, in nats.
+    """Measure the mean cross-entropy of answer tokens, in nats, without the projector's auxiliary loss.
 
     Args:
         engine: engine at any step. All workers call this function together, and each takes its share of the samples.
@@ -27,5 +27,7 @@ def held_out_loss(engine: Engine, table: SampleTable, recipe: Recipe, *, load_ba
     with closing(load_batches(coming)) as batches:
         for batch in batches:
             inputs = batch.to(engine.device).as_inputs()
-            total += engine.evaluate({**inputs, "num_items_in_batch": num_answer_tokens}).loss
+            total += engine.evaluate(
+                {**inputs, "num_items_in_batch": num_answer_tokens, "aux_loss_coefficient": 0.0}
+            ).loss
     return float(all_reduce_sum(total))

@@ -39,6 +39,7 @@ class Recipe:
     seed: int
     native_warmup: float
     native_weight_full: float | None
+    aux_loss_coefficient: float
     batching: Batching
     max_length: int
     checkpoint_every_steps: int | None

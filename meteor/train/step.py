@@ -159,7 +159,13 @@ def _accumulate(
         num_samples = batch.num_samples
         inputs = batch.to(engine.device).as_inputs()
         micro_step = engine.forward_backward(
-            {**inputs, **extra, "num_items_in_batch": num_answer_tokens},
+            {
+                **inputs,
+                **extra,
+                "num_items_in_batch": num_answer_tokens,
+                # The auxiliary loss is a mean over samples, like the loss over tokens, so that empty batches add nothing.
+                "aux_loss_coefficient": recipe.aux_loss_coefficient * num_samples / len(step.positions),
+            },
             last=i == len(loaded.micro_batches) - 1,
         )
         numbers.own[2 + i] = micro_step.loss

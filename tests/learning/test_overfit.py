@@ -187,6 +187,7 @@ def train_on(folder: Path, work: Work, llm: str, template: str) -> str:
         seed=0,
         native_warmup=0.3,
         native_weight_full=0.2,
+        aux_loss_coefficient=0.0,
         batching="padded",
         max_length=512,
         checkpoint_every_steps=None,

@@ -41,15 +41,16 @@ def make_samples(make_features):
 class FakeProjector(nn.Module):
     """Three tokens a sub-image, of which the last ``num_unused`` are masked; what the unused ones hold is odd."""
 
-    def __init__(self, num_unused, *, unused_value=1e3):
+    def __init__(self, num_unused, *, unused_value=1e3, aux_loss=None):
         super().__init__()
         generator = torch.Generator().manual_seed(5)
         tokens = torch.randn(len(num_unused), 3, 32, generator=generator)
         self.mask = torch.arange(3) < 3 - torch.tensor(num_unused)[:, None]
         self.tokens = torch.where(self.mask[..., None], tokens, unused_value)
+        self.aux_loss = aux_loss
 
     def forward(self, features, cls_attention, grids, native_weight=None):
-        return ProjectorOutput(tokens=self.tokens, mask=self.mask)
+        return ProjectorOutput(tokens=self.tokens, mask=self.mask, aux_loss=self.aux_loss)
 
 
 def visual_tokens(model, image, native_weight=None):
@@ -133,6 +134,14 @@ def test_the_loss_is_the_mean_cross_entropy_of_every_answer_token(make_model, ma
         assert model(**inputs, labels=labels, num_items_in_batch=num_items).loss.item() == pytest.approx(
             total / 20, rel=1e-5
         )
+
+
+def test_the_projectors_own_loss_is_added_with_its_coefficient(make_model, make_batch, make_samples):
+    model = make_model().eval()
+    model.projector = FakeProjector([0, 0, 0], aux_loss=torch.tensor(5.0))
+    batch = make_batch(make_samples()[:1], {"name": "meteor", "k": 3})
+    plain = model(**batch.as_inputs()).loss.item()
+    assert model(**batch.as_inputs(), aux_loss_coefficient=0.1).loss.item() == pytest.approx(plain + 0.5, rel=1e-5)
 
 
 def test_a_pass_with_labels_sums_up_the_selection_of_the_real_sub_images(make_model, make_batch, make_samples):

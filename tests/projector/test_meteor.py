@@ -167,6 +167,7 @@ def test_scores_are_given_out_without_gradient(make_sub_images: Callable[..., An
     output = project(make_projector(selection_gradient="straight_through"), make_sub_images((3, 3)))
     assert not output.visual_scores.requires_grad
     assert not output.native_scores.requires_grad
+    assert output.aux_loss is None
     torch.testing.assert_close(output.native_scores.sum(dim=1), torch.ones(1))
 
 

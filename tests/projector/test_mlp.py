@@ -20,3 +20,4 @@ def test_every_real_token_goes_through_the_mlp_and_padding_is_zero(make_sub_imag
     assert (output.tokens[~output.mask] == 0).all()
     assert output.indices.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 0]]
     assert output.visual_scores is None
+    assert output.aux_loss is None

@@ -85,7 +85,7 @@ def test_tokens_are_those_of_loops_over_queries_and_their_windows(
     output = project(projector, batch.with_padding(math.nan))
     weights = {name: value.numpy() for name, value in projector.state_dict().items()}
     assert output.mask.all()
-    assert output.indices is output.visual_scores is output.native_scores is None
+    assert output.indices is output.visual_scores is output.native_scores is output.aux_loss is None
     for number, (grid, count) in enumerate(zip(GRIDS, batch.num_patches, strict=True)):
         expected = resample(weights, batch.features[number, :count].numpy(), grid, query_grid, heads)
         # Positions are computed in float32.

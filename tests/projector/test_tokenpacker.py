@@ -95,7 +95,7 @@ def test_tokens_are_those_of_loops_over_queries_and_their_windows(
     batch = make_sub_images(*GRIDS, width=vision_width, dtype=torch.float64)
     output = project(projector, batch.with_padding(math.nan))
     weights = {name: value.numpy() for name, value in projector.state_dict().items()}
-    assert output.indices is output.visual_scores is output.native_scores is None
+    assert output.indices is output.visual_scores is output.native_scores is output.aux_loss is None
     for number, (grid, count) in enumerate(zip(GRIDS, batch.num_patches, strict=True)):
         expected = pack(weights, batch.features[number, :count].numpy(), grid, scale_factor, heads)
         tokens, real = output.tokens[number].detach(), len(expected)

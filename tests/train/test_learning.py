@@ -70,6 +70,7 @@ def work(folder: Path, num_steps: int, zero_stage: int, dtype: torch.dtype, seed
         seed=0,
         native_warmup=0.3,
         native_weight_full=0.2,
+        aux_loss_coefficient=0.0,
         batching="padded",
         max_length=512,
         checkpoint_every_steps=1 if num_steps < 10 else None,

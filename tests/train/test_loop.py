@@ -69,6 +69,7 @@ def make_recipe(**changes):
         "seed": 0,
         "native_warmup": 1.0,
         "native_weight_full": 0.2,
+        "aux_loss_coefficient": 0.5,
         "batching": "grouped",
         "max_length": 40,
         "checkpoint_every_steps": 2,
@@ -145,6 +146,7 @@ def test_each_micro_step_gets_its_share_of_the_global_batch(make_loader, tmp_pat
         assert [inputs["last"] for inputs in micro_steps] == [False] * (len(shares) - 1) + [True]
         for inputs, share in zip(micro_steps, shares, strict=True):
             assert inputs["num_items_in_batch"] == plan.num_answer_tokens(step)
+            assert inputs["aux_loss_coefficient"] == pytest.approx(0.5 * len(share) / len(step.positions))
             assert float(inputs["native_weight"]) == pytest.approx(native_weight(step.index, 2, full=0.2, warmup=1.0))
             assert int((inputs["labels"] != X).sum()) == sum(table.num_answer_tokens(i) for [i] in share)
         assert row["loss"] == 0.25 * len(shares)

@@ -55,6 +55,7 @@ def make_plan(table=None, **changes):
         "seed": 0,
         "native_warmup": 0.0,
         "native_weight_full": None,
+        "aux_loss_coefficient": 0.0,
         "batching": "packed",
         "max_length": 1024,
         "checkpoint_every_steps": None,
