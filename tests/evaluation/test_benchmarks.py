@@ -83,7 +83,11 @@ def spoil(content, rng: random.Random) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_damaged_file_of_any_format_is_read_or_refused_in_one_sentence(load, folders, tmp_path, format, num_tries):
     copy = Path(shutil.copytree(folders / format, tmp_path / format))
-    files = [file for file in sorted(copy.rglob("*")) if file.suffix in (".json", ".jsonl", ".tsv", ".csv", ".parquet", ".txt")]
+    files = [
+        file
+        for file in sorted(copy.rglob("*"))
+        if file.suffix in (".json", ".jsonl", ".tsv", ".csv", ".parquet", ".txt")
+    ]
     rng = random.Random(f"{format}{num_tries}")
     refusals = []
     for _ in range(num_tries):
