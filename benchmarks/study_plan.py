@@ -1,9 +1,9 @@
 """Dry run of a shipped study over an index of 600,000 images: `python benchmarks/study_plan.py`.
 
-The study is a file of jobs/runs/ as it is, the 34 variants of ablations.yaml if none is named; only paths are replaced. Models
-have real sizes and random weights: CLIP ViT-L/14-336, and a language model of TinyLlama's shape. Samples and index are generated,
-see `mixture_shape`; benchmark files too. The command runs twice: the first run reads and keeps the annotation files' records, as
-cache_features does before any study starts.
+The study is a file of jobs/runs/ as it is, the 34 variants of ablations.yaml if none is named; only paths are replaced.
+Models have real sizes and random weights: CLIP ViT-L/14-336, and a language model of TinyLlama's shape. Samples and index
+are generated, see `mixture_shape`; benchmark files too. The command runs twice: the first run reads and keeps the annotation
+files' records, as cache_features does before any study starts.
 """
 
 import argparse
