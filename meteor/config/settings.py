@@ -93,7 +93,8 @@ class DataSettings(_Settings):
     )
     evaluate: dict[Name, QuestionSetSettings] = operational(
         {},
-        "question sets to answer and score, by name: {gqa: {format: gqa, path: /data/gqa}}; a path alone means a LLaVA file",
+        "question sets to answer and score, by name: {gqa: {format: gqa, path: /data/gqa}}; a path alone means a LLaVA file, "
+        "and null leaves out a set of the file that this one extends",
     )
     max_aspect_ratio: float = setting(
         24.0, "largest ratio of an image's longer to its shorter side; images beyond it are quarantined", ge=1
@@ -119,8 +120,11 @@ class DataSettings(_Settings):
     def _a_path_alone_is_a_llava_file(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        # With null, a run file leaves out a set of the file that it extends.
         return {
-            name: {"path": questions} if isinstance(questions, str) else questions for name, questions in value.items()
+            name: {"path": questions} if isinstance(questions, str) else questions
+            for name, questions in value.items()
+            if questions is not None
         }
 
     def tolerates(self, num_bad: int, num_all: int) -> bool:
