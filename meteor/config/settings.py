@@ -263,7 +263,7 @@ class StageSettings(_Settings):
     )
     aux_loss_coefficient: float = setting(
         0.01,
-        "weight of the projector's auxiliary loss; without effect on projectors that have none, as all that come with this library",
+        "weight of the projector's auxiliary loss; without effect on projectors that have none, as those of this library",
         ge=0,
     )
     batching: Literal["auto", "padded", "grouped", "packed"] = setting(
