@@ -96,7 +96,8 @@ class DataSettings(_Settings):
     )
     evaluate: dict[Name, QuestionSetSettings] = operational(
         {},
-        "question sets to answer and score, by name: {gqa: {format: gqa, path: /data/gqa}}; a path alone means a LLaVA file",
+        "question sets to answer and score, by name: {gqa: {format: gqa, path: /data/gqa}}; a path alone means a LLaVA file, "
+        "and null leaves out a set of the file that this one extends",
     )
     max_aspect_ratio: float = setting(
         24.0, "largest ratio of an image's longer to its shorter side; images beyond it are quarantined", ge=1
@@ -122,8 +123,11 @@ class DataSettings(_Settings):
     def _a_path_alone_is_a_llava_file(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        # With null, a run file leaves out a set of the file that it extends.
         return {
-            name: {"path": questions} if isinstance(questions, str) else questions for name, questions in value.items()
+            name: {"path": questions} if isinstance(questions, str) else questions
+            for name, questions in value.items()
+            if questions is not None
         }
 
     def tolerates(self, num_bad: int, num_all: int) -> bool:
@@ -261,7 +265,9 @@ class StageSettings(_Settings):
         0.0, "share of the steps in which the native expert's weight rises linearly from 0 to its final value"
     )
     aux_loss_coefficient: float = setting(
-        0.01, "weight of the projector's auxiliary loss; without effect on projectors that have none", ge=0
+        0.01,
+        "weight of the projector's auxiliary loss; without effect on projectors that have none, as those of this library",
+        ge=0,
     )
     batching: Literal["auto", "padded", "grouped", "packed"] = setting(
         "auto",
@@ -484,6 +490,9 @@ class StudyTableSettings(_Settings):
     )
     paper: Literal[1, 2, 3, 4] | None = operational(
         None, "number of the paper's table whose rows are shown beside the study's"
+    )
+    losses: bool = operational(
+        False, "whether to compare the loss of each step with the control's, and the time of steps and encoding"
     )
 
 

@@ -1,23 +1,21 @@
-"""Tables of a study: scores with differences from a control, and the cost of each variant."""
+"""Tables of a study: scores with differences from a control; and a run's numbers."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from meteor.formatting import format_bytes, format_number, format_share
+from meteor.formatting import format_share
+from meteor.report.cost import training_cost
 from meteor.report.data import RunResult, StudyTable
 from meteor.report.measures import training_seconds
 from meteor.report.paired import Difference, paired_difference
 from meteor.report.paper_columns import paper_numbers
 from meteor.report.seeds import by_variant
 from meteor.report.tables import (
-    NOT_RECORDED,
-    NOT_RUN,
     OTHER_QUESTIONS,
     Table,
     format_size,
     format_tokens,
-    format_training_time,
     question_sets,
     score_title,
     shares_right,
@@ -73,39 +71,6 @@ def _result_cells(
     return [score, *_difference_cells(difference)]
 
 
-def cost_table(runs: Sequence[RunResult]) -> Table:
-    """Lay out the cost of training and answering per variant, measured on the same hardware with the same questions."""
-    columns = (
-        *("Variant", "Projector parameters", "Tokens per image", "Training time", "Training tokens/s"),
-        *("Prompt tokens", "Prompt time", "Answer tokens/s", "Memory while answering", "Encoder share avoided"),
-    )
-    rows = []
-    for variant, seeds in by_variant(runs).items():
-        run = next((run for run in seeds if run.efficiency), seeds[0])
-        measured = run.efficiency
-        answers = [NOT_RECORDED] * 4
-        if measured:
-            answers = [
-                f"{measured['num_prompt_tokens']:,.0f}",
-                f"{1000 * measured['prefill_s']:.3g} ms",
-                f"{measured['tokens_per_s']:.3g}",
-                format_bytes(measured["memory_bytes"]),
-            ]
-        shares = ", ".join(f"{stage} {format_share(share)}" for stage, share in run.encoder_shares.items())
-        rows.append(
-            (
-                variant,
-                format_size(run),
-                format_tokens(run.num_visual_tokens_per_image),
-                format_training_time(run),
-                _training_rate(run),
-                *answers,
-                shares or NOT_RECORDED,
-            )
-        )
-    return Table(columns, tuple(rows))
-
-
 def numbers(run: RunResult) -> dict[str, float]:
     """Return name -> number of a run, for MLflow and for spreadsheets, without numbers that the run lacks."""
     seconds = training_seconds(run)
@@ -113,6 +78,7 @@ def numbers(run: RunResult) -> dict[str, float]:
         "projector_parameters": run.num_projector_parameters,
         "visual_tokens_per_image": run.num_visual_tokens_per_image,
         "training_seconds": sum(seconds.values()) if seconds else None,
+        "encoding_seconds": run.encoding_s,
     }
     found |= {f"{name}/{table['metric']}": table["score"] for name, table in (run.scores or {}).items()}
     found |= {
@@ -120,6 +86,8 @@ def numbers(run: RunResult) -> dict[str, float]:
     }
     found |= {f"encoder_share/{stage}": share for stage, share in run.encoder_shares.items()}
     found |= paper_numbers(run)
+    found |= {f"encoder_flops/{stage}": flops for stage, flops in run.encoder_flops.items()}
+    found |= {f"finetune_cost/{name}": value for name, value in training_cost(run).items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -151,12 +119,3 @@ def _difference_cells(difference: Difference) -> list[str]:
 def _points(share: float) -> str:
     """Format percentage points with their sign, which is a true minus instead of a hyphen."""
     return f"{100 * share:+.1f}".replace("-", "−")
-
-
-def _training_rate(run: RunResult) -> str:
-    stage = run.stages.get("finetune")
-    seconds = training_seconds(run).get("finetune")
-    if stage is None or not seconds:
-        return NOT_RUN if stage is None else NOT_RECORDED
-    tokens = sum(row.get("num_visual_tokens", 0) + row.get("num_text_tokens", 0) for row in stage.metrics)
-    return format_number(tokens / seconds)
