@@ -1,8 +1,9 @@
-"""Dry run of the shipped 34-variant study over an index of 600,000 images: `python benchmarks/study_plan.py`.
+"""Dry run of a shipped study over an index of 600,000 images: `python benchmarks/study_plan.py`.
 
-The study is jobs/runs/ablations.yaml as it is; only paths are replaced. Models have real sizes and random weights: CLIP
-ViT-L/14-336, and a language model of TinyLlama's shape. Samples and index are generated, see `mixture_shape`. The command runs
-twice: the first run reads and keeps the annotation files' records, as cache_features does before any study starts.
+The study is a file of jobs/runs/ as it is, the 34 variants of ablations.yaml if none is named; only paths are replaced.
+Models have real sizes and random weights: CLIP ViT-L/14-336, and a language model of TinyLlama's shape. Samples and index
+are generated, see `mixture_shape`; benchmark files too. The command runs twice: the first run reads and keeps the annotation
+files' records, as cache_features does before any study starts.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from meteor import storage
 from meteor.cache.table import table_bytes
+from meteor.config import load_run
+from meteor.synthetic.benchmarks import write_benchmarks
 
 _CLIP = CLIPVisionConfig(
     hidden_size=1024,
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--captions", type=int, default=220_000, help="samples of stage 1, each with an image of its own"
     )
+    parser.add_argument("--run", default="ablations", help="name of the study's run file")
     options = parser.parse_args()
     folder = Path(options.folder).absolute()
     num_images = prepare(folder, options.samples, options.captions)
@@ -57,6 +61,7 @@ def main() -> None:
         f"vision.path={folder}/clip",
         f"llm.path={folder}/llm",
         f"cache.uri={folder}/cache",
+        *(f"data.evaluate.{name}.path={folder}/benchmarks/{name}" for name in load_run(options.run).data.evaluate),
     ]
     rows = []
     for start in ("first", "again"):
@@ -65,7 +70,7 @@ def main() -> None:
             "-m",
             "pipelines.ablate",
             "--run",
-            "jobs/runs/ablations.yaml",
+            options.run,
             "--dry-run",
             *overrides,
         ]
@@ -90,6 +95,8 @@ def prepare(folder: Path, num_samples: int, num_captions: int) -> int:
         CLIPVisionModel(_CLIP).save_pretrained(folder / "clip")
         normalisation = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
         (folder / "clip/preprocessor_config.json").write_text(json.dumps(normalisation))
+    if not (folder / "benchmarks").exists():
+        write_benchmarks(folder / "benchmarks", num_scenes=8, seed=0)
     file, captions = folder / f"{num_samples}.json", folder / f"captions-{num_captions}.json"
     if not file.exists():
         mixture_shape.write_records(file, mixture_shape.make_records(num_samples, paragraphs))

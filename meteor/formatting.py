@@ -87,3 +87,11 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def humanise(key: str) -> str:
     """Turn a name from the code into a label: ``num_sub_images`` -> "sub images"."""
     return key.removeprefix("num_").replace("_", " ")
+
+
+def format_flops(flops: float) -> str:
+    """Format a number of FLOPs in the largest unit below it, for example ``3.21 GFLOP``."""
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if abs(flops) >= size:
+            return f"{flops / size:,.3g} {unit}"
+    return f"{flops:,.0f} FLOP"

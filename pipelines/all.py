@@ -7,14 +7,15 @@ from meteor.assembly import Inputs
 from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.planning.study import plan_study
 from meteor.runs.folder import Summary
-from meteor.runs.identity import stages_of
+from meteor.runs.identity import left_out_stages, stages_of
 from meteor.runs.mlflow_log import where_to_compare
 from meteor.stages import Stage
 from pipelines import cache_features, evaluate, finetune, pretrain, report
 from pipelines.command import stage_main, timed
 
 _DESCRIPTION = """Run cache_features, pretrain, finetune and evaluate for this run and for the runs in report.compare, then
-report. Finished stages are skipped."""
+report. Finished stages are skipped. The first lines name stages that do not run, for example evaluate if data.evaluate names
+no question set."""
 _RUN: dict[Stage, Callable[..., Summary]] = {
     "cache_features": cache_features.run,
     "pretrain": pretrain.run,
@@ -27,7 +28,11 @@ def run(inputs: Inputs) -> Summary:
     """Run all stages of this run and of the runs to compare with, then report."""
     with timed() as seconds:
         settings, counts = inputs.settings, {}
-        for compared in compared_runs(settings):
+        runs = compared_runs(settings)
+        for compared in runs:
+            for stage, reason in left_out_stages(compared).items():
+                print(f"[{compared.name}] {stage} does not run: {reason}", flush=True)
+        for compared in runs:
             for stage in stages_of(compared):
                 summary = _RUN[stage](inputs.of(compared))
                 print(f"[{compared.name}] {summary.to_text()}", flush=True)

@@ -26,6 +26,8 @@ from meteor.evaluation.score_table import UNTYPED, score_rows, score_table, unus
 from meteor.image.budget import visual_token_budget
 from meteor.image.pixels import PixelSettings
 from meteor.projector.answering import AS_TRAINED, AnswerSelection
+from meteor.report import RunResult
+from meteor.report.paper_columns import paper_numbers
 from meteor.runs.folder import StageFolder, Summary
 from meteor.runs.identity import identify
 from pipelines.command import stage_main, timed
@@ -67,7 +69,7 @@ def run(inputs: Inputs) -> Summary:
         index, cache = inputs.index(), inputs.cache()
         parent = {"uri": model_uri, "digest": model_digest}
         folder.start(settings, job=job_id(), parent=parent, cache=cache.uri, cache_key=cache.identity.key)
-        facts = {question_set.name: set_facts(question_set) for question_set in sets}
+        facts = {question_set.name: set_facts(settings, question_set) for question_set in sets}
         params = {"evaluate": mathematical_settings(settings.evaluate), "sets": facts}
         with tracked(settings, folder, params) as log:
             log.cache(cache, context="evaluation")
@@ -126,9 +128,9 @@ def plan(inputs: Inputs) -> str:
     model_uri, _ = find_model(inputs)
     lines = ["evaluate: plan", f"  model      {model_uri}"]
     for question_set in load_question_sets(inputs):
-        split = f", {question_set.facts['split']}" if question_set.facts["split"] else ""
+        options = ", ".join(filter(None, [question_set.benchmark.title, *_options(question_set.facts)]))
         lines.append(
-            f"  {question_set.name:<10} {len(question_set.questions):,} questions ({question_set.benchmark.title}{split}), "
+            f"  {question_set.name:<10} {len(question_set.questions):,} questions ({options}), "
             f"{question_set.metric.name}, up to {longest_answer(inputs.settings, question_set)} tokens per answer, "
             f"{len(question_set.problems)} unusable records"
         )
@@ -142,11 +144,20 @@ def load_question_sets(inputs: Inputs) -> list[QuestionSet]:
     return inputs.question_sets()
 
 
-def set_facts(question_set: QuestionSet) -> dict[str, Any]:
+def set_facts(settings: RunSettings, question_set: QuestionSet) -> dict[str, Any]:
     """Return everything that a set's scores depend on besides the model, for comparisons with other evaluations."""
-    benchmark = question_set.benchmark
-    first = question_set.questions[0].text if question_set.questions else ""
-    return {**question_set.facts, "title": benchmark.title, "column": benchmark.column, "prompt": first}
+    trained = {**settings.projector.settings, "sub_images": settings.finetune.sub_images}
+    # The settings of another run's model are not those of this run.
+    trained = {} if settings.evaluate.model else trained
+    changes = vars(find_selection(settings, question_set.name))
+    return {
+        **question_set.facts,
+        "title": question_set.benchmark.title,
+        "scored_by": question_set.scored_by,
+        "limit": settings.evaluate.limit,
+        "selection": {key: new for key, new in changes.items() if new is not None and new != trained.get(key)},
+        "prompt": question_set.questions[0].text if question_set.questions else "",
+    }
 
 
 def longest_answer(settings: RunSettings, question_set: QuestionSet) -> int:
@@ -253,9 +264,9 @@ def first_questions(question_set: QuestionSet, limit: int | None) -> list[Questi
 def _metrics(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return numbers for MLflow by name: ``<set>/<metric>``, ``<set>/<extra number>`` and ``<set>/type <type>``.
 
-    Sets that are scored elsewhere have none.
+    Sets that are scored elsewhere have none. ``paper/average`` is the average that the report shows beside the paper's.
     """
-    found: dict[str, float | None] = {}
+    found: dict[str, float | None] = {**paper_numbers(RunResult("", {}, scores))}
     for name, table in scores.items():
         found |= {f"{name}/{table['metric']}": table["score"]}
         found |= {f"{name}/{extra}": value for extra, value in table["extra"].items()}
@@ -271,11 +282,19 @@ def _lines(name: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     interval = (
         "" if table["interval"] is None else " ({:.1f} to {:.1f})".format(*(100 * end for end in table["interval"]))
     )
-    facts = [table["metric"], *filter(None, [table["split"], "OCR" if table["ocr"] else ""])]
+    facts = [table["metric"], *_options(table)]
     if table["num_global_only"]:
         facts.append(f"{table['num_global_only']} of {table['num_questions']} questions by global views alone")
     yield name, f"{100 * table['score']:.1f}{interval}, {', '.join(facts)}"
     yield from ((f"{name} {extra}", value) for extra, value in table["extra"].items() if extra != table["metric"])
+
+
+def _options(facts: Mapping[str, Any]) -> list[str]:
+    """Return the options of a set that change its scores most, in words."""
+    side = facts["long_side"]
+    return [
+        text for text in (facts["split"], "OCR" if facts["ocr"] else "", f"long side {side}" if side else "") if text
+    ]
 
 
 def _export(uri: str, question_set: QuestionSet, questions: Sequence[Question], answers: Mapping[str, str]) -> None:

@@ -51,6 +51,17 @@ def blocks(language: str) -> list[tuple[str, str, str]]:
     return found
 
 
+def test_the_page_of_the_papers_rows_names_every_run_file_and_variants_that_exist():
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", TEXT["docs/paper.md"], re.MULTILINE)
+    named = {name for files, _ in rows for name in re.findall(r"`(\w+)`", files)}
+    assert named == {file.stem for file in (ROOT / "jobs/runs").glob("*.yaml")}
+    for files, variants in rows:
+        study = load_run(str(ROOT / f"jobs/runs/{re.findall(r'`([^`]+)`', files)[-1]}.yaml")).study
+        for variant in re.findall(r"`(\w+)`", variants):
+            assert study is not None
+            assert variant in study.variants
+
+
 def prose(text: str) -> str:
     """Return a page without its code blocks."""
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)

@@ -98,6 +98,7 @@ class Inputs:
             **options.model_dump(exclude={"path"}),
             "uri": options.path,
             "embedded_root": storage.join(self.settings.cache_root, "question_images"),
+            "preset": self.settings.evaluate.preset,
             "long_side": self.settings.evaluate.long_side,
         }
         key = ("questions", name, settings_digest(arguments))

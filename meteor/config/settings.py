@@ -28,6 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # Names become parts of paths, so that none may be "..", begin with a dot or hold a slash.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 Weight = Annotated[float, Field(gt=0)]
+LongSide = Annotated[int, Field(ge=14)]
 
 
 class _Settings(BaseModel):
@@ -61,8 +62,10 @@ class QuestionSetSettings(_Settings):
         ..., "folder with the benchmark's published files, or a LLaVA JSON / JSONL file; a local path or s3:// URI"
     )
     split: str | None = setting(None, "split of the benchmark; omit for the split whose answers are public")
-    ocr: bool = setting(
-        False, "put TextVQA's OCR tokens into the prompt, as LLaVA's evaluation does; adds about ten points"
+    ocr: bool | None = setting(
+        None,
+        "put TextVQA's OCR tokens into the prompt, as LLaVA's evaluation does, which adds about ten points; omit for the "
+        "choice of evaluate.preset, or no tokens without a preset",
     )
     compat: bool = setting(True, "compare ChartQA's target 0 as text, as the reference code does")
     verdicts: str | None = operational(
@@ -93,7 +96,8 @@ class DataSettings(_Settings):
     )
     evaluate: dict[Name, QuestionSetSettings] = operational(
         {},
-        "question sets to answer and score, by name: {gqa: {format: gqa, path: /data/gqa}}; a path alone means a LLaVA file",
+        "question sets to answer and score, by name: {gqa: {format: gqa, path: /data/gqa}}; a path alone means a LLaVA file, "
+        "and null leaves out a set of the file that this one extends",
     )
     max_aspect_ratio: float = setting(
         24.0, "largest ratio of an image's longer to its shorter side; images beyond it are quarantined", ge=1
@@ -119,8 +123,11 @@ class DataSettings(_Settings):
     def _a_path_alone_is_a_llava_file(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        # With null, a run file leaves out a set of the file that it extends.
         return {
-            name: {"path": questions} if isinstance(questions, str) else questions for name, questions in value.items()
+            name: {"path": questions} if isinstance(questions, str) else questions
+            for name, questions in value.items()
+            if questions is not None
         }
 
     def tolerates(self, num_bad: int, num_all: int) -> bool:
@@ -262,7 +269,9 @@ class StageSettings(_Settings):
         0.0, "share of the steps in which the native expert's weight rises linearly from 0 to its final value"
     )
     aux_loss_coefficient: float = setting(
-        0.01, "weight of the projector's auxiliary loss; without effect on projectors that have none", ge=0
+        0.01,
+        "weight of the projector's auxiliary loss; without effect on projectors that have none, as those of this library",
+        ge=0,
     )
     batching: Literal["auto", "padded", "grouped", "packed"] = setting(
         "auto",
@@ -391,11 +400,15 @@ class EvaluateSettings(_Settings):
         "most tokens of an answer; omit for each benchmark's limit: 16 or 32 for short answers, 128 for MM-Vet and MMMU",
         ge=1,
     )
-    long_side: int | None = setting(
+    preset: Literal["llava_1_5", "llava_uhd"] | None = setting(
         None,
-        "pixels of an image's longer side after resizing, before slicing; omit to keep the size (LLaVA-UHD's released "
-        "evaluation uses 1024)",
-        ge=14,
+        "published evaluation that chooses prompts, TextVQA's OCR tokens and the size of images for each benchmark; "
+        "data.evaluate.<name>.ocr and evaluate.long_side come before it; omit for images as they are, without OCR tokens",
+    )
+    long_side: LongSide | Literal["original"] | None = setting(
+        None,
+        "pixels of an image's longer side after resizing, before slicing, at least 14, or original to keep the size; omit for "
+        "the choice of evaluate.preset, or the original size without a preset",
     )
     limit: int | None = setting(None, "most questions to answer per set; omit for all")
     batch_size: int = operational(16, "questions answered together", ge=1)
@@ -481,6 +494,9 @@ class StudyTableSettings(_Settings):
     )
     paper: Literal[1, 2, 3, 4] | None = operational(
         None, "number of the paper's table whose rows are shown beside the study's"
+    )
+    losses: bool = operational(
+        False, "whether to compare the loss of each step with the control's, and the time of steps and encoding"
     )
 
 

@@ -11,6 +11,10 @@ from pydantic import ValidationError
 from meteor.config.load import change_settings, explain_problems
 from meteor.config.settings import RunSettings
 from meteor.errors import SettingsError
+from meteor.formatting import shorten
+
+# Letters of the list of variants in an error.
+_MAX_NAMES = 200
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ def expand_study(run: RunSettings) -> list[Variant]:
     Every named variant is combined with every point of the grid. A study with neither has one variant, the run itself.
 
     Raises:
-        SettingsError: the run has no study, a changed setting does not exist or has a wrong value, or two variants get
-            one name.
+        SettingsError: the run has no study, a changed setting does not exist or has a wrong value, two variants get one
+            name, or the study has tables and a variant has no question sets.
     """
     study = run.study
     if study is None:
@@ -52,6 +56,12 @@ def expand_study(run: RunSettings) -> list[Variant]:
     names = [variant.settings.name for variant in variants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SettingsError(f"two variants of the study are called {twice[0]!r}: give them different names")
+    unscored = list(dict.fromkeys(variant.name for variant in variants if not variant.settings.data.evaluate))
+    if study.tables and unscored:
+        raise SettingsError(
+            f"study {run.name!r} has tables of scores, and no question sets for {shorten(', '.join(unscored), _MAX_NAMES)}: "
+            "name question sets in data.evaluate, as jobs/runs/meteor_7b.yaml does, or leave out study.tables"
+        )
     return variants
 
 

@@ -88,11 +88,14 @@ def _write(uri: str, data: bytes, long_side: int | None, max_pixels: int) -> Non
 
 
 def resize(data: bytes, long_side: int, max_pixels: int) -> bytes:
-    """Resize an image file to a PNG with a longer side of ``long_side`` pixels; a file that is no image stays as it is."""
+    """Resize an image file to a PNG with a longer side of ``long_side`` pixels; a file that is no image stays as it is.
+
+    The shorter side is rounded down, as by `resize_image_keep_ratio` of LLaVA-UHD's ``llava/slice_process.py``.
+    """
     try:
         with decoded(data, max_pixels=max_pixels) as image:
-            scale = long_side / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            short_side = max(1, int((long_side / max(image.size)) * min(image.size)))
+            size = (long_side, short_side) if image.width > image.height else (short_side, long_side)
             resized = image.resize(size, Image.Resampling.BICUBIC)
     except BadImageError:
         return data

@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from meteor import storage
 from meteor.data.samples import SampleProblem
 from meteor.errors import DataError, MeteorError, NotFoundError, SettingsError
 from meteor.evaluation.benchmarks import BENCHMARKS, Benchmark, Folder
 from meteor.evaluation.benchmarks.others import read_verdicts
+from meteor.evaluation.benchmarks.presets import choose_protocol
 from meteor.evaluation.metrics import Metric, judged, relaxed
 from meteor.evaluation.questions import LoadedQuestions, Question
 from meteor.formatting import shorten
@@ -63,6 +64,13 @@ class QuestionSet:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
+    def scored_by(self) -> str:
+        """Party that scores the answers: "judge" or "server" if a file is written for it, "" if they are scored here."""
+        if self.metric.name == "judge":
+            return "" if "verdicts" in self.facts else "judge"
+        return "server" if self.facts["split"] in self.benchmark.exported_splits else ""
+
+    @property
     def prefix(self) -> str:
         """First part of the names of images in the set's own folder."""
         return f"@{self.name}/"
@@ -85,10 +93,11 @@ def load_question_set(
     uri: str,
     embedded_root: str,
     split: str | None = None,
-    ocr: bool = False,
+    preset: str | None = None,
+    ocr: bool | None = None,
     compat: bool = True,
     verdicts: str | None = None,
-    long_side: int | None = None,
+    long_side: int | Literal["original"] | None = None,
 ) -> QuestionSet:
     """Read a benchmark's files.
 
@@ -98,10 +107,11 @@ def load_question_set(
         uri: folder with the files as published, or a JSON or JSONL file in LLaVA's form.
         embedded_root: folder below which images are written that come inside other files or are resized.
         split: split of the benchmark; None for its default.
-        ocr: put OCR tokens into the prompt.
+        preset: key of `meteor.evaluation.benchmarks.presets.PRESETS`; None for images as they are and no OCR tokens.
+        ocr: put OCR tokens into the prompt; None for the preset's choice.
         compat: see `meteor.evaluation.scoring.relaxed_accuracy`.
         verdicts: URI of the judge's file.
-        long_side: resize every image to this longer side in pixels.
+        long_side: resize every image to this longer side in pixels, or "original" for none; None for the preset's choice.
 
     Raises:
         NotFoundError: a file is missing; the message names its source.
@@ -112,11 +122,12 @@ def load_question_set(
     split = benchmark.splits[0] if split is None else split
     if split not in benchmark.splits:
         raise SettingsError(f"{benchmark.title} has no split {split!r} here; known: {', '.join(benchmark.splits)}")
-    if ocr and not benchmark.has_ocr:
+    protocol, changes = choose_protocol(format, preset, ocr=ocr, long_side=long_side)
+    if protocol.ocr and not benchmark.has_ocr:
         raise SettingsError(f"{benchmark.title} has no OCR tokens: remove data.evaluate.{name}.ocr")
     folder = _Recorded(uri, benchmark.title, benchmark.origin)
     try:
-        loaded = benchmark.load(folder, split=split, ocr=ocr)
+        loaded = benchmark.load(folder, split=split, protocol=protocol)
         questions, problems = _usable(loaded)
         digest = _digest(questions)
     except NotFoundError:
@@ -137,14 +148,16 @@ def load_question_set(
             f"{shorten(' '.join(str(error).split()), _LONGEST_SHOWN)}): download it again from {benchmark.origin}"
         ) from error
     image_root = None if folder.is_file else uri
-    if loaded.embedded is not None or long_side:
-        image_root = storage.join(embedded_root, "-".join(filter(None, [format, digest[:12], str(long_side or "")])))
+    if loaded.embedded is not None or protocol.long_side:
+        size = f"{protocol.long_side}px" if protocol.long_side else ""
+        image_root = storage.join(embedded_root, "-".join(filter(None, [format, digest[:12], size])))
     resized: dict[str, str] = {}
     if image_root is not None:
-        if long_side:
+        if protocol.long_side:
             names = {image for question in questions for image in question.sample.images}
             resized = {f"{_stem(image)}.png": image for image in sorted(names)}
-        questions = [_placed(question, f"@{name}/", ending=".png" if long_side else "") for question in questions]
+        ending = ".png" if protocol.long_side else ""
+        questions = [_placed(question, f"@{name}/", ending=ending) for question in questions]
     return QuestionSet(
         name=name,
         format=format,
@@ -154,7 +167,8 @@ def load_question_set(
         questions=questions,
         problems=problems,
         digest=digest,
-        facts={"benchmark": format, "split": split, "ocr": ocr, "long_side": long_side}
+        facts={"benchmark": format, "split": split, "ocr": protocol.ocr, "long_side": protocol.long_side}
+        | ({"preset": preset, "changes": changes} if preset else {})
         | ({"compat": compat} if format == "chartqa" else {})
         | ({"verdicts": hashlib.sha256(storage.read_bytes(verdicts)).hexdigest()} if verdicts else {})
         | ({"note": benchmark.note} if benchmark.note else {}),
@@ -162,7 +176,7 @@ def load_question_set(
         sources={file: storage.stat(file).etag for file in [*folder.used, *filter(None, [verdicts])]},
         embedded=loaded.embedded,
         resized=resized,
-        long_side=long_side,
+        long_side=protocol.long_side,
     )
 
 

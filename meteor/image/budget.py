@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import floor
 
 from meteor.errors import SettingsError
 from meteor.image.elastic import token_counts, with_count
 
 DEFAULT_SCALE_FACTOR = 2
+# Sides of the cells of `focus` in patches, and the share of patches that become tokens.
+DEFAULT_SCALES = (1, 2, 4)
+DEFAULT_KEPT_SHARE = 0.5
 
 PatchGrids = Sequence[tuple[int, int]]
 Budget = Callable[[PatchGrids], list[int]]
@@ -59,11 +63,16 @@ def _sum_of(*names_and_defaults: tuple[str, int]) -> Callable[[Mapping[str, obje
     return budget
 
 
-def _finest_scale(settings: Mapping[str, object]) -> Budget:
-    scales = settings.get("scales", (1,))
+def _share(settings: Mapping[str, object]) -> Budget:
+    scales, share = settings.get("scales", DEFAULT_SCALES), settings.get("target_keep", DEFAULT_KEPT_SHARE)
     if not isinstance(scales, list | tuple) or not scales:
         raise SettingsError(f"the projector's scales is {scales!r}; give a list such as [1, 2, 4]")
-    return partial(_shrink_sides, factor=_count({"scales": scales[0]}, "scales", 1, "a list such as [1, 2, 4]"))
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
+        raise SettingsError(f"the projector's target_keep is {share!r}; give a number from 0 to 1")
+    finest, coarsest = (
+        _count({"scales": scale}, "scales", 1, "a list such as [1, 2, 4]") for scale in (scales[0], scales[-1])
+    )
+    return partial(_keep_share, share=share, finest=finest, coarsest=coarsest)
 
 
 def _scaled_map(settings: Mapping[str, object]) -> Budget:
@@ -99,6 +108,13 @@ def _shrink_sides(patch_grids: PatchGrids, *, factor: int) -> list[int]:
     return [-(-rows // factor) * -(-columns // factor) for rows, columns in patch_grids]
 
 
+def _keep_share(patch_grids: PatchGrids, *, share: float, finest: int, coarsest: int) -> list[int]:
+    """Round the share of patches to whole tokens, between the numbers of the coarsest and of the finest cells."""
+    least, most = (_shrink_sides(patch_grids, factor=factor) for factor in (coarsest, finest))
+    wanted = [floor(share * num_patches + 0.5) for num_patches in _keep_all(patch_grids)]
+    return [min(max(each), bound) for *each, bound in zip(wanted, least, most, strict=True)]
+
+
 _BUDGETS: dict[str, Callable[[Mapping[str, object]], Budget]] = {
     "mlp": _all_patches,
     "global_view": _only_global,
@@ -108,7 +124,7 @@ _BUDGETS: dict[str, Callable[[Mapping[str, object]], Budget]] = {
     "c_abstractor": _square(12),
     "visionzip": _sum_of(("dominant", 108), ("contextual", 36)),
     "prumerge_plus": _sum_of(("max_tokens", 144)),
-    "focus": _finest_scale,
+    "focus": _share,
 }
 # Projectors whose number of tokens is a number of `meteor.image.elastic`.
 _BY_COUNT: dict[str, Callable[..., list[int]]] = {

@@ -198,11 +198,11 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values, grids: see `encode`.
             num_slots: number of visual tokens of each sub-image, (S,); all tokens of the projector if None.
         """
-        projected = self._project(*self.encode(pixel_values, grids), num_slots=num_slots)
+        projected = self.project(*self.encode(pixel_values, grids), num_slots=num_slots)
         slots_SK = projected.mask if num_slots is None else _first_slots(num_slots, projected.tokens.shape[1])
         return projected.tokens[slots_SK.to(projected.tokens.device)]
 
-    def _project(
+    def project(
         self,
         features: torch.Tensor,
         cls_attention: torch.Tensor | None,
@@ -212,11 +212,15 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_slots: torch.Tensor | None,
     ) -> ProjectorOutput:
         """Run the projector for as many tokens as the prompt has slots; for the largest number of training without slots."""
+        return self.projector(features, cls_attention, grids, native_weight, **self.token_count(num_slots))
+
+    def token_count(self, num_slots: torch.Tensor | None) -> dict[str, int | None]:
+        """Return the projector's argument ``k`` for a batch with this number of slots per sub-image, (S,), if it takes one."""
         if num_slots is None or not self.projector.takes_k:
-            return self.projector(features, cls_attention, grids, native_weight)
+            return {}
         # A sub-image has k slots, or all its patches if they are fewer. The maximum of a batch therefore selects as k does,
         # even if no map has k patches.
-        return self.projector(features, cls_attention, grids, native_weight, k=int(num_slots.max()) or None)
+        return {"k": int(num_slots.max()) or None}
 
     def embed(
         self,
@@ -250,7 +254,7 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if features is None:
             features, cls_attention, grids = self.encode(pixel_values, grids)
         num_slots = input_ids.new_zeros(len(features)) if num_slots is None else num_slots
-        projected = self._project(features, cls_attention, grids, native_weight, num_slots=num_slots)
+        projected = self.project(features, cls_attention, grids, native_weight, num_slots=num_slots)
         slot_SK = _first_slots(num_slots, projected.tokens.shape[1])
         visual_BL = input_ids == self.config.image_token_id
         embeds_BLD = self.get_input_embeddings()(input_ids.masked_fill(visual_BL, 0))

@@ -1,13 +1,11 @@
-"""Size, cost and benefit of a feature cache, computed from image sizes and the shapes of encoder and LLM.
-
-Letters: T tokens of a sub-image (patches, class token and registers), C vision width.
-"""
+"""Size, cost and benefit of a feature cache, computed from image sizes and the shapes of encoder and LLM."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from meteor.formatting import format_bytes
+from meteor.formatting import format_bytes, format_flops
+from meteor.vision.flops import EncoderShape
 
 # Multiplications and additions per LLM parameter and token. Both stages go forward and back through the activations; stage 2,
 # whose LLM is trained, also goes back to the weights. Recomputation by activation checkpointing is not counted.
@@ -16,33 +14,6 @@ FLOPS_PER_PARAMETER = {"pretrain": 4, "finetune": 6}
 # Defaults: the list price of storage on S3 per month, and a typical number of runs in an ablation study.
 USD_PER_GB = 0.023
 NUM_RUNS = 10
-
-
-@dataclass(frozen=True)
-class EncoderShape:
-    """Shape of the encoder, as far as it decides the arithmetic.
-
-    Attributes:
-        width: C.
-        mlp_width: width of the hidden layer in each block's MLP.
-        num_blocks: transformer blocks that are run.
-        patch_size: pixels of a patch's side.
-        num_prefix: class and register tokens.
-    """
-
-    width: int
-    mlp_width: int
-    num_blocks: int
-    patch_size: int
-    num_prefix: int = 1
-
-    def flops(self, num_patches: int) -> int:
-        """Count the multiplications and additions for one sub-image."""
-        tokens = num_patches + self.num_prefix
-        projections = 2 * tokens * (4 * self.width**2 + 2 * self.width * self.mlp_width)
-        attention = 4 * tokens**2 * self.width
-        embedding = 2 * num_patches * 3 * self.patch_size**2 * self.width
-        return self.num_blocks * (projections + attention) + embedding
 
 
 @dataclass(frozen=True)
@@ -141,7 +112,7 @@ class CacheCost:
         time = (
             f"{self.num_sub_images / rate:,.0f} s at {rate:,.0f} sub-images/s" if rate else "--rate would give the time"
         )
-        rows.append(("encoding once", f"{_flops(self.encoder_flops)}; {time}"))
+        rows.append(("encoding once", f"{format_flops(self.encoder_flops)}; {time}"))
         rows += [
             (stage.name, f"encoding in the step would be {stage.encoder_share:.1%} of its arithmetic")
             for stage in self.stages
@@ -149,7 +120,10 @@ class CacheCost:
         if self.stages:
             share = self._avoided(num_runs) / self._without_cache(num_runs)
             rows.append(
-                (f"{num_runs} runs", f"the cache avoids {_flops(self._avoided(num_runs))}, {share:.1%} of their total")
+                (
+                    f"{num_runs} runs",
+                    f"the cache avoids {format_flops(self._avoided(num_runs))}, {share:.1%} of their total",
+                )
             )
         if self.note:
             rows.append(("note", self.note))
@@ -200,10 +174,3 @@ def estimate_stage(
 
 def _ratio(number: float, total: float) -> float:
     return number / total if total else 0.0
-
-
-def _flops(flops: float) -> str:
-    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if abs(flops) >= size:
-            return f"{flops / size:,.3g} {unit}"
-    return f"{flops:,.0f} FLOP"

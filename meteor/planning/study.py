@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM
 from meteor.assembly import Inputs, make_lora
 from meteor.assembly.recipe import check_answer_counts
 from meteor.config import RunSettings
+from meteor.formatting import shorten
 from meteor.planning.cache_cost import CacheCost
 from meteor.planning.rates import Rate, RateOptions, Rates
 from meteor.planning.study_plan import CacheRow, StageWork, StudyPlan
 from meteor.planning.survey import estimate_cache
 from meteor.projector import build_projector
+from meteor.runs.identity import left_out_stages
 from meteor.runs.tasks import Task, make_tasks
 from meteor.stages import STAGES, TRAINING_STAGES, TrainingStage
 from meteor.train.build import DTYPES, read_llm_config
@@ -23,6 +25,8 @@ from meteor.vision.checkpoint import read_vision_config
 
 # Bytes per trained parameter: master weight and two moments in float32.
 _CHECKPOINT_BYTES = 12
+# Letters of the names of runs in a note.
+_MAX_NAMES = 100
 
 
 def plan_study(inputs: Inputs, runs: Sequence[RunSettings], options: RateOptions | None = None) -> StudyPlan:
@@ -57,8 +61,19 @@ def plan_study(inputs: Inputs, runs: Sequence[RunSettings], options: RateOptions
         worker="GPU" if settings.runtime.gpus_per_worker else "worker",
         states=_states(runs, tasks, finished),
         parallel=settings.study.parallel if settings.study else 1,
-        notes=tuple(dict.fromkeys(cost.note for cost in costs.values() if cost.note)),
+        notes=tuple(dict.fromkeys([*_left_out(runs), *(cost.note for cost in costs.values() if cost.note)])),
     )
+
+
+def _left_out(runs: Sequence[RunSettings]) -> list[str]:
+    """Say which stages do not run, and why; runs with the same reason share a note."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        for stage, reason in left_out_stages(run).items():
+            names.setdefault(f"{stage} does not run: {reason}", []).append(run.name)
+    return [
+        note if len(of) == len(runs) else f"{note} ({shorten(', '.join(of), _MAX_NAMES)})" for note, of in names.items()
+    ]
 
 
 def _stages(tasks: Mapping[str, Task]) -> list[str]:

@@ -31,10 +31,10 @@ from meteor.image.budget import Budget, visual_token_budget
 from meteor.image.elastic import token_counts
 from meteor.image.pixels import PixelSettings
 from meteor.image.slicing import SlicePlan
-from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
+from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, StageCost, estimate_stage
 from meteor.train.build import read_llm_config
 from meteor.vision.checkpoint import read_vision_config
-from meteor.vision.towers import TowerShape, default_importance
+from meteor.vision.flops import EncoderShape
 
 _NUM_HEADER_READERS = 32
 # The mean text length is estimated from this many samples, evenly spread.
@@ -142,7 +142,8 @@ def survey_run(inputs: Inputs) -> Survey:
     settings, version = inputs.settings, index.version if index else 0
     # The slicing may be the encoder's.
     slicing = (settings.slicing.model_dump_json(), settings.vision.path)
-    key = ("survey", settings.data.model_dump_json(), *slicing, settings.evaluate.long_side)
+    protocol = (settings.evaluate.preset, settings.evaluate.long_side)
+    key = ("survey", settings.data.model_dump_json(), *slicing, *protocol)
     return inputs.once((*key, index_uri(settings), version), lambda: _survey(inputs, index))
 
 
@@ -236,16 +237,12 @@ def _count_grids(plans: Mapping[SlicePlan, int], *, only_global: bool = False) -
 
 def encoder_shape(vision: VisionSettings) -> EncoderShape:
     """Return the shape of the run's encoder, with the blocks that are run."""
-    config = read_vision_config(vision.path)
-    shape = TowerShape.of(config)
-    # Blocks after the last layer that is read are not run; hidden state 0 is the input of the first block. The pooling query
-    # comes after all blocks.
-    pools = (vision.importance or default_importance(config)) == "pooling_query"
-    layers = [vision.select_layer, *vision.attention_layers, *([-1] if pools else [])]
-    num_blocks = max(layer if layer >= 0 else shape.num_blocks + 1 + layer for layer in layers)
-    # A gated MLP has three matrices instead of two.
-    mlp_width = shape.mlp_width * 3 // 2 if shape.gated_mlp else shape.mlp_width
-    return EncoderShape(shape.width, mlp_width, num_blocks, shape.patch_size, shape.num_prefix)
+    return EncoderShape.of(
+        read_vision_config(vision.path),
+        select_layer=vision.select_layer,
+        attention_layers=vision.attention_layers,
+        importance=vision.importance,
+    )
 
 
 def _payload_bytes(codec: str, num_patches: int, width: int, num_layers: int) -> int:

@@ -1,7 +1,7 @@
 """FocusLLaVA-style vision-guided sampler: a gate chooses the scale at which each region of the map is kept.
 
-Letters: B sub-images, P patches, R regions, N patches per region, S scales, J cells per region at the finest scale,
-K tokens, C vision width, D LLM width.
+Letters: B sub-images, P patches, R regions, N patches per region, S scales, T steps from a scale to the next finer scale
+(S - 1), J cells per region at the finest scale, K tokens, C vision width, D LLM width.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meteor.errors import SettingsError
+from meteor.image.budget import DEFAULT_KEPT_SHARE, DEFAULT_SCALES
 from meteor.projector.checks import check_count, check_fraction
 from meteor.projector.inputs import prepare_features
 from meteor.projector.mlp import two_layer_mlp
@@ -23,13 +24,22 @@ class Focus(Projector):
 
     **FocusLLaVA-style**: the paper says that regions are down-sampled at several scales and that the scale is chosen
     adaptively; it gives neither sizes nor the gate. Here a region has region x region patches, and scale s averages its
-    cells of s x s patches. A gate (Linear, GELU, Linear) maps the mean and variance of the region's patches to a softmax over
-    scales, and the most likely scale is taken. Its tokens are multiplied by 1 + p - stop_gradient(p), so that the gate
-    learns (straight-through). Patches beyond the map are ignored; a cell without patches gives no token. The two-layer MLP
-    follows. The projector has 31,992,835 parameters at C = 1024, D = 5120.
+    cells of s x s patches. A gate (Linear, GELU, Linear) maps the mean and variance of the region's patches to a score per
+    scale. Patches beyond the map are ignored; a cell without patches gives no token. The two-layer MLP follows. The
+    projector has 31,992,835 parameters at C = 1024, D = 5120.
 
-    The auxiliary loss is the mean over sub-images of (share - target_keep)^2, with share = tokens kept / patches. Its
-    gradient is that of the expected share under the gate's probabilities.
+    **The share of tokens is exact** (`choose_scales`): every region starts at the coarsest scale, and the sub-image's
+    tokens, target_keep x patches, go to the regions whose scores gain most per token. The price of exactness: sub-images do
+    not borrow tokens from each other. Two other ways missed the target (numbers in benchmarks/RESULTS.md):
+
+    - An auxiliary loss moves the expected share under the softmax, which is not the share of the most likely scales. The
+      language model's loss pushes the gate as well, and was stronger at most weights.
+    - A threshold that follows the running share lags behind the gate. It would also have to be saved and to agree on all
+      ranks, and each benchmark would get another number of tokens.
+
+    The chosen tokens are multiplied by 1 + p - stop_gradient(p), so that the gate learns (straight-through). p is the softmax
+    over scales of the score less the price of the scale's tokens. The price per token is where the sub-image's tokens ran
+    out, so regions at the margin learn most, and the gate's overall level has no effect.
 
     Args:
         vision_width: width of the features, C.
@@ -37,7 +47,8 @@ class Focus(Projector):
         region: side of a region in patches.
         scales: sides of the cells in patches, ascending divisors of the region's side.
         gate_width: width of the gate's hidden layer.
-        target_keep: share of tokens to keep, towards which the auxiliary loss pulls every sub-image, in [0, 1].
+        target_keep: share of a sub-image's patches that become tokens, between the shares of the coarsest scale and of the
+            finest. A small map whose coarsest cells alone exceed the share keeps these.
 
     Raises:
         SettingsError: a setting has a value out of its range.
@@ -49,15 +60,16 @@ class Focus(Projector):
         llm_width: int,
         *,
         region: int = 4,
-        scales: Sequence[int] = (1, 2, 4),
+        scales: Sequence[int] = DEFAULT_SCALES,
         gate_width: int = 256,
-        target_keep: float = 0.5,
+        target_keep: float = DEFAULT_KEPT_SHARE,
     ) -> None:
         super().__init__()
         check_count("region", region)
         check_count("gate_width", gate_width)
         check_fraction("target_keep", target_keep)
         check_scales(region, scales)
+        check_target(target_keep, scales)
         self.vision_width, self.region, self.scales, self.target_keep = vision_width, region, tuple(scales), target_keep
         self.gate = nn.Sequential(
             nn.Linear(2 * vision_width, gate_width), nn.GELU(), nn.Linear(gate_width, len(scales))
@@ -67,9 +79,9 @@ class Focus(Projector):
     def forward(
         self, features: Tensor, cls_attention: Tensor, grids: Tensor, native_weight: Tensor | None = None
     ) -> ProjectorOutput:
-        """Return tokens (B, K, D) in the order of regions, row by row in each; K is the number at the finest scale.
+        """Return tokens (B, K, D) in the order of regions, row by row in each; K is the largest budget of the batch.
 
-        `Projector` describes the arguments. ``aux_loss`` is 0 for B = 0.
+        `Projector` describes the arguments.
         """
         dtype = next(self.parameters()).dtype
         feature_BPC, mask_BP = prepare_features(
@@ -78,17 +90,22 @@ class Focus(Projector):
         grids, max_patches = grids.to(mask_BP.device).long(), mask_BP.shape[1]
         window_BRN, seen_BRN = square_windows(grids, self.region, most_tokens(grids, max_patches, self.region))
         patch_BRNC = gather_rows(feature_BPC, window_BRN.flatten(1)).unflatten(1, window_BRN.shape[1:])
-        probability_BRS = self.gate(region_statistics(patch_BRNC, seen_BRN).to(dtype)).float().softmax(dim=-1)
-        choice_BR = probability_BRS.argmax(dim=-1)
         cells = [self._cells(patch_BRNC, seen_BRN, scale) for scale in self.scales]
-        num_slots = most_tokens(grids, max_patches, self.scales[0])
-        token_BKC, mask_BK = _choose(cells, choice_BR, _straight_through(probability_BRS, choice_BR), num_slots)
         num_tokens_BRS = torch.stack([is_cell_BRJ.sum(dim=-1) for _, is_cell_BRJ in cells], dim=-1)
-        return ProjectorOutput(
-            tokens=torch.where(mask_BK.unsqueeze(-1), self.mlp(token_BKC), 0),
-            mask=mask_BK,
-            aux_loss=self._load(probability_BRS, choice_BR, num_tokens_BRS, mask_BP.sum(dim=1)),
-        )
+        budget_B = (self.target_keep * mask_BP.sum(dim=1).double() + 0.5).floor().long()
+        score_BRS = self.gate(region_statistics(patch_BRNC, seen_BRN).to(dtype)).float()
+        choice_BR, price_B = choose_scales(score_BRS.detach(), num_tokens_BRS, budget_B)
+        probability_BRS = (score_BRS - price_B[:, None, None] * num_tokens_BRS).softmax(dim=-1)
+        num_slots = self._num_slots(num_tokens_BRS, budget_B, grids, max_patches)
+        token_BKC, mask_BK = _choose(cells, choice_BR, _straight_through(probability_BRS, choice_BR), num_slots)
+        return ProjectorOutput(tokens=torch.where(mask_BK.unsqueeze(-1), self.mlp(token_BKC), 0), mask=mask_BK)
+
+    def _num_slots(self, num_tokens_BRS: Tensor, budget_B: Tensor, grids: Tensor, max_patches: int) -> int:
+        """Return K, at least the budget of `meteor.image.budget`; a compiled graph, which reads no values, takes a bound."""
+        if torch.compiler.is_compiling() or not len(budget_B):
+            return most_tokens(grids, max_patches, self.scales[0])
+        finest_B, coarsest_B = num_tokens_BRS[..., 0].sum(dim=1), num_tokens_BRS[..., -1].sum(dim=1)
+        return int(budget_B.maximum(coarsest_B).minimum(finest_B).max())
 
     def _cells(self, patch_BRNC: Tensor, seen_BRN: Tensor, scale: int) -> tuple[Tensor, Tensor]:
         """Average the real patches of each cell, (B, R, J, C), and mark the cells that have any, (B, R, J) bool."""
@@ -102,14 +119,56 @@ class Focus(Projector):
         is_cell_BRJ = nn.functional.pad(count.flatten(2) > 0, (0, missing))
         return nn.functional.pad(mean_BRJC, (0, 0, 0, missing)), is_cell_BRJ
 
-    def _load(
-        self, probability_BRS: Tensor, choice_BR: Tensor, num_tokens_BRS: Tensor, num_patches_B: Tensor
-    ) -> Tensor:
-        """Return the auxiliary loss, 0-d float32."""
-        expected_B = (probability_BRS * num_tokens_BRS).sum(dim=(1, 2)) / num_patches_B.clamp(min=1)
-        kept_B = num_tokens_BRS.gather(2, choice_BR.unsqueeze(-1)).sum(dim=(1, 2)) / num_patches_B.clamp(min=1)
-        share_B = kept_B + (expected_B - expected_B.detach())
-        return (share_B - self.target_keep).square().sum() / max(len(share_B), 1)
+
+def choose_scales(score_BRS: Tensor, num_tokens_BRS: Tensor, budget_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Spend each sub-image's tokens on the regions whose scores gain most per token.
+
+    Regions start at the coarsest scale, which they keep even if all together exceed the budget. Steps to the next finer
+    scale are taken in descending order of gain per token until a step no longer fits. A step gains at most as much as the
+    coarser step before it, so that the order never skips a scale. Tokens that are left go to the regions whose next step
+    still fits. Ties go to the earlier region. The tokens fall short of the budget by less than the smallest step that is
+    left. No sub-image depends on another.
+
+    Args:
+        score_BRS: scores of the scales, finest first, (B, R, S) float32.
+        num_tokens_BRS: tokens of each region at each scale, (B, R, S) long; 0 for regions beyond the map.
+        budget_B: tokens of each sub-image, (B,) long.
+
+    Returns:
+        Number of the chosen scale, (B, R) long, and the price per token, (B,) float32: the gain per token of the first step
+        that did not fit, 0 if all fit.
+    """
+    coarsest = score_BRS.shape[2] - 1
+    if not coarsest:
+        return torch.zeros_like(num_tokens_BRS[..., 0]), score_BRS.new_zeros(len(score_BRS))
+    cost_BRT = num_tokens_BRS.flip(-1).diff(dim=-1)
+    gain_BRT = (score_BRS.flip(-1).diff(dim=-1) / cost_BRT.clamp(min=1)).cummin(dim=-1).values
+    gain_BRT = torch.where(num_tokens_BRS[..., -1:] > 0, gain_BRT, -torch.inf)
+    left_B = budget_B - num_tokens_BRS[..., -1].sum(dim=1)
+    taken_BX, price_B = _spend(gain_BRT.flatten(1), cost_BRT.flatten(1), left_B)
+    taken_BRT = taken_BX.unflatten(1, gain_BRT.shape[1:])
+    left_B = left_B - (taken_BRT * cost_BRT).sum(dim=(1, 2))
+    step_BR = taken_BRT.sum(dim=-1)
+    next_BR1 = step_BR.clamp(max=coarsest - 1).unsqueeze(-1)
+    next_cost_BR, next_gain_BR = cost_BRT.gather(2, next_BR1).squeeze(-1), gain_BRT.gather(2, next_BR1).squeeze(-1)
+    fits_BR = (step_BR < coarsest) & (next_cost_BR <= left_B.unsqueeze(1))
+    more_BR, _ = _spend(torch.where(fits_BR, next_gain_BR, -torch.inf), next_cost_BR, left_B)
+    return coarsest - step_BR - (more_BR & fits_BR).long(), price_B
+
+
+def _spend(gain_BX: Tensor, cost_BX: Tensor, left_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Take steps in descending order of gain until a step costs more than is left.
+
+    Returns:
+        Mask of the steps taken, (B, X) bool, and the gain of the first step not taken, (B,); 0 if its gain is -inf.
+    """
+    sorted_BX, order_BX = gain_BX.sort(dim=1, descending=True, stable=True)
+    fits_BX = cost_BX.gather(1, order_BX).cumsum(dim=1) <= left_B.unsqueeze(1)
+    # Costs are at least 0, so the steps that fit come first; a negative rest fits none, even at no cost.
+    refused_B1 = fits_BX.sum(dim=1, keepdim=True)
+    price_B = nn.functional.pad(sorted_BX, (0, 1), value=-torch.inf).gather(1, refused_B1).squeeze(1)
+    taken_BX = torch.zeros_like(fits_BX).scatter(1, order_BX, fits_BX)
+    return taken_BX, torch.where(price_B.isinf(), 0, price_B)
 
 
 def region_statistics(patch_BRNC: Tensor, seen_BRN: Tensor) -> Tensor:
@@ -158,4 +217,14 @@ def check_scales(region: int, scales: object) -> None:
     if not good:
         raise SettingsError(
             f"scales is {scales!r}; it must list divisors of region={region}, ascending, for example [1, 2, 4]."
+        )
+
+
+def check_target(target_keep: float, scales: Sequence[int]) -> None:
+    """Raise SettingsError unless the scales can reach the share."""
+    least, most = 1 / scales[-1] ** 2, 1 / scales[0] ** 2
+    if not least <= target_keep <= most:
+        raise SettingsError(
+            f"target_keep is {target_keep:g}, but scales {list(scales)} keep a share from {least:g} to {most:g}; change one of "
+            "the two."
         )

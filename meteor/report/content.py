@@ -9,10 +9,12 @@ from PIL import Image
 
 from meteor.report import paper
 from meteor.report.canvas import MANY_VARIANTS, Drawing, Look, variant_looks
+from meteor.report.cost import answer_flops_table, answer_time_table, training_cost_table
 from meteor.report.count_figures import count_figure
 from meteor.report.csv_files import csv_files
 from meteor.report.data import RunResult, SelectionPanel, StudyTable
 from meteor.report.figures import comparable_runs, curves, loss_figure, scores_figure, throughput_figure
+from meteor.report.losses import losses_table
 from meteor.report.predictions import PredictionRow, choose_predictions
 from meteor.report.provenance import (
     Provenance,
@@ -24,7 +26,7 @@ from meteor.report.provenance import (
 )
 from meteor.report.seeds import merge_seeds
 from meteor.report.selection_figures import heat_figure, kept_figure
-from meteor.report.study import cost_table, results_table
+from meteor.report.study import results_table
 from meteor.report.study_figures import kept_by_variants_figure, pareto_figure
 from meteor.report.tables import (
     Table,
@@ -58,7 +60,7 @@ class ScoreSection:
 
     Attributes:
         question_set: name of the set.
-        facts: sentence about everything that the scores depend on.
+        facts: everything that the scores depend on, in sentences.
         table: scores by type of question.
         figure: chart of the scores; None if nothing could be scored.
         num_quarantined: questions that count as wrong because their record or image could not be used.
@@ -66,7 +68,7 @@ class ScoreSection:
     """
 
     question_set: str
-    facts: str
+    facts: tuple[str, ...]
     table: Table
     figure: Drawing | None
     num_quarantined: int
@@ -98,12 +100,14 @@ class TableSection:
         title: heading of the table.
         control: variant that differences are taken from.
         results: scores and differences.
+        losses: losses of each step compared with the control's; None if the table does not ask for them.
         beside: the results in the layout of a table of the paper, below the paper's rows; None if no table is chosen.
     """
 
     title: str
     control: str
     results: Table
+    losses: Table | None
     beside: Table | None
 
 
@@ -114,7 +118,9 @@ class StudySection:
     tables: tuple[TableSection, ...]
     pareto: Drawing | None
     counts: Drawing | None
-    costs: Table
+    answer_times: Table
+    answer_flops: Table
+    training_costs: Table
     hardware: str
     kept: tuple[Drawing, ...]
     csv_files: Mapping[str, str]
@@ -191,7 +197,7 @@ def build_content(
         scores=_score_sections(variants, looks),
         selections=() if tables else _selections(panels),
         answers=_answer_rows(variants, thumbnails),
-        paper_tables=() if tables else (paper.paper_table(4, variants), paper.paper_table(1, variants)),
+        paper_tables=() if tables else (paper.paper_table(4, runs), paper.paper_table(1, runs)),
         paper_remarks=paper.REMARKS,
         provenance=provenance(runs),
         settings=tuple(settings_blocks(runs)),
@@ -213,7 +219,9 @@ def _study_section(
         tables=tuple(_table_section(spec, runs) for spec in tables),
         pareto=pareto_figure(runs, looks),
         counts=count_figure(merge_seeds(runs)),
-        costs=cost_table(runs),
+        answer_times=answer_time_table(runs),
+        answer_flops=answer_flops_table(runs),
+        training_costs=training_cost_table(runs),
         hardware="; ".join(hardware),
         kept=tuple(
             kept_by_variants_figure(of_image[:MANY_VARIANTS], f"kept_{index:02d}")
@@ -226,7 +234,8 @@ def _study_section(
 def _table_section(spec: StudyTable, runs: Sequence[RunResult]) -> TableSection:
     mine = [run for name in spec.variants for run in runs if run.group == name]
     beside = None if spec.paper is None else paper.paper_table(spec.paper, mine)
-    return TableSection(spec.title, spec.control, results_table(spec, mine), beside)
+    losses = losses_table(spec, mine) if spec.losses else None
+    return TableSection(spec.title, spec.control, results_table(spec, mine), losses, beside)
 
 
 def _loss_figure(stage: str, runs: Sequence[RunResult], looks: Mapping[str, Look]) -> Drawing:
@@ -248,7 +257,7 @@ def _score_sections(variants: Sequence[RunResult], looks: Mapping[str, Look]) ->
         sections.append(
             ScoreSection(
                 question_set=name,
-                facts=score_facts(next(iter(scores.values()))),
+                facts=tuple(score_facts(scores)),
                 table=score_table(variants, name),
                 figure=scores_figure(f"scores_{index:02d}", scores, looks)
                 if any(table["score"] is not None for table in scores.values())

@@ -7,6 +7,7 @@ from typing import Any
 
 from meteor.report.data import RunResult, StudyTable
 from meteor.report.paired import paired_difference
+from meteor.report.paper_columns import COLUMNS, paper_average, paper_cells
 from meteor.report.seeds import by_variant
 from meteor.report.study import numbers
 from meteor.report.tables import question_sets
@@ -18,6 +19,7 @@ def csv_files(runs: Sequence[RunResult], tables: Sequence[StudyTable]) -> dict[s
     - ``runs.csv`` has a row per run, with variant, seed and every number of `meteor.report.study.numbers`.
     - ``scores.csv`` has a row per run, question set and type of question.
     - ``differences.csv`` has a row per table, variant and question set.
+    - ``paper.csv`` has a row per variant and column of the paper's tables, and one for the average of comparable columns.
 
     Scores and differences are shares, not percentages.
     """
@@ -25,6 +27,7 @@ def csv_files(runs: Sequence[RunResult], tables: Sequence[StudyTable]) -> dict[s
         "runs.csv": _write({"run": run.name, "variant": run.group, "seed": run.seed, **numbers(run)} for run in runs),
         "scores.csv": _write(_score_rows(runs)),
         "differences.csv": _write(_difference_rows(runs, tables)),
+        "paper.csv": _write(_paper_rows(runs)),
     }
 
 
@@ -68,6 +71,30 @@ def _difference_rows(runs: Sequence[RunResult], tables: Sequence[StudyTable]) ->
                         "num_images": found.num_images,
                         **{f"seed_{seed}": value for seed, value in found.by_seed.items() if seed is not None},
                     }
+
+
+def _paper_rows(runs: Sequence[RunResult]) -> Iterable[Mapping[str, Any]]:
+    for variant, mine in by_variant(runs).items():
+        cells = paper_cells(mine)
+        for name, cell in cells.items():
+            yield {
+                "variant": variant,
+                "column": name,
+                "set": cell.question_set,
+                "score": cell.score,
+                "comparable": cell.is_comparable,
+                "deviations": "; ".join(note.text for note in cell.notes if note.deviates),
+                "remarks": "; ".join([*filter(None, [cell.reason]), *(n.text for n in cell.notes if not n.deviates)]),
+            }
+        if cells:
+            average = paper_average(cells)
+            yield {
+                "variant": variant,
+                "column": "avg",
+                "score": average.score,
+                "comparable": average.num_cells == len(COLUMNS),
+                "remarks": f"{average.num_cells} of {len(COLUMNS)} columns",
+            }
 
 
 def _write(rows: Iterable[Mapping[str, Any]]) -> str:

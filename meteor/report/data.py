@@ -28,6 +28,8 @@ class RunResult:
         seed: seed of the run; None if the study names no seeds.
         efficiency: fields of `meteor.evaluation.efficiency.Efficiency`; None if not measured.
         encoder_shares: training stage -> share of a step's arithmetic that encoding in the step would be, 0 to 1.
+        encoding_s: seconds of all encoders together for filling the run's cache; None if not recorded.
+        encoder_flops: training stage -> FLOPs of encoding its images in its steps, over all epochs.
     """
 
     name: str
@@ -40,6 +42,8 @@ class RunResult:
     seed: int | None = None
     efficiency: Mapping[str, Any] | None = None
     encoder_shares: Mapping[str, float] = field(default_factory=dict)
+    encoder_flops: Mapping[str, float] = field(default_factory=dict)
+    encoding_s: float | None = None
 
     @property
     def group(self) -> str:
@@ -56,12 +60,14 @@ class StudyTable:
         variants: names of the variants, one per row.
         control: variant that differences are taken from.
         paper: number of the paper's table to compare with; None for no comparison.
+        losses: whether to compare the loss of each step with the control's.
     """
 
     title: str
     variants: tuple[str, ...]
     control: str
     paper: int | None = None
+    losses: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 from PIL import Image
 
 from meteor import storage
@@ -15,11 +16,13 @@ from meteor.errors import DataError
 from meteor.report.canvas import Drawing
 from meteor.report.content import ReportContent, build_content
 from meteor.report.data import RunResult, SelectionPanel, StudyTable
-from meteor.report.tables import GAPS, Table
+from meteor.report.tables import GAPS, MARKS, Table
 from meteor.secrets import redact
 
 # Characters that Markdown reads as markup; "_" is markup only at the edge of a word, so that names stay readable.
 _MARKDOWN_SPECIAL = re.compile(r"[\\`*|\[\]~$#]|(?<!\w)_|_(?!\w)")
+# HTML raises plain letters, which are larger than Unicode's superscripts.
+_LETTERS = str.maketrans(MARKS, "abcdefghijklmnoprstuvwxyz")
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,23 @@ def escape_markdown(text: str) -> str:
     return _MARKDOWN_SPECIAL.sub(lambda match: "\\" + match.group(), html.escape(one_line, quote=False))
 
 
+def _html_cell(text: str) -> Markup:
+    """Escape a text for HTML, with the letters of footnotes large enough to read and numbers like "9 of 12" unbroken."""
+    marked = re.sub(
+        f"[{MARKS}]+", lambda found: f"<sup>{found.group().translate(_LETTERS)}</sup>", html.escape(text, quote=False)
+    )
+    return Markup(re.sub(r"(?<=\d) of (?=\d)", "&nbsp;of&nbsp;", marked))
+
+
 def _markdown_table(table: Table) -> str:
     rule = ["---", *["---:" if table.numeric else "---"] * (len(table.columns) - 1)]
     rows = [[escape_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
     # The paper's rows are in italics, as Markdown has no shading.
     rows[1 : 1 + table.theirs] = [[f"*{cell}*" if cell else "" for cell in row] for row in rows[1 : 1 + table.theirs]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+    # Two spaces at the end of a line break it.
+    notes = "  \n".join(map(escape_markdown, table.footnotes))
+    return f"{lines}\n\n{notes}" if notes else lines
 
 
 def _data_uri(drawing: Drawing) -> str:
@@ -101,6 +115,8 @@ def _render(template: str, content: ReportContent) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(md=escape_markdown, markdown_table=_markdown_table, data_uri=_data_uri)
+    environment.filters.update(
+        md=escape_markdown, html_cell=_html_cell, markdown_table=_markdown_table, data_uri=_data_uri
+    )
     environment.globals["gaps"] = GAPS
     return redact(environment.get_template(template).render(report=content)).encode("utf-8")

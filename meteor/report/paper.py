@@ -4,22 +4,24 @@ import csv
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from statistics import mean
 
 from meteor.report.data import RunResult
+from meteor.report.paper_columns import COLUMNS, Cell, Note, paper_average, paper_cells
 from meteor.report.seeds import by_variant
 from meteor.report.tables import (
+    MARKS,
     NOT_RECORDED,
     NOT_RUN,
     Table,
     format_size,
     format_tokens,
     format_training_time,
+    mean_score,
     question_sets,
-    shares_right,
 )
 
 Groups = Mapping[str, Sequence[RunResult]]
+Cells = Mapping[str, Cell]
 
 REMARKS = (
     "Shaded rows marked (paper) are printed in the paper: LLaVA-UHD and LLaVA-Meteor with Vicuna-13B, 595K / 665K samples, "
@@ -28,10 +30,12 @@ REMARKS = (
     "per image, while the slicing rule cuts a 640 × 480 image into five (720 tokens at K = 144). Our numbers are measured.",
     "Unless a row says otherwise, it has both experts, the local-to-single scan, and K = 144.",
     "Some averages in the paper are not the mean of their row; they are shown as printed.",
+    f"The paper does not state how it evaluates. Its columns are read as {'; '.join(map(str, COLUMNS))}.",
+    "Our average is that of the cells that compare with the paper's columns, and says of how many it is unless all twelve do.",
 )
 
-# Columns of the paper's Tables 1 to 3; the scores of a question set name the set's column.
-BENCHMARKS = ("VQA-T", "VQA-D", "QA-C", "VQA-I", "GQA", "VQAv2", "VizWiz", "MMB", "MMVet", "MMMU", "POPE", "SEED")
+# Columns of the paper's Tables 1 to 3.
+BENCHMARKS = tuple(column.name for column in COLUMNS)
 # Table 4: tokens, projector, training, tokens/s, average.
 _EFFICIENCY = (
     ("LLaVA-UHD (paper)", "144", "137.84 M", "17.2 h", "28.4", "60.4"),
@@ -56,48 +60,58 @@ def paper_table(number: int, runs: Sequence[RunResult]) -> Table:
         runs: results per variant and seed; seeds are averaged.
     """
     groups = by_variant(runs)
-    return _efficiency(groups) if number == 4 else _scores(number, groups)
+    cells = {variant: paper_cells(mine) for variant, mine in groups.items()}
+    return _efficiency(groups, cells) if number == 4 else _scores(number, groups, cells)
 
 
-def _scores(number: int, groups: Groups) -> Table:
-    runs = [run for mine in groups.values() for run in mine]
+def _scores(number: int, groups: Groups, cells: Mapping[str, Cells]) -> Table:
     theirs = [row for row in paper_rows() if row["table"] == str(number)]
-    columns_of = {name: _column(runs, name) for name in question_sets(runs)}
-    others = [name for name, column in columns_of.items() if not column]
-    # With a normal hyphen, narrow columns would break the names into lines of two letters.
-    benchmarks = [name.replace("-", "\u2011") for name in BENCHMARKS]
-    columns = ("Model", "LLM", "Tokens", *others, *benchmarks, "avg")
+    others = _other_sets(groups, cells)
+    columns = ("Model", "LLM", "Tokens", *map(_unbroken, BENCHMARKS), "avg", *others)
     rows = [
         (
-            f"{row['model']} (paper)",
-            row["llm"],
+            f"{_unbroken(row['model'])} (paper)",
+            _unbroken(row["llm"]),
             row["tokens"],
-            *[""] * len(others),
             *(row[benchmark] for benchmark in (*BENCHMARKS, "avg")),
+            *[""] * len(others),
         )
         for row in theirs
     ]
+    footnotes = _Footnotes()
+    answered = {column for mine in cells.values() for column in mine}
     for variant, mine in groups.items():
-        cells = {columns_of[name]: name for name in question_sets(mine) if columns_of[name]}
+        found = cells[variant]
+        gaps = {column: NOT_RUN if column in answered else "" for column in BENCHMARKS}
+        in_columns = {cell.question_set: column for column, cell in found.items()}
         rows.append(
             (
                 variant,
-                _llm(mine[0]),
+                _unbroken(_llm(mine[0])),
                 format_tokens(mine[0].num_visual_tokens_per_image),
-                *(_mean_score(mine, name) for name in others),
-                *(_mean_score(mine, cells[name]) if name in cells else "" for name in BENCHMARKS),
-                "",
+                *(footnotes.mark(found[name]) if name in found else gaps[name] for name in BENCHMARKS),
+                str(paper_average(found)) if found else "",
+                *(f"see {in_columns[name]}" if name in in_columns else mean_score(mine, name) for name in others),
             )
         )
-    return Table(columns, tuple(rows), theirs=len(theirs))
+    return Table(columns, tuple(rows), theirs=len(theirs), footnotes=footnotes.lines())
 
 
-def _efficiency(groups: Groups) -> Table:
+def _other_sets(groups: Groups, cells: Mapping[str, Cells]) -> list[str]:
+    """Return the sets with a column of their own: those that some variant answered besides the set in the paper's column."""
+    others = {
+        name
+        for variant, mine in groups.items()
+        for name in set(question_sets(mine)) - {cell.question_set for cell in cells[variant].values()}
+    }
+    return [name for name in question_sets([run for mine in groups.values() for run in mine]) if name in others]
+
+
+def _efficiency(groups: Groups, cells: Mapping[str, Cells]) -> Table:
     columns = ("Model", "Tokens", "Projector", "Training", "Tokens/s", "Average score")
     rows = [*_EFFICIENCY]
     for variant, mine in groups.items():
         measured = next((run for run in mine if run.efficiency), mine[0])
-        scores = [share for name in question_sets(mine) for share in shares_right(mine, name)]
         rows.append(
             (
                 variant,
@@ -105,23 +119,44 @@ def _efficiency(groups: Groups) -> Table:
                 format_size(measured),
                 format_training_time(measured),
                 f"{measured.efficiency['tokens_per_s']:.3g}" if measured.efficiency else NOT_RECORDED,
-                f"{100 * mean(scores):.1f}" if scores else NOT_RUN,
+                str(paper_average(cells[variant])) if cells[variant] else NOT_RUN,
             )
         )
     return Table(columns, tuple(rows), theirs=len(_EFFICIENCY))
 
 
-def _column(runs: Sequence[RunResult], question_set: str) -> str:
-    """Return the column of the paper's tables for a question set; "" if it is none of the paper's benchmarks."""
-    found = next(run.scores[question_set] for run in runs if run.scores and question_set in run.scores)
-    return found.get("column", "")
+class _Footnotes:
+    """Letters of footnotes, in the order in which cells need them."""
+
+    def __init__(self) -> None:
+        self._letters: dict[Note, str] = {}
+
+    def mark(self, cell: Cell) -> str:
+        """Format a cell with the letters of its notes; the notes of a cell without a score have nothing to qualify."""
+        if cell.score is None:
+            return cell.reason
+        for note in cell.notes:
+            self._letters.setdefault(note, _letter(len(self._letters)))
+        letters = [letter for note, letter in self._letters.items() if note in cell.notes]
+        return f"{100 * cell.score:.1f}{''.join(letters)}"
+
+    def lines(self) -> tuple[str, ...]:
+        return tuple(
+            f"{letter} {note.text}{' (not comparable)' if note.deviates else ''}"
+            for note, letter in self._letters.items()
+        )
+
+
+def _letter(index: int) -> str:
+    repeats, place = divmod(index, len(MARKS))
+    return MARKS[place] * (repeats + 1)
+
+
+def _unbroken(name: str) -> str:
+    """Replace hyphens, at which narrow columns would break a name into short lines."""
+    return name.replace("-", "\u2011")
 
 
 def _llm(run: RunResult) -> str:
     settings = next((stage.settings for stage in run.stages.values()), {})
     return str(settings.get("llm", {}).get("path", NOT_RECORDED)).rstrip("/").rpartition("/")[2]
-
-
-def _mean_score(runs: Sequence[RunResult], question_set: str) -> str:
-    shares = shares_right(runs, question_set)
-    return f"{100 * mean(shares):.1f}" if shares else NOT_RUN

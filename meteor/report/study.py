@@ -1,80 +1,74 @@
-"""Tables of a study: scores with differences from a control, and the cost of each variant."""
+"""Tables of a study: scores with differences from a control; and a run's numbers."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from meteor.formatting import format_bytes, format_number, format_share
+from meteor.formatting import format_share
+from meteor.report.cost import training_cost
 from meteor.report.data import RunResult, StudyTable
 from meteor.report.measures import training_seconds
 from meteor.report.paired import Difference, paired_difference
+from meteor.report.paper_columns import paper_numbers
 from meteor.report.seeds import by_variant
 from meteor.report.tables import (
-    NOT_RECORDED,
-    NOT_RUN,
+    OTHER_QUESTIONS,
     Table,
     format_size,
     format_tokens,
-    format_training_time,
     question_sets,
     score_title,
     shares_right,
+    why_no_score,
 )
+
+_DIFFERENCE = ("Difference", "95 % interval", "By seed")
+# A table with more sets in a row is wider than a page.
+_MANY_SETS = 3
 
 
 def results_table(spec: StudyTable, runs: Sequence[RunResult]) -> Table:
-    """Lay out size and scores of each variant, and its differences from the control on the same questions."""
-    groups = by_variant(runs)
-    sets = question_sets(runs)
+    """Lay out size and scores of each variant, and its differences from the control on the same questions.
+
+    With many question sets each has rows of its own, without the sizes.
+    """
+    groups, sets = by_variant(runs), question_sets(runs)
+    if len(sets) > _MANY_SETS:
+        return _results_by_set(spec, runs)
     columns = ["Variant", "Tokens per image", "Projector"]
-    columns += [
-        column for name in sets for column in (score_title(runs, name), "Difference", "95 % interval", "By seed")
-    ]
+    columns += [column for name in sets for column in (score_title(runs, name), *_DIFFERENCE)]
     rows = []
     for variant in _present(spec, groups):
         mine = groups[variant]
         cells = [variant, format_tokens(mine[0].num_visual_tokens_per_image), format_size(mine[0])]
         for name in sets:
-            cells.append(_score(mine, name))
-            if variant == spec.control:
-                cells += ["control", "", ""]
-            else:
-                cells += _difference_cells(paired_difference(mine, groups.get(spec.control, []), name))
+            cells += _result_cells(spec, groups, variant, name)
         rows.append(tuple(cells))
     return Table(tuple(columns), tuple(rows))
 
 
-def cost_table(runs: Sequence[RunResult]) -> Table:
-    """Lay out the cost of training and answering per variant, measured on the same hardware with the same questions."""
-    columns = (
-        *("Variant", "Projector parameters", "Tokens per image", "Training time", "Training tokens/s"),
-        *("Prompt tokens", "Prompt time", "Answer tokens/s", "Memory while answering", "Encoder share avoided"),
+def _results_by_set(spec: StudyTable, runs: Sequence[RunResult]) -> Table:
+    groups = by_variant(runs)
+    rows = tuple(
+        (score_title(runs, name), variant, *_result_cells(spec, groups, variant, name))
+        for name in question_sets(runs)
+        for variant in _present(spec, groups)
     )
-    rows = []
-    for variant, seeds in by_variant(runs).items():
-        run = next((run for run in seeds if run.efficiency), seeds[0])
-        measured = run.efficiency
-        answers = [NOT_RECORDED] * 4
-        if measured:
-            answers = [
-                f"{measured['num_prompt_tokens']:,.0f}",
-                f"{1000 * measured['prefill_s']:.3g} ms",
-                f"{measured['tokens_per_s']:.3g}",
-                format_bytes(measured["memory_bytes"]),
-            ]
-        shares = ", ".join(f"{stage} {format_share(share)}" for stage, share in run.encoder_shares.items())
-        rows.append(
-            (
-                variant,
-                format_size(run),
-                format_tokens(run.num_visual_tokens_per_image),
-                format_training_time(run),
-                _training_rate(run),
-                *answers,
-                shares or NOT_RECORDED,
-            )
-        )
-    return Table(columns, tuple(rows))
+    return Table(("Question set", "Variant", "Score", *_DIFFERENCE), rows)
+
+
+def _result_cells(
+    spec: StudyTable, groups: Mapping[str, Sequence[RunResult]], variant: str, question_set: str
+) -> list[str]:
+    """Return a variant's score on a question set, and the cells of its difference from the control."""
+    mine, control = groups[variant], groups.get(spec.control, [])
+    score = _score(mine, question_set)
+    if variant == spec.control:
+        return [score, "control", "", ""]
+    difference = paired_difference(mine, control, question_set)
+    if difference is None:
+        return [score, _gap(mine, control, question_set), "", ""]
+    return [score, *_difference_cells(difference)]
 
 
 def numbers(run: RunResult) -> dict[str, float]:
@@ -84,12 +78,16 @@ def numbers(run: RunResult) -> dict[str, float]:
         "projector_parameters": run.num_projector_parameters,
         "visual_tokens_per_image": run.num_visual_tokens_per_image,
         "training_seconds": sum(seconds.values()) if seconds else None,
+        "encoding_seconds": run.encoding_s,
     }
     found |= {f"{name}/{table['metric']}": table["score"] for name, table in (run.scores or {}).items()}
     found |= {
         f"answers/{name}": value for name, value in (run.efficiency or {}).items() if isinstance(value, int | float)
     }
     found |= {f"encoder_share/{stage}": share for stage, share in run.encoder_shares.items()}
+    found |= paper_numbers(run)
+    found |= {f"encoder_flops/{stage}": flops for stage, flops in run.encoder_flops.items()}
+    found |= {f"finetune_cost/{name}": value for name, value in training_cost(run).items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -101,14 +99,18 @@ def _score(runs: Sequence[RunResult], question_set: str) -> str:
     """Format the mean over seeds, with the lowest and the highest seed."""
     shares = shares_right(runs, question_set)
     if not shares:
-        return NOT_RUN
+        return why_no_score(runs, question_set)
     text = format_share(mean(shares))
     return f"{text} ({100 * min(shares):.1f} – {100 * max(shares):.1f})" if len(shares) > 1 else text
 
 
-def _difference_cells(difference: Difference | None) -> list[str]:
-    if difference is None:
-        return [NOT_RUN, "", ""]
+def _gap(runs: Sequence[RunResult], control: Sequence[RunResult], question_set: str) -> str:
+    """Return why a variant has no difference from its control on a question set."""
+    unscored = next((side for side in (runs, control) if not shares_right(side, question_set)), None)
+    return OTHER_QUESTIONS if unscored is None else why_no_score(unscored, question_set)
+
+
+def _difference_cells(difference: Difference) -> list[str]:
     interval = "one image" if difference.interval is None else " to ".join(map(_points, difference.interval))
     by_seed = "" if len(difference.by_seed) < 2 else ", ".join(map(_points, difference.by_seed.values()))
     return [_points(difference.mean) + (" *" if difference.is_clear else ""), interval, by_seed]
@@ -117,12 +119,3 @@ def _difference_cells(difference: Difference | None) -> list[str]:
 def _points(share: float) -> str:
     """Format percentage points with their sign, which is a true minus instead of a hyphen."""
     return f"{100 * share:+.1f}".replace("-", "−")
-
-
-def _training_rate(run: RunResult) -> str:
-    stage = run.stages.get("finetune")
-    seconds = training_seconds(run).get("finetune")
-    if stage is None or not seconds:
-        return NOT_RUN if stage is None else NOT_RECORDED
-    tokens = sum(row.get("num_visual_tokens", 0) + row.get("num_text_tokens", 0) for row in stage.metrics)
-    return format_number(tokens / seconds)

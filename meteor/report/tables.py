@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from meteor.formatting import (
@@ -24,10 +25,18 @@ from meteor.stages import TRAINING_STAGES
 
 NOT_RUN = "not run"
 NOT_SCORED = "not scored here"
+FOR_JUDGE = "for the judge"
+FOR_SERVER = "for the server"
+OTHER_QUESTIONS = "other questions"
 NOT_FINISHED = "not finished"
 NOT_RECORDED = "not recorded"
 NOT_SET = "not set"
-GAPS = (NOT_RUN, NOT_FINISHED, NOT_RECORDED, NOT_SET)
+GAPS = (NOT_RUN, NOT_SCORED, FOR_JUDGE, FOR_SERVER, OTHER_QUESTIONS, NOT_FINISHED, NOT_RECORDED, NOT_SET)
+
+# A table with more scores in a row is wider than a page.
+_MANY_SETS = 5
+# Superscript letters of footnotes; Unicode has no superscript q that fonts share.
+MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"
 
 
 @dataclass(frozen=True)
@@ -39,16 +48,18 @@ class Table:
         rows: cells of each row.
         numeric: whether the columns after the first are aligned to the right.
         theirs: number of rows at the top that come from the paper.
+        footnotes: texts below the table; each begins with the superscript letter that marks its cells.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: bool = True
     theirs: int = 0
+    footnotes: tuple[str, ...] = ()
 
 
 def headline_table(variants: Sequence[RunResult]) -> Table:
-    """Lay out a row per variant: cost in tokens, parameters and time, and scores."""
+    """Lay out cost in tokens, parameters and time, and scores: a row per variant, or a column if there are many sets."""
     sets = question_sets(variants)
     score_columns = [score_title(variants, name) for name in sets] or ["Score"]
     columns = (
@@ -71,7 +82,8 @@ def headline_table(variants: Sequence[RunResult]) -> Table:
                 _rate_cell(variant.stages.get("finetune"), "num_samples"),
             )
         )
-    return Table(columns, tuple(rows))
+    table = Table(columns, tuple(rows))
+    return _transpose(table) if len(sets) > _MANY_SETS and len(variants) < len(columns) else table
 
 
 def stage_table(variants: Sequence[RunResult], stage: str) -> Table:
@@ -121,7 +133,7 @@ def score_table(variants: Sequence[RunResult], question_set: str) -> Table:
                 label,
                 _distinct(format_count(entry["num_questions"]) for entry in scored),
                 _distinct(_share_text(entry["majority_score"]) for entry in scored),
-                *(NOT_RUN if entry is None else _score_text(entry) for entry in entries.values()),
+                *(_score_text(entry, tables[name]) for name, entry in entries.items()),
             )
         )
     for extra in dict.fromkeys(key for table in tables.values() if table for key in table.get("extra", {})):
@@ -182,10 +194,28 @@ def format_size(variant: RunResult) -> str:
     return NOT_RECORDED if count is None else format_parameters(count)
 
 
+def why_unscored(table: Mapping[str, Any]) -> str:
+    """Return why a set that was answered has no score: a judge or a server scores it, or the right answers are not known."""
+    by = table.get("scored_by") or ("judge" if table["metric"] == "judge" else "")
+    return {"judge": FOR_JUDGE, "server": FOR_SERVER}.get(by, NOT_SCORED)
+
+
+def why_no_score(runs: Sequence[RunResult], question_set: str) -> str:
+    """Return why runs have no score on a question set: they did not answer it, or it is not scored here."""
+    tables = [run.scores[question_set] for run in runs if run.scores and question_set in run.scores]
+    return why_unscored(tables[0]) if tables else NOT_RUN
+
+
 def shares_right(runs: Sequence[RunResult], question_set: str) -> list[float]:
     """Return the scores of the runs on a question set, 0 to 1, without runs that lack a score."""
     tables = [run.scores[question_set] for run in runs if run.scores and question_set in run.scores]
     return [table["score"] for table in tables if table["score"] is not None]
+
+
+def mean_score(runs: Sequence[RunResult], question_set: str) -> str:
+    """Format the mean score of the runs on a question set in percent, or why they have none."""
+    shares = shares_right(runs, question_set)
+    return f"{100 * mean(shares):.1f}" if shares else why_no_score(runs, question_set)
 
 
 _METRICS = {
@@ -209,17 +239,46 @@ def score_title(variants: Sequence[RunResult], question_set: str) -> str:
     return f"{title}, {question_set}" if len(question_sets(variants)) > 1 else title
 
 
-def score_facts(table: Mapping[str, Any]) -> str:
-    """Describe in a sentence everything that a set's scores depend on, to compare evaluations whose scores do not match."""
+def score_facts(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Describe everything that a set's scores depend on, to compare evaluations whose scores do not match.
+
+    Args:
+        tables: variant -> table of the set's scores.
+
+    Returns:
+        A sentence; or a sentence per way in which the variants were evaluated, with their names.
+    """
+    variants: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        variants.setdefault(_facts_of(table), []).append(name)
+    return list(variants) if len(variants) == 1 else [f"{', '.join(names)}: {text}" for text, names in variants.items()]
+
+
+def _facts_of(table: Mapping[str, Any]) -> str:
     facts = [
         table.get("title") or "LLaVA's format",
         f"split {table['split']}" if table.get("split") else "",
         f"{metric_title(table['metric'])}, version {table['metric_version']}",
         "OCR tokens in the prompt" if table.get("ocr") else "",
-        f"images resized to {table['long_side']} pixels" if table.get("long_side") else "",
+        f"images resized to {table['long_side']:,} pixels" if table.get("long_side") else "",
+        _preset_text(table),
+        f"only the first {table['limit']:,} questions" if table.get("limit") else "",
+        f"{_settings_text(table['selection'])} when answering" if table.get("selection") else "",
         table.get("note", ""),
     ]
     return "; ".join(filter(None, facts)) + "."
+
+
+def _settings_text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={format_value(value)}" for name, value in values.items())
+
+
+def _preset_text(table: Mapping[str, Any]) -> str:
+    """Name the evaluation preset of a set, with the settings in which the run departs from it."""
+    if not table.get("preset"):
+        return ""
+    changes = {name: "original" if value is None else value for name, value in table.get("changes", {}).items()}
+    return f"preset {table['preset']}" + (f" changed by {_settings_text(changes)}" if changes else "")
 
 
 def question_sets(variants: Sequence[RunResult]) -> list[str]:
@@ -266,12 +325,15 @@ def _transpose(table: Table) -> Table:
 
 def _score_cell(variant: RunResult, question_set: str) -> str:
     entry = (variant.scores or {}).get(question_set)
-    return NOT_RUN if entry is None else _score_text(entry)
+    return _score_text(entry, entry)
 
 
-def _score_text(entry: Mapping[str, Any]) -> str:
+def _score_text(entry: Mapping[str, Any] | None, table: Mapping[str, Any] | None) -> str:
+    """Format the score of a set's table or of a type of questions in it."""
+    if entry is None or table is None:
+        return NOT_RUN
     if entry["score"] is None:
-        return NOT_SCORED
+        return why_unscored(table)
     interval = "" if entry["interval"] is None else f" ({format_interval(*entry['interval'])})"
     return f"{format_share(entry['score'])}{interval}"
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from meteor.config import RunSettings, mathematical_settings, settings_digest
-from meteor.stages import Stage, TrainingStage
+from meteor.stages import STAGES, TRAINING_STAGES, Stage, TrainingStage
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,26 @@ class StageIdentity:
 
 
 def stages_of(settings: RunSettings) -> tuple[Stage, ...]:
-    """Return the stages that a run goes through, in order.
+    """Return the stages that a run goes through, in order."""
+    left_out = left_out_stages(settings)
+    return tuple(stage for stage in STAGES if stage not in left_out)
 
-    If the settings name a projector or a model, the run lacks the stages that would train it.
-    """
-    stages: list[Stage] = ["cache_features"]
-    model = settings.evaluate.model
-    if settings.data.sources("pretrain") and not settings.finetune.pretrained and not model:
-        stages.append("pretrain")
-    if settings.data.sources("finetune") and not model:
-        stages.append("finetune")
-    if settings.data.evaluate and (model or "finetune" in stages):
-        stages.append("evaluate")
-    return tuple(stages)
+
+def left_out_stages(settings: RunSettings) -> dict[Stage, str]:
+    """Return the stages that a run does not go through, each with the reason."""
+    data, reasons = settings.data, dict[Stage, str]()
+    if settings.evaluate.model:
+        reasons |= dict.fromkeys(TRAINING_STAGES, "evaluate.model names a finished model")
+    if settings.finetune.pretrained:
+        reasons.setdefault("pretrain", "finetune.pretrained names a projector")
+    for stage in TRAINING_STAGES:
+        if not data.sources(stage):
+            reasons.setdefault(stage, f"data.{stage} names no samples")
+    if not data.evaluate:
+        reasons["evaluate"] = "data.evaluate names no question set"
+    elif "finetune" in reasons and not settings.evaluate.model:
+        reasons["evaluate"] = "no stage trains a model, and evaluate.model names none"
+    return reasons
 
 
 def identify(facts: Facts, stage: Stage) -> StageIdentity:
@@ -184,7 +191,13 @@ class NamesAlone:
         return self.settings.data.sources(stage)
 
     def questions(self) -> Mapping[str, Any]:
-        return {name: questions.model_dump(mode="json") for name, questions in self.settings.data.evaluate.items()}
+        evaluate = self.settings.evaluate
+        # Both may resize the images, which are then other images to encode.
+        protocol = {"preset": evaluate.preset, "long_side": evaluate.long_side}
+        return {
+            name: {**questions.model_dump(mode="json"), **protocol}
+            for name, questions in self.settings.data.evaluate.items()
+        }
 
     def cache_key(self) -> Any:
         vision = self.settings.vision

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meteor.model.flops import attention_width
 from meteor.train.protocol import full_shape
 
 # Peak of dense bfloat16 in TFLOP/s, accumulated in float32, without sparsity, from NVIDIA's data sheets. The first matching
@@ -84,13 +85,9 @@ class ModelFlops:
         llm = model.language_model
         config, head = llm.config, llm.get_output_embeddings().weight
         elsewhere = {id(head), id(llm.get_input_embeddings().weight)}
-        # Some models, for example Gemma, set head_dim independently of the hidden size.
-        width = config.num_attention_heads * (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
         return cls(
             per_token=sum(_flops(parameter) for parameter in llm.parameters() if id(parameter) not in elsewhere),
-            per_squared_length=6.0 * config.num_hidden_layers * width,
+            per_squared_length=6.0 * config.num_hidden_layers * attention_width(config),
             per_answer_token=_flops(head),
             per_visual_token=sum(map(_flops, model.projector.parameters())),
             peak=peak,

@@ -8,7 +8,8 @@ from typing import Any
 import ray
 import torch
 
-from meteor.assembly import Inputs
+from meteor.assembly import Inputs, pixel_settings
+from meteor.assembly.features import uris_by_key
 from meteor.assembly.study import study_uri
 from meteor.assembly.training_stage import find_model
 from meteor.cache import FeatureCache
@@ -18,6 +19,8 @@ from meteor.errors import NotFoundError, SettingsError
 from meteor.evaluation.answer import Answerer
 from meteor.evaluation.efficiency import describe_hardware, measure_answers
 from meteor.evaluation.questions import Question
+from meteor.image.files import read_image_file
+from meteor.image.pixels import slice_bytes
 from meteor.train.build import DTYPES
 from pipelines import evaluate
 from pipelines.ray_parts.runtime import worker_environment
@@ -59,7 +62,7 @@ def measure_variants(inputs: Inputs, variants: Sequence[Variant]) -> dict[str, d
         }
         content = _read(uri)
         if content is None or {key: content.get(key) for key in measured_on} != measured_on:
-            content = {**measured_on, "measured": _measure(run.settings, model_uri, questions, run.cache())}
+            content = {**measured_on, "measured": _measure(run, model_uri, questions)}
             write_checked_json(uri, content)
             _LOG.info("[%s] answers: %s", name, _line(content["measured"]))
         measured[name] = content["measured"]
@@ -84,8 +87,11 @@ def _describe_hardware(run: RunSettings) -> str:
     return ray.get(_task(run, _hardware_of_worker).remote(run))
 
 
-def _measure(run: RunSettings, model_uri: str, questions: list[Question], cache: FeatureCache) -> dict[str, Any]:
-    arguments = (run, model_uri, questions, cache.uri, cache.version)
+def _measure(inputs: Inputs, model_uri: str, questions: list[Question]) -> dict[str, Any]:
+    run, cache = inputs.settings, inputs.cache()
+    keys = {key for question in questions for key in question.image_keys}
+    uris = {key: uri for key, uri in uris_by_key(inputs.index().rows()).items() if key in keys}
+    arguments = (run, model_uri, questions, (cache.uri, cache.version), uris)
     return ray.get(_task(run, _measure_in_worker).remote(*arguments))
 
 
@@ -120,8 +126,9 @@ def _hardware_of_worker(run: RunSettings) -> str:
 
 
 def _measure_in_worker(
-    run: RunSettings, model_uri: str, questions: list[Question], cache: str, version: int
+    run: RunSettings, model_uri: str, questions: list[Question], cache: tuple[str, int], uris: dict[str, str]
 ) -> dict[str, Any]:
     answerer = Answerer(model_uri, device=_device(run), dtype=DTYPES[run.llm.dtype])
-    source, selection = FeatureCache.open(cache, version=version), evaluate.shared_selection(run)
-    return asdict(measure_answers(answerer, questions, source, selection=selection))
+    pixels, source = pixel_settings(run), FeatureCache.open(cache[0], version=cache[1])
+    images = {key: slice_bytes(read_image_file(uri), key, pixels) for key, uri in uris.items()}
+    return asdict(measure_answers(answerer, questions, source, images, selection=evaluate.shared_selection(run)))

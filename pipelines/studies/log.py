@@ -13,7 +13,7 @@ from meteor.report.study import numbers
 from meteor.runs.folder import git_commit
 from meteor.runs.mlflow_log import make_tracker, parent_run, study_run
 from meteor.tracking import RunEnd, Tracker
-from pipelines.studies.results import RunRecord, find_folders, read_record, write_records
+from pipelines.studies.results import RunRecord, find_folder, find_folders, read_record, write_records
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,11 +62,22 @@ def record(
 
 def _record(inputs: Inputs, variant: Variant, measured: Mapping[str, Any] | None) -> RunRecord:
     run = RunRecord(variant.settings.name, variant.name, variant.seed, find_folders(inputs))
+    stages = estimate_cache(inputs).stages
     result = dataclasses.replace(
         read_record(run, measured),
-        encoder_shares={stage.name: stage.encoder_share for stage in estimate_cache(inputs).stages},
+        encoder_shares={stage.name: stage.encoder_share for stage in stages},
+        encoder_flops={stage.name: stage.encoder_flops for stage in stages},
+        encoding_s=_encoding_seconds(inputs),
     )
     return dataclasses.replace(run, numbers=numbers(result), hardware=measured["hardware"] if measured else "")
+
+
+def _encoding_seconds(inputs: Inputs) -> float | None:
+    """Return the seconds of all encoders together in the run that filled the cache; None if not recorded."""
+    folder = find_folder(inputs, "cache_features")
+    summary = folder.finished() if folder else None
+    seconds = summary.counts.get("encoding_seconds") if summary else None
+    return seconds * inputs.settings.runtime.num_encoders if seconds else None
 
 
 def end_study(settings: RunSettings, end: RunEnd, incomplete: Sequence[RunSettings] = ()) -> None:

@@ -148,6 +148,8 @@ def read_record(record: RunRecord, measured: Mapping[str, Any] | None = None) ->
         seed=record.seed,
         efficiency={**efficiency, "hardware": record.hardware} if efficiency else measured,
         encoder_shares=_below("encoder_share/", record.numbers),
+        encoder_flops=_below("encoder_flops/", record.numbers),
+        encoding_s=record.numbers.get("encoding_seconds"),
     )
 
 
@@ -240,7 +242,7 @@ def study_tables(settings: RunSettings) -> list[StudyTable]:
         rows = [name for pattern in options.variants or names for name in _matching(pattern, names, title)]
         control = options.control or rows[0]
         _matching(control, names, title)
-        tables.append(StudyTable(title, tuple(dict.fromkeys([*rows, control])), control, options.paper))
+        tables.append(StudyTable(title, tuple(dict.fromkeys([*rows, control])), control, options.paper, options.losses))
     return tables
 
 

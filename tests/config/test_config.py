@@ -62,6 +62,13 @@ def test_an_override_takes_the_whole_place_of_a_mapping(tmp_path):
     assert load_run(run, ["projector.name=meteor_37m", "projector.settings.k=9"]).projector.settings == {"k": 9}
 
 
+def test_null_leaves_out_a_question_set(tmp_path):
+    make_run(tmp_path, "data: {evaluate: {a: x.json, b: y.json}}\n", "base.yaml")
+    run = make_run(tmp_path, "extends: base.yaml\ndata: {evaluate: {a: null}}\n")
+    assert list(load_run(run).data.evaluate) == ["b"]
+    assert load_run(run, ["data.evaluate.b=null"]).data.evaluate == {}
+
+
 def test_another_projector_does_not_inherit_the_settings_of_the_first(tmp_path):
     make_run(tmp_path, "projector: {name: meteor, settings: {k: 64}}\n", "base.yaml")
     assert load_run(make_run(tmp_path, "extends: base.yaml\nprojector: {name: mlp}\n")).projector.settings == {}

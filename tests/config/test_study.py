@@ -85,3 +85,16 @@ def test_a_study_is_part_of_a_run_file(tmp_path):
     assert [one.settings.projector.name for one in expand_study(load_run(str(file)))] == ["meteor", "mlp"]
     with pytest.raises(SettingsError, match=r"unknown setting study\.variant"):
         load_run(str(file), ["study.variant={}"])
+
+
+def test_a_study_with_tables_needs_question_sets():
+    tables = {"Tokens": {"control": "a"}}
+    variants = {"a": {}, "b": {"projector.settings.k": 8}}
+    with pytest.raises(SettingsError, match="no question sets for a, b: name question sets"):
+        expand_study(RunSettings(study={"variants": variants, "tables": tables}))
+    assert len(expand_study(RunSettings(study={"variants": variants}))) == 2
+    scored = {"evaluate": {"mine": "questions.json"}}
+    assert len(expand_study(RunSettings(data=scored, study={"variants": variants, "tables": tables}))) == 2
+    partly = {**variants, "b": {"data.evaluate": {}}}
+    with pytest.raises(SettingsError, match="no question sets for b:"):
+        expand_study(RunSettings(data=scored, study={"variants": partly, "tables": tables}))

@@ -53,11 +53,16 @@ def test_what_is_pruned_is_bounded_by_its_settings_and_by_the_map() -> None:
     assert visual_token_budget("prumerge_plus", {"max_tokens": 40})(GRIDS) == [40, 40, 35]
 
 
-def test_focus_is_bounded_by_its_finest_scale() -> None:
-    assert visual_token_budget("focus", {})(GRIDS) == [551, 144, 35]
-    assert visual_token_budget("focus", {"scales": [2, 4]})(GRIDS) == [15 * 10, 36, 12]
+def test_focus_keeps_its_share_within_what_its_scales_can_make() -> None:
+    assert visual_token_budget("focus", {})(GRIDS) == [276, 72, 18]
+    assert visual_token_budget("focus", {"scales": [2, 4], "target_keep": 0.25})(GRIDS) == [138, 36, 9]
+    # The finest cells are fewer than the share asks for, or the coarsest are more.
+    assert visual_token_budget("focus", {"scales": [1, 4], "target_keep": 1.0})(GRIDS) == [551, 144, 35]
+    assert visual_token_budget("focus", {"target_keep": 0.07})([(5, 7)]) == [2 * 2]
     with pytest.raises(SettingsError, match="scales is 2"):
         visual_token_budget("focus", {"scales": 2})
+    with pytest.raises(SettingsError, match="target_keep is 2"):
+        visual_token_budget("focus", {"target_keep": 2})
 
 
 def test_an_unknown_projector_is_answered_with_the_names_known() -> None:

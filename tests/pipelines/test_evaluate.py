@@ -93,6 +93,12 @@ def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, s
     for name, table in scores.items():
         assert table["num_questions"] == 3, name
         assert {"split", "ocr", "prompt", "metric_version", "model_digest", "cache_key", "cache_version"} <= set(table)
+    assert {name: table["scored_by"] for name, table in scores.items() if table["scored_by"]} == {
+        "mmvet": "judge",
+        "test_dev": "server",
+        "vizwiz_test": "server",
+    }
+    assert {(table["limit"], *table["selection"]) for table in scores.values()} == {(3,)}
     assert scores["textvqa_ocr"]["ocr"]
     assert "Reference OCR token" in scores["textvqa_ocr"]["prompt"]
 
@@ -117,6 +123,8 @@ def test_every_benchmark_is_scored_by_one_command(make_evaluation, benchmarks, s
     ]
     assert run.data.metrics["pope/f1"] == pytest.approx(scores["pope"]["score"])
     assert "nlvr/consistency" in run.data.metrics
+    # A part of the questions compares with no number of the paper.
+    assert run.data.metrics["paper/comparable_columns"] == 0
 
     assert evaluate.run(Inputs(settings)).reused
     # A judge's verdicts change the score and ask nothing.

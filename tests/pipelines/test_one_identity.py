@@ -20,7 +20,7 @@ from meteor.config import RunSettings, expand_study, resolve_paths
 from meteor.planning.study import plan_study
 from meteor.projector.file import write_projector_file
 from meteor.runs.folder import StageFolder, Summary
-from meteor.runs.identity import NamesAlone, identify, identify_all, stages_of
+from meteor.runs.identity import NamesAlone, identify, identify_all, left_out_stages, stages_of
 from meteor.runs.mlflow_log import StageLog
 from meteor.runs.tasks import make_tasks
 from meteor.vision.live import LiveFeatures
@@ -223,4 +223,6 @@ def test_a_projector_or_model_that_is_named_replaces_the_stages_before_it():
         "evaluate",
     )
     assert stages_of(make_run(Path("/x"), "c", evaluate={"model": "/x/m"})) == ("cache_features", "evaluate")
-    assert stages_of(make_run(Path("/x"), "c", data={})) == ("cache_features",)
+    bare = make_run(Path("/x"), "c", data={})
+    assert stages_of(bare) == ("cache_features",)
+    assert left_out_stages(bare)["pretrain"] == "data.pretrain names no samples"

@@ -24,6 +24,7 @@ from meteor.runs.reading import read_stage
 from meteor.text.tokenizer import load_tokenizer
 from meteor.tracking import Tracker
 from meteor.train.build import read_llm_config
+from pipelines import all as all_stages
 from pipelines import cache_features, evaluate, finetune, pretrain, report
 from pipelines.ray_parts import training
 
@@ -72,6 +73,16 @@ def test_all_stages_run_once_and_then_find_their_work(chain):
     assert [metric.step for metric in history] == [row["step"] for row in rows]
 
     assert all(stage.run(Inputs(settings)).reused for stage in (cache_features, pretrain, finetune, evaluate))
+
+
+def test_a_run_without_question_sets_says_so_first_and_is_reported(chain, capsys):
+    data = chain.settings.data.model_copy(update={"evaluate": {}})
+    inputs = Inputs(chain.settings.model_copy(update={"data": data}))
+    assert "evaluate does not run: data.evaluate names no question set" in all_stages.plan(inputs)
+    summary = all_stages.run(inputs)
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"[{chain.settings.name}] evaluate does not run: data.evaluate names no question set"
+    assert "No variant was evaluated" in Path(summary.results["html"]).read_text()
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from meteor.config.settings import VisionSettings
-from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, EncoderShape, StageCost, estimate_stage
+from meteor.planning.cache_cost import FLOPS_PER_PARAMETER, CacheCost, StageCost, estimate_stage
 from meteor.planning.survey import encoder_shape
+from meteor.vision.flops import EncoderShape
 
 
 @pytest.mark.parametrize("patches", [(4, 4), (2, 7)])

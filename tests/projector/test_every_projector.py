@@ -106,9 +106,6 @@ def test_every_parameter_gets_a_gradient(name: str, make_sub_images: Callable[..
         one for one, parameter in projector.named_parameters() if parameter.grad is None or not parameter.grad.any()
     }
     assert idle <= (IDLE if name != "c_abstractor" else set())
-    assert (projector(torch.zeros(0, 6, 16), torch.zeros(0, 6), torch.zeros(0, 2).long()).aux_loss is None) == (
-        name != "focus"
-    )
 
 
 @every

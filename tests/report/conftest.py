@@ -47,7 +47,7 @@ def make_score():
             "metric_version": 1,
             "extra": {},
             "score": share,
-            "interval": [share - 0.1, share + 0.1],
+            "interval": None if share is None else [share - 0.1, share + 0.1],
             "num_questions": num_questions,
             "majority_score": majority,
             "num_quarantined": num_quarantined,

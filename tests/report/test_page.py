@@ -10,6 +10,7 @@ from PIL import Image
 from meteor.errors import DataError
 from meteor.report import write_report
 from meteor.report.page import escape_markdown
+from meteor.report.tables import score_facts
 
 NASTY = '<script>alert("1")</script> | *x* `y`'
 
@@ -175,3 +176,26 @@ def test_a_set_that_cannot_be_scored_here_says_so_and_has_no_figure(make_variant
     assert "MM-Vet; Exact match, version 1." in text
     assert "Exact match, version 1; a note." in text
     assert [file.name for file in (tmp_path / "figures").glob("scores_*")] == ["scores_02.png"]
+
+
+def test_footnotes_stand_below_their_table_on_both_pages(tmp_path, make_variant, make_score):
+    table = make_score(0.5, benchmark="gqa", split="val_all", metric="exact_match")
+    markdown, page = write_and_read(tmp_path, title="t", variants=[make_variant(scores={"gqa": table})])
+    assert "| 50.0ᵃ |" in markdown
+    assert "\n\nᵃ GQA val_all instead of testdev_balanced (not comparable)\n" in markdown
+    assert ">50.0<sup>a</sup></td>" in page
+    assert "<li><sup>a</sup> GQA val_all instead of testdev_balanced (not comparable)</li>" in page
+    assert "0 of 12" in markdown
+    assert "0&nbsp;of&nbsp;12" in page
+
+
+def test_the_facts_of_a_set_name_its_preset_and_what_the_run_changed(make_score):
+    changed = make_score(preset="llava_uhd", changes={"long_side": None, "ocr": False}, limit=20)
+    as_published = make_score(preset="llava_uhd", changes={}, long_side=1024, selection={"k": 64})
+    facts = {
+        "a": "LLaVA's format; Exact match, version 1; preset llava_uhd changed by long_side=original, ocr=false; only the "
+        "first 20 questions.",
+        "b": "LLaVA's format; Exact match, version 1; images resized to 1,024 pixels; preset llava_uhd; k=64 when answering.",
+    }
+    assert score_facts({"a": changed}) == [facts["a"]]
+    assert score_facts({"a": changed, "b": as_published, "c": changed}) == [f"a, c: {facts['a']}", f"b: {facts['b']}"]

@@ -34,6 +34,14 @@ def test_each_question_set_has_its_own_column(make_variant, make_score):
     assert [row[3:5] for row in table.rows] == [("50.0 % (40.0 – 60.0)", NOT_RUN), (NOT_RUN, "50.0 % (40.0 – 60.0)")]
 
 
+def test_many_question_sets_are_rows_of_the_headline(make_variant, make_score):
+    scores = {name: make_score() for name in "abcdefg"}
+    table = headline_table([make_variant("x", scores=scores), make_variant("y", scores=scores)])
+    assert table.columns == ("Variant", "x", "y")
+    assert table.rows[0] == ("Visual tokens per image", "540.2", "540.2")
+    assert [row[0] for row in table.rows[2:9]] == [f"Exact match, {name}" for name in scores]
+
+
 def test_what_is_missing_in_the_headline_is_said(make_variant):
     table = headline_table([make_variant(stages={}, parameters=None, tokens=None)])
     assert table.rows == (("meteor", NOT_RECORDED, NOT_RECORDED, NOT_RUN, NOT_RUN, NOT_RUN),)

@@ -6,19 +6,19 @@ from typing import Any
 from meteor import storage
 from meteor.data.samples import SampleProblem
 from meteor.evaluation.benchmarks.folder import Folder
-from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, UNANSWERABLE, with_suffix
+from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, UNANSWERABLE, Protocol
 from meteor.evaluation.questions import LoadedQuestions, Question, ask
 
 
-def load_textvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_textvqa(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read ``TextVQA_0.5.1_<split>.json`` with images in ``train_images/``.
 
-    With ``ocr`` the prompt contains the tokens of ``TextVQA_Rosetta_OCR_v0.2_<split>.json``, as in LLaVA's own evaluation.
+    With OCR tokens, the prompt contains the tokens of ``TextVQA_Rosetta_OCR_v0.2_<split>.json``, as in LLaVA's own evaluation.
     They raise scores by about ten points.
     """
     records = folder.json(f"TextVQA_0.5.1_{split}.json")["data"]
     tokens: dict[str, list[str]] = {}
-    if ocr:
+    if protocol.ocr:
         found = folder.json(f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
         tokens = {record["image_id"]: record["ocr_tokens"] for record in found}
     names = [f"{record['image_id']}.jpg" for record in records]
@@ -26,14 +26,14 @@ def load_textvqa(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
     questions = []
     for record, name in zip(records, names, strict=True):
         text = record["question"]
-        if ocr:
+        if protocol.ocr:
             text += f"\nReference OCR token: {', '.join(tokens.get(record['image_id'], []))}"
-        prompt, answers = with_suffix(text, SHORT_ANSWER), record.get("answers", ())
+        prompt, answers = protocol.prompt(text, SHORT_ANSWER), record.get("answers", ())
         questions.append(ask(str(record["question_id"]), prompt, [f"{place}{name}"], answers))
     return LoadedQuestions(questions)
 
 
-def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_vqav2(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read ``v2_OpenEnded_mscoco_*_questions.json`` with images in ``val2014/`` or ``test2015/``.
 
     The split val also needs ``v2_mscoco_val2014_annotations.json``; the answers of the test splits are not public.
@@ -61,7 +61,7 @@ def load_vqav2(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         questions.append(
             ask(
                 question_id,
-                with_suffix(record["question"], SHORT_ANSWER),
+                protocol.prompt(record["question"], SHORT_ANSWER),
                 [f"{place}{name}"],
                 [answer["answer"] for answer in annotation.get("answers", ())],
                 type=annotation.get("answer_type", ""),
@@ -84,14 +84,14 @@ def submit_vqav2(folder: Folder, questions: Sequence[Question], answers: Mapping
     return "submission.json", [{"question_id": id_, "answer": answers.get(str(id_), "")} for id_ in ids]
 
 
-def load_vizwiz(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_vizwiz(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read ``<split>.json`` or ``Annotations/<split>.json`` with images in ``<split>/``."""
     records = folder.json(f"Annotations/{split}.json", f"{split}.json")
     place = folder.image_folder(split, "", embedded=[record["image"] for record in records])
     questions = [
         ask(
             record["image"],
-            with_suffix(record["question"], UNANSWERABLE, SHORT_ANSWER),
+            protocol.prompt(record["question"], UNANSWERABLE, SHORT_ANSWER),
             [f"{place}{record['image']}"],
             [answer["answer"] for answer in record.get("answers", ())],
             type=record.get("answer_type", ""),

@@ -9,7 +9,7 @@ from typing import Any
 from meteor.data.samples import SampleProblem
 from meteor.errors import DataError
 from meteor.evaluation.benchmarks.folder import Folder, read_parquet
-from meteor.evaluation.benchmarks.prompts import OPTION_LETTER, SHORT_ANSWER, with_suffix
+from meteor.evaluation.benchmarks.prompts import OPTION_LETTER, SHORT_ANSWER, Protocol
 from meteor.evaluation.choices import LETTERS, list_options
 from meteor.evaluation.questions import LoadedQuestions, Question, ask
 
@@ -21,7 +21,7 @@ _LONGEST_REFERENCE = 64
 _MMMU_IMAGES = 7
 
 
-def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_mmbench(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read ``mmbench_<split>_20230712.tsv`` or ``MMBench_<SPLIT>_EN[_legacy].tsv`` with images in base64.
 
     Circular evaluation asks each question once per rotation of its options. Rotations in the file are used; they are made
@@ -53,7 +53,7 @@ def load_mmbench(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
             questions.append(
                 ask(
                     str(index + turn * _ROTATION),
-                    with_suffix(text, list_options(turned), OPTION_LETTER),
+                    protocol.prompt(text, list_options(turned), OPTION_LETTER),
                     [_mmbench_image(index % _ROTATION)],
                     # Each rotation moves the right option forward by a place.
                     [] if right is None else [LETTERS[(right - turn) % len(options)]],
@@ -94,7 +94,7 @@ def _decoded(content: str) -> bytes:
         return b""
 
 
-def load_mmmu(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_mmmu(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read Parquet files ``<Subject>/<split>-*.parquet`` as published, with several images per question inside.
 
     Images come before the text, in which "<image 1>" stays as the reference to an image.
@@ -107,11 +107,11 @@ def load_mmmu(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         subject = uri.split("/")[-2]
         for row in read_parquet(uri, [*columns, *(f"image_{i}" for i in range(1, _MMMU_IMAGES + 1))]):
             options = _listed(row["options"])
-            text = with_suffix(row["question"], list_options(options), OPTION_LETTER)
+            text = protocol.prompt(row["question"], list_options(options), OPTION_LETTER)
             questions.append(
                 ask(
                     row["id"],
-                    text if options else with_suffix(row["question"], SHORT_ANSWER),
+                    text if options else protocol.prompt(row["question"], SHORT_ANSWER),
                     [_mmmu_image(row, i) for i in _mmmu_numbers(row)],
                     _listed(row["answer"]) if row["answer"] and row["answer"] != "?" else (),
                     type=subject,
@@ -144,7 +144,7 @@ def _listed(text: str) -> list[str]:
     return [str(element) for element in ast.literal_eval(text)]
 
 
-def load_seed(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_seed(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read ``SEED-Bench.json`` with images in ``SEED-Bench-image/``; questions about videos are left out."""
     content = folder.json("SEED-Bench.json")
     names = {number: name for name, number in content.get("question_type", {}).items()}
@@ -162,7 +162,7 @@ def load_seed(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
         questions.append(
             ask(
                 str(record["question_id"]),
-                with_suffix(record["question"], list_options(options), OPTION_LETTER),
+                protocol.prompt(record["question"], list_options(options), OPTION_LETTER),
                 [f"{place}{record['data_id']}"],
                 [LETTERS[letters.index(answer)]] if answer else (),
                 type=names.get(record.get("question_type_id"), ""),

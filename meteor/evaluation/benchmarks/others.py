@@ -8,13 +8,13 @@ from meteor.data.records import UnreadableRecord, read_records
 from meteor.data.samples import SampleProblem, UniqueIds, failed, load_samples
 from meteor.errors import DataError
 from meteor.evaluation.benchmarks.folder import Folder, read_json
-from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, with_suffix
+from meteor.evaluation.benchmarks.prompts import SHORT_ANSWER, Protocol
 from meteor.evaluation.questions import LoadedQuestions, Question, ask, last_answer
 
 POPE_CATEGORIES = ("random", "popular", "adversarial")
 
 
-def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_pope(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read ``coco_pope_<category>.json``, with one record per line and images of COCO's val2014."""
     questions = []
     for category in POPE_CATEGORIES:
@@ -25,7 +25,7 @@ def load_pope(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
             ask(
                 # The ids of every category begin at 1.
                 f"{category}/{record['question_id']}",
-                with_suffix(record["text"], SHORT_ANSWER),
+                protocol.prompt(record["text"], SHORT_ANSWER),
                 [f"{place}{record['image']}"],
                 [_pope_label(record)],
                 type=category,
@@ -41,7 +41,7 @@ def _pope_label(record: Mapping[str, Any]) -> str:
     return record["label"]
 
 
-def load_mmvet(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_mmvet(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read ``mm-vet.json`` with images in ``images/``."""
     records = folder.json("mm-vet.json")
     place = folder.image_folder("images", embedded=[record["imagename"] for record in records.values()])
@@ -87,7 +87,7 @@ def read_verdicts(uri: str) -> dict[str, float]:
     return verdicts
 
 
-def load_llava(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_llava(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read a file of samples with ``conversations``, whose last answers are the references, or a ``question.jsonl``.
 
     A record of ``question.jsonl`` has ``question_id``, ``image`` and ``text``, and optionally ``category`` and ``answer`` or
@@ -153,14 +153,14 @@ def _number(question_id: str) -> int | str:
     return int(question_id) if question_id.isdecimal() else question_id
 
 
-def load_nlvr(folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions:
+def load_nlvr(folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions:
     """Read statements to be judged true or false, in LLaVA's form.
 
     The data are a file, or a folder with ``nlvr_llava.json`` and ``images/``.
     """
     if folder.is_file:
-        return load_llava(folder, split=split, ocr=ocr)
-    loaded = load_llava(Folder(folder.find("nlvr_llava.json"), "NLVR", ""), split=split, ocr=ocr)
+        return load_llava(folder, split=split, protocol=protocol)
+    loaded = load_llava(Folder(folder.find("nlvr_llava.json"), "NLVR", ""), split=split, protocol=protocol)
     placed = [
         replace(
             question,

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+from typing import Protocol as Interface
 
 from meteor.evaluation.benchmarks import annotators, documents, options, others
 from meteor.evaluation.benchmarks.folder import Folder
+from meteor.evaluation.benchmarks.prompts import Protocol
 from meteor.evaluation.metrics import (
     ANLS,
     CIRCULAR,
@@ -26,10 +28,10 @@ SHORT = 16
 LONG = 128
 
 
-class Loader(Protocol):
-    """Function that reads a split's questions from a folder; ``ocr`` puts the benchmark's OCR tokens into the prompt."""
+class Loader(Interface):
+    """Function that reads a split's questions from a folder and asks them by a protocol."""
 
-    def __call__(self, folder: Folder, *, split: str, ocr: bool) -> LoadedQuestions: ...
+    def __call__(self, folder: Folder, *, split: str, protocol: Protocol) -> LoadedQuestions: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ class Benchmark:
         splits: splits that can be read; the first is the default.
         max_new_tokens: most tokens per answer.
         origin: place from which the files can be downloaded.
-        column: column in the paper's tables; "" for a benchmark outside them.
         in_folder: whether the images are beside the questions; otherwise they are under the run's image roots.
         has_ocr: whether the prompt can contain OCR tokens.
         export: function (folder, questions, answers by id) -> name and content of a file for scoring elsewhere.
@@ -57,7 +58,6 @@ class Benchmark:
     splits: tuple[str, ...]
     max_new_tokens: int = SHORT
     origin: str = ""
-    column: str = ""
     in_folder: bool = True
     has_ocr: bool = False
     export: Callable[[Folder, Sequence[Question], Mapping[str, str]], tuple[str, Any]] | None = None
@@ -83,7 +83,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         VQA_ACCURACY,
         ("val",),
         origin="https://textvqa.org/dataset (annotations, Rosetta OCR tokens, train_val_images.zip)",
-        column="VQA-T",
         has_ocr=True,
     ),
     "vqav2": Benchmark(
@@ -92,7 +91,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         VQA_ACCURACY,
         ("val", "test-dev", "test"),
         origin=f"https://visualqa.org/download.html ({_COCO}/val2014.zip, {_COCO}/test2015.zip)",
-        column="VQAv2",
         export=annotators.submit_vqav2,
         exported_splits=("test-dev", "test"),
     ),
@@ -102,7 +100,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         VQA_ACCURACY,
         ("val", "test"),
         origin="https://vizwiz.org/tasks-and-datasets/vqa (Annotations.zip, val.zip, test.zip)",
-        column="VizWiz",
         export=annotators.submit_vizwiz,
         exported_splits=("test",),
     ),
@@ -112,7 +109,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         EXACT_MATCH,
         ("testdev_balanced", "val_balanced", "testdev_all", "val_all"),
         origin="https://cs.stanford.edu/people/dorarad/gqa/download.html (questions1.2.zip, images.zip)",
-        column="GQA",
     ),
     "docvqa": Benchmark(
         "DocVQA",
@@ -121,7 +117,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("val", "test"),
         max_new_tokens=32,
         origin="https://rrc.cvc.uab.es/?ch=17 (task 1: spdocvqa_qas.zip, spdocvqa_images.tar.gz)",
-        column="VQA-D",
     ),
     "infovqa": Benchmark(
         "InfoVQA",
@@ -130,7 +125,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("val", "test"),
         max_new_tokens=32,
         origin="https://rrc.cvc.uab.es/?ch=17 (task 3: infographicsvqa_qas.zip, infographicsvqa_images.tar.gz)",
-        column="VQA-I",
     ),
     "chartqa": Benchmark(
         "ChartQA",
@@ -139,7 +133,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("test", "val"),
         max_new_tokens=32,
         origin="https://huggingface.co/datasets/ahmed-masry/ChartQA (ChartQA Dataset.zip)",
-        column="QA-C",
     ),
     "mmbench": Benchmark(
         "MMBench",
@@ -147,7 +140,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         CIRCULAR,
         ("dev", "test"),
         origin="https://github.com/open-compass/MMBench (mmbench_dev_20230712.tsv)",
-        column="MMB",
     ),
     "mmvet": Benchmark(
         "MM-Vet",
@@ -156,7 +148,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("",),
         max_new_tokens=LONG,
         origin="https://github.com/yuweihao/MM-Vet (mm-vet.zip)",
-        column="MMVet",
         export=others.answers_for_judge,
         note="scored by a judge model; those of the published scores are retired, so this one does not compare with theirs",
     ),
@@ -167,7 +158,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("val", "dev"),
         max_new_tokens=LONG,
         origin="https://huggingface.co/datasets/MMMU/MMMU (one folder of Parquet files per subject)",
-        column="MMMU",
     ),
     "pope": Benchmark(
         "POPE",
@@ -175,7 +165,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         POPE_F1,
         ("",),
         origin=f"https://github.com/AoiDragon/POPE (output/coco) and {_COCO}/val2014.zip",
-        column="POPE",
     ),
     "seed": Benchmark(
         "SEED-Bench",
@@ -183,7 +172,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         LETTER,
         ("image",),
         origin="https://huggingface.co/datasets/AILab-CVC/SEED-Bench (SEED-Bench.json, SEED-Bench-image.zip)",
-        column="SEED",
         note="questions on images alone, not those on videos",
     ),
     "nlvr": Benchmark(
