@@ -108,7 +108,7 @@ class Resampler(Projector):
         position_KD = self.positions.detach()
         if k < num_queries:
             position_KD = _query_positions(k, position_KD.shape[1], dtype, position_KD.device)
-        query_KD = self.query_norm(self.queries[:k]) + position_KD
+        query_KD = self.query_norm(self.queries)[:k] + position_KD
         attended_BKD = self.attention(
             query_KD.expand(num_sub_images, -1, -1),
             key_BPD,

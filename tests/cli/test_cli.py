@@ -85,7 +85,7 @@ def test_explain_names_every_setting_with_default_and_meaning(call):
     more = {f"finetune.lora.{name}" for name in ("rank", "alpha", "dropout")}
     more |= {f"finetune.text_sampler.{name}" for name in ("layer", "keep")}
     more |= {f"study.{name}" for name in StudySettings.model_fields}
-    more |= {f"study.tables.<name>.{name}" for name in ("variants", "control", "paper")}
+    more |= {f"study.tables.<name>.{name}" for name in StudyTableSettings.model_fields}
     more |= {f"data.evaluate.<name>.{name}" for name in QuestionSetSettings.model_fields}
     more |= {f"evaluate.sets.<name>.{name}" for name in ("k", "visual_weight", "sub_images")}
     assert "data.evaluate.<name>.path = (required)" in shown
