@@ -9,7 +9,7 @@ import meteor
 from meteor.cli.config import explain
 from meteor.cli.main import main
 from meteor.config import RunSettings, StudySettings, load_run
-from meteor.config.settings import QuestionSetSettings
+from meteor.config.settings import QuestionSetSettings, StudyTableSettings
 from meteor.formatting import flatten
 
 RUN_FILES = sorted((Path(__file__).parents[2] / "jobs/runs").glob("*.yaml"))
