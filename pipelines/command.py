@@ -2,8 +2,9 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import ray.exceptions
 
@@ -22,6 +23,8 @@ def stage_main(
     run: Callable[[Inputs], Summary],
     plan: Callable[[Inputs], str],
     argv: Sequence[str] | None = None,
+    *,
+    short: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Run the command line of a stage.
 
@@ -31,11 +34,25 @@ def stage_main(
         run: function that runs the stage.
         plan: function that returns the text of ``--dry-run``.
         argv: words of the command line.
+        short: options that are short for a setting: ``{"--k": "evaluate.k"}``.
 
     Returns:
         The exit status, see `meteor.command_line`. With ``--dry-run`` it is 1 if the data check finds a problem.
     """
-    arguments = parse(stage_parser(stage, description), argv)
+    parser = stage_parser(stage, description)
+    for option, setting in short.items():
+        parser.add_argument(
+            option,
+            dest="short",
+            action="append",
+            default=[],
+            type=f"{setting}={{}}".format,
+            metavar=setting.rpartition(".")[2].upper(),
+            help=f"short for {setting}={setting.rpartition('.')[2].upper()}",
+        )
+    arguments = parse(parser, argv)
+    if short:
+        arguments.overrides = [*arguments.overrides, *arguments.short]
 
     def act() -> int:
         inputs = Inputs(read_run(arguments))

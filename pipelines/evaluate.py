@@ -319,4 +319,4 @@ def _write(uri: str, rows: list[dict[str, Any]], scores: dict[str, Any]) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(stage_main("evaluate", _DESCRIPTION, run, plan))
+    sys.exit(stage_main("evaluate", _DESCRIPTION, run, plan, short={"--k": "evaluate.k"}))

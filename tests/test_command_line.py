@@ -1,5 +1,7 @@
 """One convention for all command lines: overrides anywhere, and the same exit statuses."""
 
+from contextlib import nullcontext
+
 import pytest
 import yaml
 
@@ -7,6 +9,7 @@ import jobs.preflight
 import jobs.submit
 import meteor.cli.main
 from meteor.command_line import parse
+from meteor.errors import SettingsError
 from pipelines import ablate
 from pipelines.command import stage_main, stage_parser
 
@@ -54,3 +57,16 @@ def test_overrides_stand_on_both_sides_of_options(capsys):
     assert arguments.overrides == ["a=1", "b=2", "c=3"]
     assert MAINS["jobs.submit"]("pretrain.lr=1", "--run", "demo", "--dry-run", "finetune.lr=2") == 0
     assert "--run demo pretrain.lr=1 finetune.lr=2" in capsys.readouterr().out
+
+
+def test_a_short_option_sets_its_setting(monkeypatch):
+    seen = []
+
+    def plan(inputs):
+        seen.append(inputs.settings.evaluate.k)
+        raise SettingsError("seen")
+
+    monkeypatch.setattr("pipelines.command.ray_session", lambda runtime: nullcontext())
+    for words in (["--k", "8", "evaluate.limit=2"], ["evaluate.limit=2", "--k", "8"], []):
+        assert stage_main("evaluate", "", plan, plan, ["--run", "demo", *words], short={"--k": "evaluate.k"}) == 2
+    assert seen == [8, 8, None]
