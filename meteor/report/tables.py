@@ -289,12 +289,34 @@ def _settings_by_stage(variants: Sequence[RunResult]) -> dict[str, dict[str, dic
     """Return variant -> stage -> flat settings, without shared stages, whose settings are those of one variant."""
     return {
         variant.name: {
-            stage: {key: value for key, value in flatten(run.settings).items() if value != {}}
+            stage: {key: value for key, value in flatten(_with_short_sets(run.settings)).items() if value != {}}
             for stage, run in variant.stages.items()
             if not run.settings.get("tracking", {}).get("used_by")
         }
         for variant in variants
     }
+
+
+def _with_short_sets(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Describe each question set by one text: its format, and the options that are not the default."""
+    data = settings.get("data") or {}
+    sets = data.get("evaluate") or {}
+    texts = {
+        name: ", ".join(
+            [
+                str(options.get("format")),
+                *(
+                    f"{key}: {format_value(value)}"
+                    for key, value in options.items()
+                    if key not in ("format", "path", "verdicts")
+                    and value is not None
+                    and (key, value) != ("compat", True)
+                ),
+            ]
+        )
+        for name, options in sets.items()
+    }
+    return {**settings, "data": {**data, "evaluate": texts}} if sets else settings
 
 
 def _setting_rows(key: str, values: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, tuple[str, ...]]]:

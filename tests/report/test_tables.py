@@ -110,6 +110,20 @@ def test_a_setting_that_changed_between_a_variants_stages_is_listed_by_stage(mak
     assert table.rows == (("lr (finetune)", "2", "3"),)
 
 
+def test_a_question_set_is_one_difference(make_run, make_variant):
+    def make(name, **sets):
+        settings = {"data": {"evaluate": sets}}
+        return make_variant(name, stages={"evaluate": make_run("evaluate", settings=settings)})
+
+    plain = {"format": "textvqa", "path": "/x", "split": None, "ocr": None, "compat": True, "verdicts": None}
+    moved = {**plain, "path": "/y"}
+    table = difference_table([make("a", t=plain, u=plain), make("b", t=moved, u={**plain, "ocr": True}, v=plain)])
+    assert table.rows == (
+        ("data.evaluate.u", "textvqa", "textvqa, ocr: true"),
+        ("data.evaluate.v", "not set", "textvqa"),
+    )
+
+
 @pytest.mark.parametrize("stages", [{}, None])
 def test_variants_without_differences_have_no_table(make_variant, stages):
     assert difference_table([make_variant("a", stages=stages), make_variant("b", stages=stages)]) is None
