@@ -65,7 +65,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients_for_every_batch(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_all_layers_and_all_batches_of_several_rows_share_one_graph(make_model, make_samples, make_batch):
+def test_all_layers_and_all_batches_of_one_kind_of_rows_share_one_graph(make_model, make_samples, make_batch):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     model = make_model(num_hidden_layers=6)
@@ -73,6 +73,7 @@ def test_all_layers_and_all_batches_of_several_rows_share_one_graph(make_model, 
     freeze_for(model, "finetune")
     compile_layers(model, zero_stage=0, backend=counter)
     samples = make_samples()
-    for rows in ROWS[:3]:
+    # Rows of several samples have a block mask; with one sample per row the model makes its own mask.
+    for rows, num_graphs in zip(ROWS[:3], (1, 1, 2), strict=True):
         model(**make_batch(samples, rows=rows).as_inputs(), num_items_in_batch=12).loss.backward()
-    assert counter.frame_count == 1
+        assert counter.frame_count == num_graphs
