@@ -34,8 +34,8 @@ from pipelines.ray_parts.resources import wait_for_nodes
 from pipelines.ray_parts.runtime import num_blocks, progress, worker_environment
 
 _LOG = logging.getLogger(__name__)
-# Version of the way in which prompts are answered: answers of other versions are not reused.
-_METHOD = 1
+# Version of the way in which prompts are answered: answers of other versions are not reused. 2: `focus` spends a budget.
+_METHOD = 2
 # Estimate for English text, good enough to sort prompts by length.
 _CHARACTERS_PER_TOKEN = 4
 # Largest number of tokens in the answer, and changes of the token selection.
