@@ -442,7 +442,9 @@ class MeteorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds_BLD, attended_BL, _ = self.embed(
             input_ids, attention_mask, num_slots, features, cls_attention, grids, pixel_values
         )
-        longest_answer = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None) or 1
+        longest_answer = (
+            kwargs.get("max_new_tokens") or (generation_config or self.generation_config).max_new_tokens or 1
+        )
         most_tokens = check_room(self.language_model.config, int(attended_BL.sum(dim=1).max()), 1)
         if most_tokens is not None and most_tokens < longest_answer:
             _LOG.warning("answers end after %d tokens, where the language model's positions end", most_tokens)
