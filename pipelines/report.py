@@ -124,7 +124,9 @@ def draw_panels(settings: RunSettings, variant: RunResult) -> list[SelectionPane
     panels = []
     for row in _pick(settings, variant.predictions, cache):
         image = cache.get(row["image_key"])
-        patches = select_patches(projector.module, image, select_layer=projector.select_layer, k=_answered_k(variant))
+        patches = select_patches(
+            projector.module, image, select_layer=projector.select_layer, k=variant.answered_k(row["set"])
+        )
         if patches[0].combined is None:
             return []
         panels.append(
@@ -140,10 +142,6 @@ def draw_panels(settings: RunSettings, variant: RunResult) -> list[SelectionPane
             )
         )
     return panels
-
-
-def _answered_k(variant: RunResult) -> int | None:
-    return (variant.stages["evaluate"].settings.get("evaluate") or {}).get("k")
 
 
 def _scores(patches: SelectedPatches) -> SubImageScores:

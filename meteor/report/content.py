@@ -9,7 +9,7 @@ from PIL import Image
 
 from meteor.report import paper
 from meteor.report.canvas import MANY_VARIANTS, Drawing, Look, variant_looks
-from meteor.report.cost import answer_flops_table, answer_time_table, training_cost_table
+from meteor.report.cost import answer_flops_table, answer_parts, answer_time_table, training_cost_table
 from meteor.report.count_figures import count_figure
 from meteor.report.csv_files import csv_files
 from meteor.report.data import RunResult, SelectionPanel, StudyTable
@@ -122,6 +122,7 @@ class StudySection:
     answer_flops: Table
     training_costs: Table
     hardware: str
+    answer_lengths: str
     kept: tuple[Drawing, ...]
     csv_files: Mapping[str, str]
 
@@ -211,7 +212,8 @@ def _study_section(
     tables: Sequence[StudyTable],
     looks: Mapping[str, Look],
 ) -> StudySection:
-    hardware = {run.efficiency["hardware"]: None for run in runs if run.efficiency}
+    measured = [run.efficiency for run in runs if run.efficiency]
+    lengths = [f"{efficiency['num_new_tokens']:g}" for efficiency in measured if answer_parts(efficiency)]
     panels_of: dict[str, list[SelectionPanel]] = {}
     for panel in panels:
         panels_of.setdefault(panel.title, []).append(panel)
@@ -222,7 +224,8 @@ def _study_section(
         answer_times=answer_time_table(runs),
         answer_flops=answer_flops_table(runs),
         training_costs=training_cost_table(runs),
-        hardware="; ".join(hardware),
+        hardware="; ".join(dict.fromkeys(efficiency["hardware"] for efficiency in measured)),
+        answer_lengths=" or ".join(dict.fromkeys(lengths)),
         kept=tuple(
             kept_by_variants_figure(of_image[:MANY_VARIANTS], f"kept_{index:02d}")
             for index, of_image in enumerate(panels_of.values(), start=1)

@@ -118,15 +118,14 @@ def _answered(variants: Sequence[RunResult], question_set: str) -> Iterator[Answ
     """Yield the variants whose projector has a number of tokens, and that have a score."""
     for variant in variants:
         table = (variant.scores or {}).get(question_set)
-        finetune, evaluate = variant.stages.get("finetune"), variant.stages.get("evaluate")
-        if not table or table["score"] is None or finetune is None or evaluate is None:
+        finetune = variant.stages.get("finetune")
+        if not table or table["score"] is None or finetune is None or "evaluate" not in variant.stages:
             continue
         projector = finetune.settings.get("projector") or {"name": "", "settings": {}}
         trained = token_counts(projector["name"], projector["settings"])
         if trained is None:
             continue
-        options = evaluate.settings.get("evaluate") or {}
-        k = (options.get("sets", {}).get(question_set) or {}).get("k") or options.get("k") or trained.largest
+        k = variant.answered_k(question_set) or trained.largest
         yield Answered(variant.name, finetune.uri, projector["name"], trained, k, _rest(finetune.settings), table)
 
 

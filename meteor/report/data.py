@@ -45,6 +45,11 @@ class RunResult:
     encoder_flops: Mapping[str, float] = field(default_factory=dict)
     encoding_s: float | None = None
 
+    def answered_k(self, question_set: str) -> int | None:
+        """Return the number of visual tokens per sub-image that the evaluation chose for a set; None for that of training."""
+        options = self.stages["evaluate"].settings.get("evaluate") or {}
+        return (options.get("sets", {}).get(question_set) or {}).get("k") or options.get("k")
+
     @property
     def group(self) -> str:
         """Name under which the seeds of a variant come together."""
