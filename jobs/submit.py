@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from jobs.client import JobServer, exit_status
 from jobs.spec import CHAIN, Job, make_chain, make_job, read_specs
 from meteor.command_line import add_run, parse, run_command
-from meteor.runs.identity import left_out_stages
+from meteor.runs.identity import describe_left_out
 
 _DESCRIPTION = """Submit a stage of a run to a Ray cluster, with the working directory's code. If the stage is running already,
 its log is shown. After a failure, a new attempt continues where the last attempt stopped."""
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def act() -> int:
         if arguments.stage == "all":
             jobs = make_chain(arguments.run, arguments.overrides)
-            for stage, reason in left_out_stages(jobs[-1].settings).items():
-                print(f"{stage} does not run: {reason}")
+            for line in describe_left_out(jobs[-1].settings):
+                print(line)
         else:
             jobs = [make_job(arguments.stage, arguments.run, arguments.overrides)]
         if arguments.dry_run:

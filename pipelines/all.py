@@ -7,7 +7,7 @@ from meteor.assembly import Inputs
 from meteor.config import RunSettings, load_run, resolve_paths
 from meteor.planning.study import plan_study
 from meteor.runs.folder import Summary
-from meteor.runs.identity import left_out_stages, stages_of
+from meteor.runs.identity import describe_left_out, stages_of
 from meteor.runs.mlflow_log import where_to_compare
 from meteor.stages import Stage
 from pipelines import cache_features, evaluate, finetune, pretrain, report
@@ -30,8 +30,8 @@ def run(inputs: Inputs) -> Summary:
         settings, counts = inputs.settings, {}
         runs = compared_runs(settings)
         for compared in runs:
-            for stage, reason in left_out_stages(compared).items():
-                print(f"[{compared.name}] {stage} does not run: {reason}", flush=True)
+            for line in describe_left_out(compared):
+                print(f"[{compared.name}] {line}", flush=True)
         for compared in runs:
             for stage in stages_of(compared):
                 summary = _RUN[stage](inputs.of(compared))

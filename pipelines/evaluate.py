@@ -167,11 +167,8 @@ def longest_answer(settings: RunSettings, question_set: QuestionSet) -> int:
 
 def find_selection(settings: RunSettings, set_name: str) -> AnswerSelection:
     """Return the changes of the token selection for a question set: the set's own, else those of all sets."""
-    own, shared = settings.evaluate.sets.get(set_name), settings.evaluate
-    values = {name: getattr(own, name, None) for name in ("k", "visual_weight", "sub_images")}
-    return AnswerSelection(
-        **{name: getattr(shared, name) if value is None else value for name, value in values.items()}
-    )
+    own = settings.evaluate.sets.get(set_name)
+    return replace(shared_selection(settings), **own.model_dump(exclude_none=True) if own else {})
 
 
 def shared_selection(settings: RunSettings) -> AnswerSelection:

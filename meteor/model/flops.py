@@ -28,12 +28,10 @@ class AnswerFlops:
     @classmethod
     def of(cls, llm: Any) -> "AnswerFlops":
         """Count the FLOPs of a causal language model of transformers."""
-        config, head = llm.config, llm.get_output_embeddings().weight
-        elsewhere = {id(head), id(llm.get_input_embeddings().weight)}
         return cls(
-            per_token=sum(_flops(weight) for weight in llm.parameters() if id(weight) not in elsewhere),
-            per_pair=4 * config.num_hidden_layers * attention_width(config),
-            per_new_token=_flops(head),
+            per_token=sum(map(_flops, layer_weights(llm))),
+            per_pair=4 * llm.config.num_hidden_layers * attention_width(llm.config),
+            per_new_token=_flops(llm.get_output_embeddings().weight),
         )
 
     def prompt(self, num_tokens: int) -> int:
@@ -45,6 +43,12 @@ class AnswerFlops:
         """Return the FLOPs of the passes that give tokens 2, 3, ... ``num_tokens`` of the answer."""
         seen = sum(num_prompt_tokens + position for position in range(1, num_tokens))
         return (self.per_token + self.per_new_token) * (num_tokens - 1) + self.per_pair * seen
+
+
+def layer_weights(llm: Any) -> list[nn.Parameter]:
+    """Return the parameters of a language model without those of its embedding and its output layer."""
+    elsewhere = {id(llm.get_output_embeddings().weight), id(llm.get_input_embeddings().weight)}
+    return [weight for weight in llm.parameters() if id(weight) not in elsewhere]
 
 
 def attention_width(config: Any) -> int:

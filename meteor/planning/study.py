@@ -16,7 +16,7 @@ from meteor.planning.rates import Rate, RateOptions, Rates
 from meteor.planning.study_plan import CacheRow, StageWork, StudyPlan
 from meteor.planning.survey import estimate_cache
 from meteor.projector import build_projector
-from meteor.runs.identity import left_out_stages
+from meteor.runs.identity import describe_left_out
 from meteor.runs.tasks import Task, make_tasks
 from meteor.stages import STAGES, TRAINING_STAGES, TrainingStage
 from meteor.train.build import DTYPES, read_llm_config
@@ -69,8 +69,8 @@ def _left_out(runs: Sequence[RunSettings]) -> list[str]:
     """Say which stages do not run, and why; runs with the same reason share a note."""
     names: dict[str, list[str]] = {}
     for run in runs:
-        for stage, reason in left_out_stages(run).items():
-            names.setdefault(f"{stage} does not run: {reason}", []).append(run.name)
+        for line in describe_left_out(run):
+            names.setdefault(line, []).append(run.name)
     return [
         note if len(of) == len(runs) else f"{note} ({shorten(', '.join(of), _MAX_NAMES)})" for note, of in names.items()
     ]

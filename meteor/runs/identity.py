@@ -109,6 +109,11 @@ def left_out_stages(settings: RunSettings) -> dict[Stage, str]:
     return reasons
 
 
+def describe_left_out(settings: RunSettings) -> list[str]:
+    """Say which stages a run does not go through, and why, in a line each."""
+    return [f"{stage} does not run: {reason}" for stage, reason in left_out_stages(settings).items()]
+
+
 def identify(facts: Facts, stage: Stage) -> StageIdentity:
     """Return the identity of one stage of a run.
 

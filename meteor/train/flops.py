@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meteor.model.flops import attention_width
+from meteor.model.flops import attention_width, layer_weights
 from meteor.train.protocol import full_shape
 
 # Peak of dense bfloat16 in TFLOP/s, accumulated in float32, without sparsity, from NVIDIA's data sheets. The first matching
@@ -83,12 +83,10 @@ class ModelFlops:
             peak: peak FLOP/s of one device.
         """
         llm = model.language_model
-        config, head = llm.config, llm.get_output_embeddings().weight
-        elsewhere = {id(head), id(llm.get_input_embeddings().weight)}
         return cls(
-            per_token=sum(_flops(parameter) for parameter in llm.parameters() if id(parameter) not in elsewhere),
-            per_squared_length=6.0 * config.num_hidden_layers * attention_width(config),
-            per_answer_token=_flops(head),
+            per_token=sum(map(_flops, layer_weights(llm))),
+            per_squared_length=6.0 * llm.config.num_hidden_layers * attention_width(llm.config),
+            per_answer_token=_flops(llm.get_output_embeddings().weight),
             per_visual_token=sum(map(_flops, model.projector.parameters())),
             peak=peak,
         )
