@@ -28,7 +28,15 @@ from meteor.report.seeds import merge_seeds
 from meteor.runs.folder import Summary
 from meteor.runs.mlflow_log import make_tracker, parent_run, study_run
 from pipelines.command import stage_main, timed
-from pipelines.studies.results import collect, find_folder, find_records, read_record, study_tables, unequal_samples
+from pipelines.studies.results import (
+    collect,
+    find_folder,
+    find_records,
+    read_record,
+    study_tables,
+    unequal_samples,
+    unequal_workers,
+)
 
 _LOG = logging.getLogger(__name__)
 _DESCRIPTION = """Write report.md and report.html, with settings, loss curves, scores, throughput and figures of this run and
@@ -50,7 +58,7 @@ def run(inputs: Inputs) -> Summary:
             variants=variants,
             panels=panels,
             cache=cache_facts(inputs),
-            notes=unequal_samples(variants),
+            notes=[*unequal_samples(variants), *unequal_workers(variants)],
             thumbnails=_thumbnails(settings, shown),
             tables=study_tables(settings),
         )

@@ -15,13 +15,14 @@ from meteor.assembly.study import study_uri
 from meteor.checksums import read_checked_json, write_checked_json
 from meteor.config import RunSettings, expand_study
 from meteor.errors import MeteorError, NotFoundError, SettingsError, TrackingError
+from meteor.formatting import format_amount
 from meteor.projector.file import count_parameters
 from meteor.report import RunResult, StudyTable
 from meteor.runs.folder import StageFolder
 from meteor.runs.identity import identify, stages_of
 from meteor.runs.mlflow_log import make_tracker, study_run
 from meteor.runs.reading import StageRecord, read_stage
-from meteor.stages import Stage
+from meteor.stages import TRAINING_STAGES, Stage
 from meteor.tracking import ChildRun
 
 _LOG = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ def _tokens_per_image(stages: Mapping[str, StageRecord], efficiency: Mapping[str
 def unequal_samples(variants: Sequence[RunResult]) -> list[str]:
     """Return a sentence per stage in which runs used different numbers of samples, so that scores are not comparable."""
     sentences = []
-    for stage in ("pretrain", "finetune"):
+    for stage in TRAINING_STAGES:
         counts = {
             run.name: run.stages[stage].summary["counts"]["samples"]  # type: ignore[index]
             for run in variants
@@ -222,6 +223,24 @@ def unequal_samples(variants: Sequence[RunResult]) -> list[str]:
             sentences.append(
                 f"Not all variants were trained on the same samples in {stage}: {least} on {counts[least]:,}, {most} on "
                 f"{counts[most]:,}. Training skips samples whose images take more tokens than {stage}.max_length."
+            )
+    return sentences
+
+
+def unequal_workers(variants: Sequence[RunResult]) -> list[str]:
+    """Return a sentence per stage that runs trained with different numbers of workers, so that times are not comparable."""
+    sentences = []
+    for stage in TRAINING_STAGES:
+        counts = {
+            run.name: run.stages[stage].settings.get("runtime", {}).get("num_workers", 1)
+            for run in variants
+            if stage in run.stages
+        }
+        if len(set(counts.values())) > 1:
+            least, most = (pick(counts, key=lambda name: counts[name]) for pick in (min, max))
+            sentences.append(
+                f"Times of {stage} do not compare: {least} had {format_amount(counts[least], 'worker')}, {most} "
+                f"{counts[most]}. A finished stage is found by what it computes, whatever its number of workers."
             )
     return sentences
 
